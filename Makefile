@@ -1,0 +1,67 @@
+# One command for everything a contributor does. `make help` lists them.
+PYTHON ?= python3
+VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+# Real data sets and weights, where they are at hand: a folder with tfds/ and weights/ (README, "Data").
+export TOPGAP_DATA ?= $(if $(wildcard ../shared/tfds),$(abspath ../shared))
+
+.PHONY: help demo test test-all test-smoke lint format install install-dev bench bench-env parity clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+demo: install ## train two classifiers on the embedded data set, evaluate them, write runs/demo/report.html
+	$(BIN)/python experiments/demo.py
+
+test: install-dev lint ## ruff, import-linter, tests and doctests (at most 15 minutes on 2 cores)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
+test-all: install-dev lint ## everything, every row under every transformation (at most 75 minutes)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-smoke: install-dev ## the few minutes that CI spends on the other JAX line
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/test_rewrite.py tests/test_pool.py tests/test_attacks.py tests/test_explain.py tests/test_fit.py
+
+lint: install-dev ## ruff and import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: install-dev ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(VENV)/installed
+
+install-dev: $(VENV)/installed-dev
+
+# A Python that is not there, or too old, is said in words and not by a shell's 127.
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: there is no '$(PYTHON)' here; name one with make PYTHON=/path/to/python3.13"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "make: '$(PYTHON)' does not run, or is older than Python 3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+bench-env: ## an environment of its own for the peers of the benchmarks (PyTorch, torchvision)
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 safetensors numpy pillow psutil
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
+
+bench: install bench-env ## speed against PyTorch: results/bench_*.json
+	$(BIN)/python experiments/bench_core.py --peer-python .venv-bench/bin/python
+	$(BIN)/python experiments/bench_pool.py
+
+parity: install bench-env ## the same numbers as public packages: results/parity_*.json
+	$(BIN)/python experiments/parity_torchvision.py --peer-python .venv-bench/bin/python
+
+clean: ## remove runs and caches, keep environments
+	rm -rf runs build .pytest_cache .hypothesis .ruff_cache

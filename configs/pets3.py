@@ -1,0 +1,43 @@
+"""Three breeds of Oxford-IIIT Pet at 128x128, with masks.
+
+    topgap train --config configs/pets3.py --workdir runs/pets_gap
+    topgap train --config configs/pets3.py --config.pool='top_gap(fraction=.28)' --workdir runs/pets_top_gap
+    topgap explain --workdir runs/pets_top_gap
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+
+    config.source = "tfds('pets3', box='bbox', region='mask')"
+    config.train = "train"
+    config.validation = ""
+    config.test = "test"
+    config.image_size = (128, 128)
+    config.resize = "crop"
+    config.mean = (0.485, 0.456, 0.406)
+    config.std = (0.229, 0.224, 0.225)
+
+    config.pool = "gap()"
+    config.model = (
+        "classifier(small_resnet(), pyramid_head(pool, width=32), classes=classes, mean=mean, std=std, dtype=dtype)"
+    )
+    config.dtype = "float32"
+
+    config.batch = 50
+    config.epochs = 60
+    config.augment = "crop_flip(padding=16), colour_jitter(), cutout(32)"
+    config.objective = "standard()"
+    config.optimizer = "adamw(warmup(cosine(4e-3, 0, steps - 30), 30), weight_decay=.05)"
+    config.ema = 0.0
+
+    config.eps = 1 / 255
+    config.evaluators = "accuracy(), localisation(cam()), localisation(grad_cam('stage4')), regions(bank), receptive_field()"
+    config.explain = "cam(), grad_cam('stage4')"
+
+    config.log_every = 10
+    config.checkpoint_every = 5
+    return config

@@ -1,0 +1,64 @@
+"""The perturbations an attack may use: `linf(8/255)`, `l2(0.5)`, cut by the pixel box [0, 1] (`papers`: attacks 3 and 4)."""
+
+import jax
+import jax.numpy as jnp
+
+from topgap_jax.build import check_number
+from topgap_jax.types import Ball
+
+AXES = (1, 2, 3)
+
+
+def linf(eps: float) -> Ball:
+    """No pixel value moves by more than `eps` (pixels in [0, 1]): ascent is the sign of the gradient, start uniform in the cube."""
+    check_number("eps", eps, 0)
+    return Ball(
+        name=f"linf({eps:.4g})",
+        eps=eps,
+        start=lambda key, image: jax.random.uniform(key, image.shape, image.dtype, -eps, eps),
+        project=lambda images, delta: _box(images, jnp.clip(delta, -eps, eps)),
+        ascent=jnp.sign,
+        dual_norm=lambda gradient: jnp.abs(gradient).sum(AXES),
+        size=lambda delta: jnp.abs(delta).max(AXES),
+        scaled=lambda factor: linf(eps * factor),
+    )
+
+
+def l2(eps: float) -> Ball:
+    """The perturbation's Euclidean length is at most `eps`: ascent is g / |g|, start uniform in the ball.
+
+    The projection scales to the ball, then cuts by the box: feasible, and what all references do, but not the nearest point
+    of the intersection.
+    """
+    check_number("eps", eps, 0)
+
+    def start(key, image):
+        direction, radius = jax.random.split(key)
+        noise = jax.random.normal(direction, image.shape, image.dtype)
+        length = jax.random.uniform(radius, (), image.dtype) ** (1 / image.size)
+        return eps * length * noise / (jnp.linalg.norm(noise) + 1e-12)
+
+    def project(images, delta):
+        return _box(images, delta * jnp.minimum(1.0, eps / (_norm(delta) + 1e-12)))
+
+    return Ball(
+        name=f"l2({eps:.4g})",
+        eps=eps,
+        start=start,
+        project=project,
+        ascent=lambda gradient: gradient / (_norm(gradient) + 1e-12),
+        dual_norm=lambda gradient: _norm(gradient)[:, 0, 0, 0],
+        size=lambda delta: _norm(delta)[:, 0, 0, 0],
+        scaled=lambda factor: l2(eps * factor),
+    )
+
+
+def _box(images, delta):
+    return jnp.clip(images + delta, 0.0, 1.0) - images
+
+
+def _norm(values):
+    return jnp.sqrt((values * values).sum(AXES, keepdims=True))
+
+
+TABLE = {"linf": linf, "l2": l2}

@@ -1,0 +1,164 @@
+"""Read a choice from a config: `'pgd(linf(8/255), steps=20)'` becomes the value that this text is in Python.
+
+Never `eval`: the text is parsed, and only calls of names in a table, names of given values, literals, tuples, keyword
+arguments and arithmetic on numbers are allowed.
+"""
+
+import ast
+import difflib
+import inspect
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from topgap_jax.errors import UserError
+from topgap_jax.types import Table
+
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+
+
+def build(text: str, table: Table, values: Mapping[str, Any] | None = None, where: str = "") -> Any:
+    """The value of `text`; a list separated by commas is a tuple.
+
+    table: name -> function that may be called; values: name -> value that may be named; where: the config key, for errors.
+    Raises UserError, and nothing else, with the choices, the signature and the closest match in one line.
+
+    >>> build("f(8/255, steps=4)", {"f": lambda eps, steps: (round(eps, 3), steps)})
+    (0.031, 4)
+    """
+    if not isinstance(text, str):
+        raise UserError(f"{_at(where)}expected text like 'pgd(linf(8/255))', got {_short(text)}")
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+        return _value(tree.body, table, values or {}, where)
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{_at(where)}{_short(text)} is not an expression: {error.msg} at column {error.offset}") from None
+    except (RecursionError, MemoryError, ValueError) as error:
+        # ast.parse raises ValueError on NUL bytes and on integers of thousands of digits, the others on very deep nesting.
+        raise UserError(f"{_at(where)}{_short(text)} cannot be read: {_line(error)}") from None
+
+
+def signature(name: str, function: Any) -> str:
+    """`pgd(ball, *, score=cross_entropy, steps=20)`, without annotations, defaults by their name."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return f"{name}(...)"
+    parts, star = [], False
+    for p in parameters:
+        if p.kind is p.KEYWORD_ONLY and not star:
+            parts.append("*")
+            star = True
+        default = "" if p.default is p.empty else f"={getattr(p.default, '__name__', None) or repr(p.default)}"
+        parts.append({p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name + default)
+        star = star or p.kind is p.VAR_POSITIONAL
+    return f"{name}({', '.join(parts)})"
+
+
+def _value(node: ast.AST, table: Table, values: Mapping[str, Any], where: str) -> Any:
+    read = lambda child: _value(child, table, values, where)
+    if isinstance(node, ast.Constant):
+        if node.value is None or isinstance(node.value, (bool, int, float, str)):
+            return node.value
+        raise UserError(f"{_at(where)}{_short(node.value)} is not a number, text, True, False or None")
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return tuple(read(item) for item in node.elts)
+    if isinstance(node, ast.Name):
+        if node.id in values:
+            return values[node.id]
+        if node.id in table:
+            raise UserError(f"{_at(where)}'{node.id}' must be called: {signature(node.id, table[node.id])}")
+        raise UserError(f"{_at(where)}unknown name '{node.id}'; {_choices(node.id, [*values, *table])}")
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        value = read(node.operand)
+        return _arithmetic(lambda: -value if isinstance(node.op, ast.USub) else value, node, where, value)
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        left, right = read(node.left), read(node.right)
+        return _arithmetic(lambda: OPERATORS[type(node.op)](left, right), node, where, left, right)
+    if isinstance(node, ast.Call):
+        return _call(node, table, values, where)
+    raise UserError(f"{_at(where)}'{_short(ast.unparse(node))[1:-1]}' is not allowed: only calls, names, numbers, text and tuples are")
+
+
+def _arithmetic(compute, node, where, *operands):
+    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in operands):
+        raise UserError(f"{_at(where)}arithmetic is for numbers only, in '{ast.unparse(node)}'")
+    try:
+        return compute()
+    except (ZeroDivisionError, OverflowError) as error:
+        raise UserError(f"{_at(where)}{error} in '{ast.unparse(node)}'") from None
+
+
+def _call(node: ast.Call, table: Table, values: Mapping[str, Any], where: str) -> Any:
+    if not isinstance(node.func, ast.Name):
+        raise UserError(f"{_at(where)}only plain names can be called, not '{ast.unparse(node.func)}'")
+    name = node.func.id
+    if name not in table:
+        known = f"'{name}' is a value and cannot be called; " if name in values else f"unknown name '{name}'; "
+        raise UserError(f"{_at(where)}{known}{_choices(name, list(table))}")
+    function = table[name]
+    if any(isinstance(item, ast.Starred) for item in node.args) or any(word.arg is None for word in node.keywords):
+        raise UserError(f"{_at(where)}'*' is not allowed in the arguments of '{name}'")
+    args = [_value(item, table, values, where) for item in node.args]
+    words = {word.arg: _value(word.value, table, values, where) for word in node.keywords}
+    try:
+        bound = inspect.signature(function).bind(*args, **words)
+    except TypeError as error:
+        parameters = list(inspect.signature(function).parameters)
+        wrong = [word for word in words if word not in parameters]
+        hint = f"; {_closest(wrong[0], parameters)}" if wrong and _closest(wrong[0], parameters) else ""
+        raise UserError(f"{_at(where)}{name}: {error}{hint}; usage: {signature(name, function)}") from None
+    try:
+        return function(*bound.args, **bound.kwargs)
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if where and text.startswith(where) else f"{_at(where)}{name}: {text}") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, AssertionError) as error:
+        # A mistyped argument ('pgd(8)' where a ball is due) shows itself as one of these inside the function.
+        raise UserError(f"{_at(where)}{name}: {_line(error)}; usage: {signature(name, function)}") from None
+
+
+def _choices(name: str, choices: list[str]) -> str:
+    closest = _closest(name, choices)
+    return f"{closest + '; ' if closest else ''}choose from {', '.join(sorted(choices)) or 'nothing'}"
+
+
+def _closest(name: str, choices: list[str]) -> str:
+    near = difflib.get_close_matches(name, choices, n=1)
+    return f"did you mean '{near[0]}'?" if near else ""
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _at(where: str) -> str:
+    return f"{where}: " if where else ""
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, whole: bool = False) -> None:
+    """Raise a UserError unless `value` is a number (a whole one) within [low, high]."""
+    kind = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        bounds = {
+            (False, False): "",
+            (True, False): f" of at least {low:g}",
+            (False, True): f" of at most {high:g}",
+            (True, True): f" in [{low:g}, {high:g}]",
+        }[low > -math.inf, high < math.inf]
+        raise UserError(f"{name} must be a {'whole ' if whole else ''}number{bounds}, got {_short(value)}")

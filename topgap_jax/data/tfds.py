@@ -1,0 +1,152 @@
+"""Any TensorFlow Datasets set that lies prepared as ArrayRecord on the disk, read without TensorFlow."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from topgap_jax.data.source import Record, Source, Splits, choices
+from topgap_jax.errors import UserError
+
+FEATURES = "features.json"  # what TFDS writes into the folder of every prepared version
+
+
+def tfds(
+    name: str,
+    *,
+    image: str = "image",
+    label: str = "label",
+    box: str | None = None,
+    region: str | None = None,
+    region_values: Sequence[int | None] = (1, 2, 3),
+    classes: int | Sequence[str] | None = None,
+) -> Splits:
+    """A TFDS set: `tfds('pets3', box='bbox', region='mask')('train[:250]')`.
+
+    name: 'cifar10', 'name:1.2.0' or 'name/config' below the data folder ($TOPGAP_DATA/tfds, else TFDS's own default), or the
+    path of a prepared set. image, label, box, region: keys of its features. region_values: the mask's values that mean
+    inside, outside and unsure (None: there is no such value). classes: number or names, where the label is a plain integer.
+    Nothing is ever downloaded. Raises a UserError for a set, split or key that is not there.
+    """
+    folder = find(name)
+    shown = f"tfds('{name}')"
+    builder = _builder(folder, shown)
+    features = builder.info.features
+    keys = {"image": image, "label": label, "box": box, "region": region}
+    for argument, key in keys.items():
+        if key is not None and key not in features:
+            raise UserError(f"{shown} has no feature '{key}' to use as {argument}; {choices(key, features)}")
+    if len(region_values) != 3:
+        raise UserError(f"region_values are three (inside, outside, unsure), got {tuple(region_values)}")
+    names = _classes(features[label], classes, shown)
+    height, width = (features[image].shape or (None, None))[:2]
+    unused = _skip(features, [key for key in keys.values() if key])
+
+    def source(split: str) -> Source:
+        length = _length(builder, split, shown)
+        records = builder.as_data_source(split, decoders=unused) if length else []
+
+        def read(index: int) -> Record:
+            return _record(records[index], keys, region_values)
+
+        size = None if height is None or width is None else (height, width)
+        offers = tuple(kind for kind in ("box", "region") if keys[kind])
+        return Source(shown, split, names, length, read, size, offers)
+
+    return source
+
+
+def find(name: str) -> Path:
+    """The folder of a prepared set: the version named, else the newest one."""
+    path, _, version = name.partition(":")
+    root = data_folder()
+    for folder in (Path(path).expanduser(), root / path):
+        if (folder / FEATURES).is_file() and not version:
+            return folder
+        versions = [each.parent for each in folder.glob(f"{version or '*'}/{FEATURES}")]
+        if versions:
+            return max(versions, key=lambda each: [int(x) if x.isdigit() else -1 for x in each.name.split(".")])
+    there = {each.relative_to(root).parts[0] for each in (*root.glob(f"*/*/{FEATURES}"), *root.glob(f"*/*/*/{FEATURES}"))}
+    raise UserError(f"tfds('{name}') is not prepared in {root} (set TOPGAP_DATA to the folder above it); {choices(path, there)}")
+
+
+def data_folder() -> Path:
+    """$TOPGAP_DATA/tfds, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    if os.environ.get("TOPGAP_DATA"):
+        return Path(os.environ["TOPGAP_DATA"]) / "tfds"
+    return Path(os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets")
+
+
+def _builder(folder: Path, shown: str):
+    import tensorflow_datasets  # here, because it is slow to import and `shapes` and `folder` do not need it
+
+    logging.getLogger("absl").addFilter(_no_advice)
+    try:
+        builder = tensorflow_datasets.builder_from_directory(folder)
+        formats = {each.value for each in builder.info.available_file_formats()}
+    except Exception as error:  # a broken features.json or dataset_info.json ends in many kinds of them
+        raise UserError(f"{shown}: {folder} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if "array_record" not in formats:
+        raise UserError(f"{shown} is prepared as {', '.join(sorted(formats))}; prepare it with file_format='array_record'")
+    return builder
+
+
+def _no_advice(entry: logging.LogRecord) -> bool:
+    # TFDS warns once that OpenCV would decode faster than Pillow; the user can do nothing about it here.
+    return not str(entry.msg).startswith("OpenCV is not installed")
+
+
+def _classes(feature, classes, shown: str) -> tuple[str, ...]:
+    if isinstance(classes, int):
+        return tuple(str(k) for k in range(classes))
+    if classes is not None:
+        return tuple(classes)
+    if not hasattr(feature, "names"):
+        raise UserError(f"{shown}: the label is a plain {type(feature).__name__}; give classes=<their number or names>")
+    return tuple(feature.names)
+
+
+def _skip(features, used: list[str]) -> dict:
+    """Decoders that leave the images nobody asked for (masks while training, say) undecoded."""
+    import tensorflow_datasets
+
+    image = tensorflow_datasets.features.Image
+    return {
+        key: tensorflow_datasets.decode.SkipDecoding()
+        for key, feature in features.items()
+        if key not in used and isinstance(feature, image)
+    }
+
+
+def _length(builder, split: str, shown: str) -> int:
+    splits = builder.info.splits
+    known = split.partition("[")[0]
+    if "+" not in split and known not in splits:
+        raise UserError(f"{shown} has no split '{known}'; {choices(known, splits)}, or a part like '{next(iter(splits))}[:80%]'")
+    try:
+        return splits[split].num_examples
+    except (ValueError, KeyError, AssertionError) as error:
+        raise UserError(f"{shown} split '{split}': {' '.join(str(error).split())[:200]}") from None
+
+
+def _record(example, keys: dict[str, str | None], region_values) -> Record:
+    pixels = example[keys["image"]]
+    record = {"image": np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels, "label": int(example[keys["label"]])}
+    if keys["box"]:
+        record["box"] = np.asarray(example[keys["box"]], np.float32)
+    if keys["region"]:
+        record["region"] = _region(example[keys["region"]], region_values)
+    if isinstance(example.get("id"), bytes):
+        record["name"] = example["id"].decode(errors="replace")
+    return record
+
+
+def _region(mask, region_values) -> np.ndarray:
+    mask = mask[..., 0] if mask.ndim == 3 else mask
+    inside, outside, unsure = (np.zeros(mask.shape, bool) if value is None else mask == value for value in region_values)
+    unknown = ~(inside | outside | unsure)
+    if unknown.any():
+        raise ValueError(f"its mask holds {mask[unknown][0]}, which is none of region_values={tuple(region_values)}")
+    return np.where(inside, 1, np.where(unsure, 2, 0)).astype(np.uint8)

@@ -1,0 +1,8 @@
+"""The one exception that means: the user can mend this."""
+
+
+class UserError(ValueError):
+    """A mistake in a config, an argument, a file or the data: one line that says what is wrong, where, and what would be right.
+
+    The command line prints it and exits with 2, without a traceback.
+    """

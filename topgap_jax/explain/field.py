@@ -1,0 +1,118 @@
+"""Effective receptive fields: which pixels a position of a layer listens to (Luo et al. 2016, arXiv 1701.04128)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from topgap_jax.build import check_number
+from topgap_jax.errors import UserError
+from topgap_jax.rewrite import read
+from topgap_jax.types import Array, Cost, Explain, Predict
+
+COUNTS = {"centre": 1, "corner": 4}
+
+
+def field(
+    layer: str = "maps", *, position: str | tuple[int, int] = "centre", channel: str | int = "label", k: int = 1
+) -> Explain:
+    """Influence of every pixel on one position p of a layer: E_p = sum_colour |d sum_t m_t Y[p, t] / d x|, maps (b, h, w).
+
+    Absolute value per image, gradient with respect to pixels in [0, 1]. `position` is "centre" (h' // 2, w' // 2), "corner"
+    (mean of the four fields), (row, column), or "top": the mean over the `k` positions where the channel is largest, i.e.
+    what top_gap(k) selects. `channel` gives m: "label" (the label's channel, for class maps), an index, or "sum".
+    """
+    check_position(position)
+    check_number("k", k, 1, whole=True)
+
+    def explain(keys, predict, images, labels, segments=None):
+        return fields(predict, images, labels, [position], layer=layer, channel=channel, k=k).mean(0)
+
+    explain.cost = Cost(0, COUNTS.get(position, k if position == "top" else 1))
+    return explain
+
+
+def fields(
+    predict: Predict,
+    images: Array,
+    labels: Array,
+    positions: Sequence[str | tuple[int, int]],
+    *,
+    layer: str = "maps",
+    channel: str | int = "label",
+    k: int = 1,
+    chunk: int = 64,
+) -> Array:
+    """Fields (p, b, h, w) of many positions from one forward pass; "corner" counts for four and "top" for `k` of the p.
+
+    The pullback is vmapped over one-hot cotangents, at most `chunk` at a time: memory is chunk * b * h * w * c.
+    """
+
+    def forward(points):
+        logits, value = read(predict, layer)(points)
+        return value, logits
+
+    value, pull, logits = jax.vjp(forward, images, has_aux=True)
+    if value.ndim != 4:
+        raise UserError(f"field: layer '{layer}' has shape {value.shape}; a map (b, h, w, c) is needed")
+    b, h, w, c = value.shape
+    weights = _channel_weights(channel, labels, c, logits.shape[-1], layer)
+    scores = jnp.einsum("bhwc,bc->bhw", value.astype(jnp.float32), weights).reshape(b, h * w)
+    indices = jnp.concatenate([_indices(position, scores, (h, w), k) for position in positions])
+
+    def one(index):
+        places = jax.nn.one_hot(index, h * w).reshape(b, h, w, 1)
+        (gradient,) = pull((places * weights[:, None, None, :]).astype(value.dtype))
+        return jnp.abs(gradient.astype(jnp.float32)).sum(-1)
+
+    # Only where it is needed: on a CPU, convolutions inside a loop fall to XLA's naive form.
+    return jax.vmap(one)(indices) if len(indices) <= chunk else lax.map(one, indices, batch_size=chunk)
+
+
+def pixel(position: str | tuple[int, int], maps: tuple[int, int], image: tuple[int, int]) -> tuple[float, float]:
+    """Where a position of (h', w') maps lies in an (h, w) image: (u + 1/2) stride - 1/2, in pixels (row, column)."""
+    place = (maps[0] // 2, maps[1] // 2) if position == "centre" else position
+    return tuple((u + 0.5) * size / cells - 0.5 for u, cells, size in zip(place, maps, image))
+
+
+def check_position(position: Any) -> None:
+    """Raise a UserError unless `position` is one that `field` knows."""
+    pair = isinstance(position, tuple) and len(position) == 2 and all(type(u) is int and u >= 0 for u in position)
+    if not pair and (not isinstance(position, str) or position not in ("centre", "corner", "top")):
+        raise UserError(f"position must be 'centre', 'corner', 'top' or (row, column), got {position!r}")
+
+
+def _channel_weights(channel, labels, channels, classes, layer):
+    if channel == "sum":
+        return jnp.ones((labels.shape[0], channels), jnp.float32)
+    if channel == "label":
+        if channels != classes:
+            raise UserError(
+                f"field: layer '{layer}' has {channels} channels, not one for each of {classes} classes; "
+                "give channel='sum' or an index"
+            )
+        return jax.nn.one_hot(labels, channels, dtype=jnp.float32)
+    if isinstance(channel, bool) or not isinstance(channel, int) or not 0 <= channel < channels:
+        raise UserError(f"field: channel must be 'label', 'sum' or an index below {channels}, got {channel!r}")
+    return jax.nn.one_hot(jnp.full(labels.shape, channel), channels, dtype=jnp.float32)
+
+
+def _indices(position, scores, shape, k):
+    """Flat indices (p, b) of a position in maps of `shape`."""
+    (b, n), (h, w) = scores.shape, shape
+    if position == "top":
+        if k > n:
+            raise UserError(f"field: k={k} is more than the {n} positions of {h}x{w} maps; give k <= {n}")
+        return lax.top_k(scores, k)[1].T
+    if position == "corner":
+        places = [0, w - 1, n - w, n - 1]
+    elif position == "centre":
+        places = [(h // 2) * w + w // 2]
+    else:
+        row, column = position
+        if row >= h or column >= w:
+            raise UserError(f"field: position {position} lies outside the {h}x{w} maps")
+        places = [row * w + column]
+    return jnp.broadcast_to(jnp.asarray(places)[:, None], (len(places), b))

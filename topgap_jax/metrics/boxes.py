@@ -1,0 +1,109 @@
+"""Boxes from maps, as weakly supervised localisation scores them (Choe et al. 2020, arXiv 2001.07437; clovaai/wsolevaluation).
+
+NumPy, one image at a time: connected components are host work. Boxes here are (top, left, bottom, right) in whole pixels and
+inclusive: a side has length bottom - top + 1.
+"""
+
+import numpy as np
+from scipy import ndimage
+
+LEVELS = 255  # the published maps are uint8, so 1,000 thresholds tau cut only at 255 levels int(255 tau)
+TAUS = np.arange(1000) * 0.001
+EIGHT = np.ones((3, 3), bool)
+
+
+def level_boxes(values: np.ndarray) -> np.ndarray:
+    """Box of the largest component of `values > level` for each level 0 .. 254: uint8 (h, w) -> (255, 4); none is (0, 0, 0, 0).
+
+    Components are 8-connected. As published, size is the area of the outer contour through pixel centres, and the bottom
+    and right ends lie one pixel too far, except at the border.
+    """
+    boxes = np.zeros((LEVELS, 4), np.int64)
+    present = np.bincount(values.ravel(), minlength=LEVELS + 1) > 0
+    for level in range(int(values.max(initial=0))):
+        # Without a pixel of exactly this value the cut is the one before.
+        boxes[level] = largest_box(values > level) if level == 0 or present[level] else boxes[level - 1]
+    return boxes
+
+
+def largest_box(binary: np.ndarray) -> np.ndarray:
+    """Box (4,) of the largest component of a bool (h, w) mask, by the published rules of `level_boxes`."""
+    labels, _ = ndimage.label(binary, EIGHT)
+    slices = ndimage.find_objects(labels)
+    if not slices:
+        return np.zeros(4, np.int64)
+    chosen = slices[0] if len(slices) == 1 else slices[_largest(labels, slices)]
+    (rows, columns), (h, w) = chosen, binary.shape
+    return np.array([rows.start, columns.start, min(rows.stop, h - 1), min(columns.stop, w - 1)])
+
+
+def _largest(labels, slices):
+    """Index of the component with the largest contour; of equal ones the last in reading order, as OpenCV's are found."""
+    bounds = [(s[0].stop - s[0].start - 1) * (s[1].stop - s[1].start - 1) for s in slices]
+    best, chosen = -1.0, 0
+    for index in sorted(range(len(slices)), key=lambda i: (-bounds[i], -i)):
+        if bounds[index] < best:
+            break
+        area = contour_area(labels[slices[index]] == index + 1)
+        if area > best or (area == best and index > chosen):
+            best, chosen = area, index
+    return chosen
+
+
+def contour_area(component: np.ndarray) -> float:
+    """Area of the polygon through the outer pixel centres of one component, holes filled: a line has 0, a 2 x 2 block 1."""
+    background, _ = ndimage.label(~np.pad(component, 1))
+    filled = (background != background[0, 0]).astype(np.int8)
+    corners = filled[:-1, :-1] + filled[1:, :-1] + filled[:-1, 1:] + filled[1:, 1:]
+    return float((corners == 4).sum() + 0.5 * (corners == 3).sum())
+
+
+def pixel_boxes(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Boxes (n, 4) in [0, 1] as whole pixels of an (h, w) image: min(int(corner * size), size - 1), as published."""
+    h, w = size
+    # A corner on the pixel grid must not fall below it through float32.
+    corners = np.floor(np.asarray(boxes, np.float64) * [h, w, h, w] + 1e-4).astype(np.int64)
+    return np.clip(corners, 0, [h - 1, w - 1, h - 1, w - 1])
+
+
+def region_boxes(regions: np.ndarray) -> np.ndarray:
+    """Tight boxes (n, 4) in [0, 1] round the pixels of value 1 of regions (n, h, w); none is (0, 0, 0, 0)."""
+    sides = []
+    for axis in (2, 1):
+        line = (regions == 1).any(axis)
+        size = line.shape[1]
+        sides.append((line.argmax(1) / size, np.where(line.any(1), size - line[:, ::-1].argmax(1), 0) / size))
+    (top, bottom), (left, right) = sides
+    return np.stack([top, left, bottom, right], 1)
+
+
+def centred_boxes(sides: tuple[float, float], n: int) -> np.ndarray:
+    """n centred boxes (n, 4) in [0, 1] with the given share of the image's (height, width)."""
+    height, width = sides
+    box = [(1 - height) / 2, (1 - width) / 2, (1 + height) / 2, (1 + width) / 2]
+    return np.tile(np.array(box), (n, 1))
+
+
+def mean_box_sides(boxes: np.ndarray) -> tuple[float, float]:
+    """Mean (height, width) of boxes (n, 4) in [0, 1]: the centre-box baseline, to be taken from training images."""
+    boxes = np.asarray(boxes, np.float64)
+    return float((boxes[:, 2] - boxes[:, 0]).mean()), float((boxes[:, 3] - boxes[:, 1]).mean())
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU of inclusive pixel boxes (..., 4), broadcast against each other.
+
+    >>> float(box_iou(np.array([1, 1, 3, 3]), np.array([2, 2, 4, 4])).round(6))
+    0.285714
+    """
+    sides = lambda low, high: np.maximum(high - low + 1, 0)
+    area = lambda box: sides(box[..., 0], box[..., 2]) * sides(box[..., 1], box[..., 3])
+    height = sides(np.maximum(a[..., 0], b[..., 0]), np.minimum(a[..., 2], b[..., 2]))
+    width = sides(np.maximum(a[..., 1], b[..., 1]), np.minimum(a[..., 3], b[..., 3]))
+    both = height * width
+    return both / (area(a) + area(b) - both)
+
+
+def box_accuracy(ious: np.ndarray, least: float = 0.5) -> np.ndarray:
+    """Share of images whose box is right, IoU >= `least`, at each tau of `TAUS`: IoUs per level (n, 255) -> (1000,)."""
+    return (ious >= least).mean(0)[(TAUS * LEVELS).astype(int)]

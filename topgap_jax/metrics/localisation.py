@@ -1,0 +1,84 @@
+"""Does a map find the object? Measures against a region or, where the data have none, against the box.
+
+Maps (b, h', w') are resized to the image (bilinear, half-pixel centres, no antialiasing) and min-max scaled after that; a
+constant map becomes 0. Pixels whose region is unsure (2) count on no side.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from topgap_jax.build import check_number
+from topgap_jax.errors import UserError
+from topgap_jax.types import Array, Batch, Metric
+
+
+def scaled(maps: Array, size: tuple[int, int]) -> Array:
+    """Maps at the image's size, in [0, 1]: (b, h', w') -> (b, h, w)."""
+    full = jax.image.resize(maps.astype(jnp.float32), (maps.shape[0], *size), "bilinear", antialias=False)
+    low, high = full.min((1, 2), keepdims=True), full.max((1, 2), keepdims=True)
+    return jnp.where(high > low, (full - low) / jnp.where(high > low, high - low, 1), 0)
+
+
+def box_mask(box: Array, size: tuple[int, int]) -> Array:
+    """Pixels (b, h, w) whose centre lies in the box (b, 4), (ymin, xmin, ymax, xmax) in [0, 1]."""
+    rows, columns = (jnp.arange(size[0]) + 0.5) / size[0], (jnp.arange(size[1]) + 0.5) / size[1]
+    inside = lambda centres, low, high: (centres >= low[:, None]) & (centres < high[:, None])
+    return inside(rows, box[:, 0], box[:, 2])[:, :, None] & inside(columns, box[:, 1], box[:, 3])[:, None, :]
+
+
+def object_masks(batch: Batch) -> tuple[Array, Array]:
+    """(inside, known), bool (b, h, w): the object's pixels, and those that are not unsure. Raises UserError without region and box."""
+    if "region" in batch:
+        return batch["region"] == 1, batch["region"] != 2
+    if "box" not in batch:
+        raise UserError("localisation needs a data set with 'region' or 'box'; this one offers neither")
+    inside = box_mask(batch["box"], batch["image"].shape[1:3])
+    return inside, jnp.ones_like(inside)
+
+
+def mask_iou(found: Array, inside: Array, known: Array) -> Array:
+    """|found and inside| / |found or inside| over known pixels (b,); 0 where the union is empty."""
+    both, either = (found & inside & known).sum((1, 2)), ((found | inside) & known).sum((1, 2))
+    return both / jnp.maximum(either, 1)
+
+
+def iou(tau: float = 0.5) -> Metric:
+    """IoU of the pixels where the scaled map is >= tau with the object: {"iou": (b,)}."""
+    check_number("tau", tau, 0, 1)
+
+    def metric(keys, predict, maps, batch):
+        inside, known = object_masks(batch)
+        return {"iou": mask_iou(scaled(maps, inside.shape[1:]) >= tau, inside, known)}
+
+    return metric
+
+
+def iou_curve(taus: Sequence[float]) -> Metric:
+    """IoU at each threshold: {"ious": (b, t)}."""
+    for tau in taus:
+        check_number("tau", tau, 0, 1)
+
+    def metric(keys, predict, maps, batch):
+        inside, known = object_masks(batch)
+        full = scaled(maps, inside.shape[1:])
+        return {"ious": jnp.stack([mask_iou(full >= tau, inside, known) for tau in taus], 1)}
+
+    return metric
+
+
+def in_region() -> Metric:
+    """Share of the scaled map's sum inside the object, and that over the object's share of the area (chance is 1).
+
+    {"in_region": (b,), "lift": (b,)}; a constant map has share 0, an empty object lift 0.
+    """
+
+    def metric(keys, predict, maps, batch):
+        inside, known = object_masks(batch)
+        full = scaled(maps, inside.shape[1:]) * known
+        total, area = full.sum((1, 2)), inside.sum((1, 2)) / jnp.maximum(known.sum((1, 2)), 1)
+        share = jnp.where(total > 0, (full * inside).sum((1, 2)) / jnp.where(total > 0, total, 1), 0)
+        return {"in_region": share, "lift": jnp.where(area > 0, share / jnp.where(area > 0, area, 1), 0)}
+
+    return metric

@@ -1,0 +1,131 @@
+"""From a Flax module to a `Model`, and from a `Model` to a `Predict`."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx as flax_nnx
+
+from topgap_jax.errors import UserError
+from topgap_jax.rewrite.names import NAMING, name_tree
+from topgap_jax.types import Array, Keys, Model, Output, Predict, Variables
+
+# How authors spell the switch between training and evaluation, and what it is in training.
+SWITCHES = {
+    "train": True, "training": True, "is_training": True,
+    "deterministic": False, "use_running_average": False, "eval": False, "inference": False,
+}  # fmt: skip
+
+
+def linen(module: nn.Module) -> Model:
+    """A `Model` of any Linen module that maps images (b, h, w, c) to logits (b, k).
+
+    Its `__call__` may take `train`, `training`, `deterministic` or `use_running_average`, and `step` (the pool's schedule).
+    Random layers draw from `keys[0]`. Collections other than params and batch_stats are an error.
+    """
+    parameters = inspect.signature(type(module).__call__).parameters
+
+    def switches(train, step):
+        chosen = {word: value == train for word, value in SWITCHES.items() if word in parameters}
+        return chosen | ({"step": step} if "step" in parameters else {})
+
+    def init(key, images):
+        variables = module.init({"params": key, "dropout": key}, images, **switches(False, None))
+        extra = set(variables) - {"params", "batch_stats"}
+        if extra:
+            raise UserError(f"linen: {type(module).__name__} keeps collections that are not supported: {', '.join(sorted(extra))}")
+        return {"params": variables.get("params", {}), "batch_stats": variables.get("batch_stats", {})}
+
+    def apply(variables, images, *, train=False, keys=None, targets=None, step=None):
+        rngs = None if keys is None else {"dropout": keys[0]}
+        collections = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+        if not train:
+            logits = module.apply(collections, images, rngs=rngs, **switches(False, step))
+            return Output(logits, variables["batch_stats"], {})
+        logits, updates = module.apply(collections, images, rngs=rngs, mutable=["batch_stats"], **switches(True, step))
+        return Output(logits, updates.get("batch_stats", variables["batch_stats"]), {})
+
+    return Model(init, apply)
+
+
+def nnx(module: flax_nnx.Module) -> Model:
+    """A `Model` of any NNX module that maps images (b, h, w, c) to logits (b, k).
+
+    `init` returns the module's own parameters, whatever the key: an NNX module is born with them. Random layers are seeded
+    from `keys[0]`; everything that is neither a parameter nor random state counts as batch statistics.
+    """
+    graph, params, random, rest = flax_nnx.split(module, flax_nnx.Param, flax_nnx.RngState, ...)
+    takes_step = "step" in inspect.signature(type(module).__call__).parameters
+
+    def init(key, images):
+        return {"params": flax_nnx.to_pure_dict(params), "batch_stats": flax_nnx.to_pure_dict(rest)}
+
+    def apply(variables, images, *, train=False, keys=None, targets=None, step=None):
+        states = [_filled(params, variables["params"]), _reseeded(random, keys), _filled(rest, variables["batch_stats"])]
+        merged = flax_nnx.merge(graph, *states)
+        merged.train() if train else merged.eval()
+        logits = _named_call(merged, images, **({"step": step} if takes_step else {}))
+        after = flax_nnx.to_pure_dict(flax_nnx.split(merged, flax_nnx.Param, flax_nnx.RngState, ...)[3])
+        return Output(logits, after if train else variables["batch_stats"], {})
+
+    return Model(init, apply)
+
+
+def bind(model: Model, variables: Variables, *, train: bool = False) -> Predict:
+    """The model with its variables: images -> logits. `train=True` uses batch statistics and drops their update.
+
+    Bind inside the jitted function, so that variables are its arguments and not constants.
+    """
+
+    def predict(images: Array, keys: Keys | None = None) -> Array:
+        return model.apply(variables, images, train=train, keys=keys).logits
+
+    return predict
+
+
+def _filled(state, values: Mapping[str, Any]):
+    new = jax.tree.map(lambda x: x, state)
+    flax_nnx.replace_by_pure_dict(new, values)
+    return new
+
+
+def _reseeded(random, keys):
+    if keys is None:
+        return random
+    number = iter(range(10**6))
+
+    def fresh(value):
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return jax.random.fold_in(keys[0], next(number))
+        return value * 0
+
+    return jax.tree.map(fresh, random)
+
+
+def _named_call(module, images, **kwargs):
+    """Call the module; while names are asked for, its submodules name what they return.
+
+    Python looks `__call__` up on the class, so each submodule of this merged copy gets a subclass of its own for the call.
+    """
+    if NAMING.value is None:
+        return module(images, **kwargs)
+    originals = []
+    for path, child in flax_nnx.iter_modules(module):
+        if path and callable(child):
+            originals.append((child, type(child)))
+            label = "/".join(map(str, path))
+            object.__setattr__(child, "__class__", _naming_class(type(child), label))
+    try:
+        return module(images, **kwargs)
+    finally:
+        for child, original in originals:
+            object.__setattr__(child, "__class__", original)
+
+
+def _naming_class(original, label):
+    def __call__(self, *args, **kwargs):
+        return name_tree(original.__call__(self, *args, **kwargs), label)
+
+    return type(original.__name__, (original,), {"__call__": __call__})

@@ -1,0 +1,99 @@
+"""Checkpoints, and the one file that knows Orbax: `last` (to go on) and `best` (highest validation accuracy).
+
+A checkpoint is a few named trees of arrays, and `meta`, numbers and texts as JSON. Trees are read one by one, so that an
+evaluation reads variables without knowing the optimiser.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from topgap_jax.errors import UserError
+
+# A kill during a save leaves the one before, and a second good one while the third is being written.
+KEPT = {"last": 2, "best": 1}
+
+
+class Checkpoints(NamedTuple):
+    """The open checkpoint folders of a run."""
+
+    last: ocp.CheckpointManager
+    best: ocp.CheckpointManager
+
+
+@contextmanager
+def opened(workdir: Path) -> Iterator[Checkpoints]:
+    """Open `workdir`/checkpoints/{last,best} for writing; every process of a run calls this, and every `save`."""
+    managers = [ocp.CheckpointManager(_folder(workdir, which), options=_options(which)) for which in Checkpoints._fields]
+    try:
+        yield Checkpoints(*managers)
+    finally:
+        for manager in managers:
+            manager.close()
+
+
+def save(manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """Write a checkpoint; returns when it is whole on the disk. A step that is there already is left as it is.
+
+    A resumed run may come by a step again: its arithmetic is exact, so the checkpoint would be the same.
+    """
+    if step in manager.all_steps():
+        return
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta))), force=True)
+    manager.wait_until_finished()
+
+
+def latest_step(workdir: Path, which: str = "last") -> int | None:
+    """The newest step of `which` ("last" or "best"), None if there is none."""
+    folder = _folder(workdir, which)
+    if not folder.is_dir():
+        return None
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        return manager.latest_step()
+
+
+def restore(workdir: Path, which: str, templates: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the newest checkpoint of `which` ("last" or "best"): -> ({name: tree}, meta).
+
+    templates: {name: tree of arrays or ShapeDtypeStruct}; only these trees are read. A leaf's `sharding` says where it goes
+    (the first device where it has none), on any number of devices, whatever it was saved from. Raises UserError if there is
+    no checkpoint, if it cannot be read, or if it does not fit.
+    """
+    folder = _folder(workdir, which)
+    step = latest_step(workdir, which)
+    if step is None:
+        raise UserError(f"there is no checkpoint in {folder}; train first: topgap train --workdir {workdir} ...")
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def described(leaf):
+        leaf = jax.typeof(leaf) if not hasattr(leaf, "shape") else leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
+
+    items = {name: ocp.args.StandardRestore(jax.tree.map(described, tree)) for name, tree in templates.items()}
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        try:
+            found = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
+        except Exception as error:  # Orbax, TensorStore and JSON raise of every kind, of many lines
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"the checkpoint {folder / str(step)} is damaged or of another model: {reason}; delete that folder"
+            ) from error
+    return {name: found[name] for name in templates}, found["meta"]
+
+
+def _folder(workdir: Path, which: str) -> Path:
+    return Path(workdir).absolute() / "checkpoints" / which
+
+
+def _options(which: str) -> ocp.CheckpointManagerOptions:
+    return ocp.CheckpointManagerOptions(
+        max_to_keep=KEPT[which],
+        cleanup_tmp_directories=True,
+        # Saving in the background would read arrays that the next training step, whose state is donated, writes over.
+        enable_async_checkpointing=False,
+    )

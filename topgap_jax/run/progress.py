@@ -1,0 +1,166 @@
+"""What a run tells while it works: a bar on the terminal, and metrics in `metrics.jsonl` and TensorBoard files."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+QUIET_SECONDS = 30.0  # between two lines where there is no terminal
+
+
+class Bar(Protocol):
+    """A progress bar: `update(n)` counts n more units as done, `note(text)` shows a few words behind the counts."""
+
+    def update(self, n: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@contextmanager
+def bar(total: int, text: str, unit: str = "images", enabled: bool | None = None, *, done: int = 0) -> Iterator[Bar]:
+    """Show how far work of `total` units has come: done, units/s, remaining time. `done` of them were done before.
+
+    On a terminal a bar, elsewhere (a log file) at most one line every 30 seconds and one at the end. `enabled=False`
+    shows nothing; `None` shows it in process 0 only.
+    """
+    if enabled is None:
+        enabled = _is_writer()
+    shown = _TerminalBar if sys.stderr.isatty() else _Lines
+    current = shown(total, text, unit, done) if enabled else _Silent()
+    try:
+        yield current
+    finally:
+        current.close()
+
+
+class _Silent:
+    def update(self, n):
+        pass
+
+    def note(self, text):
+        pass
+
+    def close(self):
+        pass
+
+
+class _TerminalBar:
+    def __init__(self, total, text, unit, done):
+        self.tqdm = tqdm(total=total, desc=text, unit=f" {unit}", initial=done, dynamic_ncols=True, file=sys.stderr)
+
+    def update(self, n):
+        self.tqdm.update(n)
+
+    def note(self, text):
+        self.tqdm.set_postfix_str(text, refresh=False)
+
+    def close(self):
+        self.tqdm.close()
+
+
+class _Lines:
+    """The same figures as plain lines: a log file full of carriage returns cannot be read."""
+
+    def __init__(self, total, text, unit, done):
+        self.total, self.text, self.unit = total, text, unit
+        self.done = self.initial = done
+        self.words = ""
+        self.start = self.shown = time.monotonic()
+
+    def update(self, n):
+        self.done += n
+        if time.monotonic() - self.shown >= QUIET_SECONDS:
+            self._show()
+
+    def note(self, text):
+        self.words = text
+
+    def close(self):
+        self._show()
+
+    def _show(self):
+        self.shown = time.monotonic()
+        meter = tqdm.format_meter(
+            self.done,
+            self.total,
+            self.shown - self.start,
+            unit=f" {self.unit}",
+            initial=self.initial,
+            prefix=self.text,
+            postfix=self.words or None,
+            bar_format="{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+        )
+        print(meter, file=sys.stderr, flush=True)
+
+
+class Metrics:
+    """Writes rows of numbers to `metrics.jsonl` and to TensorBoard files in `tensorboard/`, both in `folder`.
+
+    `step` is where the run goes on: rows of later steps, left by a process that was killed after its last checkpoint,
+    are dropped, so that no step appears twice. Only process 0 writes.
+    """
+
+    def __init__(self, folder: Path, step: int = 0):
+        self.file = self.board = None
+        if not _is_writer():
+            return
+        path = Path(folder) / "metrics.jsonl"
+        kept = [row for row in read_metrics(folder) if row["step"] <= step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1, flush_secs=30)
+
+    def write(self, step: int, kind: str, numbers: Mapping[str, float], **more: float) -> None:
+        """One row: {"step", "kind", **more, **numbers}; `numbers` are drawn by TensorBoard as kind/name."""
+        if self.file is None:
+            return
+        row = {"step": step, "kind": kind, **more, **{name: float(value) for name, value in numbers.items()}}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for name, value in numbers.items():
+            self.board.add_scalar(f"{kind}/{name}", float(value), step)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.board.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of `metrics.jsonl` in a run folder, in order, without a last line left half written."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a process killed in the middle leaves the old one."""
+    part = Path(f"{path}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _is_writer() -> bool:
+    import jax
+
+    return jax.process_index() == 0

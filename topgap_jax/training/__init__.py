@@ -1,0 +1,1 @@
+"""How a method meets a batch: objectives, augmentation, schedules, optimisers."""
