@@ -26,10 +26,10 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"
 
     config.batch = 128
-    config.epochs = 5
+    config.epochs = 4
     config.augment = "crop_flip()"
     config.objective = "standard()"
-    config.optimizer = "sgd(warmup(cosine(0.1, 0, steps - 100), 100), weight_decay=5e-4)"
+    config.optimizer = "sgd(warmup(cosine(0.1, 0, total_steps - 100), 100), weight_decay=5e-4)"
     config.ema = 0.0
 
     config.eps = 8 / 255

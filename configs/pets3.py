@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.epochs = 60
     config.augment = "crop_flip(padding=16), colour_jitter(), cutout(32)"
     config.objective = "standard()"
-    config.optimizer = "adamw(warmup(cosine(4e-3, 0, steps - 30), 30), weight_decay=.05)"
+    config.optimizer = "adamw(warmup(cosine(4e-3, 0, total_steps - 30), 30), weight_decay=.05)"
     config.ema = 0.0
 
     config.eps = 1 / 255

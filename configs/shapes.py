@@ -30,12 +30,12 @@ def get_config() -> ConfigDict:
     config.epochs = 8
     config.augment = ""
     config.objective = "standard()"
-    config.optimizer = "adamw(warmup(cosine(4e-3, 0, steps - 100), 100), weight_decay=.01)"
+    config.optimizer = "adamw(warmup(cosine(4e-3, 0, total_steps - 100), 100), weight_decay=.01)"
     config.ema = 0.0
 
     config.eps = 2 / 255
     config.evaluators = (
-        "accuracy(), robust(pgd(linf(eps), steps=20)), localisation(cam()), regions(bank), receptive_field()"
+        "accuracy(), robust(pgd(linf(eps), steps=20)), localisation(cam(), boxes=False), regions(bank), receptive_field()"
     )
     config.explain = "cam(), grad_cam()"
 

@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.epochs = 20
     config.augment = "crop_flip(padding=8), cutout(16)"
     config.objective = "standard()"
-    config.optimizer = "adamw(warmup(cosine(4e-3, 0, steps - 100), 100), weight_decay=.02)"
+    config.optimizer = "adamw(warmup(cosine(4e-3, 0, total_steps - 100), 100), weight_decay=.02)"
     config.ema = 0.0
 
     config.eps = 1 / 255

@@ -15,6 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "34359738368", "MALLOC_ARENA_MAX": "1"}
+NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # or a second run would show no compile time
 
 
 def start(script, python=sys.executable, environment=None):

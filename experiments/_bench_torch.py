@@ -102,7 +102,11 @@ def prepare(path, network, images, labels, weights, k):
         save_file({name: value for name, value in model.state_dict().items() if "num_batches" not in name}, weights)
     model.load_state_dict(load_file(weights), strict=False)  # not strict: the files hold no num_batches_tracked
     model = model.to(memory_format=torch.channels_last).eval()
-    x = torch.from_numpy(np.load(images)).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    x = (
+        (torch.from_numpy(np.load(images)).float() / 255)
+        .permute(0, 3, 1, 2)
+        .contiguous(memory_format=torch.channels_last)
+    )
     y = torch.from_numpy(np.load(labels)).long()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
 

@@ -30,7 +30,16 @@ PEERS = {
     "PyTorch, one thread": {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
 }
 OURS = "topgap_jax"
-COLUMNS = ["path", "PyTorch / ours, median [range]", "of minima", "of CPU time", "ours ms, median / min", "PyTorch ms, median / min", "compile s", "peak MB, ours / PyTorch"]
+COLUMNS = [
+    "path",
+    "PyTorch / ours, median [range]",
+    "of minima",
+    "of CPU time",
+    "ours ms, median / min",
+    "PyTorch ms, median / min",
+    "compile s",
+    "peak MB, ours / PyTorch",
+]
 
 
 def main():
@@ -58,7 +67,7 @@ def measure(title, options, folder):
     """One path: start its processes, compare what they compute, time them in turn."""
     path, network, k = PATHS[title]
     generator = np.random.default_rng(0)
-    np.save(folder / "images.npy", generator.random((options.batch, 32, 32, 3), np.float32))
+    np.save(folder / "images.npy", generator.integers(0, 256, (options.batch, 32, 32, 3), np.uint8))
     np.save(folder / "labels.npy", generator.integers(0, 10, options.batch, np.int32))
     task = {
         "path": path,
@@ -72,7 +81,7 @@ def measure(title, options, folder):
         name: driver.start("_bench_torch.py", options.peer_python, driver.KEEP_MEMORY | environment)
         for name, environment in PEERS.items()
     }
-    processes[OURS] = driver.start("_bench_ours.py", environment={"JAX_ENABLE_COMPILATION_CACHE": "false"})
+    processes[OURS] = driver.start("_bench_ours.py", environment=driver.NO_CACHE)
     answers = {name: driver.ask(process, "prepare", **task) for name, process in processes.items()}
     times = driver.interleave(processes, options.rounds, options.seconds)
     settings = {}
@@ -81,8 +90,17 @@ def measure(title, options, folder):
         settings[name] = told | driver.figures(times[name]) | driver.ask(process, "memory")
     driver.stop(processes)
     peer = min(PEERS, key=lambda name: settings[name]["median_ms"])
-    agreement = {key: disagreement(answers[OURS][key], answers[peer][key]) for key in ("logits", "gradients", "loss") if key in answers[OURS]}
-    return {"peer": peer, "ratio": driver.ratios(times[peer], times[OURS]), "agreement": agreement, "settings": settings}
+    agreement = {
+        key: disagreement(answers[OURS][key], answers[peer][key])
+        for key in ("logits", "gradients", "loss")
+        if key in answers[OURS]
+    }
+    return {
+        "peer": peer,
+        "ratio": driver.ratios(times[peer], times[OURS]),
+        "agreement": agreement,
+        "settings": settings,
+    }
 
 
 def weights(network, folder):

@@ -38,6 +38,12 @@ def l2(eps: float) -> Ball:
         length = jax.random.uniform(radius, (), image.dtype) ** (1 / image.size)
         return eps * length * noise / (jnp.linalg.norm(noise) + 1e-12)
 
+    def unit(gradient):
+        # By the largest entry first: the squares of a confident image's gradient (1e-25) are 0 in float32.
+        largest = jnp.abs(gradient).max(AXES, keepdims=True)
+        scaled = jnp.where(largest > 0, gradient / jnp.where(largest > 0, largest, 1.0), 0.0)
+        return scaled / jnp.maximum(_norm(scaled), 1.0)
+
     def project(images, delta):
         return _box(images, delta * jnp.minimum(1.0, eps / (_norm(delta) + 1e-12)))
 
@@ -46,8 +52,8 @@ def l2(eps: float) -> Ball:
         eps=eps,
         start=start,
         project=project,
-        ascent=lambda gradient: gradient / (_norm(gradient) + 1e-12),
-        dual_norm=lambda gradient: _norm(gradient)[:, 0, 0, 0],
+        ascent=unit,
+        dual_norm=lambda gradient: (unit(gradient) * gradient).sum(AXES),
         size=lambda delta: _norm(delta)[:, 0, 0, 0],
         scaled=lambda factor: l2(eps * factor),
     )

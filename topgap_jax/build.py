@@ -9,7 +9,10 @@ import difflib
 import inspect
 import math
 import operator
-from collections.abc import Mapping
+import types
+import typing
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from topgap_jax.errors import UserError
@@ -37,12 +40,15 @@ def build(text: str, table: Table, values: Mapping[str, Any] | None = None, wher
     if not isinstance(text, str):
         raise UserError(f"{_at(where)}expected text like 'pgd(linf(8/255))', got {_short(text)}")
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of '\\d' and '1if'; what is wrong there is an error below
+            tree = ast.parse(text.strip().replace("\n", " "), mode="eval")  # a long list may go over several lines
         return _value(tree.body, table, values or {}, where)
     except UserError:
         raise
     except SyntaxError as error:
-        raise UserError(f"{_at(where)}{_short(text)} is not an expression: {error.msg} at column {error.offset}") from None
+        column = f" at column {error.offset}" if error.offset else ""
+        raise UserError(f"{_at(where)}{_short(text)} is not an expression: {_line(error.msg)}{column}") from None
     except (RecursionError, MemoryError, ValueError) as error:
         # ast.parse raises ValueError on NUL bytes and on integers of thousands of digits, the others on very deep nesting.
         raise UserError(f"{_at(where)}{_short(text)} cannot be read: {_line(error)}") from None
@@ -109,6 +115,10 @@ def _call(node: ast.Call, table: Table, values: Mapping[str, Any], where: str) -
     function = table[name]
     if any(isinstance(item, ast.Starred) for item in node.args) or any(word.arg is None for word in node.keywords):
         raise UserError(f"{_at(where)}'*' is not allowed in the arguments of '{name}'")
+    names = [word.arg for word in node.keywords]
+    for word in names:
+        if names.count(word) > 1:  # Python's own check comes after the parser, which is all that runs here
+            raise UserError(f"{_at(where)}{name}: '{word}' is given {names.count(word)} times; usage: {signature(name, function)}")
     args = [_value(item, table, values, where) for item in node.args]
     words = {word.arg: _value(word.value, table, values, where) for word in node.keywords}
     try:
@@ -118,6 +128,11 @@ def _call(node: ast.Call, table: Table, values: Mapping[str, Any], where: str) -
         wrong = [word for word in words if word not in parameters]
         hint = f"; {_closest(wrong[0], parameters)}" if wrong and _closest(wrong[0], parameters) else ""
         raise UserError(f"{_at(where)}{name}: {error}{hint}; usage: {signature(name, function)}") from None
+    for parameter, value in bound.arguments.items():
+        kinds = _kinds(inspect.signature(function).parameters[parameter].annotation)
+        if kinds and not any(fits(value) for _, fits in kinds):
+            due = " or ".join(dict.fromkeys(kind for kind, _ in kinds))
+            raise UserError(f"{_at(where)}{name}: {parameter} must be {due}, got {_short(value)}; usage: {signature(name, function)}")
     try:
         return function(*bound.args, **bound.kwargs)
     except UserError as error:
@@ -126,6 +141,25 @@ def _call(node: ast.Call, table: Table, values: Mapping[str, Any], where: str) -
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, AssertionError) as error:
         # A mistyped argument ('pgd(8)' where a ball is due) shows itself as one of these inside the function.
         raise UserError(f"{_at(where)}{name}: {_line(error)}; usage: {signature(name, function)}") from None
+
+
+def _kinds(annotation: Any) -> list[tuple[str, Callable]]:
+    """(name, test) of what an annotation allows; empty where the function's own checks say it better (numbers, text) or nothing is known."""
+    kinds, known = [], False
+    for kind in typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,):
+        if kind in (int, float):
+            kinds.append(("a number", lambda value: isinstance(value, (int, float))))
+        elif kind is type(None):
+            kinds.append(("None", lambda value: value is None))
+        elif isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields"):
+            kinds.append((f"a value of type {kind.__name__}", lambda value, kind=kind: isinstance(value, kind)))
+            known = True
+        elif getattr(kind, "_is_protocol", False) or typing.get_origin(kind) is Callable or kind is Callable:
+            kinds.append((f"a function of type {getattr(kind, '__name__', 'Callable')}", callable))
+            known = True
+        else:
+            return []
+    return kinds if known else []
 
 
 def _choices(name: str, choices: list[str]) -> str:
@@ -138,7 +172,7 @@ def _closest(name: str, choices: list[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else ""
 
 
-def _line(error: BaseException) -> str:
+def _line(error: BaseException | str) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -152,9 +186,9 @@ def _at(where: str) -> str:
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, whole: bool = False) -> None:
-    """Raise a UserError unless `value` is a number (a whole one) within [low, high]."""
+    """Raise a UserError unless `value` is a finite number (a whole one) within [low, high]."""
     kind = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high or value in (math.inf, -math.inf):
         bounds = {
             (False, False): "",
             (True, False): f" of at least {low:g}",

@@ -59,14 +59,14 @@ def top_gap(k: int | float | Callable | None = None, *, fraction: float | Callab
     amount = fraction if k is None else k
     if not callable(amount):
         check_number("fraction" if k is None else "k", amount, 1e-9 if k is None else 1, 1 if k is None else math.inf)
-        if k is not None and float(k).is_integer():
+        if k is not None and k == int(k):
             amount = int(k)
 
     def pool(maps, step=None):
         n = maps.shape[1] * maps.shape[2]
         if callable(amount):
             count = amount(LAST if step is None else step)
-            count = jnp.clip(count * n if k is None else count, 1.0, n)
+            count = lax.stop_gradient(jnp.clip(count * n if k is None else count, 1.0, n))
         elif k is None:
             count = positions(amount, n)
         elif amount > n:
@@ -101,6 +101,7 @@ def top_weights(maps: Array, k: int | Array) -> Array:
     return (jnp.where(above, 1.0, jnp.where(ties, rest, 0.0)) / k).reshape(b, h, w, c)
 
 
+@jax.jit  # called eagerly, the loop below would be compiled anew each time
 def kth_largest(values: Array, k: int | Array) -> Array:
     """The ceil(k)-th largest of values (b, n, c) along axis 1: (b, c), exact; k may be traced.
 

@@ -43,7 +43,7 @@ def pgd(ball: Ball, *, score: Score = cross_entropy, steps: int = 20, step_size:
         state, gradient = ascend(predict, score, state)
         return move(state, ball.project(state.images, state.delta + size * ball.ascent(gradient)))
 
-    return Attack(init, step, steps, Cost(1, 1), f"pgd-{steps}, {ball.name}")
+    return Attack(init, step, steps, Cost(0, 1), f"pgd-{steps}, {ball.name}")
 
 
 def fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
@@ -56,7 +56,7 @@ def fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
         state, gradient = ascend(predict, score, state)
         return move(state, ball.project(state.images, ball.eps * ball.ascent(gradient)))
 
-    return Attack(init, step, 1, Cost(1, 1), f"fgsm, {ball.name}")
+    return Attack(init, step, 1, Cost(0, 1), f"fgsm, {ball.name}")
 
 
 def attack(chosen: Attack, keys: Keys, predict: Predict, images: Array, labels: Array) -> State:

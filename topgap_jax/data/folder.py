@@ -65,8 +65,13 @@ def open_picture(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except OSError as error:  # Pillow's message alone does not always name the file
-        raise UserError(f"{file.name}: {error}") from error
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # what Pillow raises on broken files
+        raise UserError(f"{file.name} cannot be decoded: {error}") from error
 
 
 def _folders(top: Path) -> list[Path]:

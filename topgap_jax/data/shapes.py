@@ -87,7 +87,7 @@ def texture(random: np.random.Generator, name: str) -> np.ndarray:
         case "checker":
             return np.clip(2 * np.sin(wave * x + a) * np.sin(wave * y + b), -1, 1)
         case "dots":
-            return np.clip(1.5 * (np.cos(wave * x + a) + np.cos(wave * y + b) - 1), -0.5, 1)
+            return np.clip(1.5 * (np.cos(wave * x + a) + np.cos(wave * y + b) - 0.3), -0.5, 1)
     raise ValueError(name)
 
 
@@ -109,9 +109,7 @@ def outline(random: np.random.Generator, name: str) -> np.ndarray:
             distance = np.maximum(y, abs(x) * 0.75**0.5 - y / 2) - EXTENT[name] / 2
         case "cross":
             arm, width = 0.925, 0.38
-            distance = np.minimum(
-                np.maximum(abs(x) - arm, abs(y) - width), np.maximum(abs(y) - arm, abs(x) - width)
-            )
+            distance = np.minimum(np.maximum(abs(x) - arm, abs(y) - width), np.maximum(abs(y) - arm, abs(x) - width))
         case "ring":
             distance = np.maximum(np.hypot(x, y) - 1, 0.5 - np.hypot(x, y))
         case "star":

@@ -43,8 +43,12 @@ class Source:
 
     def __getitem__(self, index: int) -> Record:
         """The record `index` of the split. Raises a UserError that names data set, split and index."""
+        if not 0 <= index < self.length:  # what ends a for loop over a source
+            raise IndexError(index)
         try:
             record = self.read(index)
+        except UserError as error:
+            raise UserError(f"{self._at(index)}: {error}") from error
         except Exception as error:  # whatever a decoder raises on a broken record
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{self._at(index)} cannot be decoded: {reason}") from error
@@ -68,15 +72,14 @@ def decode(
 
     resize: "stretch" squashes the whole image (bilinear, antialiased); "crop" scales the image until it covers the size and
     cuts out the centre. A box is cut at the border (one that is wholly outside has no area); a region is resized by nearest
-    neighbour. extras=False leaves out box, region and group.
+    neighbour. extras=False leaves box, region and group out.
     """
-    record = source[index]
-    kept = ("image", "label", "box", "region", "group") if extras else ("image", "label")
-    record = {key: record[key] for key in kept if key in record}
+    left_out = () if extras else ("box", "region", "group")
+    record = {key: value for key, value in source[index].items() if key not in left_out}
     h, w = record["image"].shape[:2]
+    top, left, height, width = window = crop_window((h, w), image_size, resize)
     if (h, w) == tuple(image_size):
         return record
-    top, left, height, width = window = crop_window((h, w), image_size, resize)
     record["image"] = _cut(record["image"], image_size, window, Image.Resampling.BILINEAR)
     if "region" in record:
         record["region"] = _cut(record["region"], image_size, window, Image.Resampling.NEAREST)
@@ -112,7 +115,9 @@ def slice_split(text: str, sizes: Mapping[str, int], name: str) -> tuple[str, ra
     match = re.fullmatch(r"(.+?)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", text)
     if match is None or match[1] not in sizes:
         known = match[1] if match else text
-        raise UserError(f"{name} has no split '{known}'; {choices(known, sizes)}, or a part like '{next(iter(sizes))}[:80%]'")
+        raise UserError(
+            f"{name} has no split '{known}'; {choices(known, sizes)}, or a part like '{next(iter(sizes))}[:80%]'"
+        )
     n = sizes[match[1]]
     start, stop = _bound(match[2], 0, n), _bound(match[3], n, n)
     if not 0 <= start <= n or not 0 <= stop <= n:

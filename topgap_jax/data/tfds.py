@@ -68,8 +68,12 @@ def find(name: str) -> Path:
         versions = [each.parent for each in folder.glob(f"{version or '*'}/{FEATURES}")]
         if versions:
             return max(versions, key=lambda each: [int(x) if x.isdigit() else -1 for x in each.name.split(".")])
-    there = {each.relative_to(root).parts[0] for each in (*root.glob(f"*/*/{FEATURES}"), *root.glob(f"*/*/*/{FEATURES}"))}
-    raise UserError(f"tfds('{name}') is not prepared in {root} (set TOPGAP_DATA to the folder above it); {choices(path, there)}")
+    there = {
+        each.relative_to(root).parts[0] for each in (*root.glob(f"*/*/{FEATURES}"), *root.glob(f"*/*/*/{FEATURES}"))
+    }
+    raise UserError(
+        f"tfds('{name}') is not prepared in {root} (set TOPGAP_DATA to the folder above it); {choices(path, there)}"
+    )
 
 
 def data_folder() -> Path:
@@ -89,7 +93,9 @@ def _builder(folder: Path, shown: str):
     except Exception as error:  # a broken features.json or dataset_info.json ends in many kinds of them
         raise UserError(f"{shown}: {folder} cannot be read: {' '.join(str(error).split())[:200]}") from error
     if "array_record" not in formats:
-        raise UserError(f"{shown} is prepared as {', '.join(sorted(formats))}; prepare it with file_format='array_record'")
+        raise UserError(
+            f"{shown} is prepared as {', '.join(sorted(formats))}; prepare it with file_format='array_record'"
+        )
     return builder
 
 
@@ -124,7 +130,9 @@ def _length(builder, split: str, shown: str) -> int:
     splits = builder.info.splits
     known = split.partition("[")[0]
     if "+" not in split and known not in splits:
-        raise UserError(f"{shown} has no split '{known}'; {choices(known, splits)}, or a part like '{next(iter(splits))}[:80%]'")
+        raise UserError(
+            f"{shown} has no split '{known}'; {choices(known, splits)}, or a part like '{next(iter(splits))}[:80%]'"
+        )
     try:
         return splits[split].num_examples
     except (ValueError, KeyError, AssertionError) as error:
@@ -133,7 +141,10 @@ def _length(builder, split: str, shown: str) -> int:
 
 def _record(example, keys: dict[str, str | None], region_values) -> Record:
     pixels = example[keys["image"]]
-    record = {"image": np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels, "label": int(example[keys["label"]])}
+    record = {
+        "image": np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels,
+        "label": int(example[keys["label"]]),
+    }
     if keys["box"]:
         record["box"] = np.asarray(example[keys["box"]], np.float32)
     if keys["region"]:
@@ -145,8 +156,10 @@ def _record(example, keys: dict[str, str | None], region_values) -> Record:
 
 def _region(mask, region_values) -> np.ndarray:
     mask = mask[..., 0] if mask.ndim == 3 else mask
-    inside, outside, unsure = (np.zeros(mask.shape, bool) if value is None else mask == value for value in region_values)
+    inside, outside, unsure = (
+        np.zeros(mask.shape, bool) if value is None else mask == value for value in region_values
+    )
     unknown = ~(inside | outside | unsure)
     if unknown.any():
-        raise ValueError(f"its mask holds {mask[unknown][0]}, which is none of region_values={tuple(region_values)}")
+        raise UserError(f"its mask holds {mask[unknown][0]}, which is none of region_values={tuple(region_values)}")
     return np.where(inside, 1, np.where(unsure, 2, 0)).astype(np.uint8)

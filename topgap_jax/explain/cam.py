@@ -19,7 +19,9 @@ def cam() -> Explain:
         try:
             _, maps = read(predict, "maps")(images)
         except UserError as error:
-            raise UserError(f"cam: the model has no class maps named 'maps' (use map_head, pyramid_head or rewrite.with_pool): {error}") from None
+            raise UserError(
+                f"cam: the model has no class maps named 'maps' (use map_head, pyramid_head or rewrite.with_pool): {error}"
+            ) from None
         return jnp.take_along_axis(maps.astype(jnp.float32), labels[:, None, None, None], -1)[..., 0]
 
     explain.cost = Cost(1, 0)
@@ -37,8 +39,8 @@ def grad_cam(layer: str | None = None) -> Explain:
         full = layer or default_layer(predict, images)
         _, features = read(predict, full)(images)
         score = lambda z: logit(tap(predict, full, lambda _: z)(images), labels).sum()
-        weights = jax.grad(score)(features).mean((1, 2))
-        return jax.nn.relu(jnp.einsum("bhwc,bc->bhw", features, weights)).astype(jnp.float32)
+        weights = jax.grad(score)(features).astype(jnp.float32).mean((1, 2))
+        return jax.nn.relu(jnp.einsum("bhwc,bc->bhw", features.astype(jnp.float32), weights))
 
     explain.cost = Cost(1, 1)
     return explain

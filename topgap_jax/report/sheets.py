@@ -49,7 +49,8 @@ def sheet(
     inner = columns * width + (columns - 1) * GAP
     top = MARGIN + 30 * bool(title) + 24
     row_height = 24 + height + 8
-    canvas = Image.new("RGB", (inner + 2 * MARGIN, top + len(images) * row_height + 26), PAPER)
+    lines = legend(inner, any(true for true, _ in names), boxes is not None, regions is not None, bool(map_boxes))
+    canvas = Image.new("RGB", (inner + 2 * MARGIN, top + len(images) * row_height + 18 * len(lines) + 8), PAPER)
     draw = ImageDraw.Draw(canvas)
     if title:
         write(draw, (MARGIN, MARGIN - 2), title, inner, points=19, bold=True)
@@ -65,7 +66,12 @@ def sheet(
             found = None if map_boxes is None or name not in map_boxes else map_boxes[name][row]
             picture = marked(overlay(image, values[row], size), box=box, map_box=found, thin=True)
             canvas.paste(picture, (MARGIN + column * (width + GAP), y + 24))
-    legend(draw, (MARGIN, canvas.height - 26), inner, boxes is not None, regions is not None, bool(map_boxes))
+    for i, line in enumerate(lines):
+        for x, colour, text in line:
+            y = top + len(images) * row_height + 18 * i
+            if colour:
+                draw.rectangle((MARGIN + x, y + 3, MARGIN + x + 10, y + 11), fill=colour, outline=HALO)
+            write(draw, (MARGIN + x + 15 * bool(colour), y), text, inner, points=12, colour=MUTED)
     return save(canvas, path)
 
 
@@ -184,28 +190,31 @@ def rectangle(draw: ImageDraw.ImageDraw, size, box, colour: str, *, width: int, 
 
 
 def caption(draw: ImageDraw.ImageDraw, at: tuple[int, int], true: str, predicted: str, width: int) -> None:
-    """The predicted name, green where right and red where wrong, and the true one; plain where the truth is unknown."""
-    colour = INK if not true else RIGHT if predicted == true else WRONG
-    used = write(draw, at, predicted, width * (1 if predicted == true or not true else 0.6), bold=True, colour=colour)
-    if true and predicted != true:
-        write(draw, (at[0] + used + 7, at[1]), f"is {true}", width - used - 7, colour=MUTED)
+    """The predicted name, green with a tick where right, red with a cross where wrong, and the true one; plain where none is known."""
+    if not true:
+        write(draw, at, predicted, width, bold=True)
+    elif predicted == true:
+        write(draw, at, f"✓ {predicted}", width, bold=True, colour=RIGHT)
+    else:
+        used = write(draw, at, f"✗ {predicted}", 0.6 * width, bold=True, colour=WRONG) + 8
+        write(draw, (at[0] + used, at[1]), f"true: {true}", width - used, colour=MUTED)
 
 
-def legend(draw: ImageDraw.ImageDraw, at: tuple[int, int], width: int, box: bool, region: bool, map_box: bool) -> None:
-    """One line that says what the colours mean, as far as there is room."""
-    entries = [(RIGHT, "right"), (WRONG, "wrong")]
-    entries += [(TRUE_BOX, "true box")] * box + [(OUTLINE, "true region")] * region + [(MAP_BOX, "box of the map")] * map_box
-    x, y = at
+def legend(width: int, truth: bool, box: bool, region: bool, map_box: bool) -> list[list[tuple[int, str, str]]]:
+    """What the colours mean, broken into lines of at most `width` pixels: (x, colour, text) each."""
+    entries = [(RIGHT, "right"), (WRONG, "wrong")] * truth
+    entries += (
+        [(TRUE_BOX, "true box")] * box + [(OUTLINE, "true region")] * region + [(MAP_BOX, "box of the map")] * map_box
+    )
+    entries += [("", "maps: dark low, bright high, each on its own scale")]
+    lines, x = [[]], 0
     for colour, text in entries:
-        needed = 16 + font(12).getlength(text)
-        if x + needed > at[0] + width:
-            return
-        draw.rectangle((x, y + 4, x + 10, y + 12), fill=colour, outline=HALO)
-        write(draw, (x + 15, y), text, needed, points=12, colour=MUTED)
-        x += int(needed) + 14
-    note = "maps: dark low, bright high, each on its own scale"
-    if x + font(12).getlength(note) <= at[0] + width:
-        write(draw, (x, y), note, width, points=12, colour=MUTED)
+        needed = 15 * bool(colour) + int(font(12).getlength(text))
+        if lines[-1] and x + needed > width:
+            lines, x = [*lines, []], 0
+        lines[-1].append((x, colour, text))
+        x += needed + 14
+    return lines
 
 
 def write(draw, at, text: str, width: float, *, points: int = 14, bold: bool = False, colour: str = INK) -> int:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Jaxpr
 from jax.extend.core.primitives import name_p
@@ -101,6 +102,9 @@ def _name_outputs(next_fun, args, kwargs, context):
 
 def name_tree(out: Any, label: str) -> Any:
     """An array named `label`; the arrays of a tuple or dict named `label[key]`."""
+    if isinstance(out, dict):
+        # Not by jax.tree: it would hand the dict back with sorted keys, and a caller may go by their order.
+        return type(out)((key, name_tree(value, f"{label}[{key!r}]")) for key, value in out.items())
     return jax.tree_util.tree_map_with_path(
         lambda path, x: checkpoint_name(x, label + jax.tree_util.keystr(path)) if isinstance(x, jax.Array) else x, out
     )
@@ -122,7 +126,7 @@ def _replace(jaxpr: Jaxpr, consts, args, full: str, edit):
     def rule(eqn, values, read):
         if eqn.primitive is name_p and eqn.params["name"] == full:
             seen.append(values[0])
-            after = edit(values[0])
+            after = jnp.asarray(edit(values[0]), values[0].dtype)
             if after.shape != values[0].shape:
                 raise UserError(f"tap: '{full}' has shape {values[0].shape}, its replacement {after.shape}; they must agree")
             # The name is given again, so that nested taps find it.

@@ -16,6 +16,7 @@ from topgap_jax.errors import UserError
 
 # A kill during a save leaves the one before, and a second good one while the third is being written.
 KEPT = {"last": 2, "best": 1}
+READING = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
 
 
 class Checkpoints(NamedTuple):
@@ -28,7 +29,9 @@ class Checkpoints(NamedTuple):
 @contextmanager
 def opened(workdir: Path) -> Iterator[Checkpoints]:
     """Open `workdir`/checkpoints/{last,best} for writing; every process of a run calls this, and every `save`."""
-    managers = [ocp.CheckpointManager(_folder(workdir, which), options=_options(which)) for which in Checkpoints._fields]
+    managers = [
+        ocp.CheckpointManager(_folder(workdir, which), options=_options(which)) for which in Checkpoints._fields
+    ]
     try:
         yield Checkpoints(*managers)
     finally:
@@ -53,7 +56,7 @@ def latest_step(workdir: Path, which: str = "last") -> int | None:
     folder = _folder(workdir, which)
     if not folder.is_dir():
         return None
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with ocp.CheckpointManager(folder, options=READING) as manager:
         return manager.latest_step()
 
 
@@ -71,17 +74,16 @@ def restore(workdir: Path, which: str, templates: Mapping[str, Any]) -> tuple[di
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def described(leaf):
-        leaf = jax.typeof(leaf) if not hasattr(leaf, "shape") else leaf
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
 
     items = {name: ocp.args.StandardRestore(jax.tree.map(described, tree)) for name, tree in templates.items()}
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with ocp.CheckpointManager(folder, options=READING) as manager:
         try:
             found = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
         except Exception as error:  # Orbax, TensorStore and JSON raise of every kind, of many lines
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"the checkpoint {folder / str(step)} is damaged or of another model: {reason}; delete that folder"
+                f"the checkpoint {folder / str(step)} is of another model, or damaged (then delete that folder): {reason}"
             ) from error
     return {name: found[name] for name in templates}, found["meta"]
 

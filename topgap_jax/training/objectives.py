@@ -25,11 +25,14 @@ def standard(*, label_smoothing: float = 0.0) -> Objective:
 
 
 def adversarial(attack: Attack, *, label_smoothing: float = 0.0) -> Objective:
-    """Standard training on the attack's last iterate (Madry et al. 2018, arXiv 1706.06083); the attack sees the model in eval mode."""
+    """Standard training on the attack's last iterate (Madry et al. 2018, arXiv 1706.06083).
+
+    The attack sees the model in eval mode, with the pool as it is at this step.
+    """
     inner = standard(label_smoothing=label_smoothing)
 
     def objective(keys, model, variables, batch, step):
-        predict = bind(model, lax.stop_gradient(variables))
+        predict = bind(model, lax.stop_gradient(variables), step=step)
         # The state's last iterate, not its first break: training wants the point of highest loss.
         state = attack.init(keys, predict, batch["image"], batch["label"], predict(batch["image"]))
         for _ in range(attack.steps):

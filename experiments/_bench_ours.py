@@ -1,0 +1,139 @@
+"""The JAX process of bench_core.py and bench_pool.py: the paths as `topgap train` and `topgap evaluate` run them."""
+
+import time
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _bench_worker import serve
+
+import topgap_jax as tg
+from topgap_jax.mesh import data_mesh
+from topgap_jax.run import pretrained
+from topgap_jax.run.cpu import configure_cpu
+from topgap_jax.run.fit import Parts, State, make_step
+from topgap_jax.training import objectives, optimizers
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+BACKBONES = {"resnet20": tg.models.resnet20, "resnet18": lambda: tg.models.resnet18(stem="cifar")}
+HEADS = {
+    "maps": tg.models.map_head,
+    "pyramid": lambda pool: tg.models.pyramid_head(pool, width=64, levels=2, finest="stage2"),
+}
+LINF = tg.balls.linf(8 / 255)
+
+
+def prepare(path, network, k, images, labels, weights=None, head="maps", classes=10):
+    """k: of `top_gap`, None for `gap`. images, labels: .npy files, uint8 and int32. weights: random if None."""
+    pool = tg.pool.gap() if k is None else tg.pool.top_gap(k=k)
+    model = tg.models.classifier(BACKBONES[network](), HEADS[head](pool), classes=classes, **IMAGENET)
+    pixels, labels = np.load(images), np.load(labels)
+    x, y = jnp.asarray(pixels, jnp.float32) / 255, jnp.asarray(labels)
+    variables = pretrained.load(weights, model) if weights else jax.jit(model.init)(jax.random.key(0), x[:1])
+    logits = jax.jit(lambda variables, x: tg.models.bind(model, variables)(x))(variables, x)
+    compile_seconds = 0.0
+
+    def compiled(function, *arguments, jitted=jax.jit):
+        """The function compiled for these arguments; tracing and compiling are booked apart."""
+        nonlocal compile_seconds
+        start = time.perf_counter()
+        executable = jitted(function).lower(*arguments).compile()
+        compile_seconds += time.perf_counter() - start
+        return executable
+
+    def forward():
+        predict = compiled(lambda variables, x: tg.models.bind(model, variables)(x), variables, x)
+        run = lambda: jax.block_until_ready(predict(variables, x))
+        return run, run
+
+    def input_gradient():
+        def summed(x, variables):
+            return tg.scores.cross_entropy(tg.models.bind(model, variables)(x), y).sum()
+
+        gradient = compiled(jax.grad(summed), x, variables)
+        run = lambda: jax.block_until_ready(gradient(x, variables))
+        return run, run
+
+    def pgd():
+        """As `run.robust` does it: one jitted step at a time, and the host asks each time whether any is unbroken."""
+        attack = tg.attacks.pgd(LINF, steps=20)
+        keys = jax.random.split(jax.random.key(0), len(y))
+
+        def step(variables, state):
+            state = attack.step(tg.models.bind(model, variables), state)
+            return state, (state.status == 0).any()
+
+        start = compiled(lambda x, logits: attack.init(keys, None, x, y, logits), x, logits)
+        step = compiled(step, variables, start(x, logits))
+        book = compiled(
+            lambda variables, state: tg.attacks.finish(tg.models.bind(model, variables), state),
+            variables,
+            start(x, logits),
+        )
+
+        def attacked(steps):
+            state = start(x, logits)
+            for _ in range(steps):
+                state, running = step(variables, state)
+                bool(running)
+            return jax.block_until_ready(book(variables, state))
+
+        return lambda: attacked(1), lambda: attacked(attack.steps)
+
+    def train(objective):
+        nonlocal variables
+        parts = Parts(
+            model=model,
+            objective=objective,
+            augments=(),
+            optimizer=optimizers.sgd(0.1, nesterov=False, weight_decay=5e-4),
+            train={},
+            validation=None,
+            examples=len(y),
+            batch=len(y),
+            epochs=1,
+            seed=0,
+            ema=0.0,
+            image_shape=pixels.shape[1:],
+            classes=classes,
+        )
+        state = State(jnp.int32(0), variables, parts.optimizer.init(variables["params"]))
+        held = {"image": jnp.asarray(pixels), "label": y}
+        rows = {"id": jnp.arange(len(y)), "mask": jnp.ones(len(y), bool)}
+        step = compiled(make_step(parts, data_mesh()), state, held, rows, jitted=lambda step: step)
+
+        def run():
+            nonlocal state
+            state, metrics = step(state, held, rows)
+            return jax.block_until_ready((state, metrics))[1]
+
+        return run, run
+
+    warm, run = {
+        "forward": forward,
+        "input_gradient": input_gradient,
+        "pgd": pgd,
+        "adversarial": lambda: train(objectives.adversarial(tg.attacks.pgd(LINF, steps=10))),
+        "train": lambda: train(objectives.standard()),
+    }[path]()
+    info = {
+        "framework": f"topgap_jax {tg.__version__}, JAX {jax.__version__}, Flax {flax.__version__}",
+        "settings": SETTINGS,
+        "logits": np.asarray(logits).tolist(),
+        "compile_seconds": compile_seconds,
+    }
+    first = run()
+    if path == "input_gradient":
+        info["gradients"] = np.linalg.norm(np.asarray(first).reshape(len(y), -1), axis=1).tolist()
+    if path in ("train", "adversarial"):
+        info["loss"] = float(first["loss"])
+    if path == "pgd":
+        points = first.images + first.delta
+        info["loss"] = float(tg.scores.cross_entropy(tg.models.bind(model, variables)(points), y).mean())
+    return warm, run, info
+
+
+if __name__ == "__main__":
+    SETTINGS = configure_cpu()
+    serve(prepare)

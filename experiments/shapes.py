@@ -1,0 +1,136 @@
+"""Does Top-GAP make a network look at the object? Five seeds on `shapes`, GAP against Top-GAP, in every measure.
+
+Each arm is the same network with the same seed, data and budget; only the pool differs. A difference is paired by seed and
+given as mean with a 95 % t interval; whose interval holds 0 is "undecided". Writes results/shapes.json; a run that is there
+already is not trained again, so the study can be stopped and continued. `--arms` and `--seeds` take a part of it.
+
+    python experiments/shapes.py
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from topgap_jax.run import setup
+from topgap_jax.run.cpu import configure_cpu
+from topgap_jax.run.fit import fit
+from topgap_jax.run.progress import write_text
+from topgap_jax.run.provenance import provenance
+
+CONFIG = Path(__file__).parent.parent / "configs" / "shapes.py"
+RESULTS = Path(__file__).parent.parent / "results" / "shapes.json"
+ARMS = {
+    "gap": "gap()",
+    "top_gap .05": "top_gap(fraction=.05)",
+    "top_gap .14": "top_gap(fraction=.14)",
+    "top_gap .3": "top_gap(fraction=.3)",
+}
+SEEDS = (0, 1, 2, 3, 4)
+CHANCE = 1 / 6
+
+
+def run(pool: str, seed: int, workdir: Path) -> dict:
+    """Train (or continue, or reuse) one run, evaluate it, and return {split: {evaluator: {measure: value}}} and its cost."""
+    overrides = [("pool", pool), ("seed", str(seed))]
+    experiment = setup.experiment(CONFIG, overrides)
+    before = cpu_seconds()
+    fit(experiment.config, workdir, parts=setup.parts(experiment), file=str(CONFIG))
+    trained = cpu_seconds()
+    stored = workdir / "evaluation.json"
+    rows = json.loads(stored.read_text())["rows"] if stored.exists() else []
+    if len(rows) < 10:
+        rows = setup.evaluate(setup.from_workdir(workdir, checkpoint_name="last"))
+    numbers = {}
+    for row in rows:
+        numbers.setdefault(row["split"], {}).update(
+            {f"{short(row['evaluator'])}.{k}": v for k, v in row["values"].items()}
+        )
+    return {"measures": numbers, "train_cpu_seconds": trained - before, "evaluate_cpu_seconds": cpu_seconds() - trained}
+
+
+def short(evaluator: str) -> str:
+    """`robust(pgd(...))` -> robust.
+
+    >>> short("robust(pgd(linf(eps), steps=20))")
+    'robust'
+    """
+    return evaluator.split("(")[0]
+
+
+def cpu_seconds() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_utime + resource.getrusage(resource.RUSAGE_SELF).ru_stime
+
+
+def compare(runs: dict) -> dict:
+    """Per split and measure: mean and spread of each arm, and each arm minus gap, paired by seed."""
+    table = {}
+    seeds = [seed for seed in map(str, SEEDS) if all(seed in runs.get(arm, {}) for arm in ARMS)]
+    if not seeds:
+        return {}
+    for split, measures in runs["gap"][seeds[0]]["measures"].items():
+        for measure in measures:
+            values = {arm: [runs[arm][seed]["measures"][split][measure] for seed in seeds] for arm in ARMS}
+            if any(value is None for column in values.values() for value in column):
+                continue
+            row = {
+                arm: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)), "values": v}
+                for arm, v in values.items()
+            }
+            for arm in list(ARMS)[1:]:
+                row[f"{arm} - gap"] = paired(values[arm], values["gap"])
+            table.setdefault(split, {})[measure] = row
+    return table
+
+
+def paired(a: list[float], b: list[float]) -> dict:
+    """Mean difference with its 95 % t interval and a verdict."""
+    difference = np.subtract(a, b)
+    n = len(difference)
+    half = float(stats.t.ppf(0.975, n - 1) * difference.std(ddof=1) / np.sqrt(n)) if n > 1 else float("inf")
+    mean = float(difference.mean())
+    verdict = "undecided" if abs(mean) <= half else ("higher" if mean > 0 else "lower")
+    return {"mean": mean, "low": mean - half, "high": mean + half, "verdict": verdict}
+
+
+def requirement(runs: dict) -> list[dict]:
+    """What the data set must be: in every seed GAP reaches 85 % on test, loses 20 points on test_shifted, stays 10 above chance."""
+    rows = []
+    for seed, stored in sorted(runs.get("gap", {}).items()):
+        test, shifted = (stored["measures"][split]["accuracy.accuracy"] for split in ("test", "test_shifted"))
+        holds = test >= 0.85 and test - shifted >= 0.2 and shifted >= CHANCE + 0.1
+        rows.append({"seed": int(seed), "test": test, "test_shifted": shifted, "holds": bool(holds)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/study/shapes"))
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    arguments = parser.parse_args()
+    print(configure_cpu(), file=sys.stderr)
+    for seed in arguments.seeds:
+        for arm in arguments.arms:
+            done = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
+            if str(seed) in done.get(arm, {}):
+                continue
+            stored = run(ARMS[arm], seed, arguments.runs / f"{arm.replace(' ', '_')}_seed{seed}")
+            # Read again: another process may have written its own runs meanwhile.
+            done = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
+            done.setdefault(arm, {})[str(seed)] = stored
+            result = {**provenance(), "config": "configs/shapes.py", "arms": ARMS, "requirement": requirement(done)}
+            RESULTS.parent.mkdir(exist_ok=True)
+            write_text(RESULTS, json.dumps({**result, "comparison": compare(done), "runs": done}, indent=1) + "\n")
+            print(f"{arm}, seed {seed}: {stored['measures']['test']['accuracy.accuracy']:.3f} on test, "
+                  f"{stored['measures']['test_shifted']['accuracy.accuracy']:.3f} on test_shifted")  # fmt: skip
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    main()

@@ -1,0 +1,117 @@
+"""Laws of every ball: feasible and idempotent projections, starts inside, steepest ascent, dual norm."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from topgap_jax import balls
+from topgap_jax.errors import UserError
+
+SHAPE = (3, 2, 2, 3)
+SIZES = {"linf": lambda delta: np.abs(delta).max((1, 2, 3)), "l2": lambda delta: np.sqrt((np.float64(delta) ** 2).sum((1, 2, 3)))}
+DUALS = {"linf": lambda g: np.abs(g).sum((1, 2, 3)), "l2": lambda g: np.sqrt((np.float64(g) ** 2).sum((1, 2, 3)))}
+rows = pytest.mark.parametrize("name", balls.TABLE)
+
+
+def images_of(seed, shape=SHAPE):
+    """Pixels in [0, 1], some exactly 0 or 1."""
+    return np.clip(np.random.default_rng(seed).uniform(-0.3, 1.3, shape), 0, 1).astype(np.float32)
+
+
+def noise_of(seed, shape=SHAPE, scale=1.0):
+    return (scale * np.random.default_rng(seed).normal(size=shape)).astype(np.float32)
+
+
+def test_every_row_is_here():
+    assert set(SIZES) == set(balls.TABLE)
+
+
+@rows
+@given(st.integers(0, 10**6), st.floats(0.001, 3), st.floats(0.01, 3))
+def test_projection_is_feasible_and_idempotent(name, seed, eps, scale):
+    ball, images = balls.TABLE[name](eps), images_of(seed)
+    once = ball.project(images, noise_of(seed + 1, scale=scale))
+    points = np.asarray(images + once)
+    assert points.min() >= 0 and points.max() <= 1
+    assert (SIZES[name](once) <= eps + 1e-6).all()
+    np.testing.assert_allclose(ball.size(once), SIZES[name](once), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(ball.project(images, once), once, atol=1e-6)
+
+
+def test_projection_formulas():
+    images, delta = images_of(0), noise_of(1)
+    np.testing.assert_allclose(balls.linf(0.3).project(images, delta), np.clip(images + np.clip(delta, -0.3, 0.3), 0, 1) - images, atol=1e-6)
+    shrunk = delta * np.minimum(1, 0.3 / SIZES["l2"](delta))[:, None, None, None]
+    np.testing.assert_allclose(balls.l2(0.3).project(images, delta), np.clip(images + shrunk, 0, 1) - images, atol=1e-6)
+    # What is inside both already stays.
+    small = (0.01 * delta * ((images > 0.1) & (images < 0.9))).astype(np.float32)
+    for ball in (balls.linf(0.3), balls.l2(0.3)):
+        np.testing.assert_allclose(ball.project(images, small), small, atol=1e-7)
+
+
+@rows
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
+def test_ascent_attains_the_dual_norm(name, scale):
+    """<g, ascent(g)> = dual_norm(g), of unit size, and no random direction of unit size does better, whatever the gradient's scale."""
+    ball, gradient = balls.TABLE[name](0.1), noise_of(2, scale=scale)
+    direction = ball.ascent(gradient)
+    np.testing.assert_allclose(SIZES[name](direction), 1, rtol=1e-5)
+    np.testing.assert_allclose(ball.dual_norm(gradient), DUALS[name](np.float64(gradient)), rtol=1e-5)
+    along = (np.float64(gradient) * direction).sum((1, 2, 3))
+    np.testing.assert_allclose(along, DUALS[name](np.float64(gradient)), rtol=1e-5)
+    for seed in range(50):
+        other = noise_of(100 + seed)
+        other = np.sign(other) * np.abs(other) ** 0.1 / SIZES[name](np.abs(other) ** 0.1)[:, None, None, None]
+        assert ((np.float64(gradient) * other).sum((1, 2, 3)) <= along * (1 + 1e-6)).all()
+
+
+@rows
+def test_a_zero_gradient_moves_nothing(name):
+    ball = balls.TABLE[name](0.1)
+    assert not np.asarray(ball.ascent(jnp.zeros(SHAPE))).any() and not np.asarray(ball.dual_norm(jnp.zeros(SHAPE))).any()
+
+
+@rows
+def test_start_is_inside_and_depends_on_the_key_alone(name):
+    ball, shape = balls.TABLE[name](0.4), (64, 4, 4, 3)
+    keys = jax.random.split(jax.random.key(0), 64)
+    delta = jax.vmap(ball.start)(keys, images_of(0, shape))
+    sizes = SIZES[name](delta)
+    assert (sizes <= 0.4 + 1e-6).all() and len(np.unique(sizes)) > 32
+    np.testing.assert_array_equal(ball.start(keys[5], images_of(1, shape)[5]), delta[5])
+    if name == "l2":  # attacks 15.15: the mean radius of a uniform point of the n-ball is n / (n + 1)
+        assert sizes.mean() / 0.4 == pytest.approx(48 / 49, abs=0.01)
+    else:
+        assert np.abs(delta).mean() == pytest.approx(0.2, abs=0.01)
+
+
+@rows
+def test_eps_zero_and_scaled(name):
+    make = balls.TABLE[name]
+    images, none = images_of(0), make(0)
+    assert not np.asarray(none.project(images, noise_of(1))).any()
+    assert not np.asarray(none.start(jax.random.key(0), images[0])).any()
+    larger, plain = make(0.2).scaled(2.5), make(0.5)
+    assert (larger.eps, larger.name) == (plain.eps, plain.name) == (0.5, f"{name}(0.5)")
+    np.testing.assert_array_equal(larger.project(images, noise_of(1)), plain.project(images, noise_of(1)))
+
+
+@rows
+def test_transformations(name):
+    """jit, and one example at a time under vmap."""
+    ball, images, delta = balls.TABLE[name](0.2), jnp.asarray(images_of(3)), jnp.asarray(noise_of(4))
+    for function, arguments in [(ball.project, (images, delta)), (ball.ascent, (delta,)), (ball.dual_norm, (delta,)), (ball.size, (delta,))]:
+        np.testing.assert_allclose(jax.jit(function)(*arguments), function(*arguments), atol=1e-6)
+        single = jax.vmap(lambda *one: function(*(x[None] for x in one))[0])(*arguments)
+        np.testing.assert_allclose(single, function(*arguments), atol=1e-6)
+
+
+@rows
+def test_errors(name):
+    for eps, text in {-1: "eps must be a number of at least 0, got -1", "8/255": "eps must be a number of at least 0, got '8/255'"}.items():
+        with pytest.raises(UserError) as raised:
+            balls.TABLE[name](eps)
+        assert str(raised.value) == text

@@ -1,0 +1,336 @@
+"""Evaluators: laws that hold for every row of the table, and each one's numbers on cases that can be done by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from topgap_jax import evaluators
+from topgap_jax.attacks import fgsm, pgd
+from topgap_jax.balls import linf
+from topgap_jax.errors import UserError
+from topgap_jax.explain import cam
+from topgap_jax.pool import top_gap
+from topgap_jax.rewrite import name
+from topgap_jax.types import Cost, Model, Output, Robustness
+
+N, SIZE, CLASSES = 10, 8, 3
+RNG = np.random.default_rng(0)
+BANK = RNG.integers(0, 256, (CLASSES, 4, SIZE, SIZE, 3)).astype(np.uint8)
+
+
+def convolve(values, kernel, stride):
+    return jax.lax.conv_general_dilated(
+        values, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def apply(variables, images, *, train=False, keys=None, targets=None, step=None):
+    features = jax.nn.relu(convolve(images - 0.5, variables["params"]["first"], 2))
+    logits = top_gap(k=2)(name(convolve(features, variables["params"]["second"], 1), "maps"))
+    return Output(logits, {}, {})
+
+
+MODEL = Model(None, apply)
+VARIABLES = {
+    "params": {
+        "first": jax.random.normal(jax.random.key(1), (3, 3, 3, 8)),
+        "second": jax.random.normal(jax.random.key(2), (1, 1, 8, CLASSES)),
+    },
+    "batch_stats": {},
+}
+DATA = {
+    "image": RNG.uniform(size=(N, SIZE, SIZE, 3)).astype(np.float32),
+    "label": RNG.integers(0, CLASSES, N).astype(np.int32),
+    "id": np.arange(N, dtype=np.int32),
+    "box": np.tile(np.float32([0.25, 0.125, 0.75, 1]), (N, 1)),
+    "region": RNG.choice(3, (N, SIZE, SIZE), p=[0.5, 0.4, 0.1]).astype(np.uint8),
+    "group": RNG.integers(0, 2, N).astype(np.int32),
+}
+DATA["region"][3] = 0  # an image without an object
+
+MADE = {
+    "accuracy": evaluators.accuracy(),
+    "localisation": evaluators.localisation(cam()),
+    "receptive_field": evaluators.receptive_field(k=2),
+    "regions": evaluators.regions(BANK),
+}
+
+
+def batch_of(rows, width=None):
+    """The examples `rows`, padded with zeros to a width."""
+    width = width or len(rows)
+    pad = lambda value: np.concatenate([value[rows], np.zeros((width - len(rows), *value.shape[1:]), value.dtype)])
+    return {key: jnp.asarray(pad(value)) for key, value in DATA.items()} | {"mask": jnp.arange(width) < len(rows)}
+
+
+def keys_of(batch):
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(5)))(batch["id"])
+
+
+def rows_of(evaluator, batch, model=MODEL, variables=VARIABLES):
+    rows = jax.device_get(evaluator.rows(keys_of(batch), model, variables, batch))
+    kept = {key: value[np.asarray(batch["mask"])] for key, value in rows.items()}
+    return kept if evaluator.host is None else evaluator.host(kept)
+
+
+def whole(evaluator, parts):
+    return evaluator.summary({key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
+
+
+def flat(summary):
+    values = [
+        v for value in summary.values() for v in ([*value["x"], *value["y"]] if isinstance(value, dict) else [value])
+    ]
+    return np.array(values, np.float64)
+
+
+def test_every_row_of_the_table_is_made_here():
+    assert set(evaluators.TABLE) == set(MADE) | {"robust"}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_every_evaluator(kind):
+    """Numbers are finite; batches and padding change no sum; jit changes nothing; it has a cost."""
+    evaluator = MADE[kind]
+    once = whole(evaluator, [rows_of(evaluator, batch_of(np.arange(N)))])
+    assert np.isfinite(flat(once)).all() and isinstance(evaluator.cost, Cost) and sum(evaluator.cost) > 0
+    jitted = evaluator._replace(rows=jax.jit(evaluator.rows, static_argnums=1))
+    parts = [rows_of(jitted, batch_of(rows, 4)) for rows in (np.arange(4), np.arange(4, 8), np.arange(8, N))]
+    again = whole(evaluator, parts)
+    assert list(again) == list(once)
+    np.testing.assert_allclose(flat(again), flat(once), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_row_does_not_depend_on_its_neighbours(kind):
+    evaluator = MADE[kind]
+    batch = batch_of(np.arange(4))
+    other = batch | {"image": batch["image"].at[1:].set(0.2), "label": batch["label"].at[1:].set(0)}
+    first, second = rows_of(evaluator, batch), rows_of(evaluator, other)
+    for key in first:
+        np.testing.assert_allclose(second[key][0], first[key][0], rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+# Accuracy.
+
+
+def constant(logits):
+    """A model whose logits are the first values of the image."""
+    return Model(
+        None, lambda variables, images, **_: Output(images.reshape(len(images), -1)[:, : logits.shape[1]], {}, {})
+    )
+
+
+def test_accuracy_by_hand():
+    """baselines.md 20, logits as log-probabilities."""
+    logits = np.log(np.float32([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]]))
+    batch = {"image": jnp.asarray(logits)[:, None, None, :], "label": jnp.array([0, 1, 1, 2])}
+    batch |= {"group": jnp.array([0, 0, 2, 2]), "mask": jnp.ones(4, bool), "id": jnp.arange(4)}
+    found = MADE["accuracy"].summary(rows_of(MADE["accuracy"], batch, constant(logits)))
+    assert found["accuracy"] == 0.75 and found["worst_group_accuracy"] == 0.5
+    assert found["group_0_accuracy"] == 0.5 and found["group_2_accuracy"] == 1 and found["group_2_examples"] == 2
+    assert found["nll"] == pytest.approx(0.636483, abs=1e-6) and found["calibration_error"] == pytest.approx(
+        0.175, abs=1e-6
+    )
+    assert found["accuracy_low"] == pytest.approx(0.3006, abs=1e-3) and found["accuracy_high"] == pytest.approx(
+        0.9544, abs=1e-3
+    )
+
+
+# Localisation.
+
+
+def looks_at_red(images):
+    """Two classes whose maps are the red and the green channel: CAM of label 0 is the red channel."""
+    return Output(name(images[..., :2], "maps").mean((1, 2)), {}, {})
+
+
+RED = Model(None, lambda variables, images, **_: looks_at_red(images))
+
+
+def red_square(region=True):
+    """Two images with a red object: rows 2..4, columns 1..5 of 8 x 8; the second lights up elsewhere."""
+    image = np.zeros((2, 8, 8, 3), np.float32)
+    image[0, 2:5, 1:6, 0] = 1
+    image[1, 7, 7, 0] = 1
+    inside = np.zeros((2, 8, 8), np.uint8)
+    inside[:, 2:5, 1:6] = 1
+    batch = {
+        "image": jnp.asarray(image),
+        "label": jnp.zeros(2, jnp.int32),
+        "mask": jnp.ones(2, bool),
+        "id": jnp.arange(2),
+    }
+    box = np.tile(np.float32([2 / 8, 1 / 8, 5 / 8, 6 / 8]), (2, 1))
+    return batch | ({"region": jnp.asarray(inside)} if region else {"box": jnp.asarray(box)})
+
+
+@pytest.mark.parametrize("region", [True, False])
+def test_localisation_by_hand(region):
+    evaluator = evaluators.localisation(cam(), centre=(0.5, 0.75))
+    found = evaluator.summary(rows_of(evaluator, red_square(region), RED, {}))
+    assert found["iou"] == 0.5 and found["best_iou"] == 0.5
+    # Rows 2..5, columns 1..6 (published: one too far) of the first image; nothing of the second.
+    assert found["max_box_accuracy"] == 0.5
+    # The centre box is rows 2..6, columns 1..7, 35 pixels; the object's, rows 2..5 and columns 1..6, 24.
+    assert found["centre_box_accuracy"] == 1 and found["full_box_accuracy"] == 0
+    assert found["centre_iou"] == pytest.approx(15 / 24) and found["full_iou"] == pytest.approx(15 / 64)
+    assert found["in_region"] == 0.5 and found["lift"] == pytest.approx(0.5 * 64 / 15)
+
+
+def test_localisation_without_boxes():
+    evaluator, whole = evaluators.localisation(cam(), boxes=False), evaluators.localisation(cam())
+    found, all_of_it = (e.summary(rows_of(e, red_square(), RED, {})) for e in (evaluator, whole))
+    assert found == {name: all_of_it[name] for name in found} and not any("box" in name for name in found)
+    assert "iou" in found
+
+
+def test_labels_of_the_maps():
+    """Image 0 is predicted as 0 (red); with label 1 the true class's map is the green channel, which is constant."""
+    batch = red_square() | {"label": jnp.ones(2, jnp.int32)}
+    true, predicted = evaluators.localisation(cam()), evaluators.localisation(cam(), labels="predicted")
+    assert true.summary(rows_of(true, batch, RED, {}))["iou"] == 0
+    assert predicted.summary(rows_of(predicted, batch, RED, {}))["iou"] == 0.5
+    assert true.cost == Cost(1, 0) and predicted.cost == Cost(2, 0)
+
+
+# What the region decides.
+
+
+def reads(side):
+    """Two classes by the mean brightness of one side of the square in `halves`."""
+
+    def apply(variables, images, **_):
+        half = images[:, :, :4] if side == 1 else images[:, :, 4:]
+        bright = half.mean((1, 2, 3)) - 0.5
+        return Output(jnp.stack([-bright, bright], 1), {}, {})
+
+    return Model(None, apply)
+
+
+def halves(n=64):
+    """Objects fill the left half; object and background both show the class by their brightness."""
+    label = np.arange(n) % 2
+    image = np.where(label == 1, 0.503, 0.497)[:, None, None, None] * np.ones((n, 8, 8, 3))
+    region = np.zeros((n, 8, 8), np.uint8)
+    region[:, :, :4] = 1
+    batch = {
+        "image": jnp.asarray(image, jnp.float32),
+        "label": jnp.asarray(label, jnp.int32),
+        "region": jnp.asarray(region),
+    }
+    return batch | {"mask": jnp.ones(n, bool), "id": jnp.arange(n)}
+
+
+def bank_of_halves():
+    return np.stack([np.full((2, 8, 8, 3), value, np.uint8) for value in (100, 150)])
+
+
+def test_regions_of_models_that_read_one_side():
+    """The object's reader: sensitivity > 0, no background gap; the background's: the reverse (topgap.md 8b)."""
+    evaluator = evaluators.regions(bank_of_halves(), fill=0.499)
+    found = {side: evaluator.summary(rows_of(evaluator, halves(), reads(side), {})) for side in (0, 1)}
+    for side, seen, hidden in ((1, "foreground", "background"), (0, "background", "foreground")):
+        assert found[side][f"{seen}_noise_accuracy"] < 1 and found[side][f"{hidden}_noise_accuracy"] == 1
+        # Of a grey half the reader learns nothing: it says class 0, which half of the images are.
+        assert found[side][f"{seen}_accuracy"] == 1 and found[side][f"{hidden}_accuracy"] == 0.5
+    assert found[1]["foreground_sensitivity"] == pytest.approx(1) and found[0][
+        "foreground_sensitivity"
+    ] == pytest.approx(-1)
+    assert found[1]["background_gap"] == 0 and found[0]["background_gap"] == 1
+    assert found[1]["sensitivity_curve"]["x"] == [0.1, 0.2, 0.4] and found[1]["left_out"] == 0
+
+
+def test_regions_leave_out_what_has_no_two_sides():
+    evaluator = evaluators.regions()
+    found = evaluator.summary(rows_of(evaluator, batch_of(np.arange(N))))
+    assert found["left_out"] == 1 and "background_gap" not in found
+    assert evaluator.cost == Cost(8, 0) and evaluators.regions(BANK).cost == Cost(10, 0)
+
+
+def test_background_bank():
+    images = np.arange(5 * 4 * 3).reshape(5, 2, 2, 3).astype(np.uint8)
+    regions = np.zeros((5, 2, 2), np.uint8)
+    regions[:, 0, 0], regions[:, 0, 1] = 1, 2
+    regions[4] = 0  # no object: not used
+    bank = evaluators.background_bank(images, regions, np.array([0, 1, 1, 1, 0]), 2, n=2)
+    assert bank.shape == (2, 2, 2, 2, 3)
+    np.testing.assert_array_equal(bank[0, 0], bank[0, 1])  # one image, repeated
+    np.testing.assert_array_equal(bank[1, 1][1], images[2][1])
+    np.testing.assert_array_equal(bank[1, 1][0], np.tile(np.round(images[2][1].mean(0)), (2, 1)))
+
+
+# Receptive fields.
+
+
+def test_receptive_field_by_hand():
+    """Two all-ones convolutions on 9 x 9 (topgap.md 14.6); the map is constant inside, so its top is the first of the centre."""
+    ones = jnp.ones((3, 3, 1, 1))
+    maps = lambda images: jnp.tile(convolve(convolve(images, ones, 1), ones, 1), (1, 1, 1, 2))
+    model = Model(None, lambda variables, images, **_: Output(name(maps(images), "maps").mean((1, 2)), {}, {}))
+    region = np.zeros((1, 9, 9), np.uint8)
+    region[0, 3:6, 3:6] = 1
+    batch = {"image": jnp.zeros((1, 9, 9, 1)).at[0, 4, 4].set(1), "label": jnp.zeros(1, jnp.int32), "id": jnp.arange(1)}
+    batch |= {"mask": jnp.ones(1, bool), "region": jnp.asarray(region)}
+    evaluator = evaluators.receptive_field()
+    found = evaluator.summary(rows_of(evaluator, batch, model, {}))
+    expected = {
+        "rms_radius": 1.6329932,
+        "effective_area": 18.1745152,
+        "luo_size": 5,
+        "share_inside": 49 / 81,
+        "lift": 49 / 9,
+    }
+    expected |= {"centre_corner_ratio": 81 / 25, "empty_fields": 0, "top_lift": 49 / 9}
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+    assert evaluator.cost == Cost(0, 6)
+
+
+def test_empty_fields_are_counted():
+    blind = jax.tree.map(jnp.zeros_like, VARIABLES)
+    evaluator = MADE["receptive_field"]
+    found = evaluator.summary(rows_of(evaluator, batch_of(np.arange(4)), variables=blind))
+    assert found["empty_fields"] == 4 and np.isfinite(flat(found)).all()
+
+
+# Robustness and mistakes.
+
+
+def test_robust_is_plain_data():
+    first, second = fgsm(linf(0.1)), pgd(linf(0.1), steps=2)
+    assert evaluators.robust(first) == Robustness((first,))
+    assert evaluators.robust(first, (second, first)) == Robustness((first, second, first))
+
+
+@pytest.mark.parametrize(
+    "make, text",
+    [
+        (lambda: evaluators.robust(), "robust: give one or more attacks, such as robust(pgd(linf(8/255)))"),
+        (lambda: evaluators.robust(3), "robust: give one or more attacks, such as robust(pgd(linf(8/255)))"),
+        (lambda: evaluators.localisation(0.5), "localisation: give an explanation such as cam(), got 0.5"),
+        (lambda: evaluators.localisation(cam(), labels="all"), "localisation: labels must be 'true' or 'predicted', got 'all'"),
+        (lambda: evaluators.localisation(cam(), centre=2), "centre must be a number in [0, 1], got 2"),
+        (lambda: evaluators.regions(np.zeros((2, 3))), "regions: bank must be (classes, n, h, w, c) of two or more classes, got shape (2, 3)"),
+        (lambda: evaluators.regions(fill=255), "fill must be a number in [0, 1], got 255.0"),
+        (lambda: evaluators.receptive_field(k=0), "k must be a whole number of at least 1, got 0"),
+        (
+            lambda: evaluators.regions().rows(None, MODEL, VARIABLES, {"image": None}),
+            "regions needs a data set with 'region' (a mask of the object); this one offers none",
+        ),
+        (
+            lambda: evaluators.regions().summary({"used": np.zeros(3, bool)}),
+            "regions: all 3 images have an empty or full region, so nothing can be measured",
+        ),
+        (
+            lambda: evaluators.background_bank(np.zeros((1, 2, 2, 3)), np.ones((1, 2, 2)), np.zeros(1), 1),
+            "background bank: class 0 has no training image with an object and a background",
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes(make, text):
+    with pytest.raises(UserError) as error:
+        make()
+    assert str(error.value) == text

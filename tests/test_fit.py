@@ -1,0 +1,228 @@
+"""The training loop: equal to a loop written out, exact after a kill or a stop, and clear about what went wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from tests import tiny_fit
+from tests.tiny_fit import CONFIG, STEPS, flat, parts
+from topgap_jax.data import Source, epoch_ids, stream
+from topgap_jax.errors import UserError
+from topgap_jax.mesh import data_mesh
+from topgap_jax.run import checkpoint
+from topgap_jax.run import fit as fit_module
+from topgap_jax.run.fit import Stopped, fit
+from topgap_jax.run.progress import read_metrics
+from topgap_jax.training.objectives import standard
+from topgap_jax.training.optimizers import sgd
+
+
+def train(workdir, config=CONFIG, **changes):
+    return fit(config, workdir, parts(**changes), mesh=data_mesh(jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: (folder, all its numbers)."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, flat(train(workdir))
+
+
+def test_fit_is_this_loop(tmp_path):
+    given = parts(augments=(), epochs=1, ema=0.5, optimizer=optax.sgd(0.1), objective=plain_objective)
+    found = fit(CONFIG, tmp_path, given, mesh=data_mesh(jax.devices()[:1]))
+    data, model = given.train, given.model
+    variables = jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 6, 6, 3)))
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    average = variables
+
+    @jax.jit
+    def differentiate(params, batch_stats, images, labels):
+        def loss(params):
+            out = model.apply({"params": params, "batch_stats": batch_stats}, images, train=True, keys=KEYS)
+            return -jax.nn.log_softmax(out.logits)[jnp.arange(8), labels].mean(), out.batch_stats
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    for step, ids in enumerate(epoch_ids(3, 0, 44, 8)):
+        images, labels = data["image"][ids] / np.float32(255), data["label"][ids]
+        gradient, batch_stats = differentiate(params, batch_stats, images, labels)
+        params = jax.tree.map(lambda value, slope: value - 0.1 * slope, params, gradient)
+        d = min(0.5, (1 + step) / (10 + step))
+        average = jax.tree.map(
+            lambda old, new, d=d: d * old + (1 - d) * new, average, {"params": params, "batch_stats": batch_stats}
+        )
+    expected = {"params": params, "batch_stats": batch_stats, "ema": average}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), dict(found), expected)
+
+
+KEYS = jax.random.split(jax.random.key(0), 8)
+
+
+def plain_objective(keys, model, variables, batch, step):
+    """Cross-entropy, with the same dropout in every step."""
+    out = model.apply(variables, batch["image"], train=True, keys=KEYS)
+    return optax.softmax_cross_entropy(out.logits, batch["targets"]), {}, out.batch_stats
+
+
+def test_a_run_leaves_its_records(whole):
+    workdir, _ = whole
+    assert json.loads((workdir / "config.json").read_text()) == {"config": {**CONFIG, "sizes": [6, 6]}, "file": None}
+    versions = json.loads((workdir / "versions.json").read_text())
+    assert versions["versions"]["jax"] == jax.__version__ and versions["mesh_devices"] == 1 and versions["command"]
+    rows = read_metrics(workdir)
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [2, 4, 6, 8, 10, 12, 14, 15]
+    assert [(row["step"], row["epoch"]) for row in rows if row["kind"] == "validation"] == [(5, 1), (10, 2), (15, 3)]
+    assert all(np.isfinite(row["loss"]) and 0 <= row["accuracy"] <= 1 for row in rows)
+    assert list((workdir / "tensorboard").iterdir())
+    best = max((row for row in rows if row["kind"] == "validation"), key=lambda row: row["accuracy"])
+    assert checkpoint.latest_step(workdir, "best") == best["step"]
+    assert checkpoint.latest_step(workdir) == STEPS
+    template = jax.eval_shape(lambda: {"params": 0})
+    with pytest.raises(UserError):
+        checkpoint.restore(workdir, "best", {"optimizer": template})  # best is for evaluation: variables only
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path):
+    workdir, expected = whole
+    command = [sys.executable, tiny_fit.__file__, str(tmp_path), "kill_at=9", "devices=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert checkpoint.latest_step(tmp_path) == 5
+    assert {row["step"] for row in read_metrics(tmp_path)} >= {2, 4, 5}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "kind": "tr')  # and it died while writing a row
+    np.testing.assert_array_equal(flat(train(tmp_path)), expected)
+    assert read_metrics(tmp_path) == read_metrics(workdir)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(whole, tmp_path, monkeypatch):
+    assert threading.current_thread() is threading.main_thread()
+    _, expected = whole
+    before = signal.getsignal(signal.SIGTERM)
+    place, calls = fit_module._placed, []
+
+    def placed(rows, mesh):
+        calls.append(rows)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return place(rows, mesh)
+
+    monkeypatch.setattr(fit_module, "_placed", placed)
+    with pytest.raises(Stopped) as stopped:
+        train(tmp_path)
+    assert str(stopped.value) == "stopped and saved at step 7 of 15; to go on, give the same command again"
+    assert checkpoint.latest_step(tmp_path) == 7
+    assert signal.getsignal(signal.SIGTERM) is before
+    np.testing.assert_array_equal(flat(train(tmp_path)), expected)
+
+
+def test_a_stream_trains_like_resident_arrays_and_resumes(whole, tmp_path, monkeypatch):
+    _, expected = whole
+    arrays = parts().train
+    read = lambda index: {"image": arrays["image"][index], "label": int(arrays["label"][index])}
+    source = Source("numbers", "train", 44, ("a", "b", "c"), frozenset(), read)
+    batches = lambda: stream(source, (6, 6), seed=3, batch=8, threads=2)
+    place, calls = fit_module._placed, []
+
+    def placed(rows, mesh):
+        calls.append(rows)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return place(rows, mesh)
+
+    monkeypatch.setattr(fit_module, "_placed", placed)
+    with pytest.raises(Stopped):
+        train(tmp_path, train=batches())
+    found = flat(train(tmp_path, train=batches()))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def nan_loss(step, loss):
+    return jnp.where(step < 8, loss, jnp.nan)
+
+
+def nan_gradient(step, loss):
+    return loss + jnp.where(step < 8, 0.0, jnp.sqrt(0.0 * loss))
+
+
+@pytest.mark.parametrize(("spoil", "value"), [(nan_loss, "nan"), (nan_gradient, "1.")])
+def test_a_loss_that_is_not_finite_stops(tmp_path, spoil, value):
+    inner = standard()
+
+    def objective(keys, model, variables, batch, step):
+        loss, logs, batch_stats = inner(keys, model, variables, batch, step)
+        return spoil(step, loss), logs, batch_stats
+
+    with pytest.raises(UserError) as error:
+        train(tmp_path, objective=objective)
+    text = str(error.value)
+    assert text.startswith(f"the loss or a parameter is not finite at step 9 (loss {value}")
+    assert text.endswith(
+        f"); the last good checkpoint is {tmp_path}/checkpoints/last/5; lower the learning rate or clip"
+    )
+    trees, _ = checkpoint.restore(tmp_path, "last", {"variables": jax.eval_shape(lambda: start())})
+    assert np.isfinite(flat(trees)).all()
+
+
+def start():
+    variables = parts().model.init(jax.random.key(0), jnp.zeros((1, 6, 6, 3)))
+    return {**variables, "ema": variables}
+
+
+def test_without_a_checkpoint_the_error_says_so(tmp_path):
+    objective = lambda keys, model, variables, batch, step: (
+        jnp.inf * keys.shape[0] + batch["mask"],
+        {},
+        variables["batch_stats"],
+    )
+    with pytest.raises(UserError, match=r"not finite at step 1 \(loss inf\); no checkpoint yet; lower"):
+        train(tmp_path, objective=objective, ema=0.0)
+
+
+def test_a_finished_run_is_left_as_it_is(whole):
+    workdir, expected = whole
+    rows = (workdir / "metrics.jsonl").read_text()
+    np.testing.assert_array_equal(flat(train(workdir)), expected)
+    assert (workdir / "metrics.jsonl").read_text() == rows
+
+
+def test_another_config_is_refused(whole, tmp_path):
+    workdir, _ = whole
+    text = f"'{workdir}' holds a run with another config: log_every is 2 there and 3 here; take another workdir"
+    for config in ({**CONFIG, "log_every": 3}, ConfigDict({**CONFIG, "log_every": 3})):
+        with pytest.raises(UserError) as error:
+            train(workdir, config)
+        assert str(error.value) == text
+    with pytest.raises(UserError, match="another config: new is absent there and 1 here"):
+        train(workdir, {**CONFIG, "new": 1})
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is not the config of a run; take another workdir, or move"):
+        train(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^cannot write in the workdir '.*/file': (File exists|Not a directory)$"):
+        train(tmp_path / "file")
+
+
+def test_fewer_examples_than_a_batch_and_no_validation(tmp_path):
+    changes = {"train": tiny_fit.arrays(0, 5), "examples": 5, "validation": None, "epochs": 2, "ema": 0.0}
+    variables = train(tmp_path, {}, **changes, optimizer=sgd(0.01))
+    assert set(variables) == {"params", "batch_stats"} and np.isfinite(flat(variables)).all()
+    assert checkpoint.latest_step(tmp_path) == 2 and checkpoint.latest_step(tmp_path, "best") is None
+    assert [row["step"] for row in read_metrics(tmp_path)] == [2]
+
+
+def test_checkpoints_and_validation_as_often_as_asked(tmp_path):
+    train(tmp_path, {"checkpoint_every": 2, "validate_every": 2})
+    assert sorted(path.name for path in (tmp_path / "checkpoints" / "last").iterdir()) == ["10", "15"]
+    assert [row["step"] for row in read_metrics(tmp_path) if row["kind"] == "validation"] == [10, 15]

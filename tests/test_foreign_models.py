@@ -1,0 +1,274 @@
+"""`with_pool` on classifiers written as Flax's own examples write them, unlike ours: a Linen and an NNX one, and the ways to spell their ends."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from topgap_jax import explain, models, pool
+from topgap_jax.errors import UserError
+from topgap_jax.rewrite import layers, read, tap, with_pool
+
+IMAGES = jax.random.uniform(jax.random.key(0), (4, 8, 8, 3))
+LABELS = jnp.array([3, 1, 4, 1])
+KEYS = jax.random.split(jax.random.key(1), 4)
+
+
+class LinenCNN(nn.Module):
+    """After flax/examples: everything inline and compact, batch norm told by `train`, ReLU as a function, dropout before the last layer."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.Conv(features=8, kernel_size=(3, 3), use_bias=False)(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        x = nn.relu(x)
+        x = nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
+        x = nn.Conv(features=6, kernel_size=(3, 3))(x)
+        x = nn.relu(x)
+        x = jnp.mean(x, axis=(1, 2))
+        x = nn.Dropout(rate=0.5, deterministic=not train)(x)
+        return nn.Dense(features=5)(x)
+
+
+class NNXCNN(nnx.Module):
+    """After the tutorial of NNX: layers made in __init__, a full-window average pool and a flattening, `rngs` at the call, dropout twice."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.conv1 = nnx.Conv(3, 8, kernel_size=(3, 3), rngs=rngs)
+        self.batch_norm1 = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout1 = nnx.Dropout(rate=0.1)
+        self.conv2 = nnx.Conv(8, 6, kernel_size=(3, 3), rngs=rngs)
+        self.batch_norm2 = nnx.BatchNorm(6, rngs=rngs)
+        self.linear1 = nnx.Linear(6, 5, rngs=rngs)
+        self.dropout2 = nnx.Dropout(rate=0.5)
+
+    def __call__(self, x, rngs: nnx.Rngs | None = None):
+        x = nnx.relu(self.batch_norm1(self.dropout1(self.conv1(x), rngs=rngs)))
+        x = nnx.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
+        x = nnx.relu(self.batch_norm2(self.conv2(x)))
+        x = nnx.avg_pool(x, window_shape=(4, 4))
+        x = x.reshape(x.shape[0], -1)
+        return self.linear1(self.dropout2(x, rngs=rngs))
+
+
+def linen_model():
+    return models.linen(LinenCNN()), "Dense_0", ("Dense_0", "BatchNorm_0"), 0.5
+
+
+def nnx_model():
+    return models.nnx(NNXCNN(rngs=nnx.Rngs(0))), "linear1", ("linear1", "batch_norm1"), 0.5
+
+
+@pytest.fixture(scope="module", params=[linen_model, nnx_model], ids=["linen", "nnx"])
+def foreign(request):
+    """(model, name of its dense layer, variables), with running statistics that are not the initial ones."""
+    model, dense, _, _ = request.param()
+    variables = jax.jit(model.init)(jax.random.key(2), IMAGES)
+    update = lambda variables: model.apply(variables, IMAGES, train=True, keys=KEYS).batch_stats
+    return model, dense, {**variables, "batch_stats": jax.jit(update)(variables)}
+
+
+def features_of(request_model, variables, train=False, keys=None):
+    """What the network pools: read where Grad-CAM would, plus the inline ReLU that no name stands for."""
+    predict = lambda images: request_model.apply(variables, images, train=train, keys=keys).logits
+    names = [x.name for x in layers(predict, IMAGES) if len(x.shape) == 4]
+    return jax.nn.relu(read(predict, names[-1])(IMAGES)[1])
+
+
+def dense_of(variables, dense):
+    return np.asarray(variables["params"][dense]["kernel"]), np.asarray(variables["params"][dense]["bias"])
+
+
+def top_k_mean(maps, k):
+    return np.sort(np.asarray(maps).reshape(maps.shape[0], -1, maps.shape[-1]), 1)[:, -k:].mean(1)
+
+
+def test_layers_have_the_names_of_their_attributes(foreign):
+    model, dense, variables = foreign
+    names = [x.name for x in layers(models.bind(model, variables), IMAGES)]
+    assert names == {
+        "Dense_0": ["Conv_0", "BatchNorm_0", "Conv_1", "Dropout_0", "Dense_0"],
+        "linear1": ["conv1", "dropout1", "batch_norm1", "conv2", "batch_norm2", "dropout2", "linear1"],
+    }[dense]
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_gap_gives_the_logits_and_gradients_again(foreign, train):
+    """Also the batch statistics, and with the same dropout."""
+    model, dense, variables = foreign
+    again = with_pool(model, dense=dense, pool=pool.gap())
+
+    def run(model):
+        def loss(params):
+            out = model.apply({**variables, "params": params}, IMAGES, train=train, keys=KEYS)
+            return (out.logits * jnp.arange(20.0).reshape(4, 5)).sum(), out
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+
+    ((_, expected), gradient), ((_, out), gradient_again) = run(model), run(again)
+    np.testing.assert_allclose(out.logits, expected.logits, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), out.batch_stats, expected.batch_stats)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), gradient_again, gradient)
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["plain", "jitted"])
+def test_top_gap_equals_numpy(foreign, jitted):
+    model, dense, variables = foreign
+    inner = model._replace(apply=jax.jit(model.apply, static_argnames="train")) if jitted else model
+    pooled = with_pool(inner, dense=dense, pool=pool.top_gap(k=3))
+    features = features_of(model, variables)
+    kernel, bias = dense_of(variables, dense)
+    maps = np.asarray(features) @ kernel + bias
+    logits = pooled.apply(variables, IMAGES).logits
+    np.testing.assert_allclose(logits, top_k_mean(maps, 3), atol=1e-5)
+    assert np.abs(logits - model.apply(variables, IMAGES).logits).max() > 0.01
+    # The class maps are there to read, to explain and to tap.
+    predict = models.bind(pooled, variables)
+    np.testing.assert_allclose(read(predict, "maps")(IMAGES)[1], maps, atol=1e-5)
+    cam = explain.cam()(None, predict, IMAGES, LABELS)
+    np.testing.assert_allclose(cam, np.take_along_axis(maps, np.asarray(LABELS)[:, None, None, None], -1)[..., 0], atol=1e-5)
+    np.testing.assert_allclose(tap(predict, "maps", lambda z: z + 1)(IMAGES), logits + 1, atol=1e-5)
+    assert all(x.calls == 1 for x in layers(predict, IMAGES))
+
+
+def test_dropout_acts_on_every_position(foreign):
+    """In training each feature is 0 at all positions, or twice as large at all (rate 1/2), as the pooled feature was."""
+    model, dense, variables = foreign
+    features = np.asarray(features_of(model, variables, train=True, keys=KEYS))
+    kernel, bias = dense_of(variables, dense)
+    predict = lambda images: model.apply(variables, images, train=True, keys=KEYS).logits
+    dropped = np.asarray(read(predict, {"Dense_0": "Dropout_0", "linear1": "dropout2"}[dense])(IMAGES)[1])
+    mask = np.where(np.abs(features.mean((1, 2))) > 0, dropped / np.maximum(features.mean((1, 2)), 1e-12), 0)
+    assert set(np.unique(mask.round(3))) == {0, 2}
+    maps = (features * mask[:, None, None, :]) @ kernel + bias
+    out = with_pool(model, dense=dense, pool=pool.top_gap(k=3)).apply(variables, IMAGES, train=True, keys=KEYS)
+    np.testing.assert_allclose(out.logits, top_k_mean(maps, 3), atol=1e-5)
+
+
+def test_the_pools_schedule_sees_the_step(foreign):
+    model, dense, variables = foreign
+    annealed = with_pool(model, dense=dense, pool=pool.top_gap(k=lambda step: jnp.where(step < 5, 16, 2)))
+    maps = np.asarray(features_of(model, variables)) @ dense_of(variables, dense)[0] + dense_of(variables, dense)[1]
+    for step, k in {0: 16, 5: 2, None: 2}.items():
+        np.testing.assert_allclose(annealed.apply(variables, IMAGES, step=step).logits, top_k_mean(maps, k), atol=1e-5)
+
+
+class End(nn.Module):
+    """A convolution, an inline ReLU, and then the end that a test gives."""
+
+    end: object
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        return self.end(nn.relu(nn.Conv(6, (3, 3), strides=2)(x)), train)
+
+
+class Head(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5, name="last")(x)
+
+
+class Own(nn.Module):
+    """A dense layer of one's own, its kernel stored transposed, without a bias but with a constant."""
+
+    @nn.compact
+    def __call__(self, x):
+        return jnp.einsum("bc,kc->bk", x, self.param("kernel", nn.initializers.normal(), (5, x.shape[-1]))) + 0.5
+
+
+def ending(end):
+    model = models.linen(End(end))
+    variables = jax.jit(model.init)(jax.random.key(3), IMAGES)
+    return model, variables
+
+
+@pytest.mark.parametrize(
+    "end, dense",
+    {
+        "mean with kept axes": (lambda x, train: nn.Dense(5)(x.mean((1, 2), keepdims=True)[:, 0, 0]), "Dense_0"),
+        "kept axes, then reshape": (lambda x, train: nn.Dense(5)(x.mean((1, 2), keepdims=True).reshape(x.shape[0], -1)), "Dense_0"),
+        "sum divided": (lambda x, train: nn.Dense(5)(x.sum((1, 2)) / 16), "Dense_0"),
+        "two means": (lambda x, train: nn.Dense(5)(x.mean(1).mean(1)), "Dense_0"),
+        "two means, columns first": (lambda x, train: nn.Dense(5)(x.mean(2).mean(1)), "Dense_0"),
+        "positions as one axis": (lambda x, train: nn.Dense(5)(x.reshape(x.shape[0], -1, x.shape[-1]).mean(1)), "Dense_0"),
+        "average pool without padding counted": (
+            lambda x, train: nn.Dense(5)(nn.avg_pool(x, (4, 4), count_include_pad=False).squeeze((1, 2))),
+            "Dense_0",
+        ),
+        "without bias": (lambda x, train: nn.Dense(5, use_bias=False)(x.mean((1, 2))), "Dense_0"),
+        "a factor": (lambda x, train: nn.Dense(5)(0.25 * x.mean((1, 2))), "Dense_0"),
+        "in a submodule": (lambda x, train: Head(name="head")(x.mean((1, 2))), "head/last"),
+        "by a part of its name": (lambda x, train: nn.softplus(Head(name="head")(x.mean((1, 2)))), "last"),
+        "a layer of one's own": (lambda x, train: Own(name="own")(x.mean((1, 2))), "own"),
+        "inside jit": (lambda x, train: nn.Dense(5)(jax.jit(lambda x: x.mean((1, 2)))(x)), "Dense_0"),
+    }.values(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_ways_to_end(end, dense):
+    model, variables = ending(end)
+    run = lambda model: jax.jit(lambda variables: model.apply(variables, IMAGES).logits)(variables)
+    np.testing.assert_allclose(run(with_pool(model, dense=dense, pool=pool.gap())), run(model), atol=1e-6)
+    maps = read(models.bind(with_pool(model, dense=dense, pool=pool.gmp()), variables), "maps")(IMAGES)[1]
+    assert maps.shape == (4, 4, 4, 5)
+
+
+def test_bf16():
+    model, variables = ending(lambda x, train: nn.Dense(5, dtype=jnp.bfloat16)(x.astype(jnp.bfloat16).mean((1, 2))))
+    pooled = lambda pool: with_pool(model, dense="Dense_0", pool=pool).apply(variables, IMAGES).logits
+    logits = model.apply(variables, IMAGES).logits
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(pooled(pool.gap()), logits, atol=0.02)
+    assert np.abs(pooled(pool.gmp()) - logits).max() > 0.1
+
+
+NOTHING_ELSE = "it must be global average pooling (a mean over the spatial axes, or a full-window average pool) followed by this dense layer"
+STOPS = {
+    "layer norm": (lambda x, train: nn.Dense(5)(nn.LayerNorm()(x.mean((1, 2)))), "there is 'add', before the output of 'LayerNorm_0'; it"),
+    "batch norm": (
+        lambda x, train: nn.Dense(5)(nn.BatchNorm(use_running_average=not train)(x.mean((1, 2)))),
+        "there is 'add', before the output of 'BatchNorm_0'; it",
+    ),
+    "an activation": (lambda x, train: nn.Dense(5)(nn.relu(x.mean((1, 2)))), "(relu)"),
+    "a gate": (lambda x, train: nn.Dense(5)(nn.silu(x.mean((1, 2)))), "there is 'mul' by a value that depends on the pooled features"),
+    "another dense layer": (lambda x, train: nn.Dense(5, name="b")(nn.Dense(6, name="a")(x.mean((1, 2)))), "there is 'add', before the output of 'a'"),
+    "flattened": (
+        lambda x, train: nn.Dense(5)(x.reshape(x.shape[0], -1)),
+        "there is a change of shape from (4, 4, 4, 6) to (4, 96): features flattened, not pooled",
+    ),
+    "half flattened": (lambda x, train: nn.Dense(5)(x.mean(1).reshape(x.shape[0], -1)), "there is a change of shape from (4, 4, 6) to (4, 24)"),
+    "max pooling": (lambda x, train: nn.Dense(5)(x.max((1, 2))), "there is 'reduce_max'"),
+    "channels": (lambda x, train: nn.Dense(5)(x.mean(3).mean(2)), "there is a sum over axes (2,) of a value of shape (4, 4, 4)"),
+    "part of the map": (
+        lambda x, train: nn.Dense(5)(nn.avg_pool(x[:, :3], (2, 4), (2, 4))[:, 0, 0]),
+        "there is an average pool with window (1, 2, 4, 1) over a value of shape (4, 3, 4, 6), not over all of it",
+    ),
+    "no dense layer": (lambda x, train: nn.relu(x.mean((1, 2))) * nn.Dense(1, name="Dense_0")(x.mean((1, 2, 3))[:, None]), "a sum over axes (1, 2, 3)"),
+    "in a loop": (lambda x, train: nn.remat(Head)(name="head")(x.mean((1, 2))), "'head/last' lies inside a function that cannot be entered (remat"),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_what_stands_on_the_way(case):
+    end, text = STOPS[case]
+    dense = {"another dense layer": "b", "in a loop": "last"}.get(case, "Dense_0")
+    model, variables = ending(end)
+    with pytest.raises(UserError) as raised:
+        with_pool(model, dense=dense, pool=pool.gap()).apply(variables, IMAGES)
+    message = str(raised.value)
+    assert text in message and "\n" not in message
+    if case != "in a loop":
+        assert message.startswith(f"with_pool: on the way back from '{dense}' there is ") and NOTHING_ELSE in message
+
+
+def test_a_wrong_name_lists_the_layers(foreign):
+    model, dense, variables = foreign
+    with pytest.raises(UserError) as raised:
+        with_pool(model, dense="fc", pool=pool.gap()).apply(variables, IMAGES)
+    assert str(raised.value).startswith("no layer 'fc'; layers: ") and dense in str(raised.value)
+    convolution = {"Dense_0": "Conv_1", "linear1": "conv2"}[dense]
+    with pytest.raises(UserError) as raised:
+        with_pool(model, dense=convolution, pool=pool.gap()).apply(variables, IMAGES)
+    assert f"on the way back from '{convolution}' there is 'conv_general_dilated'" in str(raised.value)

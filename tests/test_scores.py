@@ -1,0 +1,100 @@
+"""Scores against worked values and float64 NumPy; confident images keep their gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from topgap_jax import scores
+from topgap_jax.errors import UserError
+
+Z = jnp.array([[3.0, 2, 5, 1]])
+
+
+def of_each_label(score, logits):
+    """score for every label of one row of logits."""
+    k = logits.shape[-1]
+    return np.asarray(score(jnp.repeat(logits, k, 0), jnp.arange(k)))
+
+
+def numpy_score(name, z, y, t):
+    """The textbook formula, one example, float64."""
+    z = z.astype(np.float64)
+    ranked, others = np.sort(z)[::-1], np.delete(z, y)
+    if name == "logit":
+        return z[y]
+    if name == "cross_entropy":
+        return np.log(np.exp(z - z.max()).sum()) + z.max() - z[y]
+    if name == "margin" or (name == "dlr" and len(z) == 2):
+        return others.max() - z[y]
+    if name == "dlr":
+        return (others.max() - z[y]) / (ranked[0] - ranked[2] + 1e-12)
+    return (z[t] - z[y]) / (ranked[0] - (ranked[2] + ranked[3]) / 2 + 1e-12 if len(z) > 3 else 1)
+
+
+def test_worked_values():
+    """attacks 15.8."""
+    np.testing.assert_allclose(of_each_label(scores.dlr, Z), [0.666667, 1, -0.666667, 1.333333], atol=1e-6)
+    np.testing.assert_allclose(of_each_label(scores.dlr, 10 * Z + 7), [0.666667, 1, -0.666667, 1.333333], atol=1e-6)
+    np.testing.assert_allclose(of_each_label(scores.dlr, jnp.array([[2.0, 1, -1]])), [-1 / 3, 1 / 3, 1], atol=1e-6)
+    assert float(scores.cross_entropy(Z, jnp.array([2]))[0]) == pytest.approx(0.185182, abs=1e-6)
+    # logsumexp(z) - z_y is exactly 0 here in float32.
+    assert float(scores.cross_entropy(10 * Z, jnp.array([2]))[0]) == pytest.approx(2.0612e-9, rel=1e-4)
+    for target, value in {0: -0.571429, 1: -0.857143, 3: -1.142857}.items():
+        assert float(scores.targeted_dlr(Z, jnp.array([2]), jnp.array([target]))[0]) == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("name", scores.TABLE)
+def test_formula_gradient_and_jit(name, classes):
+    """Values against NumPy, gradients against its central differences; 2 and 3 classes take the plain differences."""
+    random = np.random.default_rng(classes)
+    logits = (3 * random.normal(size=(6, classes))).astype(np.float32)
+    labels, targets = random.integers(classes, size=6), random.integers(classes, size=6)
+    score = scores.TABLE[name]
+    expected = [numpy_score(name, *row) for row in zip(logits, labels, targets)]
+    values = score(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(targets))
+    assert values.shape == (6,) and values.dtype == jnp.float32
+    np.testing.assert_allclose(values, expected, atol=2e-6, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(score)(logits, labels, targets), values, atol=1e-6, rtol=1e-6)
+    gradient = jax.grad(lambda z: score(z, labels, targets).sum())(jnp.asarray(logits))
+    steps = 1e-4 * np.eye(classes)
+    rises = [[numpy_score(name, z.astype(float) + d, y, t) - numpy_score(name, z.astype(float) - d, y, t) for d in steps] for z, y, t in zip(logits, labels, targets)]
+    np.testing.assert_allclose(gradient, np.array(rises) / 2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("gap", [1.0, 10.0, 17.0, 40.0, 80.0])
+def test_cross_entropy_does_not_saturate(gap):
+    """topgap 14.11: p_y - 1 is rounding noise at a margin of 16 and 0 from 17 on; this gradient is right, relative to its size."""
+    logits = jnp.array([[gap, 0.0, -1.0]])
+    exact = np.exp(np.array([0, -1.0]) - gap)
+    loss, gradient = jax.value_and_grad(lambda z: scores.cross_entropy(z, jnp.array([0]))[0])(logits)
+    denominator = 1 + exact.sum()
+    np.testing.assert_allclose(loss, np.log1p(exact.sum()), rtol=1e-5)
+    np.testing.assert_allclose(gradient[0], np.array([-exact.sum(), *exact]) / denominator, rtol=1e-5)
+
+
+def test_bf16_logits_are_scored_in_float32():
+    logits = jnp.array([[1.0, 2.0, 0.5, -3.0]], jnp.bfloat16)
+    for score in scores.TABLE.values():
+        values = score(logits, jnp.array([1]), jnp.array([0]))
+        assert values.dtype == jnp.float32
+        np.testing.assert_array_equal(values, score(logits.astype(jnp.float32), jnp.array([1]), jnp.array([0])))
+
+
+@given(st.lists(st.integers(-30, 30), min_size=4, max_size=4), st.integers(0, 3))
+def test_sign_says_misclassified(logits, label):
+    """margin > 0 iff another class is ahead, dlr has the margin's sign, cross_entropy > ln 2 only if misclassified or tied."""
+    z, y = jnp.array([logits], jnp.float32), jnp.array([label])
+    margin = float(scores.margin(z, y)[0])
+    assert (margin > 0) == (max(logits) > logits[label])
+    assert np.sign(scores.dlr(z, y)[0]) == np.sign(margin)
+    assert float(scores.cross_entropy(z, y)[0]) >= np.log1p(np.exp(margin)) - 1e-5
+
+
+def test_targets_are_needed():
+    with pytest.raises(UserError) as raised:
+        scores.targeted_dlr(Z, jnp.array([2]))
+    assert str(raised.value) == "targeted_dlr: targets (b,) are needed, e.g. the second most likely class of the clean image"

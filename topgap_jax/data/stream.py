@@ -1,0 +1,175 @@
+"""Large sets: read through grain, a few batches ahead, with bounded memory, in the same order as resident ones.
+
+The order is a pure function of the step, so the state of a stream is the number of its next step: a resumed run reads what
+the uninterrupted one would have read, with any number of threads or workers. Two batches of decoded records wait at most,
+beside the one being put together and the one handed out; with worker processes, about three batches in each of them.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from topgap_jax.data.resident import epoch_ids, evaluation_ids, layout
+from topgap_jax.data.source import Source, decode
+from topgap_jax.errors import UserError
+
+ENDLESS = 2**40  # steps
+
+
+def stream(
+    source: Source, image_size: tuple[int, int], resize: str = "stretch", *, seed: int, batch: int, **options
+) -> "Stream":
+    """Training batches without end, epoch after epoch as `epoch_ids(seed, epoch, n, batch)` orders them.
+
+    options: extras=False, threads=8, workers=0 (processes, for decoding that Python holds up), process=(0, 1).
+    """
+    order = functools.partial(_training_ids, seed, len(source), batch)
+    return Stream(source, order, ENDLESS, batch, image_size, resize, **{"extras": False, **options})
+
+
+def evaluation_stream(
+    source: Source, image_size: tuple[int, int], resize: str = "stretch", *, batch: int, **options
+) -> "Stream":
+    """Every record once, in order, the last batch padded: what `evaluation_batches` gives, for large sets."""
+    order = functools.partial(evaluation_ids, n=len(source), batch=batch)
+    steps = -(-len(source) // batch)
+    return Stream(source, order, steps, batch, image_size, resize, **{"extras": True, **options})
+
+
+class Stream:
+    """An iterator over host batches {image (b, h, w, 3) uint8, label, id, mask, ...} for `as_batch`; close it after use.
+
+    `order(step)` -> ids (batch,), mask (batch,). process=(i, n): only the i-th n-th of the rows of every batch, for process i
+    of n. A broken record ends the iteration with the UserError that names it.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: Callable[[int], tuple[np.ndarray, np.ndarray]],
+        steps: int,
+        batch: int,
+        image_size: tuple[int, int],
+        resize: str = "stretch",
+        *,
+        extras: bool = True,
+        threads: int = 8,
+        workers: int = 0,
+        process: tuple[int, int] = (0, 1),
+    ):
+        if batch % process[1]:
+            raise UserError(
+                f"batch {batch} does not divide among {process[1]} processes; give a multiple of {process[1]}"
+            )
+        self._rows = _Rows(order, steps, batch, process)
+        self._decode = functools.partial(_decode, source, tuple(image_size), resize, extras)
+        self._threads, self._workers = threads, workers
+        self._step, self._iterator = 0, None
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._step >= self._rows.steps:
+            raise StopIteration
+        if self._iterator is None:
+            self._iterator = self._start()
+        try:
+            rows = next(self._iterator)
+        except Exception as error:
+            self.close()
+            mistake = _user_error(error)
+            if mistake is None:
+                raise
+            raise UserError(str(mistake)) from error  # a fresh one: grain adds notes to those it lets through
+        self._step += 1
+        # Workers hand over arrays in shared memory, which goes when grain's wrapper does: keep ordinary ones.
+        return {key: np.array(value) for key, value in rows.items()} if self._workers else rows
+
+    def get_state(self) -> dict[str, int]:
+        """Where the stream stands, for a checkpoint: {"step": number of the next batch}."""
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Go on at a state that `get_state` gave."""
+        self.close()
+        self._step = state["step"]
+
+    def close(self) -> None:
+        """End the threads and processes. The stream can still be used; it then starts them again."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def _start(self):
+        import grain  # here, because it is slow to import and only large sets need it
+
+        share = self._rows.share
+        records = grain.MapDataset.source(self._rows).slice(slice(self._step * share, None)).map(self._decode)
+        if not self._workers:
+            # Reading ahead by records, not by batches: grain's default buffer of 500 elements would be 500 batches.
+            read = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=max(2 * share, self._threads))
+            return iter(records.to_iter_dataset(read).batch(share))
+        from absl import flags
+
+        flags.FLAGS.is_parsed() or flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags
+        # Workers take whole batches in turn; batching afterwards, within each, would put other records together.
+        batches = records.batch(share).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        return iter(batches.mp_prefetch(grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=1)))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """All rows this process reads, one after the other, as grain's random-access source: [position] -> (id, mask)."""
+
+    order: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    steps: int
+    batch: int
+    process: tuple[int, int]
+
+    @property
+    def share(self) -> int:
+        return self.batch // self.process[1]
+
+    def __len__(self) -> int:
+        return self.steps * self.share
+
+    def __getitem__(self, position: int) -> tuple[int, bool]:
+        step, row = divmod(position, self.share)
+        ids, mask = self.order(step)
+        row += self.process[0] * self.share
+        return int(ids[row]), bool(mask[row])
+
+
+def _decode(source: Source, image_size, resize: str, extras: bool, row: tuple[int, bool]) -> dict[str, np.ndarray]:
+    index, mask = row
+    record = decode(source, index, image_size, resize, extras)
+    rows = {key: np.asarray(record[key], kind) for key, _, kind in layout(source, image_size, extras)}
+    return {**rows, "id": np.int32(index), "mask": np.bool_(mask)}
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch(seed: int, epoch: int, n: int, batch: int) -> np.ndarray:
+    return epoch_ids(seed, epoch, n, batch)
+
+
+def _training_ids(seed: int, n: int, batch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    steps = max(1, n // batch)
+    return _epoch(seed, step // steps, n, batch)[step % steps], np.ones(batch, bool)
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The UserError behind what grain raised, if there is one."""
+    while error is not None:
+        if isinstance(error, UserError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

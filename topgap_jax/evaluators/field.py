@@ -1,0 +1,64 @@
+"""`receptive_field()`: which pixels the class map listens to, at its centre, its corners and where it decides."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from topgap_jax.build import check_number
+from topgap_jax.explain.field import fields, pixel
+from topgap_jax.metrics import field as measures
+from topgap_jax.metrics.calibration import mean_interval
+from topgap_jax.metrics.localisation import object_masks
+from topgap_jax.models import bind
+from topgap_jax.rewrite import read
+from topgap_jax.types import Cost, Evaluator
+
+MEANS = ("rms_radius", "luo_size", "effective_area", "share_inside", "lift", "top_share_inside", "top_lift")
+
+
+def receptive_field(layer: str = "maps", *, k: int = 1) -> Evaluator:
+    """Effective receptive fields E_p of the label's class map (`explain.field`), measured per image and averaged.
+
+    rms_radius, luo_size (pixels) and effective_area (pixels) of the centre position's field; centre_corner_ratio = sum of E
+    at the centre / mean of the four corners' sums. With a region or box: the share of the field inside the object and its
+    lift over the object's share of the area (chance is 1), for the centre and, as top_..., for the mean field of the `k`
+    highest positions. Means with a 95 % interval; fields that are 0 everywhere are left out and counted as `empty_fields`.
+    """
+    check_number("k", k, 1, whole=True)
+
+    def rows(keys, model, variables, batch):
+        predict, images = bind(model, variables), batch["image"]
+        _, value = read(predict, layer)(images[:1])
+        found = fields(predict, images, batch["label"], ["centre", "corner", "top"], layer=layer, k=k)
+        centre, corners, top = found[0], found[1:5], found[5:].mean(0)
+        place = pixel("centre", value.shape[1:3], images.shape[1:3])
+        out = {
+            "centre": centre.sum((1, 2)),
+            "corner": corners.sum((2, 3)).mean(0),
+            "rms_radius": measures.rms_radius(centre, place),
+            "luo_size": measures.luo_size(centre, place),
+            "effective_area": measures.effective_area(centre),
+        }
+        if "region" not in batch and "box" not in batch:
+            return out
+        inside, known = object_masks(batch)
+        # An image without an object has no lift: its area is set to NaN, and it is left out like an empty field.
+        area = jnp.where(inside.any((1, 2)), inside.sum((1, 2)) / jnp.maximum(known.sum((1, 2)), 1), jnp.nan)
+        for name, maps in (("", centre), ("top_", top)):
+            share = measures.share_inside(maps * known, inside)
+            out |= {f"{name}share_inside": share, f"{name}lift": share / area}
+        return out
+
+    def summary(rows):
+        values = {}
+        for name in MEANS:
+            if name not in rows:
+                continue
+            finite = rows[name][np.isfinite(rows[name])]
+            values[name], low, high = mean_interval(finite) if len(finite) else (0.0, 0.0, 0.0)
+            values |= {f"{name}_low": low, f"{name}_high": high}
+        # Of the sums, not the mean of ratios: one corner that is nearly 0 would decide the mean.
+        corner = float(rows["corner"].mean(dtype=np.float64))
+        values["centre_corner_ratio"] = float(rows["centre"].mean(dtype=np.float64)) / corner if corner > 0 else 0.0
+        return values | {"empty_fields": int((rows["centre"] == 0).sum())}
+
+    return Evaluator(rows, summary, Cost(0, 5 + k))

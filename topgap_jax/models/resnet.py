@@ -1,0 +1,182 @@
+"""Residual networks (He et al. 2015, arXiv 1512.03385): CIFAR's 20 to 56 layers, ImageNet's 18, 34 and 50, and a small one.
+
+Every factory returns a Linen module: images (b, h, w, c), any size -> {"stem": ..., "stage1": ..., ...}, features
+(b, h', w', c') with the resolution falling. Strides, padding and order of operations are PyTorch's, so that its weights fit.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from topgap_jax.build import check_number
+from topgap_jax.errors import UserError
+from topgap_jax.models.layers import batch_norm, convolution
+from topgap_jax.types import Array
+
+
+class BasicBlock(nn.Module):
+    """relu(norm(conv3(relu(norm(conv3(x))))) + shortcut(x)), the stride in the first convolution."""
+
+    features: int
+    stride: int
+    shortcut: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        y = convolution(self.features, 3, self.stride, dtype=self.dtype, name="conv1")(x)
+        y = nn.relu(batch_norm(train, dtype=self.dtype, name="norm1")(y))
+        y = convolution(self.features, 3, dtype=self.dtype, name="conv2")(y)
+        y = batch_norm(train, dtype=self.dtype, name="norm2")(y)
+        return nn.relu(y + _shortcut(x, self.features, self.stride, self.shortcut, train, self.dtype))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution, the last to 4 * features, the stride in the 3x3 one (torchvision's "v1.5")."""
+
+    features: int
+    stride: int
+    shortcut: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        y = convolution(self.features, 1, dtype=self.dtype, name="conv1")(x)
+        y = nn.relu(batch_norm(train, dtype=self.dtype, name="norm1")(y))
+        y = convolution(self.features, 3, self.stride, dtype=self.dtype, name="conv2")(y)
+        y = nn.relu(batch_norm(train, dtype=self.dtype, name="norm2")(y))
+        y = convolution(4 * self.features, 1, dtype=self.dtype, name="conv3")(y)
+        y = batch_norm(train, dtype=self.dtype, name="norm3")(y)
+        return nn.relu(y + _shortcut(x, 4 * self.features, self.stride, self.shortcut, train, self.dtype))
+
+
+def _shortcut(x, features, stride, kind, train, dtype):
+    """The identity where the shape stays; else a strided 1x1 convolution with batch norm, or every stride-th pixel and zeros."""
+    missing = features - x.shape[-1]
+    if stride == 1 and missing == 0:
+        return x
+    if kind == "project":
+        x = convolution(features, 1, stride, dtype=dtype, name="project")(x)
+        return batch_norm(train, dtype=dtype, name="project_norm")(x)
+    return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
+
+
+class Stem(nn.Module):
+    """Convolution, batch norm, ReLU, and where `pool` is set a 3x3 max pooling of stride 2."""
+
+    features: int
+    kernel: int
+    stride: int
+    pool: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        x = convolution(self.features, self.kernel, self.stride, dtype=self.dtype, name="conv")(x)
+        x = nn.relu(batch_norm(train, dtype=self.dtype, name="norm")(x))
+        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if self.pool else x
+
+
+class Stage(nn.Module):
+    """`blocks` residual blocks, the first with the stride."""
+
+    block: type[nn.Module]
+    blocks: int
+    features: int
+    stride: int
+    shortcut: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        for i in range(self.blocks):
+            stride = self.stride if i == 0 else 1
+            x = self.block(self.features, stride, self.shortcut, self.dtype, name=f"block{i}")(x, train)
+        return x
+
+
+class ResNet(nn.Module):
+    """Stem and stages: images (b, h, w, c) -> {"stem": features, "stage1": features, ...}."""
+
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    stem: tuple[int, int, int, bool]  # features, kernel, stride, max pooling
+    block: type[nn.Module] = BasicBlock
+    shortcut: str = "project"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False) -> dict[str, Array]:
+        x = Stem(*self.stem, self.dtype, name="stem")(images, train)
+        features = {"stem": x}
+        for i, (width, blocks) in enumerate(zip(self.widths, self.blocks)):
+            stride, name = 1 if i == 0 else 2, f"stage{i + 1}"
+            x = Stage(self.block, blocks, width, stride, self.shortcut, self.dtype, name=name)(x, train)
+            features[name] = x
+        return features
+
+
+def resnet20(*, shortcut: str = "pad") -> ResNet:
+    """20 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4; `shortcut`: "pad" (option A, no parameters) or "project" (B)."""
+    return _cifar(3, shortcut)
+
+
+def resnet32(*, shortcut: str = "pad") -> ResNet:
+    """32 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4; `shortcut`: "pad" (option A, no parameters) or "project" (B)."""
+    return _cifar(5, shortcut)
+
+
+def resnet44(*, shortcut: str = "pad") -> ResNet:
+    """44 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4; `shortcut`: "pad" (option A, no parameters) or "project" (B)."""
+    return _cifar(7, shortcut)
+
+
+def resnet56(*, shortcut: str = "pad") -> ResNet:
+    """56 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4; `shortcut`: "pad" (option A, no parameters) or "project" (B)."""
+    return _cifar(9, shortcut)
+
+
+def resnet18(*, stem: str = "imagenet") -> ResNet:
+    """18 layers, 64 to 512 channels. `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride 1)."""
+    return ResNet((64, 128, 256, 512), (2, 2, 2, 2), _stem(stem))
+
+
+def resnet34(*, stem: str = "imagenet") -> ResNet:
+    """34 layers, 64 to 512 channels. `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride 1)."""
+    return ResNet((64, 128, 256, 512), (3, 4, 6, 3), _stem(stem))
+
+
+def resnet50(*, stem: str = "imagenet") -> ResNet:
+    """50 layers, 256 to 2048 channels. `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride 1)."""
+    return ResNet((64, 128, 256, 512), (3, 4, 6, 3), _stem(stem), Bottleneck)
+
+
+def small_resnet(
+    *,
+    widths: tuple[int, ...] = (8, 16, 32, 64),
+    blocks: int = 1,
+    stem: int = 16,
+    stem_kernel: int = 5,
+    stem_stride: int = 2,
+) -> ResNet:
+    """A net for a CPU: stages of `blocks` basic blocks, the first of stride 1 and the others of stride 2.
+
+    The defaults make features of 32, 16, 8 and 4 pixels a side from 64x64 images, with 5.9 million multiplications (MMAC):
+    stem 1.23, stages 1.90, 0.92, 0.92, 0.92. With `pyramid_head(pool, width=32)`, whose maps are then 16x16, and 6 classes
+    it is 10.4 MMAC.
+    """
+    check_number("blocks", blocks, 1, whole=True)
+    return ResNet(tuple(widths), (blocks,) * len(widths), (stem, stem_kernel, stem_stride, False))
+
+
+def _cifar(blocks, shortcut):
+    if shortcut not in ("pad", "project"):
+        raise UserError(f"shortcut must be 'pad' or 'project', got {shortcut!r}")
+    return ResNet((16, 32, 64), (blocks,) * 3, (16, 3, 1, False), shortcut=shortcut)
+
+
+def _stem(kind):
+    if kind not in ("cifar", "imagenet"):
+        raise UserError(f"stem must be 'cifar' or 'imagenet', got {kind!r}")
+    return (64, 7, 2, True) if kind == "imagenet" else (64, 3, 1, False)

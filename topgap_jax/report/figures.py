@@ -1,0 +1,100 @@
+"""Line charts as inline SVG, whose colours are the page's own: they follow its light and dark scheme.
+
+No text of a user stands in a chart (legends are HTML), so nothing here needs escaping.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+SERIES = 6  # colours that page.css defines; more runs use them again
+INK, FAINT = "#010101", "#020202"  # stand-ins, replaced by the page's variables
+STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": FAINT,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.6,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+}
+
+
+class Series(NamedTuple):
+    """A line of a chart: x and y (n,), colour = index of its run, `points` marks every value."""
+
+    x: Sequence[float]
+    y: Sequence[float | None]
+    colour: int
+    points: bool = False
+
+
+def line_chart(series: Sequence[Series], *, own: str, x_name: str = "", diagonal: bool = False) -> str:
+    """The lines as an SVG element; `diagonal` adds y = x. Values that are not finite are left out.
+
+    own: what its ids begin with, different for every chart of a page.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.8, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        if diagonal:
+            axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, dashes=(2, 3))
+        for line in series:
+            x, y = thin(line.x, line.y)
+            marks = (
+                {"marker": "o", "markersize": 4, "linewidth": 1.8} if line.points else {"linewidth": 1.1, "alpha": 0.75}
+            )
+            axes.plot(x, y, color=stand_in(line.colour), dashes=dashes(line.colour), solid_capstyle="round", **marks)
+        axes.set_xlabel(x_name)
+        axes.margins(x=0.02)
+        text = io.StringIO()
+        figure.savefig(
+            text, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+    return on_page(text.getvalue(), own)
+
+
+def thin(x: Sequence[float], y: Sequence[float | None], most: int = 300) -> tuple[np.ndarray, np.ndarray]:
+    """The finite values; if there are more than `most`, means of neighbours."""
+    pairs = [(a, b) for a, b in zip(x, y) if isinstance(b, (int, float)) and np.isfinite(b)]
+    values = np.array(pairs, float).reshape(-1, 2)
+    if len(values) > most:
+        values = np.array([part.mean(0) for part in np.array_split(values, most)])
+    return values[:, 0], values[:, 1]
+
+
+def stand_in(colour: int) -> str:
+    """The stand-in of a run's colour."""
+    return f"#0a0b0{colour % SERIES}"
+
+
+def dashes(colour: int) -> tuple:
+    """Lines that share a colour differ in their dashes."""
+    return ((None, None), (4, 2), (1, 2))[min(colour // SERIES, 2)]
+
+
+def on_page(svg: str, own: str) -> str:
+    """matplotlib's SVG file as an element of a page: its colours and font, no size, every id begins with `own`."""
+    svg = svg[svg.index("<svg") :]
+    for stand, variable in [(INK, "ink-soft"), (FAINT, "rule"), *((stand_in(i), f"series-{i}") for i in range(SERIES))]:
+        svg = svg.replace(stand, f"var(--{variable})")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"font: [^;\"]*", "font-size: 9px", svg)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r'\bid="', f'id="{own}', svg)
+    return re.sub(r'(url\(#|href="#)', rf"\g<1>{own}", svg)

@@ -1,0 +1,216 @@
+"""The report: one HTML page about one or several runs that needs nothing but itself.
+
+Everything a user supplies (names, paths, config values, numbers) goes through Jinja's autoescape; charts hold no such text.
+A content security policy allows the page's own script only and no request at all.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from itertools import count, zip_longest
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from topgap_jax.errors import UserError
+from topgap_jax.report.figures import SERIES, Series, line_chart
+from topgap_jax.report.read import (
+    Run,
+    audit_of,
+    beside,
+    comparison,
+    differing,
+    finite,
+    headline,
+    is_robust,
+    measures,
+    number,
+    read_runs,
+)
+from topgap_jax.run.progress import write_text
+
+HERE = Path(__file__).parent
+PICTURE_BYTES = 10_000_000  # of all contact sheets on a page, as they stand in it
+LARGE_BYTES = 1_000_000  # a larger sheet is stored as JPEG
+WIDEST = 1600
+AXES = {"calibration": "confidence", "iou_curve": "threshold", "box_curve": "threshold", "after_runs": "runs done"}
+AXES |= {"sensitivity_curve": "noise norm", "curve": "epsilon", "accuracy_over_eps": "epsilon"}
+
+
+def report(workdirs: Sequence[Path], out: Path, *, title: str = "Top-GAP report") -> Path:
+    """Write the page about the runs in `workdirs` to `out` and return it.
+
+    What a run does not have yet (an evaluation, metrics, sheets) is said on the page; a folder that is no run is a UserError.
+    """
+    runs, out = read_runs(workdirs), Path(out)
+    if out.is_dir():
+        raise UserError(f"'{out}' is a folder; name the HTML file to write, such as '{out / 'report.html'}'")
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    ids = (f"chart{i}-" for i in count())
+    pictures, left_out = sheets(runs)
+    page = environment().get_template("page.html").render(
+        title=title,
+        runs=runs,
+        written=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        facts=[facts(run) for run in runs],
+        lines=comparison([run.rows for run in runs]),
+        robust=robust_rows(runs),
+        rows=[(i, row, headline(row), measures(row)) for i, run in enumerate(runs) for row in run.rows],
+        training=training(runs, ids),
+        curves=curves(runs, ids),
+        sheets=pictures,
+        left_out=left_out,
+        configs=differing([run.config for run in runs]),
+        versions=differing([run.versions for run in runs]),
+        again=[f"topgap train --config {shlex.quote(str(run.folder / 'config.json'))} --workdir NEW" for run in runs],
+        data=[{"run": r.label, "weights": r.weights, "data": r.data, "config": r.config, "rows": plain(r.rows)} for r in runs],
+    )  # fmt: skip
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, page)
+    except OSError as error:
+        raise UserError(f"cannot write the report '{out}': {error.strerror}") from None
+    return out
+
+
+def environment() -> Environment:
+    """Jinja with autoescape, and the few words the template needs."""
+    made = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    typeset = lambda value, sign=False: number(value, sign=sign).replace("-", "−")
+    sortable = lambda value: repr(float(value)) if finite(value) else ""
+    words = lambda name: str(name).replace("_", " ")
+    short = lambda value: (f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}") if finite(value) else "–"
+    made.filters |= {"number": typeset, "sortable": sortable, "words": words, "short": short}
+    made.globals |= {
+        "audit_of": audit_of,
+        "beside": beside,
+        "finite": finite,
+        "is_robust": is_robust,
+        "colours": SERIES,
+    }
+    return made
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What the overview says about a run."""
+    steps = [row["step"] for row in run.metrics]
+    accuracies = [
+        row["accuracy"] for row in run.metrics if row.get("kind") == "validation" and finite(row.get("accuracy"))
+    ]
+    found = [(key, run.config[key]) for key in ("source", "pool", "objective", "seed", "epochs") if key in run.config]
+    found += [("steps", number(max(steps)))] if steps else []
+    found += [("best validation", number(max(accuracies)))] if accuracies else []
+    found += [("evaluated", run.weights)] if run.weights else []
+    found += [(key, run.versions[key]) for key in ("device", "commit") if run.versions.get(key, "null") != "null"]
+    return found
+
+
+def robust_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Every robust number with what belongs beside it: clean accuracy, worst group, regions, the audit."""
+    return [
+        {"run": i, "row": row, "main": headline(row), "beside": beside(run.rows, row["split"]), "audit": audit_of(row),
+         "clean": next((m for m in measures(row) if m.name == "clean_accuracy"), None)}
+        for i, run in enumerate(runs) for row in run.rows if is_robust(row)
+    ]  # fmt: skip
+
+
+def training(runs: Sequence[Run], ids: Iterator[str]) -> list[dict[str, Any]]:
+    """A chart for every number in metrics.jsonl, loss and accuracy first: thin lines in training, points in validation."""
+    names = dict.fromkeys(["loss", "accuracy"])
+    names |= dict.fromkeys(
+        name for run in runs for row in run.metrics for name in row if name not in ("step", "epoch", "kind")
+    )
+    charts = []
+    for name in names:
+        series = []
+        for i, run in enumerate(runs):
+            for kind in ("train", "validation"):
+                rows = [row for row in run.metrics if row.get("kind") == kind and finite(row.get(name))]
+                if rows:
+                    steps, values = [row["step"] for row in rows], [row[name] for row in rows]
+                    series.append(Series(steps, values, i, points=kind == "validation"))
+        if series:
+            charts.append({"name": name, "svg": Markup(line_chart(series, own=next(ids), x_name="step"))})
+    return charts
+
+
+def curves(runs: Sequence[Run], ids: Iterator[str]) -> list[dict[str, Any]]:
+    """A chart for every curve of the evaluations (calibration, accuracy over epsilon, ...), a line per run."""
+    found: dict[tuple[str, str, str], list[Series]] = {}
+    for i, run in enumerate(runs):
+        for row in run.rows:
+            for name, curve in row.get("curves", {}).items():
+                if len(curve["x"]) > 1:  # one point is no curve
+                    key = (name, str(row["evaluator"]), str(row["split"]))
+                    found.setdefault(key, []).append(Series(curve["x"], curve["y"], i, points=len(curve["x"]) <= 30))
+    charts = []
+    for (name, evaluator, split), series in found.items():
+        svg = line_chart(series, own=next(ids), x_name=AXES.get(name, ""), diagonal=name == "calibration")
+        charts.append({"name": name, "evaluator": evaluator, "split": split, "svg": Markup(svg)})
+    return charts
+
+
+def sheets(runs: Sequence[Run]) -> tuple[dict[str, list[dict[str, Any] | None]], list[str]]:
+    """Contact sheets by name, one place per run, and words about those left out for size or unreadable.
+
+    The space goes round the runs, so that no run crowds out another.
+    """
+    names = sorted({path.name for run in runs for path in run.sheets})
+    found: dict[str, list[dict[str, Any] | None]] = {name: [None] * len(runs) for name in names}
+    left_out, used = [], 0
+    for i, path in (
+        pair
+        for turn in zip_longest(*[[(i, p) for p in run.sheets] for i, run in enumerate(runs)])
+        for pair in turn
+        if pair
+    ):
+        picture = embedded(path)
+        if picture is None:
+            left_out.append(f"{runs[i].label}/sheets/{path.name}: cannot be read as a picture")
+        elif used + len(picture["source"]) > PICTURE_BYTES:
+            left_out.append(
+                f"{runs[i].label}/sheets/{path.name}: no room, the page holds {PICTURE_BYTES / 1e6:.0f} MB of pictures"
+            )
+        else:
+            used += len(picture["source"])
+            found[path.name][i] = picture
+    return {name: places for name, places in found.items() if any(places)}, left_out
+
+
+def embedded(path: Path) -> dict[str, Any] | None:
+    """A picture as data URI with its size; a large one is made smaller and stored as JPEG. None if it cannot be read."""
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as opened:
+            opened.load()
+            width, height, kind = *opened.size, "png"
+            if len(content) > LARGE_BYTES or width > WIDEST:
+                small = opened.convert("RGB")
+                small.thumbnail((WIDEST, 10 * WIDEST))
+                stored = io.BytesIO()
+                small.save(stored, "JPEG", quality=88)
+                content, kind, (width, height) = stored.getvalue(), "jpeg", small.size
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises for a broken file
+        return None
+    return {
+        "source": f"data:image/{kind};base64,{base64.b64encode(content).decode()}",
+        "width": width,
+        "height": height,
+    }
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: numbers that are not finite become null."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)

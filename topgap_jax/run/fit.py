@@ -1,0 +1,310 @@
+"""Training: one loop that knows no method. Methods enter through the model, the objective, the augmentations, the optimiser.
+
+A step is a pure function of the state and of the step's number, and so is the order of the data: a run that was killed and
+started again ends with the same parameters, bit for bit.
+"""
+
+import itertools
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from topgap_jax.data import Stream, as_batch, epoch_ids, gather
+from topgap_jax.errors import UserError
+from topgap_jax.evaluators import accuracy
+from topgap_jax.mesh import check_batch, data_mesh, replicated, split
+from topgap_jax.models import bind
+from topgap_jax.run import checkpoint
+from topgap_jax.run.evaluate import evaluation_variables, example_keys, measure_split
+from topgap_jax.run.progress import Metrics, bar
+from topgap_jax.run.splits import Split, resident_split
+from topgap_jax.run.workdir import claim, record_versions
+from topgap_jax.types import Array, Augment, Model, Objective, Variables
+
+# Steps that may be under way before the host waits for the metrics of an earlier one: the device never idles, and a loss
+# that is not finite is seen two steps later.
+LAG = 2
+
+
+class Parts(NamedTuple):
+    """What is trained, with what, on what.
+
+    train: a split as `data.resident` decodes it, held on the device, or a `data.Stream` that gives this process's rows of
+    each batch without end. validation: likewise arrays, or a `Split`, or None. ema: 0, or the decay of averaged parameters.
+    """
+
+    model: Model
+    objective: Objective
+    augments: tuple[Augment, ...]
+    optimizer: optax.GradientTransformation
+    train: Mapping[str, np.ndarray] | Stream
+    validation: Mapping[str, np.ndarray] | Split | None
+    examples: int
+    batch: int
+    epochs: int
+    seed: int
+    ema: float
+    image_shape: tuple[int, int, int]
+    classes: int
+
+
+class State(NamedTuple):
+    """All that a step changes. variables: "params", "batch_stats" and, with ema > 0, "ema" with the averages of the two."""
+
+    step: Array  # () int32: steps done
+    variables: Variables
+    optimizer: Any
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM, Ctrl-C) and has saved; the text says how to go on."""
+
+
+def fit(
+    config: Mapping[str, Any],
+    workdir: str | Path,
+    parts: Parts,
+    *,
+    file: str | Path | None = None,
+    mesh: Mesh | None = None,
+) -> Variables:
+    """Train, or go on training, in the folder `workdir`; returns the final variables.
+
+    config: stored in the folder, which is refused to any other; `log_every` (steps), `checkpoint_every` and
+    `validate_every` (epochs) are read from it. mesh: all devices by default; they must divide the batch. Writes
+    metrics.jsonl, TensorBoard files, and checkpoints: last, and best by validation accuracy. Raises Stopped after SIGTERM
+    or Ctrl-C, UserError when the loss is not finite.
+    """
+    workdir = Path(workdir)
+    mesh = data_mesh() if mesh is None else mesh
+    check_batch(parts.batch, mesh)
+    claim(workdir, config, file)
+    record_versions(workdir, mesh)
+    log_every, checkpoint_every, validate_every = (
+        config.get(f"{name}_every", default) for name, default in (("log", 50), ("checkpoint", 1), ("validate", 1))
+    )
+    per_epoch = max(1, parts.examples // parts.batch)
+    total = per_epoch * parts.epochs
+
+    state, meta = _start(workdir, parts, mesh)
+    done, best = meta["step"], meta["best"]
+    held, rows = _feed(parts, mesh, meta)
+    train_step = make_step(parts, mesh)
+    validate = _validation(parts, mesh)
+    pending: deque = deque()  # (step, its metrics, still on the device)
+    window: list[dict[str, float]] = meta["window"]  # metrics of the steps since the last row
+
+    with ExitStack() as stack:
+        if isinstance(parts.train, Stream):
+            stack.callback(parts.train.close)
+        asked_to_stop = stack.enter_context(stop_requests())
+        folders = stack.enter_context(checkpoint.opened(workdir))
+        metrics = stack.enter_context(Metrics(workdir, done))
+        shown = stack.enter_context(bar(total * parts.batch, "training", done=done * parts.batch))
+
+        def book(keep: int) -> None:
+            """Fetch the metrics of all but the `keep` newest steps."""
+            while len(pending) > keep:
+                step, numbers = pending.popleft()
+                numbers = {name: float(value) for name, value in jax.device_get(numbers).items()}
+                if not numbers.pop("finite"):
+                    raise UserError(_not_finite(workdir, step, numbers["loss"]))
+                window.append(numbers)
+                if step % log_every == 0 or step == total:
+                    means = {name: sum(row[name] for row in window) / len(window) for name in numbers}
+                    metrics.write(step, "train", means, epoch=round(step / per_epoch, 4))
+                    shown.note(f"epoch {-(-step // per_epoch)}/{parts.epochs}, loss {means['loss']:.4g}")
+                    window.clear()
+
+        def save(which: str, step: int) -> None:
+            trees = {"variables": state.variables}
+            trees |= {"optimizer": state.optimizer} if which == "last" else {}
+            stream = parts.train.get_state() if isinstance(parts.train, Stream) else None
+            meta = {"step": step, "epoch": step / per_epoch, "best": best, "stream": stream, "window": window}
+            checkpoint.save(getattr(folders, which), step, trees, meta)
+
+        for step in range(done + 1, total + 1):
+            state, numbers = train_step(state, held, _placed(next(rows), mesh))
+            pending.append((step, numbers))
+            book(LAG)
+            shown.update(parts.batch)
+            epoch, rest = divmod(step, per_epoch)
+            if rest == 0:
+                book(0)  # before any save: a state that is not finite is never kept
+                if validate is not None and (epoch % validate_every == 0 or step == total):
+                    numbers = validate(state.variables)
+                    metrics.write(step, "validation", numbers, epoch=epoch)
+                    if best is None or numbers["accuracy"] > best:
+                        best = numbers["accuracy"]
+                        save("best", step)
+                if epoch % checkpoint_every == 0 or step == total:
+                    save("last", step)
+            if asked_to_stop(step) and step < total:
+                book(0)
+                save("last", step)
+                raise Stopped(f"stopped and saved at step {step} of {total}; to go on, give the same command again")
+    return state.variables
+
+
+def make_step(parts: Parts, mesh: Mesh) -> Callable[[State, Mapping[str, Array], Mapping[str, Array]], tuple]:
+    """The jitted step: (state, held, rows) -> (state, {name: mean}); the old state is donated.
+
+    held: the resident arrays, {} where rows are a stream's; rows: `id` and `mask` (b,), of a stream also `image`, `label`.
+    Example i of step s draws from fold_in(fold_in(key(seed), s), id). "finite" is False once the loss or any variable is not.
+    """
+
+    def loss_of(params, variables, keys, batch, step):
+        variables = {**variables, "params": params}
+        losses, logs, batch_stats = parts.objective(keys, parts.model, variables, batch, step)
+        means = {name: _mean(values, batch["mask"]) for name, values in {**logs, "loss": losses}.items()}
+        return means["loss"], (means, batch_stats)
+
+    def step(state, held, rows):
+        variables = state.variables
+        batch = gather(held, rows["id"], rows["mask"], parts.classes) if held else as_batch(rows, parts.classes)
+        keys = example_keys(jax.random.fold_in(jax.random.key(parts.seed), state.step), batch["id"])
+        part_keys = lambda number: jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+        for number, augment in enumerate(parts.augments):
+            batch = augment(part_keys(number), batch, bind(parts.model, variables))
+        differentiate = jax.value_and_grad(loss_of, has_aux=True)
+        (_, (means, batch_stats)), gradient = differentiate(
+            variables["params"], variables, part_keys(len(parts.augments)), batch, state.step
+        )
+        updates, optimizer = parts.optimizer.update(gradient, state.optimizer, variables["params"])
+        new = {**variables, "params": optax.apply_updates(variables["params"], updates), "batch_stats": batch_stats}
+        if parts.ema:
+            new["ema"] = _averaged(variables["ema"], new, parts.ema, state.step)
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((means["loss"], new)) if _real(leaf)])
+        return State(state.step + 1, new, optimizer), {**means, "finite": finite.all()}
+
+    whole = replicated(mesh)
+    return jax.jit(step, in_shardings=(whole, whole, split(mesh)), out_shardings=whole, donate_argnums=0)
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Gives `asked(step)`: has somebody asked the run to stop, by SIGTERM or Ctrl-C? A second Ctrl-C ends it at once.
+
+    With many processes all of them get the same answer at the same step, also if the signal reached one (JAX's preemption
+    service, which listens to SIGTERM). Outside the main thread Python delivers no signals, and the answer is no.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False
+        return
+    asked = []
+
+    def handle(number, frame):
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda step: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, Any]]:
+    """Fresh variables from the seed, or the last checkpoint."""
+
+    def fresh():
+        # Copies: a donated state must not hold one buffer twice.
+        variables = dict(parts.model.init(jax.random.key(parts.seed), jnp.zeros((1, *parts.image_shape))))
+        if parts.ema:
+            variables["ema"] = jax.tree.map(jnp.copy, {key: variables[key] for key in ("params", "batch_stats")})
+        return State(jnp.int32(0), variables, parts.optimizer.init(variables["params"]))
+
+    if checkpoint.latest_step(workdir) is None:
+        return jax.jit(fresh, out_shardings=replicated(mesh))(), {"step": 0, "best": None, "stream": None, "window": []}
+    described = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), jax.eval_shape(fresh)
+    )
+    templates = {"variables": described.variables, "optimizer": described.optimizer}
+    trees, meta = checkpoint.restore(workdir, "last", templates)
+    step = jax.jit(lambda: jnp.int32(meta["step"]), out_shardings=replicated(mesh))()
+    return State(step, trees["variables"], trees["optimizer"]), meta
+
+
+def _feed(parts: Parts, mesh: Mesh, meta: Mapping[str, Any]) -> tuple[Mapping[str, Array], Iterator[Mapping]]:
+    """The resident arrays on the device ({} for a stream), and this process's rows of every batch from the next step on."""
+    if isinstance(parts.train, Stream):
+        if meta["stream"] is not None:
+            parts.train.set_state(meta["stream"])
+        return {}, parts.train
+    whole = replicated(mesh)
+    held = {
+        name: jax.make_array_from_callback(values.shape, whole, values.__getitem__)
+        for name, values in parts.train.items()
+    }
+    share = parts.batch // jax.process_count()
+    own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+    def rows():
+        epoch, skip = divmod(meta["step"], max(1, parts.examples // parts.batch))
+        for number in itertools.count(epoch):
+            for ids in epoch_ids(parts.seed, number, parts.examples, parts.batch)[skip:]:
+                yield {"id": ids[own], "mask": np.ones(share, bool)}
+            skip = 0
+
+    return held, rows()
+
+
+def _placed(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    return {name: jax.make_array_from_process_local_data(split(mesh), values) for name, values in rows.items()}
+
+
+def _validation(parts: Parts, mesh: Mesh) -> Callable[[Variables], dict[str, float]] | None:
+    """variables -> accuracy and loss on the validation split, of the averaged parameters where there are any."""
+    if parts.validation is None:
+        return None
+    data, evaluator = parts.validation, accuracy()
+    if isinstance(data, Mapping):
+        data = resident_split(data, classes=parts.classes, batch=parts.batch, mesh=mesh)
+
+    def validate(variables):
+        chosen = evaluation_variables(variables)
+        values, _, _ = measure_split(
+            parts.model, chosen, data, evaluator, seed=parts.seed, mesh=mesh, text="validation", progress=False
+        )
+        return {"accuracy": values["accuracy"], "loss": values["nll"]}
+
+    return validate
+
+
+def _mean(values: Array, mask: Array) -> Array:
+    """The mean of values (b,) where mask (b,) is True."""
+    return jnp.where(mask, values, 0.0).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def _averaged(old: Variables, new: Variables, decay: float, step: Array) -> dict[str, Any]:
+    """old + (1 - d)(new - old) with d = min(decay, (1 + step) / (10 + step)): early on, the random start must not linger."""
+    d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    mix = lambda a, b: (a + (1 - d) * (b - a)).astype(a.dtype) if _real(a) else b
+    return {key: jax.tree.map(mix, old[key], new[key]) for key in old}
+
+
+def _real(leaf: Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _not_finite(workdir: Path, step: int, loss: float) -> str:
+    last = checkpoint.latest_step(workdir)
+    kept = (
+        f"the last good checkpoint is {workdir / 'checkpoints' / 'last' / str(last)}" if last else "no checkpoint yet"
+    )
+    return f"the loss or a parameter is not finite at step {step} (loss {loss:.4g}); {kept}; lower the learning rate or clip"

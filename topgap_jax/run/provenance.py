@@ -1,0 +1,55 @@
+"""What a result was made with: command, commit, versions and hardware, for `versions.json` and `results/*.json`."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+
+
+def provenance() -> dict[str, Any]:
+    """{"command", "commit", "versions", "device", "device_count", "processor", "cores", "load_average"} of this process."""
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "device": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the folder that the program is run in, with "+" if files differ from it."""
+    try:
+        call = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True, timeout=10)
+        head = call("rev-parse", "--short=12", "HEAD")
+        if head.returncode:
+            return None
+        return head.stdout.strip() + ("+" if call("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

@@ -1,0 +1,206 @@
+"""`attack_split`: the runs of a `Robustness` over a split, each on the examples that are still unbroken.
+
+One jitted attack step at a time is called from here, and a batch is left as soon as all its examples are broken. The
+verdict is a forward pass on the adversarial images, made after the attack. Verdicts of a split do not depend on its order.
+"""
+
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from topgap_jax.attacks import finish, misclassified
+from topgap_jax.mesh import replicated, split
+from topgap_jax.metrics.calibration import wilson
+from topgap_jax.models import bind
+from topgap_jax.run.progress import bar
+from topgap_jax.run.splits import Split
+from topgap_jax.run.verdicts import Log
+from topgap_jax.types import Attack, Cost, Model, Robustness, Variables
+
+RUNNING = 0
+FRAGILE = 1e-4  # of the logits' range: a margin below this may change its sign with the batch width or the device
+
+
+class Functions(NamedTuple):
+    """The jitted parts of one attack on one model."""
+
+    logits: Any  # variables, images -> (b, k), readable by every process
+    start: Any  # key, variables, batch, clean logits -> state
+    step: Any  # variables, state, mask -> state, whether any example is unbroken
+    book: Any  # variables, state -> state with the last iterate booked
+    facts: Any  # state -> status, steps (b,), readable by every process
+
+
+def attack_split(
+    model: Model,
+    variables: Variables,
+    data: Split,
+    robustness: Robustness,
+    *,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    text: str = "robust",
+    progress: bool | None = None,
+    log: Log | None = None,
+) -> tuple[dict[str, Any], Cost, float]:
+    """(summary, cost per image of the split, seconds without compilation).
+
+    Examples that are misclassified when clean are broken and never attacked. `robust_accuracy` is the share that no run
+    breaks, with Wilson's 95 % interval; `unconfirmed` counts attacks that met a misclassified iterate which the forward pass
+    afterwards does not confirm: those stand as unbroken. `fragile` counts verdicts that floating point might change. What a
+    `log` holds is not attacked again.
+    """
+    logits, labels, seconds = _clean(model, variables, data, mesh, f"{text}: clean", progress)
+    n = len(labels)
+    broken, fragile = _verdicts(logits, labels)
+    attacked, shares, entries = int((~broken).sum()), [1 - broken.mean()], []
+    log = log or Log(None, {})
+    for number, attack in enumerate(robustness.runs):
+        alive = np.flatnonzero(~broken).astype(np.int32)
+        if not len(alive):
+            break
+        done = [entry for entry in log.entries if entry["run"] == number]
+        left = np.setdiff1d(alive, [index for entry in done for index in entry["ids"]])
+        parts, key = _functions(attack, model, mesh), jax.random.fold_in(jax.random.key(seed), number)
+        with bar(len(alive), f"{text}: {attack.name}", enabled=progress, done=len(alive) - len(left)) as shown:
+            for entry in _run(parts, attack, key, variables, data.batches(left), logits, labels, mesh):
+                done.append({"run": number, **entry})
+                log.append(done[-1])
+                shown.update(len(entry["ids"]))
+        for entry in done:
+            broken[entry["broken"]] = True
+            fragile[entry["ids"]] = np.isin(entry["ids"], entry["fragile"])
+        entries += done
+        shares.append(1 - broken.mean())
+    total = lambda name: sum(entry[name] for entry in entries)
+    low, high = wilson((~broken).sum(), n)
+    values = {
+        "clean_accuracy": float(shares[0]),
+        "robust_accuracy": float(shares[-1]),
+        "robust_low": low,
+        "robust_high": high,
+    }
+    values |= {"attacked": attacked, "mean_steps": total("steps") / max(attacked, 1)}
+    values |= {"unconfirmed": total("unconfirmed"), "fragile": int(fragile.sum())}
+    values["after_runs"] = {"x": list(range(len(shares))), "y": [float(share) for share in shares]}
+    log.remove()
+    return values, Cost(1 + total("forwards") / n, total("gradients") / n), seconds + total("seconds")
+
+
+def _run(parts, attack, key, variables, batches, logits, labels, mesh):
+    """One entry per batch: what became of its examples, and what that cost."""
+    start = None
+    for ids, batch in batches:
+        state = parts.start(key, variables, batch, _placed(logits, ids, batch, mesh))
+        if start is None:
+            _compile(parts, variables, state, batch["mask"])
+            start = time.perf_counter()
+        state, count, booked = _attack(parts, attack, variables, state, batch["mask"])
+        after = jax.device_get(parts.logits(variables, state.best))[: len(ids)]
+        status, steps = (value[: len(ids)] for value in jax.device_get(parts.facts(state)))
+        broken, fragile = _verdicts(after, labels[ids])
+        now = time.perf_counter()
+        yield {
+            "ids": ids.tolist(),
+            "broken": ids[broken].tolist(),
+            "fragile": ids[fragile].tolist(),
+            "unconfirmed": int(((status != RUNNING) & ~broken).sum()),
+            "steps": int(steps.sum()),
+            "forwards": len(ids) * (count * attack.cost.forwards + booked + 1),
+            "gradients": len(ids) * count * attack.cost.gradients,
+            "seconds": now - start,
+        }
+        start = now
+
+
+def _clean(model, variables, data, mesh, text, progress):
+    """Logits (n, k) and labels (n,) of the split, by row, and the seconds."""
+    predict, start, parts = _logits(model, mesh), 0.0, []
+    with bar(data.examples, text, enabled=progress) as shown:
+        for ids, batch in data.batches(None):
+            if not parts:
+                predict.lower(variables, batch["image"]).compile()
+                start = time.perf_counter()
+            values = jax.device_get((predict(variables, batch["image"]), _whole(mesh)(batch["label"])))
+            parts.append((ids, *(value[: len(ids)] for value in values)))
+            shown.update(len(ids))
+    ids, logits, labels = (np.concatenate(column) for column in zip(*parts))
+    order = np.argsort(ids)
+    return logits[order], labels[order], time.perf_counter() - start
+
+
+def _attack(parts, attack, variables, state, mask):
+    """(state, steps made, forward passes for booking) of one batch."""
+    for count in range(1, attack.steps + 1):
+        state, running = parts.step(variables, state, mask)
+        if not running:
+            return state, count, 0
+    return parts.book(variables, state), attack.steps, 1
+
+
+def _compile(parts, variables, state, mask):
+    parts.logits.lower(variables, state.best).compile()
+    parts.step.lower(variables, state, mask).compile()
+    parts.book.lower(variables, state).compile()
+    parts.facts(state)
+
+
+@functools.lru_cache(maxsize=32)
+def _functions(attack: Attack, model: Model, mesh: Mesh | None) -> Functions:
+    def start(key, variables, batch, logits):
+        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["id"])
+        return attack.init(keys, bind(model, variables), batch["image"], batch["label"], logits)
+
+    def step(variables, state, mask):
+        state = attack.step(bind(model, variables), state)
+        return state, ((state.status == RUNNING) & mask).any()
+
+    def book(variables, state):
+        return finish(bind(model, variables), state)
+
+    facts = lambda state: (state.status, state.steps)
+    if mesh is None:
+        return Functions(_logits(model, None), jax.jit(start), jax.jit(step), jax.jit(book), jax.jit(facts))
+    whole, rows = replicated(mesh), split(mesh)
+    return Functions(
+        _logits(model, mesh),
+        jax.jit(start, in_shardings=(None, whole, rows, rows), out_shardings=rows),
+        jax.jit(step, in_shardings=(whole, rows, rows), out_shardings=(rows, whole)),
+        jax.jit(book, in_shardings=(whole, rows), out_shardings=rows),
+        jax.jit(facts, in_shardings=(rows,), out_shardings=whole),
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _logits(model, mesh):
+    predict = lambda variables, images: bind(model, variables)(images).astype(jnp.float32)
+    if mesh is None:
+        return jax.jit(predict)
+    return jax.jit(predict, in_shardings=(replicated(mesh), split(mesh)), out_shardings=replicated(mesh))
+
+
+@functools.lru_cache(maxsize=32)
+def _whole(mesh):
+    """The identity, with a result that every process can read."""
+    return jax.jit(lambda values: values, out_shardings=None if mesh is None else replicated(mesh))
+
+
+def _verdicts(logits, labels):
+    """(broken, fragile), bool (n,) each."""
+    broken = np.array(misclassified(jnp.asarray(logits), jnp.asarray(labels)))
+    own = np.take_along_axis(logits, labels[:, None], 1)[:, 0]
+    others = np.where(np.arange(logits.shape[1]) == labels[:, None], -np.inf, logits).max(1)
+    return broken, np.abs(others - own) < FRAGILE * (logits.max(1) - logits.min(1))
+
+
+def _placed(logits, ids, batch, mesh):
+    """The clean logits of a batch, padding included, on the devices."""
+    padded = np.pad(logits[ids], ((0, len(batch["mask"]) - len(ids)), (0, 0)))
+    if mesh is None:
+        return padded
+    return jax.make_array_from_callback(padded.shape, split(mesh), lambda index: padded[index])

@@ -1,0 +1,91 @@
+"""A split as evaluation wants it: examples in batches of one width, all of them or a chosen few, on the device."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from topgap_jax.data import Stream, as_batch, gather
+from topgap_jax.data.source import Source
+from topgap_jax.errors import UserError
+from topgap_jax.mesh import check_batch, replicated, split
+from topgap_jax.types import Array, Batch
+
+
+class Split(NamedTuple):
+    """batches(ids) -> iterator of (ids (m,), batch of the full width whose first m rows they are, the rest masked padding).
+
+    ids (n,) int32 are rows of the split; None: all of them, in order. Every batch has the same width, so nothing compiles twice.
+    """
+
+    examples: int
+    batches: Callable[[np.ndarray | None], Iterator[tuple[np.ndarray, Batch]]]
+
+
+def resident_split(arrays: Mapping[str, Array], *, classes: int, batch: int, mesh: Mesh | None = None) -> Split:
+    """A split held on the device as `data.resident` decodes it, gathered in batches of `batch` rows."""
+    _check(batch, mesh)
+    held = jax.device_put(dict(arrays), None if mesh is None else replicated(mesh))
+    make = jax.jit(
+        lambda held, ids, mask: gather(held, ids, mask, classes), out_shardings=None if mesh is None else split(mesh)
+    )
+
+    def batches(ids=None):
+        for some in _chunks(ids, examples, batch):
+            padded, mask = _padded(some, batch)
+            yield some, make(held, padded, mask)
+
+    examples = len(arrays["label"])
+    return Split(examples, batches)
+
+
+def streamed_split(
+    source: Source,
+    image_size: tuple[int, int],
+    resize: str = "stretch",
+    *,
+    classes: int,
+    batch: int,
+    mesh: Mesh | None = None,
+    threads: int = 8,
+    workers: int = 0,
+) -> Split:
+    """A split too large to hold: decoded anew for every pass, by grain's threads; each process reads its share of a batch."""
+    _check(batch, mesh)
+    process = (0, 1) if mesh is None else (jax.process_index(), jax.process_count())
+    make = jax.jit(lambda rows: as_batch(rows, classes))
+
+    def place(rows):
+        if mesh is None:
+            return jax.device_put(rows)
+        return {name: jax.make_array_from_process_local_data(split(mesh), value) for name, value in rows.items()}
+
+    def batches(ids=None):
+        chunks = list(_chunks(ids, len(source), batch))
+        order = lambda step: _padded(chunks[step], batch)
+        options = {"extras": True, "threads": threads, "workers": workers, "process": process}
+        with Stream(source, order, len(chunks), batch, image_size, resize, **options) as rows:
+            for some, row in zip(chunks, rows):
+                yield some, make(place(row))
+
+    return Split(len(source), batches)
+
+
+def _check(batch, mesh):
+    if mesh is not None:
+        check_batch(batch, mesh)
+    elif batch < 1:
+        raise UserError(f"batch={batch} must be at least 1")
+
+
+def _chunks(ids, examples, batch):
+    ids = np.arange(examples, dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
+    for start in range(0, len(ids), batch):
+        yield ids[start : start + batch]
+
+
+def _padded(ids, batch):
+    """The ids filled up with row 0, and a mask that is False there."""
+    return np.pad(ids, (0, batch - len(ids))), np.arange(batch) < len(ids)
