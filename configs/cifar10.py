@@ -1,8 +1,8 @@
 """CIFAR-10, ResNet-20 with class maps, one input normalisation for every arm.
 
-    topgap train --config configs/cifar10.py --workdir runs/cifar10_gap
-    topgap train --config configs/cifar10.py --config.pool='top_gap(k=16)' --workdir runs/cifar10_top_gap
-    topgap evaluate --config configs/cifar10.py --weights resnet20_cifar10.safetensors
+topgap train --config configs/cifar10.py --workdir runs/cifar10_gap
+topgap train --config configs/cifar10.py --config.pool='top_gap(k=16)' --workdir runs/cifar10_top_gap
+topgap evaluate --config configs/cifar10.py --weights resnet20_cifar10.safetensors
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,8 @@
 """Three breeds of Oxford-IIIT Pet at 128x128, with masks.
 
-    topgap train --config configs/pets3.py --workdir runs/pets_gap
-    topgap train --config configs/pets3.py --config.pool='top_gap(fraction=.28)' --workdir runs/pets_top_gap
-    topgap explain --workdir runs/pets_top_gap
+topgap train --config configs/pets3.py --workdir runs/pets_gap
+topgap train --config configs/pets3.py --config.pool='top_gap(fraction=.28)' --workdir runs/pets_top_gap
+topgap explain --workdir runs/pets_top_gap
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.ema = 0.0
 
     config.eps = 1 / 255
-    config.evaluators = "accuracy(), localisation(cam()), localisation(grad_cam('stage4')), regions(bank), receptive_field()"
+    config.evaluators = "accuracy(), localisation(cam(), centre=centre), localisation(grad_cam('stage4'), centre=centre), regions(bank, fill=mean), receptive_field()"
     config.explain = "cam(), grad_cam('stage4')"
 
     config.log_every = 10

@@ -1,7 +1,7 @@
 """The embedded data set `shapes`: 64x64, six classes on textures that agree with the class in 90 % of the images.
 
-    topgap train --config configs/shapes.py --workdir runs/shapes_gap
-    topgap train --config configs/shapes.py --config.pool='top_gap(fraction=.14)' --workdir runs/shapes_top_gap
+topgap train --config configs/shapes.py --workdir runs/shapes_gap
+topgap train --config configs/shapes.py --config.pool='top_gap(fraction=.14)' --workdir runs/shapes_top_gap
 """
 
 from ml_collections import ConfigDict
@@ -34,9 +34,7 @@ def get_config() -> ConfigDict:
     config.ema = 0.0
 
     config.eps = 2 / 255
-    config.evaluators = (
-        "accuracy(), robust(pgd(linf(eps), steps=20)), localisation(cam(), boxes=False), regions(bank), receptive_field()"
-    )
+    config.evaluators = "accuracy(), robust(pgd(linf(eps), steps=20)), localisation(cam(), centre=centre, boxes=False), regions(bank, fill=mean), receptive_field()"
     config.explain = "cam(), grad_cam()"
 
     config.log_every = 10

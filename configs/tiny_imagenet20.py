@@ -1,8 +1,8 @@
 """Twenty classes of Tiny ImageNet at 64x64, with one box an image.
 
-    topgap train --config configs/tiny_imagenet20.py --workdir runs/tiny_gap
-    topgap train --config configs/tiny_imagenet20.py --config.pool='top_gap(fraction=.25)' --workdir runs/tiny_top_gap
-    topgap explain --workdir runs/tiny_top_gap
+topgap train --config configs/tiny_imagenet20.py --workdir runs/tiny_gap
+topgap train --config configs/tiny_imagenet20.py --config.pool='top_gap(fraction=.25)' --workdir runs/tiny_top_gap
+topgap explain --workdir runs/tiny_top_gap
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.ema = 0.0
 
     config.eps = 1 / 255
-    config.evaluators = "accuracy(), localisation(cam()), localisation(grad_cam('stage4')), receptive_field()"
+    config.evaluators = "accuracy(), localisation(cam(), centre=centre), localisation(grad_cam('stage4'), centre=centre), receptive_field()"
     config.explain = "cam(), grad_cam('stage4')"
 
     config.log_every = 10

@@ -6,11 +6,6 @@ Goals: at most 1.05x where ResNet-20 pools its 10 class maps (128, 8, 8, 10), at
 One process per setting, asked in turn; ratio = time with top_gap over time with gap, median over the rounds.
 """
 
-import argparse
-import os
-
-import _bench_driver as driver
-
 STEPS = {  # title: (head with its pool, image classes, k, limit)
     "ResNet-20, maps (128, 8, 8, 10)": ("map_head({pool})", 10, 16, 1.05),
     "ResNet-20 + pyramid, maps (128, 16, 16, 64)": ("pyramid_head({pool}, width=32, finest=2)", 64, 64, 1.10),

@@ -18,7 +18,9 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("topgap", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.register_profile(
+    "topgap", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
 settings.load_profile("topgap")
 
 

@@ -11,7 +11,10 @@ from topgap_jax import balls
 from topgap_jax.errors import UserError
 
 SHAPE = (3, 2, 2, 3)
-SIZES = {"linf": lambda delta: np.abs(delta).max((1, 2, 3)), "l2": lambda delta: np.sqrt((np.float64(delta) ** 2).sum((1, 2, 3)))}
+SIZES = {
+    "linf": lambda delta: np.abs(delta).max((1, 2, 3)),
+    "l2": lambda delta: np.sqrt((np.float64(delta) ** 2).sum((1, 2, 3))),
+}
 DUALS = {"linf": lambda g: np.abs(g).sum((1, 2, 3)), "l2": lambda g: np.sqrt((np.float64(g) ** 2).sum((1, 2, 3)))}
 rows = pytest.mark.parametrize("name", balls.TABLE)
 
@@ -43,7 +46,9 @@ def test_projection_is_feasible_and_idempotent(name, seed, eps, scale):
 
 def test_projection_formulas():
     images, delta = images_of(0), noise_of(1)
-    np.testing.assert_allclose(balls.linf(0.3).project(images, delta), np.clip(images + np.clip(delta, -0.3, 0.3), 0, 1) - images, atol=1e-6)
+    np.testing.assert_allclose(
+        balls.linf(0.3).project(images, delta), np.clip(images + np.clip(delta, -0.3, 0.3), 0, 1) - images, atol=1e-6
+    )
     shrunk = delta * np.minimum(1, 0.3 / SIZES["l2"](delta))[:, None, None, None]
     np.testing.assert_allclose(balls.l2(0.3).project(images, delta), np.clip(images + shrunk, 0, 1) - images, atol=1e-6)
     # What is inside both already stays.
@@ -71,7 +76,9 @@ def test_ascent_attains_the_dual_norm(name, scale):
 @rows
 def test_a_zero_gradient_moves_nothing(name):
     ball = balls.TABLE[name](0.1)
-    assert not np.asarray(ball.ascent(jnp.zeros(SHAPE))).any() and not np.asarray(ball.dual_norm(jnp.zeros(SHAPE))).any()
+    assert (
+        not np.asarray(ball.ascent(jnp.zeros(SHAPE))).any() and not np.asarray(ball.dual_norm(jnp.zeros(SHAPE))).any()
+    )
 
 
 @rows
@@ -103,7 +110,12 @@ def test_eps_zero_and_scaled(name):
 def test_transformations(name):
     """jit, and one example at a time under vmap."""
     ball, images, delta = balls.TABLE[name](0.2), jnp.asarray(images_of(3)), jnp.asarray(noise_of(4))
-    for function, arguments in [(ball.project, (images, delta)), (ball.ascent, (delta,)), (ball.dual_norm, (delta,)), (ball.size, (delta,))]:
+    for function, arguments in [
+        (ball.project, (images, delta)),
+        (ball.ascent, (delta,)),
+        (ball.dual_norm, (delta,)),
+        (ball.size, (delta,)),
+    ]:
         np.testing.assert_allclose(jax.jit(function)(*arguments), function(*arguments), atol=1e-6)
         single = jax.vmap(lambda *one: function(*(x[None] for x in one))[0])(*arguments)
         np.testing.assert_allclose(single, function(*arguments), atol=1e-6)
@@ -111,7 +123,10 @@ def test_transformations(name):
 
 @rows
 def test_errors(name):
-    for eps, text in {-1: "eps must be a number of at least 0, got -1", "8/255": "eps must be a number of at least 0, got '8/255'"}.items():
+    for eps, text in {
+        -1: "eps must be a number of at least 0, got -1",
+        "8/255": "eps must be a number of at least 0, got '8/255'",
+    }.items():
         with pytest.raises(UserError) as raised:
             balls.TABLE[name](eps)
         assert str(raised.value) == text

@@ -14,7 +14,13 @@ from topgap_jax.types import Attack
 
 TABLE = {**pool.TABLE, **balls.TABLE, **attacks.TABLE, "echo": lambda *args, **words: (args, words)}
 VALUES = {**scores.TABLE, "eps": 8 / 255, "steps": 7, "mean": (0.5, 0.5, 0.5)}
-VALID = ["pgd(linf(8/255), score=margin, steps=20)", "top_gap(k=4)", "gap(), gmp()", "echo(-1.5, (1, 'a'), x=[True, None])", "lse(r=2*3%4)"]
+VALID = [
+    "pgd(linf(8/255), score=margin, steps=20)",
+    "top_gap(k=4)",
+    "gap(), gmp()",
+    "echo(-1.5, (1, 'a'), x=[True, None])",
+    "lse(r=2*3%4)",
+]
 
 
 def error(text, where=""):
@@ -137,7 +143,14 @@ def test_any_text(text):
     value_or_error(text)
 
 
-@given(st.sampled_from(VALID), st.lists(st.tuples(st.integers(0, 60), st.integers(0, 3), st.text("()[]{}*,=.'\"+-/%:09aegkx \n\\", max_size=3)), min_size=1, max_size=4))
+@given(
+    st.sampled_from(VALID),
+    st.lists(
+        st.tuples(st.integers(0, 60), st.integers(0, 3), st.text("()[]{}*,=.'\"+-/%:09aegkx \n\\", max_size=3)),
+        min_size=1,
+        max_size=4,
+    ),
+)
 def test_mutated_text(text, edits):
     for place, length, new in edits:
         text = text[:place] + new + text[place + length :]
@@ -156,12 +169,18 @@ def trees():
     )
 
     def grow(children):
-        operators = st.sampled_from([ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.LShift, ast.BitOr, ast.MatMult])
+        operators = st.sampled_from(
+            [ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.LShift, ast.BitOr, ast.MatMult]
+        )
         keywords = st.lists(st.builds(ast.keyword, words, children), max_size=3)
         functions = names.map(lambda name: ast.Name(name, ast.Load()))
         return (
             st.builds(ast.BinOp, children, operators.map(lambda kind: kind()), children)
-            | st.builds(ast.UnaryOp, st.sampled_from([ast.USub, ast.UAdd, ast.Not, ast.Invert]).map(lambda kind: kind()), children)
+            | st.builds(
+                ast.UnaryOp,
+                st.sampled_from([ast.USub, ast.UAdd, ast.Not, ast.Invert]).map(lambda kind: kind()),
+                children,
+            )
             | st.builds(ast.Call, functions | children, st.lists(children, max_size=3), keywords)
             | st.lists(children, max_size=3).map(lambda items: ast.Tuple(items, ast.Load()))
             | children.map(lambda value: ast.Attribute(value, "__class__", ast.Load()))

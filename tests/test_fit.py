@@ -131,7 +131,7 @@ def test_a_stream_trains_like_resident_arrays_and_resumes(whole, tmp_path, monke
     _, expected = whole
     arrays = parts().train
     read = lambda index: {"image": arrays["image"][index], "label": int(arrays["label"][index])}
-    source = Source("numbers", "train", 44, ("a", "b", "c"), frozenset(), read)
+    source = Source("numbers", "train", ("a", "b", "c"), 44, read)
     batches = lambda: stream(source, (6, 6), seed=3, batch=8, threads=2)
     place, calls = fit_module._placed, []
 

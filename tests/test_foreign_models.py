@@ -53,28 +53,29 @@ class NNXCNN(nnx.Module):
         return self.linear1(self.dropout2(x, rngs=rngs))
 
 
-def linen_model():
-    return models.linen(LinenCNN()), "Dense_0", ("Dense_0", "BatchNorm_0"), 0.5
+def drawn(model):
+    """Variables of the right shapes from NumPy, positive where they are variances: nothing is compiled."""
+    random = np.random.default_rng(0)
+    fill = lambda path, x: jnp.asarray(random.normal(size=x.shape) * 0.3 + (path[-1].key in ("var", "scale")), x.dtype)
+    positive = lambda path, x: jnp.abs(x) if path[-1].key == "var" else x
+    variables = jax.tree_util.tree_map_with_path(fill, jax.eval_shape(model.init, jax.random.key(0), IMAGES))
+    return jax.tree_util.tree_map_with_path(positive, variables)
 
 
-def nnx_model():
-    return models.nnx(NNXCNN(rngs=nnx.Rngs(0))), "linear1", ("linear1", "batch_norm1"), 0.5
-
-
-@pytest.fixture(scope="module", params=[linen_model, nnx_model], ids=["linen", "nnx"])
+@pytest.fixture(scope="module", params=["linen", "nnx"])
 def foreign(request):
-    """(model, name of its dense layer, variables), with running statistics that are not the initial ones."""
-    model, dense, _, _ = request.param()
-    variables = jax.jit(model.init)(jax.random.key(2), IMAGES)
-    update = lambda variables: model.apply(variables, IMAGES, train=True, keys=KEYS).batch_stats
-    return model, dense, {**variables, "batch_stats": jax.jit(update)(variables)}
+    """(model, name of its dense layer, variables)."""
+    if request.param == "linen":
+        model, dense = models.linen(LinenCNN()), "Dense_0"
+    else:
+        model, dense = models.nnx(nnx.jit(lambda: NNXCNN(rngs=nnx.Rngs(0)))()), "linear1"
+    return model, dense, drawn(model)
 
 
-def features_of(request_model, variables, train=False, keys=None):
-    """What the network pools: read where Grad-CAM would, plus the inline ReLU that no name stands for."""
-    predict = lambda images: request_model.apply(variables, images, train=train, keys=keys).logits
-    names = [x.name for x in layers(predict, IMAGES) if len(x.shape) == 4]
-    return jax.nn.relu(read(predict, names[-1])(IMAGES)[1])
+def features_of(model, variables, train=False, keys=None):
+    """What the network pools: the last named map, then the inline ReLU that no name stands for."""
+    predict = lambda images: model.apply(variables, images, train=train, keys=keys).logits
+    return jax.nn.relu(jax.jit(read(predict))(IMAGES)[1])
 
 
 def dense_of(variables, dense):
@@ -88,10 +89,13 @@ def top_k_mean(maps, k):
 def test_layers_have_the_names_of_their_attributes(foreign):
     model, dense, variables = foreign
     names = [x.name for x in layers(models.bind(model, variables), IMAGES)]
-    assert names == {
-        "Dense_0": ["Conv_0", "BatchNorm_0", "Conv_1", "Dropout_0", "Dense_0"],
-        "linear1": ["conv1", "dropout1", "batch_norm1", "conv2", "batch_norm2", "dropout2", "linear1"],
-    }[dense]
+    assert (
+        names
+        == {
+            "Dense_0": ["Conv_0", "BatchNorm_0", "Conv_1", "Dropout_0", "Dense_0"],
+            "linear1": ["conv1", "dropout1", "batch_norm1", "conv2", "batch_norm2", "dropout2", "linear1"],
+        }[dense]
+    )
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
@@ -128,7 +132,9 @@ def test_top_gap_equals_numpy(foreign, jitted):
     predict = models.bind(pooled, variables)
     np.testing.assert_allclose(read(predict, "maps")(IMAGES)[1], maps, atol=1e-5)
     cam = explain.cam()(None, predict, IMAGES, LABELS)
-    np.testing.assert_allclose(cam, np.take_along_axis(maps, np.asarray(LABELS)[:, None, None, None], -1)[..., 0], atol=1e-5)
+    np.testing.assert_allclose(
+        cam, np.take_along_axis(maps, np.asarray(LABELS)[:, None, None, None], -1)[..., 0], atol=1e-5
+    )
     np.testing.assert_allclose(tap(predict, "maps", lambda z: z + 1)(IMAGES), logits + 1, atol=1e-5)
     assert all(x.calls == 1 for x in layers(predict, IMAGES))
 
@@ -181,19 +187,24 @@ class Own(nn.Module):
 
 def ending(end):
     model = models.linen(End(end))
-    variables = jax.jit(model.init)(jax.random.key(3), IMAGES)
-    return model, variables
+    return model, drawn(model)
 
 
 @pytest.mark.parametrize(
     "end, dense",
     {
         "mean with kept axes": (lambda x, train: nn.Dense(5)(x.mean((1, 2), keepdims=True)[:, 0, 0]), "Dense_0"),
-        "kept axes, then reshape": (lambda x, train: nn.Dense(5)(x.mean((1, 2), keepdims=True).reshape(x.shape[0], -1)), "Dense_0"),
+        "kept axes, then reshape": (
+            lambda x, train: nn.Dense(5)(x.mean((1, 2), keepdims=True).reshape(x.shape[0], -1)),
+            "Dense_0",
+        ),
         "sum divided": (lambda x, train: nn.Dense(5)(x.sum((1, 2)) / 16), "Dense_0"),
         "two means": (lambda x, train: nn.Dense(5)(x.mean(1).mean(1)), "Dense_0"),
         "two means, columns first": (lambda x, train: nn.Dense(5)(x.mean(2).mean(1)), "Dense_0"),
-        "positions as one axis": (lambda x, train: nn.Dense(5)(x.reshape(x.shape[0], -1, x.shape[-1]).mean(1)), "Dense_0"),
+        "positions as one axis": (
+            lambda x, train: nn.Dense(5)(x.reshape(x.shape[0], -1, x.shape[-1]).mean(1)),
+            "Dense_0",
+        ),
         "average pool without padding counted": (
             lambda x, train: nn.Dense(5)(nn.avg_pool(x, (4, 4), count_include_pad=False).squeeze((1, 2))),
             "Dense_0",
@@ -209,16 +220,23 @@ def ending(end):
 )
 def test_ways_to_end(end, dense):
     model, variables = ending(end)
-    run = lambda model: jax.jit(lambda variables: model.apply(variables, IMAGES).logits)(variables)
-    np.testing.assert_allclose(run(with_pool(model, dense=dense, pool=pool.gap())), run(model), atol=1e-6)
-    maps = read(models.bind(with_pool(model, dense=dense, pool=pool.gmp()), variables), "maps")(IMAGES)[1]
+    pooled = with_pool(model, dense=dense, pool=pool.gap())
+
+    @jax.jit
+    def both(variables):
+        again, maps = read(models.bind(pooled, variables), "maps")(IMAGES)
+        return model.apply(variables, IMAGES).logits, again, maps
+
+    logits, again, maps = both(variables)
+    np.testing.assert_allclose(again, logits, atol=1e-6)
     assert maps.shape == (4, 4, 4, 5)
 
 
 def test_bf16():
     model, variables = ending(lambda x, train: nn.Dense(5, dtype=jnp.bfloat16)(x.astype(jnp.bfloat16).mean((1, 2))))
-    pooled = lambda pool: with_pool(model, dense="Dense_0", pool=pool).apply(variables, IMAGES).logits
-    logits = model.apply(variables, IMAGES).logits
+    run = lambda model: jax.jit(lambda variables: model.apply(variables, IMAGES).logits)(variables)
+    pooled = lambda pool: run(with_pool(model, dense="Dense_0", pool=pool))
+    logits = run(model)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(pooled(pool.gap()), logits, atol=0.02)
     assert np.abs(pooled(pool.gmp()) - logits).max() > 0.1
@@ -226,27 +244,48 @@ def test_bf16():
 
 NOTHING_ELSE = "it must be global average pooling (a mean over the spatial axes, or a full-window average pool) followed by this dense layer"
 STOPS = {
-    "layer norm": (lambda x, train: nn.Dense(5)(nn.LayerNorm()(x.mean((1, 2)))), "there is 'add', before the output of 'LayerNorm_0'; it"),
+    "layer norm": (
+        lambda x, train: nn.Dense(5)(nn.LayerNorm()(x.mean((1, 2)))),
+        "there is 'add', before the output of 'LayerNorm_0'; it",
+    ),
     "batch norm": (
         lambda x, train: nn.Dense(5)(nn.BatchNorm(use_running_average=not train)(x.mean((1, 2)))),
         "there is 'add', before the output of 'BatchNorm_0'; it",
     ),
     "an activation": (lambda x, train: nn.Dense(5)(nn.relu(x.mean((1, 2)))), "(relu)"),
-    "a gate": (lambda x, train: nn.Dense(5)(nn.silu(x.mean((1, 2)))), "there is 'mul' by a value that depends on the pooled features"),
-    "another dense layer": (lambda x, train: nn.Dense(5, name="b")(nn.Dense(6, name="a")(x.mean((1, 2)))), "there is 'add', before the output of 'a'"),
+    "a gate": (
+        lambda x, train: nn.Dense(5)(nn.silu(x.mean((1, 2)))),
+        "there is 'mul' by a value that depends on the pooled features",
+    ),
+    "another dense layer": (
+        lambda x, train: nn.Dense(5, name="b")(nn.Dense(6, name="a")(x.mean((1, 2)))),
+        "there is 'add', before the output of 'a'",
+    ),
     "flattened": (
         lambda x, train: nn.Dense(5)(x.reshape(x.shape[0], -1)),
         "there is a change of shape from (4, 4, 4, 6) to (4, 96): features flattened, not pooled",
     ),
-    "half flattened": (lambda x, train: nn.Dense(5)(x.mean(1).reshape(x.shape[0], -1)), "there is a change of shape from (4, 4, 6) to (4, 24)"),
+    "half flattened": (
+        lambda x, train: nn.Dense(5)(x.mean(1).reshape(x.shape[0], -1)),
+        "there is a change of shape from (4, 4, 6) to (4, 24)",
+    ),
     "max pooling": (lambda x, train: nn.Dense(5)(x.max((1, 2))), "there is 'reduce_max'"),
-    "channels": (lambda x, train: nn.Dense(5)(x.mean(3).mean(2)), "there is a sum over axes (2,) of a value of shape (4, 4, 4)"),
+    "channels": (
+        lambda x, train: nn.Dense(5)(x.mean(3).mean(2)),
+        "there is a sum over axes (2,) of a value of shape (4, 4, 4)",
+    ),
     "part of the map": (
         lambda x, train: nn.Dense(5)(nn.avg_pool(x[:, :3], (2, 4), (2, 4))[:, 0, 0]),
         "there is an average pool with window (1, 2, 4, 1) over a value of shape (4, 3, 4, 6), not over all of it",
     ),
-    "no dense layer": (lambda x, train: nn.relu(x.mean((1, 2))) * nn.Dense(1, name="Dense_0")(x.mean((1, 2, 3))[:, None]), "a sum over axes (1, 2, 3)"),
-    "in a loop": (lambda x, train: nn.remat(Head)(name="head")(x.mean((1, 2))), "'head/last' lies inside a function that cannot be entered (remat"),
+    "no dense layer": (
+        lambda x, train: nn.relu(x.mean((1, 2))) * nn.Dense(1, name="Dense_0")(x.mean((1, 2, 3))[:, None]),
+        "a sum over axes (1, 2, 3)",
+    ),
+    "in a loop": (
+        lambda x, train: nn.remat(Head)(name="head")(x.mean((1, 2))),
+        "'head/last' lies inside a function that cannot be entered (remat",
+    ),
 }
 
 

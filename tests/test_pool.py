@@ -127,7 +127,12 @@ def test_k_one_is_gmp_and_k_all_is_gap():
     maps = maps_of(6)
     for least in (pool.top_gap(k=1), pool.top_gap(k=1.0), pool.top_gap(fraction=1e-6), pool.top_gap(k=lambda step: 0)):
         np.testing.assert_allclose(least(maps), pool.gmp()(maps), atol=1e-6)
-    for most in (pool.top_gap(k=9), pool.top_gap(fraction=1), pool.top_gap(k=lambda step: 1000), pool.top_gap(fraction=lambda step: 1)):
+    for most in (
+        pool.top_gap(k=9),
+        pool.top_gap(fraction=1),
+        pool.top_gap(k=lambda step: 1000),
+        pool.top_gap(fraction=lambda step: 1),
+    ):
         np.testing.assert_allclose(most(maps), pool.gap()(maps), atol=1e-6)
     np.testing.assert_allclose(pool.lse(r=1e-3)(maps), pool.gap()(maps), atol=2e-3)
     np.testing.assert_allclose(pool.lse(r=1e4)(maps), pool.gmp()(maps), atol=1e-3)
@@ -141,7 +146,9 @@ def test_worked_values():
         # At r = .01 the logarithm's rounding is divided by r.
         assert float(pool.lse(r)(one(X))[0, 0]) == pytest.approx(value, abs=2e-5 if r < 0.1 else 1e-6)
     np.testing.assert_allclose(pool.top_weights(one(X), 3)[0, :, :, 0], np.isin(X, [6, 5, 4]) / 3, atol=1e-7)
-    np.testing.assert_allclose(pool.top_weights(one(X), 2.5)[0, :, :, 0], (0.4 * np.isin(X, [6, 5]) + 0.2 * (X == 4)), atol=1e-7)
+    np.testing.assert_allclose(
+        pool.top_weights(one(X), 2.5)[0, :, :, 0], (0.4 * np.isin(X, [6, 5]) + 0.2 * (X == 4)), atol=1e-7
+    )
 
 
 def test_worked_ties():
@@ -242,7 +249,9 @@ def test_input_gradient_is_the_mean_of_the_chosen_rows():
     x = jnp.asarray(maps_of(9, (5,)))
     rows = jax.jacrev(lambda x: features(x).ravel())(x)
     chosen = np.argsort(-np.asarray(features(x)).ravel())[:4]
-    np.testing.assert_allclose(jax.grad(lambda x: pool.top_gap(4)(features(x))[0, 0])(x), rows[chosen].mean(0), atol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(lambda x: pool.top_gap(4)(features(x))[0, 0])(x), rows[chosen].mean(0), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("row", ["top_gap(k=3)"])
@@ -268,7 +277,9 @@ def test_transformations(row):
 def test_errors():
     for make, text in {
         lambda: pool.top_gap(): "give exactly one of k and fraction: top_gap(k=4) or top_gap(fraction=.1)",
-        lambda: pool.top_gap(4, fraction=0.1): "give exactly one of k and fraction: top_gap(k=4) or top_gap(fraction=.1)",
+        lambda: pool.top_gap(
+            4, fraction=0.1
+        ): "give exactly one of k and fraction: top_gap(k=4) or top_gap(fraction=.1)",
         lambda: pool.top_gap(k=0): "k must be a number of at least 1, got 0",
         lambda: pool.top_gap(fraction=1.5): "fraction must be a number in [1e-09, 1], got 1.5",
         lambda: pool.lse(r=0): "r must be a number of at least 1e-06, got 0",

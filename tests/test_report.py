@@ -1,21 +1,12 @@
 """The report, the tables in the terminal, and the page in a real browser."""
 
 import json
-import re
-import shutil
-import zlib
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from topgap_jax.errors import UserError
-from topgap_jax.report import compare, demo_table, report, sheet, table
-from topgap_jax.report import page as page_module
-from topgap_jax.report.figures import Series, line_chart, thin
-from topgap_jax.report.read import Measure, beside, comparison, headline, labels, measures, number, read_runs
+from topgap_jax.report import sheet
 
 EVIL = "<script>alert(1)</script>"
 ROBUST = "robust(pgd(linf(eps), steps=20))"
@@ -42,7 +33,13 @@ def rows_of(seed, *, regions=True):
             {"calibration": calibration})  # fmt: skip
         robust = {"clean_accuracy": level, "robust_accuracy": level / 2, "robust_low": level / 2 - 0.03,
                   "robust_high": level / 2 + 0.03, "attacked": 910, "mean_steps": 12.4, "unconfirmed": 0, "fragile": 2}  # fmt: skip
-        row(ROBUST, robust, {"after_runs": {"x": [0, 1], "y": [level, level / 2]}}, gradient_evaluations=20.0, seconds=81.7)
+        row(
+            ROBUST,
+            robust,
+            {"after_runs": {"x": [0, 1], "y": [level, level / 2]}},
+            gradient_evaluations=20.0,
+            seconds=81.7,
+        )
         row("localisation(cam())", interval("iou", 0.41 + seed / 50) | {"best_iou": 0.47, "best_iou_tau": 0.35,
             "max_box_accuracy": 0.55, "centre_iou": 0.3, "full_iou": 0.14, "in_region": 0.6, "lift": None},
             {"iou_curve": {"x": x.tolist(), "y": (0.5 - (x - 0.4) ** 2).tolist()}})  # fmt: skip
@@ -53,7 +50,9 @@ def rows_of(seed, *, regions=True):
     return rows
 
 
-def make_run(folder: Path, *, pool="gap()", seed=0, evaluated=True, trained=True, sheets=True, regions=True, **config) -> Path:
+def make_run(
+    folder: Path, *, pool="gap()", seed=0, evaluated=True, trained=True, sheets=True, regions=True, **config
+) -> Path:
     """A run folder as train, evaluate and explain leave it."""
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True)
@@ -70,7 +69,9 @@ def make_run(folder: Path, *, pool="gap()", seed=0, evaluated=True, trained=True
             loss = 1.8 * np.exp(-step / 120) + 0.1 * random.random()
             lines.append({"step": step, "epoch": step / 40, "kind": "train", "loss": loss, "accuracy": 1 - loss / 2})
             if step % 40 == 0:
-                lines.append({"step": step, "epoch": step / 40, "kind": "validation", "accuracy": 0.95 - loss / 2, "nll": loss})
+                lines.append(
+                    {"step": step, "epoch": step / 40, "kind": "validation", "accuracy": 0.95 - loss / 2, "nll": loss}
+                )
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if evaluated:
         stored = {"rows": rows_of(seed, regions=regions), "weights": "checkpoint best, step 320", "data": "shapes()"}

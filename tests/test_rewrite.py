@@ -106,7 +106,9 @@ def test_tap_replaces_the_value(net):
     np.testing.assert_allclose(halved, pool.top_gap(k=3)(nn.Conv(5, (3, 3)).apply(head, features / 2)), atol=1e-6)
     np.testing.assert_allclose(tap(predict, "stage2", lambda z: z)(IMAGES), predict(IMAGES), atol=1e-6)
     # A replacement of another type is cast, and a NumPy array will do.
-    np.testing.assert_allclose(tap(predict, "stage2", lambda z: np.asarray(z / 2, np.float64))(IMAGES), halved, atol=1e-6)
+    np.testing.assert_allclose(
+        tap(predict, "stage2", lambda z: np.asarray(z / 2, np.float64))(IMAGES), halved, atol=1e-6
+    )
 
 
 def test_a_tap_changes_no_later_call(net):
@@ -126,7 +128,9 @@ def test_a_jitted_predict_gives_the_same_and_stays_compiled(net, compilations):
     for layer in ("stage1", "maps"):
         maps = explain.grad_cam(layer)(None, predict, IMAGES, LABELS)
         np.testing.assert_allclose(explain.grad_cam(layer)(None, jitted, IMAGES, LABELS), maps, atol=1e-6)
-    np.testing.assert_allclose(tap(jitted, "stage1", lambda z: z / 2)(IMAGES), tap(predict, "stage1", lambda z: z / 2)(IMAGES), atol=1e-6)
+    np.testing.assert_allclose(
+        tap(jitted, "stage1", lambda z: z / 2)(IMAGES), tap(predict, "stage1", lambda z: z / 2)(IMAGES), atol=1e-6
+    )
     assert jitted._cache_size() == 1
     assert compilations(lambda: jitted(IMAGES)) == 0
     np.testing.assert_array_equal(jitted(IMAGES), before)
@@ -193,11 +197,19 @@ def test_grad_jit_vmap(net):
     predict = net[2]
     loss = lambda f: lambda images: (f(images) ** 2).sum()
     tapped = tap(predict, "stage1", lambda z: 2 * z)
-    expected = jax.grad(lambda images: loss(lambda z: tap(predict, "stage1", lambda _: z)(images))(2 * read(predict, "stage1")(images)[1]))
+    expected = jax.grad(
+        lambda images: loss(lambda z: tap(predict, "stage1", lambda _: z)(images))(
+            2 * read(predict, "stage1")(images)[1]
+        )
+    )
     np.testing.assert_allclose(jax.grad(loss(tapped))(IMAGES), expected(IMAGES), atol=1e-5)
     np.testing.assert_allclose(jax.jit(jax.grad(loss(tapped)))(IMAGES), jax.grad(loss(tapped))(IMAGES), atol=1e-5)
     np.testing.assert_allclose(jax.vmap(lambda image: tapped(image[None])[0])(IMAGES), tapped(IMAGES), atol=1e-5)
-    np.testing.assert_allclose(tap(jax.vmap(lambda image: predict(image[None])[0]), "stage1", lambda z: 2 * z)(IMAGES), tapped(IMAGES), atol=1e-5)
+    np.testing.assert_allclose(
+        tap(jax.vmap(lambda image: predict(image[None])[0]), "stage1", lambda z: 2 * z)(IMAGES),
+        tapped(IMAGES),
+        atol=1e-5,
+    )
 
 
 def test_names_inside_remat(net):
@@ -256,11 +268,19 @@ def test_unknown_twice_and_ambiguous(net):
     predict = net[2]
     everything = "stage1/Conv_0, stage1, stage2/Conv_0, stage2, head, maps"
     assert message(tap(predict, "stage9", lambda z: z), IMAGES) == f"no layer 'stage9'; layers: {everything}"
-    assert message(read(predict, "Conv_0"), IMAGES) == "layer 'Conv_0' is not unique: stage1/Conv_0, stage2/Conv_0; give more of its path"
+    assert (
+        message(read(predict, "Conv_0"), IMAGES)
+        == "layer 'Conv_0' is not unique: stage1/Conv_0, stage2/Conv_0; give more of its path"
+    )
     assert message(read(lambda x: x + 1, "x"), IMAGES) == "no layer 'x'; the function has no named values"
-    assert message(read(lambda x: x + 1), IMAGES).startswith("no named (b, h, w, c) value in this function: name one with topgap_jax.rewrite.name")
+    assert message(read(lambda x: x + 1), IMAGES).startswith(
+        "no named (b, h, w, c) value in this function: name one with topgap_jax.rewrite.name"
+    )
     again = lambda x: name(name(x, "here") + 1, "here")
-    assert message(read(again, "here"), IMAGES) == "layer 'here' is met 2 times, so it is not clear which is meant; layers: here"
+    assert (
+        message(read(again, "here"), IMAGES)
+        == "layer 'here' is met 2 times, so it is not clear which is meant; layers: here"
+    )
 
     class Shared(nn.Module):
         @nn.compact
@@ -298,7 +318,9 @@ def test_trees_of_arguments_and_results():
     result = tap(call, "pair[0]", lambda z: 0 * z)(np.ones(3), "sum")
     assert result["none"] is None
     np.testing.assert_array_equal(result["sum"], [2, 2, 2])
-    np.testing.assert_array_equal(tap(call, "pair[0]", lambda z: z)(np.ones(3), "product", scale=jnp.float32(2.5)), [5, 5, 5])
+    np.testing.assert_array_equal(
+        tap(call, "pair[0]", lambda z: z)(np.ones(3), "product", scale=jnp.float32(2.5)), [5, 5, 5]
+    )
 
 
 def test_other_threads_are_not_named(net):

@@ -61,7 +61,10 @@ def test_formula_gradient_and_jit(name, classes):
     np.testing.assert_allclose(jax.jit(score)(logits, labels, targets), values, atol=1e-6, rtol=1e-6)
     gradient = jax.grad(lambda z: score(z, labels, targets).sum())(jnp.asarray(logits))
     steps = 1e-4 * np.eye(classes)
-    rises = [[numpy_score(name, z.astype(float) + d, y, t) - numpy_score(name, z.astype(float) - d, y, t) for d in steps] for z, y, t in zip(logits, labels, targets)]
+    rises = [
+        [numpy_score(name, z.astype(float) + d, y, t) - numpy_score(name, z.astype(float) - d, y, t) for d in steps]
+        for z, y, t in zip(logits, labels, targets)
+    ]
     np.testing.assert_allclose(gradient, np.array(rises) / 2e-4, atol=2e-5)
 
 
@@ -97,4 +100,7 @@ def test_sign_says_misclassified(logits, label):
 def test_targets_are_needed():
     with pytest.raises(UserError) as raised:
         scores.targeted_dlr(Z, jnp.array([2]))
-    assert str(raised.value) == "targeted_dlr: targets (b,) are needed, e.g. the second most likely class of the clean image"
+    assert (
+        str(raised.value)
+        == "targeted_dlr: targets (b,) are needed, e.g. the second most likely class of the clean image"
+    )

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from topgap_jax.errors import UserError
-from topgap_jax.types import Table
 
 OPERATORS = {
     ast.Add: operator.add,
@@ -28,7 +27,7 @@ OPERATORS = {
 }
 
 
-def build(text: str, table: Table, values: Mapping[str, Any] | None = None, where: str = "") -> Any:
+def build(text: str, table: Mapping[str, Callable], values: Mapping[str, Any] | None = None, where: str = "") -> Any:
     """The value of `text`; a list separated by commas is a tuple.
 
     table: name -> function that may be called; values: name -> value that may be named; where: the config key, for errors.
@@ -71,7 +70,7 @@ def signature(name: str, function: Any) -> str:
     return f"{name}({', '.join(parts)})"
 
 
-def _value(node: ast.AST, table: Table, values: Mapping[str, Any], where: str) -> Any:
+def _value(node: ast.AST, table: Mapping[str, Callable], values: Mapping[str, Any], where: str) -> Any:
     read = lambda child: _value(child, table, values, where)
     if isinstance(node, ast.Constant):
         if node.value is None or isinstance(node.value, (bool, int, float, str)):
@@ -93,7 +92,9 @@ def _value(node: ast.AST, table: Table, values: Mapping[str, Any], where: str) -
         return _arithmetic(lambda: OPERATORS[type(node.op)](left, right), node, where, left, right)
     if isinstance(node, ast.Call):
         return _call(node, table, values, where)
-    raise UserError(f"{_at(where)}'{_short(ast.unparse(node))[1:-1]}' is not allowed: only calls, names, numbers, text and tuples are")
+    raise UserError(
+        f"{_at(where)}'{_short(ast.unparse(node))[1:-1]}' is not allowed: only calls, names, numbers, text and tuples are"
+    )
 
 
 def _arithmetic(compute, node, where, *operands):
@@ -105,7 +106,7 @@ def _arithmetic(compute, node, where, *operands):
         raise UserError(f"{_at(where)}{error} in '{ast.unparse(node)}'") from None
 
 
-def _call(node: ast.Call, table: Table, values: Mapping[str, Any], where: str) -> Any:
+def _call(node: ast.Call, table: Mapping[str, Callable], values: Mapping[str, Any], where: str) -> Any:
     if not isinstance(node.func, ast.Name):
         raise UserError(f"{_at(where)}only plain names can be called, not '{ast.unparse(node.func)}'")
     name = node.func.id
@@ -118,7 +119,9 @@ def _call(node: ast.Call, table: Table, values: Mapping[str, Any], where: str) -
     names = [word.arg for word in node.keywords]
     for word in names:
         if names.count(word) > 1:  # Python's own check comes after the parser, which is all that runs here
-            raise UserError(f"{_at(where)}{name}: '{word}' is given {names.count(word)} times; usage: {signature(name, function)}")
+            raise UserError(
+                f"{_at(where)}{name}: '{word}' is given {names.count(word)} times; usage: {signature(name, function)}"
+            )
     args = [_value(item, table, values, where) for item in node.args]
     words = {word.arg: _value(word.value, table, values, where) for word in node.keywords}
     try:
@@ -132,7 +135,9 @@ def _call(node: ast.Call, table: Table, values: Mapping[str, Any], where: str) -
         kinds = _kinds(inspect.signature(function).parameters[parameter].annotation)
         if kinds and not any(fits(value) for _, fits in kinds):
             due = " or ".join(dict.fromkeys(kind for kind, _ in kinds))
-            raise UserError(f"{_at(where)}{name}: {parameter} must be {due}, got {_short(value)}; usage: {signature(name, function)}")
+            raise UserError(
+                f"{_at(where)}{name}: {parameter} must be {due}, got {_short(value)}; usage: {signature(name, function)}"
+            )
     try:
         return function(*bound.args, **bound.kwargs)
     except UserError as error:
@@ -188,7 +193,12 @@ def _at(where: str) -> str:
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, whole: bool = False) -> None:
     """Raise a UserError unless `value` is a finite number (a whole one) within [low, high]."""
     kind = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high or value in (math.inf, -math.inf):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, kind)
+        or not low <= value <= high
+        or value in (math.inf, -math.inf)
+    ):
         bounds = {
             (False, False): "",
             (True, False): f" of at least {low:g}",

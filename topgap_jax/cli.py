@@ -69,7 +69,9 @@ def _parse(argv):
         group.add_argument("--config", metavar="FILE", help="a config file, e.g. configs/cifar10.py")
         group.add_argument("--workdir", metavar="DIR", help="the folder of a run")
         sub.add_argument("--weights", metavar="FILE", help="with --config: .safetensors or .npz in PyTorch naming")
-        sub.add_argument("--checkpoint", choices=("best", "last"), default="best", help="with --workdir (default: best)")
+        sub.add_argument(
+            "--checkpoint", choices=("best", "last"), default="best", help="with --workdir (default: best)"
+        )
         devices(sub)
 
     def devices(sub):
@@ -91,7 +93,9 @@ def _parse(argv):
     model(explain)
     explain.add_argument("--images", metavar="DIR", help="a folder of your own pictures instead of a split")
     explain.add_argument("--split", metavar="NAME", help="(default: the first of the config's test splits)")
-    explain.add_argument("--methods", metavar="CALLS", help="e.g. 'cam(), grad_cam(\"stage3\")' (default: the config's)")
+    explain.add_argument(
+        "--methods", metavar="CALLS", help="e.g. 'cam(), grad_cam(\"stage3\")' (default: the config's)"
+    )
     explain.add_argument("--count", type=int, default=12, metavar="N", help="pictures on a sheet (default: 12)")
     explain.add_argument("--out", metavar="DIR", help="(default: DIR/sheets of the workdir, or sheets/)")
 
@@ -191,14 +195,19 @@ def _layers(arguments, overrides):
 
     from topgap_jax.models import bind
     from topgap_jax.rewrite import layers
-    from topgap_jax.run import setup
 
     loaded = _setup(arguments, overrides)
     images = jnp.zeros((1, *loaded.experiment.config.image_size, 3))
     found = layers(bind(loaded.experiment.model, loaded.variables), images)
     width = max(len(layer.name) for layer in found)
     for layer in found:
-        note = "" if layer.reachable and layer.calls == 1 else f"  met {layer.calls} times" if layer.calls > 1 else "  inside a loop"
+        note = (
+            ""
+            if layer.reachable and layer.calls == 1
+            else f"  met {layer.calls} times"
+            if layer.calls > 1
+            else "  inside a loop"
+        )
         print(f"{layer.name:{width}}  {' x '.join(map(str, layer.shape[1:])):>14}{note}")
 
 
@@ -229,7 +238,11 @@ def _help(arguments, overrides):
         return
     if name not in TABLE:
         near = difflib.get_close_matches(name, TABLE, n=1)
-        raise UserError(f"there is nothing named '{name}'; " + (f"did you mean '{near[0]}'? " if near else "") + "'topgap help' lists all names")
+        raise UserError(
+            f"there is nothing named '{name}'; "
+            + (f"did you mean '{near[0]}'? " if near else "")
+            + "'topgap help' lists all names"
+        )
     print(f"{signature(name, TABLE[name])}\n\n{inspect.getdoc(TABLE[name])}")
 
 

@@ -70,7 +70,9 @@ def top_gap(k: int | float | Callable | None = None, *, fraction: float | Callab
         elif k is None:
             count = positions(amount, n)
         elif amount > n:
-            raise UserError(f"top_gap: k={amount} is more than the {n} positions of {maps.shape[1]}x{maps.shape[2]} maps; give k <= {n}")
+            raise UserError(
+                f"top_gap: k={amount} is more than the {n} positions of {maps.shape[1]}x{maps.shape[2]} maps; give k <= {n}"
+            )
         else:
             count = amount
         values = maps.astype(jnp.float32)

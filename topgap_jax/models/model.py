@@ -33,7 +33,9 @@ def linen(module: nn.Module) -> Model:
         variables = module.init({"params": key, "dropout": key}, images, **_switches(kind, False, None))
         extra = set(variables) - {"params", "batch_stats"}
         if extra:
-            raise UserError(f"linen: {kind.__name__} keeps collections that are not supported: {', '.join(sorted(extra))}")
+            raise UserError(
+                f"linen: {kind.__name__} keeps collections that are not supported: {', '.join(sorted(extra))}"
+            )
         return {"params": variables.get("params", {}), "batch_stats": variables.get("batch_stats", {})}
 
     def apply(variables, images, *, train=False, keys=None, targets=None, step=None):
@@ -42,7 +44,9 @@ def linen(module: nn.Module) -> Model:
         if not train:
             logits = module.apply(collections, images, rngs=rngs, **_switches(kind, False, step))
             return Output(_checked(logits, images, kind), variables["batch_stats"], {})
-        logits, updates = module.apply(collections, images, rngs=rngs, mutable=["batch_stats"], **_switches(kind, True, step))
+        logits, updates = module.apply(
+            collections, images, rngs=rngs, mutable=["batch_stats"], **_switches(kind, True, step)
+        )
         return Output(_checked(logits, images, kind), updates.get("batch_stats", variables["batch_stats"]), {})
 
     return Model(init, apply)
@@ -63,7 +67,11 @@ def nnx(module: flax_nnx.Module) -> Model:
         return {"params": flax_nnx.to_pure_dict(params), "batch_stats": flax_nnx.to_pure_dict(rest)}
 
     def apply(variables, images, *, train=False, keys=None, targets=None, step=None):
-        states = [_filled(params, variables["params"]), _reseeded(random, keys), _filled(rest, variables["batch_stats"])]
+        states = [
+            _filled(params, variables["params"]),
+            _reseeded(random, keys),
+            _filled(rest, variables["batch_stats"]),
+        ]
         merged = flax_nnx.merge(graph, *states)
         merged.train() if train else merged.eval()
         rngs = {"rngs": None if keys is None else flax_nnx.Rngs(keys[0])} if takes_rngs else {}
@@ -98,7 +106,9 @@ def _switches(kind: type, train: bool, step: Array | None) -> dict[str, Any]:
 def _checked(logits: Any, images: Array, kind: type) -> Array:
     if not isinstance(logits, jax.Array) or logits.ndim != 2 or logits.shape[0] != images.shape[0]:
         what = f"an array of shape {logits.shape}" if isinstance(logits, jax.Array) else f"a {type(logits).__name__}"
-        raise UserError(f"{kind.__name__} must return logits (b, k) for images of shape {images.shape}, it returned {what}")
+        raise UserError(
+            f"{kind.__name__} must return logits (b, k) for images of shape {images.shape}, it returned {what}"
+        )
     return logits.astype(jnp.float32)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from topgap_jax.report.read import (
+    amount,
     audit_of,
     beside,
     comparison,
@@ -42,7 +43,6 @@ def compare(workdirs: Sequence[Path]) -> str:
         parts += ["* best; intervals, where given, are over images, not over seeds"] * several
     for run in runs:
         parts += [f"{run.label}: no evaluation yet; topgap evaluate --workdir {run.folder} writes one"] * (not run.rows)
-        parts += [f"{run.label}, {row['split']}, {note(run.rows, row)}" for row in run.rows if is_robust(row)]
     changed = [
         [key, *(text or "-" for text in values)]
         for key, values, differs in differing([r.config for r in runs])
@@ -59,14 +59,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     body = []
     for row in rows:
         cost = row.get("cost", {})
-        costs = [number(cost.get(key)) for key in ("forward_passes", "gradient_evaluations", "seconds")]
+        costs = [amount(cost.get(key)) for key in ("forward_passes", "gradient_evaluations", "seconds")]
         about, costs = [row["split"], row["evaluator"]], [number(row.get("examples")), *costs]
         for line in comparison([[row]]):
             if line.main:
                 body.append([*about, line.name, interval(line.cells[0]), *costs])
                 about, costs = ["", ""], []
     parts = [aligned([head, *body], right=range(4, 8))]
-    parts += [f"{row['split']}, {note(rows, row)}" for row in rows if is_robust(row)]
+    parts += [note(rows, row) for row in rows if is_robust(row)]
     return "\n".join(parts)
 
 
@@ -115,10 +115,10 @@ def demo_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], stored: Mapping[
 
 
 def note(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str:
-    """A robust row's audit, and worst group and regions of the same split, in words."""
-    found = beside(rows, row["split"])
-    words = [f"{name} {number(found[name].value) if found[name] else 'not measured'}" for name in found]
-    return f"{row['evaluator']}: {audit_of(row)}; beside it: {', '.join(words)}"
+    """What a robust row lacks, in words: its audit, and of what belongs beside it that which was not measured."""
+    missing = [name for name, found in beside(rows, row["split"]).items() if found is None]
+    words = f"; not measured beside it: {', '.join(missing)}" if missing else ""
+    return f"{row['evaluator']} on {row['split']}: {audit_of(row)}{words}"
 
 
 def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:

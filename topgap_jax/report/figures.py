@@ -11,12 +11,13 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 SERIES = 6  # colours that page.css defines; more runs use them again
 INK, FAINT = "#010101", "#020202"  # stand-ins, replaced by the page's variables
 STYLE = {
     "svg.fonttype": "none",
-    "font.size": 9,
+    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": INK,
@@ -58,6 +59,8 @@ def line_chart(series: Sequence[Series], *, own: str, x_name: str = "", diagonal
                 {"marker": "o", "markersize": 4, "linewidth": 1.8} if line.points else {"linewidth": 1.1, "alpha": 0.75}
             )
             axes.plot(x, y, color=stand_in(line.colour), dashes=dashes(line.colour), solid_capstyle="round", **marks)
+        if all(float(value).is_integer() for line in series for value in line.x):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(x_name)
         axes.margins(x=0.02)
         text = io.StringIO()
@@ -94,7 +97,7 @@ def on_page(svg: str, own: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r"font: [^;\"]*", "font-size: 9px", svg)
+    svg = re.sub(r"font: [^;\"]*", "font-size: 10px", svg)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r'\bid="', f'id="{own}', svg)
     return re.sub(r'(url\(#|href="#)', rf"\g<1>{own}", svg)

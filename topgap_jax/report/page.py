@@ -23,6 +23,7 @@ from topgap_jax.errors import UserError
 from topgap_jax.report.figures import SERIES, Series, line_chart
 from topgap_jax.report.read import (
     Run,
+    amount,
     audit_of,
     beside,
     comparison,
@@ -42,6 +43,7 @@ LARGE_BYTES = 1_000_000  # a larger sheet is stored as JPEG
 WIDEST = 1600
 AXES = {"calibration": "confidence", "iou_curve": "threshold", "box_curve": "threshold", "after_runs": "runs done"}
 AXES |= {"sensitivity_curve": "noise norm", "curve": "epsilon", "accuracy_over_eps": "epsilon"}
+SPELLINGS = {"iou": "IoU", "nll": "NLL", "rms": "RMS"}
 
 
 def report(workdirs: Sequence[Path], out: Path, *, title: str = "Top-GAP report") -> Path:
@@ -90,9 +92,8 @@ def environment() -> Environment:
     )
     typeset = lambda value, sign=False: number(value, sign=sign).replace("-", "−")
     sortable = lambda value: repr(float(value)) if finite(value) else ""
-    words = lambda name: str(name).replace("_", " ")
-    short = lambda value: (f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}") if finite(value) else "–"
-    made.filters |= {"number": typeset, "sortable": sortable, "words": words, "short": short}
+    words = lambda name: " ".join(SPELLINGS.get(word, word) for word in str(name).split("_"))
+    made.filters |= {"number": typeset, "sortable": sortable, "words": words, "amount": amount}
     made.globals |= {
         "audit_of": audit_of,
         "beside": beside,
@@ -156,7 +157,7 @@ def curves(runs: Sequence[Run], ids: Iterator[str]) -> list[dict[str, Any]]:
                     key = (name, str(row["evaluator"]), str(row["split"]))
                     found.setdefault(key, []).append(Series(curve["x"], curve["y"], i, points=len(curve["x"]) <= 30))
     charts = []
-    for (name, evaluator, split), series in found.items():
+    for (name, evaluator, split), series in sorted(found.items(), key=lambda item: item[0][0]):
         svg = line_chart(series, own=next(ids), x_name=AXES.get(name, ""), diagonal=name == "calibration")
         charts.append({"name": name, "evaluator": evaluator, "split": split, "svg": Markup(svg)})
     return charts

@@ -231,10 +231,21 @@ def number(value: Any, *, sign: bool = False) -> str:
         return "yes" if value else "no"
     if isinstance(value, int) or not math.isfinite(value):
         return f"{value:{plus},}"
+    if value == 0:
+        return "0"
     size = abs(value)
-    if 0 < size < 1e-3:
+    if size < 1e-3:
         return f"{value:{plus}.2e}"
     return f"{value:{plus},.{4 if size < 10 else 2 if size < 1000 else 0}f}"
+
+
+def amount(value: Any) -> str:
+    """A cost for people: as few digits as it needs, at most four.
+
+    >>> amount(1.0), amount(20.25), amount(81.66), amount(123456.7), amount(None)
+    ('1', '20.25', '81.66', '123,457', '–')
+    """
+    return (f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}") if finite(value) else "–"
 
 
 def interval(measure: Measure | None) -> str:

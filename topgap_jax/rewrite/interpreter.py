@@ -26,7 +26,9 @@ def trace(f: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Clo
     return closed, arrays, lambda outs: jax.tree.unflatten(jax.tree.structure(shape), outs)
 
 
-def evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rule: Callable[[JaxprEqn, list[Any], Callable], Any]) -> list:
+def evaluate(
+    jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rule: Callable[[JaxprEqn, list[Any], Callable], Any]
+) -> list:
     """Results of `jaxpr`. `rule(equation, values, read)` gives an equation's results, or None to leave it as it is.
 
     `read(variable)` is the value of any variable computed so far.

@@ -70,9 +70,15 @@ def read(f: Callable, layer: str | None = None) -> Callable:
 
 def default_layer(f: Callable, *args: Any, **kwargs: Any) -> str:
     """Name of the last (b, h, w, c) value with more than one position, i.e. the last before the pooling."""
-    found = [x for x in layers(f, *args, **kwargs) if len(x.shape) == 4 and x.shape[1] * x.shape[2] > 1 and x.reachable and x.calls == 1]
+    found = [
+        x
+        for x in layers(f, *args, **kwargs)
+        if len(x.shape) == 4 and x.shape[1] * x.shape[2] > 1 and x.reachable and x.calls == 1
+    ]
     if not found:
-        raise UserError("no named (b, h, w, c) value in this function: name one with topgap_jax.rewrite.name(value, 'features')")
+        raise UserError(
+            "no named (b, h, w, c) value in this function: name one with topgap_jax.rewrite.name(value, 'features')"
+        )
     return found[-1].name
 
 
@@ -87,9 +93,13 @@ def resolve(layer: str, found: list[Layer]) -> str:
         raise UserError(f"layer '{layer}' is not unique: {', '.join(matches)}; give more of its path")
     chosen = next(x for x in found if x.name == matches[0])
     if chosen.calls > 1:
-        raise UserError(f"layer '{chosen.name}' is met {chosen.calls} times, so it is not clear which is meant; {listed}")
+        raise UserError(
+            f"layer '{chosen.name}' is met {chosen.calls} times, so it is not clear which is meant; {listed}"
+        )
     if not chosen.reachable:
-        raise UserError(f"layer '{chosen.name}' lies inside a loop or another function that cannot be entered; {listed}")
+        raise UserError(
+            f"layer '{chosen.name}' lies inside a loop or another function that cannot be entered; {listed}"
+        )
     return chosen.name
 
 
@@ -128,7 +138,9 @@ def _replace(jaxpr: Jaxpr, consts, args, full: str, edit):
             seen.append(values[0])
             after = jnp.asarray(edit(values[0]), values[0].dtype)
             if after.shape != values[0].shape:
-                raise UserError(f"tap: '{full}' has shape {values[0].shape}, its replacement {after.shape}; they must agree")
+                raise UserError(
+                    f"tap: '{full}' has shape {values[0].shape}, its replacement {after.shape}; they must agree"
+                )
             # The name is given again, so that nested taps find it.
             return [checkpoint_name(after, full)]
         if enters(eqn) and any(_holds(body, full) for body in subjaxprs(eqn)):

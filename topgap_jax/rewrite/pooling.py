@@ -68,7 +68,9 @@ def _evaluate(jaxpr: Jaxpr, consts, args, full, pool, step):
     producers = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     target = next((eqn for eqn in jaxpr.eqns if eqn.primitive is name_p and eqn.params["name"] == full), None)
     if target is None:
-        raise UserError(f"with_pool: '{full}' lies inside a function that cannot be entered (remat, scan or a custom rule)")
+        raise UserError(
+            f"with_pool: '{full}' lies inside a function that cannot be entered (remat, scan or a custom rule)"
+        )
     walk = _walk(target, producers, full)
 
     def rule(eqn, values, read):
@@ -116,13 +118,20 @@ def _walk(target: JaxprEqn, producers: dict, full: str) -> Walk:
             if features is not None:
                 walk = Walk(after, product, between, variable, features, positions)
                 return _checked(walk, producers, stop)
-        elif kind in SHAPE and (eqn.invars[0].aval.size != product.invars[0].aval.size or eqn.outvars[0].aval.size != eqn.invars[0].aval.size):
-            raise stop(f"a change of shape from {eqn.invars[0].aval.shape} to {eqn.outvars[0].aval.shape}: features flattened, not pooled")
+        elif kind in SHAPE and not _keeps_channels(eqn, *product.invars[0].aval.shape):
+            raise stop(
+                f"a change of shape from {eqn.invars[0].aval.shape} to {eqn.outvars[0].aval.shape}: features flattened, not pooled"
+            )
         elif kind not in SAME + SHAPE + SCALE:
             raise stop(_what(eqn))
         # Dropout and the division by n are linear and act on each channel by itself, so they may act on every position.
         between.append(eqn)
         variable = _operand(eqn, producers, reduce_sum_p, reduce_window_sum_p)
+
+
+def _keeps_channels(eqn: JaxprEqn, b: int, c: int) -> bool:
+    """Whether a change of shape only adds and removes axes of length 1 between batch and channels."""
+    return all(v.aval.shape[-1:] == (c,) and v.aval.size == b * c for v in (eqn.invars[0], eqn.outvars[0]))
 
 
 def _pooling(eqn: JaxprEqn, producers: dict, stop) -> tuple[Any, int]:
@@ -159,7 +168,11 @@ def _checked(walk: Walk, producers: dict, stop) -> Walk:
             v = front.pop()
             if v in on_the_way:
                 raise stop(f"{_what(eqn)} by a value that depends on the pooled features")
-            fresh = [u for u in (producers[v].invars if v in producers else ()) if not isinstance(u, Literal) and u not in seen]
+            fresh = [
+                u
+                for u in (producers[v].invars if v in producers else ())
+                if not isinstance(u, Literal) and u not in seen
+            ]
             seen.update(fresh)
             front.extend(fresh)
     return walk

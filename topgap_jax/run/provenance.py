@@ -34,7 +34,9 @@ def _commit() -> str | None:
         head = call("rev-parse", "--short=12", "HEAD")
         if head.returncode:
             return None
-        return head.stdout.strip() + ("+" if call("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+        return head.stdout.strip() + (
+            "+" if call("status", "--porcelain", "--untracked-files=no").stdout.strip() else ""
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
 

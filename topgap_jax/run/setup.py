@@ -1,7 +1,6 @@
 """From a config to what runs: the one place where a config, its data, its model and its weights come together."""
 
 import functools
-import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +15,10 @@ from topgap_jax import data
 from topgap_jax.errors import UserError
 from topgap_jax.evaluators import background_bank
 from topgap_jax.mesh import data_mesh
+from topgap_jax.metrics.boxes import mean_box_sides, region_boxes
 from topgap_jax.models import bind
-from topgap_jax.run import checkpoint, config as configs, pretrained
+from topgap_jax.run import checkpoint, pretrained
+from topgap_jax.run import config as configs
 from topgap_jax.run.evaluate import evaluate as run_evaluators
 from topgap_jax.run.evaluate import evaluation_variables
 from topgap_jax.run.fit import Parts
@@ -179,6 +180,8 @@ def evaluate(
     known: dict[str, Any] = {"classes": len(chosen.classes)}
     if _mentions(text, "bank"):
         known["bank"] = bank(chosen)
+    if _mentions(text, "centre"):
+        known["centre"] = centre(chosen)
     built = configs.choices(config, text, where, chosen.methods, **known)
     mesh = data_mesh() if jax.device_count() > 1 else None
     rows = []
@@ -212,6 +215,14 @@ def bank(chosen: Experiment) -> np.ndarray:
     if "region" not in arrays:
         raise UserError(f"regions(bank): {chosen.config.source} offers no regions")
     return background_bank(arrays["image"], arrays["region"], arrays["label"], len(chosen.classes))
+
+
+def centre(chosen: Experiment) -> tuple[float, float]:
+    """(height, width) of the mean training box, as shares of the image, for `localisation(..., centre=centre)`."""
+    arrays = read(chosen, chosen.config.train)
+    if "box" not in arrays and "region" not in arrays:
+        raise UserError(f"localisation(centre=centre): {chosen.config.source} offers neither boxes nor regions")
+    return mean_box_sides(arrays["box"] if "box" in arrays else region_boxes(arrays["region"]))
 
 
 def explain(
@@ -256,4 +267,4 @@ def _first(text: str) -> str:
 
 
 def _mentions(text: str, name: str) -> bool:
-    return re.search(rf"\b{name}\b", text) is not None
+    return re.search(rf"\b{name}\b(?!\s*=)", text) is not None

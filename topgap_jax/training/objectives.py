@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from topgap_jax import attacks
 from topgap_jax.build import check_number
 from topgap_jax.models import bind
 from topgap_jax.types import Attack, Objective
