@@ -1,12 +1,20 @@
 """The report, the tables in the terminal, and the page in a real browser."""
 
 import json
+import re
+import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from topgap_jax.report import sheet
+from topgap_jax.errors import UserError
+from topgap_jax.report import compare, demo_table, report, sheet, table
+from topgap_jax.report import page as page_module
+from topgap_jax.report.figures import Series, line_chart, thin
+from topgap_jax.report.read import Measure, beside, comparison, headline, labels, measures, number, read_runs
 
 EVIL = "<script>alert(1)</script>"
 ROBUST = "robust(pgd(linf(eps), steps=20))"
@@ -91,3 +99,300 @@ def make_run(
 def two_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     return [make_run(folder / "gap"), make_run(folder / "top_gap", pool="top_gap(fraction=.14)", seed=1)]
+
+
+@pytest.fixture(scope="module")
+def page(two_runs, tmp_path_factory):
+    return report(two_runs, tmp_path_factory.mktemp("page") / "new" / "report.html", title="Two pools")
+
+
+class Reader(HTMLParser):
+    """Tags with attributes, and the text outside style and script."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.inside = [], "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside not in ("style", "script"):
+            self.text += f" {data}"
+
+    @property
+    def words(self):
+        return " ".join(self.text.split())
+
+
+def test_the_page_holds_results_pictures_config_and_commands(page, two_runs):
+    read = Reader(page.read_text())
+    assert "Two pools" in read.words and "2 runs" in read.words
+    pictures = [attrs for tag, attrs in read.tags if tag == "img" and attrs.get("src")]
+    assert len(pictures) == 4 and all(attrs["src"].startswith("data:image/png") and attrs["alt"] for attrs in pictures)
+    assert sum(tag == "svg" for tag, _ in read.tags) == 3 + 6
+    assert "1 of 10 keys differ" in read.words
+    assert f"topgap train --config {two_runs[1]}/config.json --workdir NEW" in read.words
+    assert "0.9138 [0.8938, 0.9338]" in read.words and "0.6000 [0.5700, 0.6300]" in read.words
+
+
+def test_the_page_refers_to_nothing_outside_itself(page):
+    read = Reader(page.read_text())
+    links = [attrs[key] for _, attrs in read.tags for key in ("src", "href", "xlink:href") if attrs.get(key)]
+    assert links and all(link.startswith(("data:", "#")) for link in links)
+    assert "@import" not in page.read_text() and not re.search(r"url\((?!#)", page.read_text())
+
+
+def test_ids_are_unique_and_headers_have_a_scope(page):
+    read = Reader(page.read_text())
+    ids = [attrs["id"] for _, attrs in read.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert all(attrs.get("scope") in ("col", "row") for tag, attrs in read.tags if tag == "th")
+
+
+def test_regions_worst_group_and_audit_stand_beside_every_robust_number(page, two_runs, tmp_path):
+    run = read_runs(two_runs)[0]
+    assert beside(run.rows, "test")["foreground_sensitivity"].value == pytest.approx(0.12)
+    assert Reader(page.read_text()).words.count("not audited") == 2 + 4 + 4
+    bare = Reader(report([make_run(tmp_path / "bare", regions=False)], tmp_path / "bare.html").read_text()).words
+    assert bare.count("foreground sensitivity not measured") == 2
+    rows = rows_of(0)
+    rows[1]["audit"] = "passed 7 of 7"
+    stored = {"rows": rows[:4], "weights": "", "data": ""}
+    (tmp_path / "bare" / "evaluation.json").write_text(json.dumps(stored))
+    audited = Reader(report([tmp_path / "bare"], tmp_path / "bare.html").read_text()).words
+    assert audited.count("passed 7 of 7") == 3 and "not audited" not in audited
+
+
+def test_everything_a_user_supplies_is_escaped(tmp_path):
+    evil = make_run(
+        tmp_path / "</script><img src=x onerror=alert(1)>", pool=EVIL, sheets=False, note={EVIL: "</script><b>"}
+    )
+    (evil / "sheets").mkdir()
+    Image.new("RGB", (8, 8)).save(evil / "sheets" / "a<b>'\".png")
+    stored = json.loads((evil / "evaluation.json").read_text())
+    stored["rows"][0] |= {"split": EVIL, "evaluator": EVIL + "</script>", "audit": EVIL}
+    stored["rows"][0]["values"][EVIL] = 0.5
+    stored["rows"][0]["curves"] = {EVIL: {"x": [0, 1, 2], "y": [0, 1, 2]}}
+    stored["rows"][0]["cost"]["device"] = EVIL
+    stored["rows"][1]["audit"] = {EVIL: "</script>"}
+    stored |= {"weights": EVIL, "data": EVIL}
+    (evil / "evaluation.json").write_text(json.dumps(stored))
+    with (evil / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, "kind": "train", EVIL: 1.0}) + "\n")
+    text = report([evil], tmp_path / "evil.html", title=EVIL).read_text()
+    read = Reader(text)
+    assert EVIL not in text and "alert(1)" in read.words
+    assert sum(tag == "script" for tag, _ in read.tags) == text.count("</script") == 2
+    assert not any("onerror" in attrs for _, attrs in read.tags)
+    embedded = re.search(r'<script type="application/json" id="numbers">(.*?)</script>', text, re.DOTALL)[1]
+    assert json.loads(embedded)[0]["rows"][0]["split"] == EVIL
+
+
+def test_what_is_missing_is_said(tmp_path):
+    run = make_run(tmp_path / "young", evaluated=False, trained=False, sheets=False)
+    (run / "versions.json").unlink()
+    words = Reader(report([run], tmp_path / "young.html").read_text()).words
+    for text in ("has not been evaluated yet", "There are no results yet", "no training metrics", "There are no contact sheets",
+                 "No versions are recorded", "Robustness has not been measured", "No evaluation has stored a curve"):  # fmt: skip
+        assert text in words
+    assert "young: no evaluation yet; topgap evaluate --workdir" in compare([run])
+
+
+def test_numbers_that_are_not_finite_are_shown_and_kept_out_of_the_json(tmp_path):
+    run = make_run(tmp_path / "odd", sheets=False)
+    rows = rows_of(0)
+    rows[0]["values"] |= {"nll": float("nan"), "accuracy": None}
+    (run / "evaluation.json").write_text(json.dumps({"rows": rows}))
+    (run / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": NaN}\n{"step": 2, "kind": "train", "lo')
+    text = report([run], tmp_path / "odd.html").read_text()
+    assert json.loads(re.search(r'id="numbers">(.*?)</script>', text, re.DOTALL)[1], parse_constant=pytest.fail)
+    assert ">nan<" in text
+
+
+def test_sheets_that_do_not_fit_are_named(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "big")
+    noise = np.random.default_rng(0).integers(0, 255, (700, 1800, 3), np.uint8)
+    Image.fromarray(noise).save(run / "sheets" / "a_large.png")
+    (run / "sheets" / "broken.png").write_bytes(b"not a picture")
+    monkeypatch.setattr(page_module, "PICTURE_BYTES", 1_300_000)
+    read = Reader(report([run], tmp_path / "big.html").read_text())
+    sources = {attrs["alt"].split()[2]: attrs for tag, attrs in read.tags if tag == "img" and attrs.get("src")}
+    assert sources["a_large.png"]["src"].startswith("data:image/jpeg") and sources["a_large.png"]["width"] == "1600"
+    assert "big/sheets/broken.png: cannot be read as a picture" in read.words
+    assert "big/sheets/test.png: no room, the page holds 1 MB of pictures" in read.words
+    assert sum(len(attrs["src"]) for attrs in sources.values()) <= 1_300_000
+
+
+def test_mistakes_are_told_in_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    run = make_run(tmp_path / "run", sheets=False)
+    cases = [
+        (
+            [tmp_path / "empty"],
+            "empty' is not a run: it has no config.json; name a folder that `topgap train --workdir` wrote",
+        ),
+        ([tmp_path / "gone"], "gone' is not a run: there is no such folder; name"),
+        ([], "no run folder given; name one or more"),
+    ]
+    for folders, text in cases:
+        for call in (compare, lambda folders: report(folders, tmp_path / "r.html")):
+            with pytest.raises(UserError, match=re.escape(text)) as caught:
+                call(folders)
+            assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="is a folder; name the HTML file to write, such as"):
+        report([run], tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write the report '.*r\.html'"):
+        report([run], tmp_path / "file" / "r.html")
+    (run / "evaluation.json").write_text("[]")
+    with pytest.raises(
+        UserError, match=r"evaluation.json' is not what a run writes: it should be an object with 'rows'"
+    ):
+        report([run], tmp_path / "r.html")
+    (run / "evaluation.json").write_text("{")
+    with pytest.raises(UserError, match=r"evaluation.json' cannot be read as JSON: Expecting"):
+        report([run], tmp_path / "r.html")
+
+
+def test_measures_find_their_intervals():
+    row = {"values": {"accuracy": 0.9, "accuracy_low": 0.8, "accuracy_high": 0.95, "foreground_accuracy": 0.5, "foreground_low": 0.4,
+                      "foreground_high": 0.6, "slow": 3, "lone_low": 1}}  # fmt: skip
+    assert measures(row) == [Measure("accuracy", 0.9, 0.8, 0.95), Measure("foreground_accuracy", 0.5, 0.4, 0.6),
+                             Measure("slow", 3), Measure("lone_low", 1)]  # fmt: skip
+    assert headline(rows_of(0)[1]).name == "robust_accuracy" and headline({}).value is None
+
+
+def test_comparison_marks_the_better_and_subtracts():
+    one = {"split": "test", "evaluator": "accuracy()", "values": {"accuracy": 0.5, "nll": 2.0, "rms_radius": 3}}
+    two = {**one, "values": {"accuracy": 0.75, "nll": 2.5, "rms_radius": 4, "extra": 1}}
+    lines = {line.name: line for line in comparison([[one], [two]])}
+    assert (lines["accuracy"].best, lines["nll"].best, lines["rms_radius"].best) == (1, 0, None)
+    assert (
+        lines["accuracy"].difference == 0.25 and lines["extra"].difference is None and lines["extra"].cells[0] is None
+    )
+    assert labels([Path("/a/x"), Path("/b/x")]) == ["a/x", "b/x"] and number(float("inf")) == "inf"
+
+
+def test_compare_is_aligned_and_says_where_configs_differ(two_runs):
+    text = compare(two_runs)
+    lines = text.splitlines()
+    accuracy = next(line for line in lines if line.startswith("  accuracy"))
+    assert re.fullmatch(
+        r"  accuracy +accuracy\(\) +0\.9138 \[0\.8938, 0\.9338\] +0\.9204 \[0\.9004, 0\.9404\] \* +\+0\.0066", accuracy
+    )
+    assert lines[0].endswith("top_gap - gap") and len(lines[0]) == len(accuracy)
+    assert f"gap, top_gap: {ROBUST} on test: not audited" in lines
+    assert re.search(r"^pool +gap\(\) +top_gap\(fraction=\.14\)$", text, re.MULTILINE)
+    assert "top_gap - gap" not in compare([*two_runs[:1], two_runs[0]])
+
+
+def test_table_shows_costs_and_what_is_not_measured():
+    text = table(rows_of(0, regions=False))
+    assert re.search(
+        r"^test +robust\(.*\) +robust_accuracy +0\.4569 \[0\.4269, 0\.4869\] +1,000 +1 +20 +81\.7$", text, re.MULTILINE
+    )
+    assert "on test: not audited; not measured beside it: foreground_sensitivity, background_gap" in text
+
+
+def test_demo_table_puts_the_stored_seeds_beside_this_one():
+    runs = {"gap": rows_of(0), "top_gap": rows_of(1)}
+    change = {"mean": -0.02, "low": -0.05, "high": 0.01, "verdict": "undecided"}
+    line = {"gap": {"mean": 0.92}, "top_gap .14": {"mean": 0.9}, "top_gap .14 - gap": change}
+    stored = {"comparison": {"test": {"accuracy.accuracy": line}}, "runs": {"gap": {"0": {}, "1": {}}}}
+    text = demo_table(runs, stored)
+    words = (
+        r"^  accuracy +0\.9138 +0\.9204 +\+0\.0066 +\| +0\.9200 +0\.9000 +-0\.0200 \[-0\.0500, \+0\.0100\] +undecided$"
+    )
+    assert (
+        re.search(words, text, re.MULTILINE)
+        and "right of |: 2 seeds" in text
+        and "one seed, which decides nothing" in text
+    )
+    assert "no stored seeds to compare with" in demo_table(runs, None)
+
+
+def test_charts_drop_what_is_not_finite_and_thin_long_curves():
+    x, y = thin(range(1000), [float(i) for i in range(999)] + [float("nan")])
+    assert len(x) == 300 and np.isclose(y[0], np.mean(range(4))) and np.isfinite(y).all()
+    assert thin([1, 2, 3], [None, 1.0, float("inf")])[1].tolist() == [1.0]
+    assert "var(--series-1)" in line_chart([Series([0, 1], [1, None], 1), Series([0], [2], 9)], own="a-", x_name="step")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("no chromium on this machine: the browser test is skipped")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: the browser test is skipped"
+    )
+    options = "no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update disable-sync"
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=[f"--{option}" for option in options.split()])
+        yield started
+        started.close()
+
+
+def opened(browser, path, **context):
+    """The page at `path`, the messages and errors of its console, and its requests."""
+    tab = browser.new_context(**context).new_page()
+    said, requests = [], []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("dialog", lambda dialog: (said.append(f"dialog {dialog.message}"), dialog.dismiss()))
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.goto(path.as_uri())
+    return tab, said, requests
+
+
+def test_a_header_sorts_in_the_browser(page, browser, tmp_path):
+    tab, said, requests = opened(browser, page)
+    cells = lambda: tab.locator("#comparison > .wide tbody tr td:nth-child(3)").evaluate_all(
+        "cells => cells.map(c => c.dataset.value)"
+    )
+    header = tab.locator("#comparison > .wide thead th").nth(2)
+    before = cells()
+    header.locator("button").click()
+    rising = cells()
+    assert rising != before and sorted(rising) == sorted(before) and header.get_attribute("aria-sort") == "ascending"
+    numbers = [float(value) for value in rising if value]
+    assert numbers == sorted(numbers) and rising[len(numbers) :] == [""] * (len(before) - len(numbers)) != []
+    header.locator("button").focus()
+    tab.keyboard.press("Enter")
+    assert [float(value) for value in cells() if value] == numbers[::-1] and header.get_attribute(
+        "aria-sort"
+    ) == "descending"
+    tab.locator("#comparison > .wide thead th button").nth(1).click()
+    assert header.get_attribute("aria-sort") is None
+    names = tab.locator("#comparison > .wide tbody tr th").evaluate_all("cells => cells.map(c => c.textContent.trim())")
+    assert [name.lower() for name in names] == sorted(name.lower() for name in names)
+    with tab.expect_download() as download:
+        tab.locator("#save").click()
+    assert json.loads(Path(download.value.path()).read_text())[1]["run"] == "top_gap"
+    tab.locator(".enlarge").first.click()
+    assert tab.locator("dialog img").is_visible()
+    tab.keyboard.press("Escape")
+    assert not tab.locator("dialog img").is_visible()
+    assert said == [] and [url for url in requests if not url.startswith(("data:", "blob:"))] == [page.as_uri()]
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
+def test_the_page_fits_its_window_in_both_schemes(page, browser, width, scheme):
+    tab, said, _ = opened(browser, page, viewport={"width": width, "height": 900}, color_scheme=scheme)
+    assert tab.evaluate("document.documentElement.scrollWidth") == width
+    paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", paper))) < 200) == (scheme == "dark")
+    assert said == []
+
+
+def test_hostile_names_do_nothing_in_the_browser(browser, tmp_path):
+    run = make_run(tmp_path / "<img src=x onerror=alert(1)>", pool=EVIL, sheets=False)
+    tab, said, requests = opened(browser, report([run], tmp_path / "evil.html", title=EVIL))
+    assert tab.title() == EVIL and EVIL in tab.locator("#config").inner_text()
+    assert said == [] and len([url for url in requests if not url.startswith("data:")]) == 1

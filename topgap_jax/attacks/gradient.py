@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from topgap_jax.build import check_number
+from topgap_jax.errors import UserError
 from topgap_jax.scores import cross_entropy
 from topgap_jax.types import Array, Attack, Ball, Cost, Keys, Predict, Score
 
@@ -19,7 +20,7 @@ class State(NamedTuple):
     labels: Array  # (b,)
     delta: Array  # (b, h, w, c): the iterate is images + delta
     best: Array  # (b, h, w, c): the first iterate that breaks, else the clean image
-    score: Array  # (b,): highest score met so far
+    score: Array  # (b,): highest score that a step has met before the break, the breaking one included
     status: Array  # (b,) int32: 0 running, 1 broken (misclassified)
     steps: Array  # (b,) int32: steps taken
     keys: Keys  # (b,)
@@ -72,9 +73,9 @@ def attack(chosen: Attack, keys: Keys, predict: Predict, images: Array, labels: 
 
 def start_state(keys: Keys, images: Array, labels: Array, logits: Array, delta: Array) -> State:
     """State before the first step; what is misclassified when clean is broken with the clean image."""
-    b = images.shape[0]
     status = jnp.where(misclassified(logits, labels), BROKEN, RUNNING).astype(jnp.int32)
-    return State(images, labels, delta, images, jnp.full(b, -jnp.inf), status, jnp.zeros(b, jnp.int32), keys)
+    score = jnp.full_like(logits[:, 0], -jnp.inf, jnp.float32)  # made like the logits, so that it is split over devices as they are
+    return State(images, labels, delta, images, score, status, jnp.zeros_like(status), keys)
 
 
 def ascend(predict: Predict, score: Score, state: State) -> tuple[State, Array]:
@@ -104,10 +105,9 @@ def move(state: State, delta: Array) -> State:
     return state._replace(delta=delta, steps=state.steps + (state.status == RUNNING))
 
 
-def finish(predict: Predict, state: State, score: Score = cross_entropy) -> State:
-    """Evaluate and book the last iterate: every driver ends with this one forward pass."""
-    logits = predict(state.images + state.delta)
-    return book(state, score(logits, state.labels), logits)
+def finish(predict: Predict, state: State) -> State:
+    """Evaluate the last iterate and book its verdict: every driver ends with this one forward pass."""
+    return book(state, state.score, predict(state.images + state.delta))
 
 
 def misclassified(logits: Array, labels: Array) -> Array:
@@ -119,4 +119,6 @@ def as_runs(runs: Any) -> tuple[Attack, ...]:
     """An attack, or a tuple of attacks and tuples, as one flat tuple."""
     if isinstance(runs, Attack):
         return (runs,)
+    if not isinstance(runs, tuple | list):
+        raise UserError(f"expected attacks like pgd(linf(8/255)), got {runs!r}")
     return tuple(attack for item in runs for attack in as_runs(item))

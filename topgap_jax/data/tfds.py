@@ -49,6 +49,7 @@ def tfds(
         records = builder.as_data_source(split, decoders=unused) if length else []
 
         def read(index: int) -> Record:
+            logging.getLogger("absl").addFilter(_no_advice)  # here, so that it holds in worker processes too
             return _record(records[index], keys, region_values)
 
         size = None if height is None or width is None else (height, width)
@@ -86,7 +87,6 @@ def data_folder() -> Path:
 def _builder(folder: Path, shown: str):
     import tensorflow_datasets  # here, because it is slow to import and `shapes` and `folder` do not need it
 
-    logging.getLogger("absl").addFilter(_no_advice)
     try:
         builder = tensorflow_datasets.builder_from_directory(folder)
         formats = {each.value for each in builder.info.available_file_formats()}

@@ -153,7 +153,7 @@ def curves(runs: Sequence[Run], ids: Iterator[str]) -> list[dict[str, Any]]:
     for i, run in enumerate(runs):
         for row in run.rows:
             for name, curve in row.get("curves", {}).items():
-                if len(curve["x"]) > 1:  # one point is no curve
+                if len(curve["x"]) > 2:  # two points are in the tables already
                     key = (name, str(row["evaluator"]), str(row["split"]))
                     found.setdefault(key, []).append(Series(curve["x"], curve["y"], i, points=len(curve["x"]) <= 30))
     charts = []

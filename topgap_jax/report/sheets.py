@@ -35,7 +35,7 @@ def sheet(
 ) -> Path:
     """Write one row per image: the image, then every method's map laid over it; returns `path`.
 
-    images (n, h, w, 3) in [0, 1]; names n pairs (true, predicted), an empty true name where none is known; maps
+    images (n, h, w, 3) in [0, 1]; names n pairs (true, predicted), empty where one is not known; maps
     {method: (n, h', w')}, resized bilinearly (half-pixel) and then scaled to [0, 1] by their own minimum and maximum;
     boxes (n, 4) as (ymin, xmin, ymax, xmax) in [0, 1]; regions (n, h, w), 1 inside; map_boxes {method: (n, 4)}.
     A box without area is not drawn.
@@ -191,8 +191,8 @@ def rectangle(draw: ImageDraw.ImageDraw, size, box, colour: str, *, width: int, 
 
 def caption(draw: ImageDraw.ImageDraw, at: tuple[int, int], true: str, predicted: str, width: int) -> None:
     """The predicted name, green with a tick where right, red with a cross where wrong, and the true one; plain where none is known."""
-    if not true:
-        write(draw, at, predicted, width, bold=True)
+    if not true or not predicted:
+        write(draw, at, predicted or true, width, bold=True)
     elif predicted == true:
         write(draw, at, f"✓ {predicted}", width, bold=True, colour=RIGHT)
     else:

@@ -119,9 +119,8 @@ def _walk(target: JaxprEqn, producers: dict, full: str) -> Walk:
                 walk = Walk(after, product, between, variable, features, positions)
                 return _checked(walk, producers, stop)
         elif kind in SHAPE and not _keeps_channels(eqn, *product.invars[0].aval.shape):
-            raise stop(
-                f"a change of shape from {eqn.invars[0].aval.shape} to {eqn.outvars[0].aval.shape}: features flattened, not pooled"
-            )
+            flat = ": features flattened, not pooled" if eqn.invars[0].aval.ndim > 2 else ""
+            raise stop(f"a change of shape from {eqn.invars[0].aval.shape} to {eqn.outvars[0].aval.shape}{flat}")
         elif kind not in SAME + SHAPE + SCALE:
             raise stop(_what(eqn))
         # Dropout and the division by n are linear and act on each channel by itself, so they may act on every position.

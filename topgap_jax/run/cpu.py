@@ -16,6 +16,7 @@ MALLOC = (("MALLOC_MMAP_MAX_", -4, 0), ("MALLOC_TRIM_THRESHOLD_", -1, -1), ("MAL
 # A collective whose threads cannot all run aborts the process after 40 s; with NPROC (XLA's thread pool) four times the
 # devices no thread has to wait for another's, and the longer limit leaves room on a loaded machine.
 THREADS_PER_DEVICE = 4
+COUNT_FLAG = "--xla_force_host_platform_device_count"
 COLLECTIVE_FLAG = "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
 
 
@@ -62,10 +63,11 @@ def _add_devices(devices: int) -> str:
     if devices == 1:
         return ""
     flags = os.environ.get("XLA_FLAGS", "").split()
-    for flag in (f"--xla_force_host_platform_device_count={devices}", COLLECTIVE_FLAG):
+    for flag in (f"{COUNT_FLAG}={devices}", COLLECTIVE_FLAG):
         name = flag.partition("=")[0]
         if not any(given.partition("=")[0] == name for given in flags):
             flags.append(flag)
     os.environ["XLA_FLAGS"] = " ".join(flags)
+    count = next(flag.partition("=")[2] for flag in flags if flag.startswith(COUNT_FLAG))
     os.environ.setdefault("NPROC", str(max(THREADS_PER_DEVICE * devices, os.cpu_count() or 1)))
-    return f"{devices} devices, NPROC={os.environ['NPROC']}"
+    return f"{count} devices, NPROC={os.environ['NPROC']}"

@@ -1,0 +1,89 @@
+"""Progress lines and metrics files."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from topgap_jax.run import progress
+from topgap_jax.run.progress import Metrics, bar, read_metrics, write_text
+
+
+class Terminal:
+    """Standard error as a terminal, which keeps what is written."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return True
+
+    def fileno(self):
+        raise OSError("no size to ask for")
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_remaining_time(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with bar(100, "training", done=20) as shown:
+        shown.update(30)
+        shown.note("loss 1.5")
+        shown.update(50)
+    assert re.search(r"\rtraining: 100%\|.*\| 100/100 \[\d\d:\d\d<.*images/s, loss 1\.5\]", terminal.text)
+
+
+def test_elsewhere_one_line_now_and_then_and_one_at_the_end(capsys, monkeypatch):
+    with bar(100, "evaluating", "runs") as shown:
+        for _ in range(50):
+            shown.update(2)
+    assert re.fullmatch(r"evaluating: 100% 100/100 \[00:\d\d<00:00, .* runs/s\]\n", capsys.readouterr().err)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    with bar(4, "evaluating") as shown:
+        shown.update(1)
+        shown.note("loss 2")
+        shown.update(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1:3] for line in lines] == [["25%", "1/4"], ["50%", "2/4"], ["50%", "2/4"]]
+    assert "loss 2" not in lines[0] and "loss 2" in lines[1]
+
+
+def test_a_disabled_bar_is_silent(capsys):
+    with bar(4, "evaluating", enabled=False) as shown:
+        shown.update(4)
+        shown.note("done")
+    assert capsys.readouterr().err == ""
+
+
+def test_rows_after_the_checkpoint_are_dropped(tmp_path):
+    with Metrics(tmp_path) as metrics:
+        for step in (1, 2, 3):
+            metrics.write(step, "train", {"loss": step / 2}, epoch=1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "ki')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    with Metrics(tmp_path, 2) as metrics:
+        metrics.write(3, "train", {"loss": 9}, epoch=1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": step, "kind": "train", "epoch": 1, "loss": loss} for step, loss in ((1, 0.5), (2, 1), (3, 9))
+    ]
+    assert read_metrics(tmp_path / "absent") == []
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_text(tmp_path / "a.json", "old")
+
+    def killed(*paths):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(tmp_path / "a.json", "new")
+    assert (tmp_path / "a.json").read_text() == "old"
