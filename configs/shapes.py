@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
 
-    config.source = "shapes()"
+    config.source = "shapes(seed)"
     config.train = "train"
     config.validation = "validation"
     config.test = "test, test_shifted"
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
 
     config.eps = 2 / 255
     config.evaluators = "accuracy(), robust(pgd(linf(eps), steps=20)), localisation(cam(), centre=centre, boxes=False), regions(bank, fill=mean), receptive_field()"
-    config.explain = "cam(), grad_cam()"
+    config.explain = "cam(), grad_cam('stage2'), field(position='top')"
 
     config.log_every = 10
     config.checkpoint_every = 1

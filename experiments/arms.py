@@ -12,10 +12,10 @@ import re
 import sys
 from pathlib import Path
 
-from topgap_jax.run import setup
+from topgap_jax.run import checkpoint, setup
 from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.run.fit import fit
-from topgap_jax.run.progress import read_metrics, write_text
+from topgap_jax.run.progress import write_text
 from topgap_jax.run.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
@@ -36,9 +36,9 @@ def main() -> None:
         fit(experiment.config, workdir, parts=setup.parts(experiment), file=arguments.config)
         loaded = setup.from_workdir(workdir, checkpoint_name="last")
         rows = setup.evaluate(loaded)
-        last = read_metrics(workdir)[-1]
-        arms[pool] = {"weights": loaded.weights, "cpu_minutes": round(last["cpu_seconds"] / 60, 1),
-                      "wall_minutes": round(last["seconds"] / 60, 1), "rows": rows}  # fmt: skip
+        _, meta = checkpoint.restore(workdir, "last", {})
+        minutes = {name: round(meta[f"{name}_seconds".removeprefix("wall_")] / 60, 1) for name in ("cpu", "wall")}
+        arms[pool] = {"weights": loaded.weights, "training_minutes": minutes, "rows": rows}
         result = {**provenance(), "config": f"configs/{arguments.config.name}", "seed": arguments.seed, "arms": arms}
         out = ROOT / "results" / f"{arguments.config.stem}.json"
         out.parent.mkdir(exist_ok=True)

@@ -31,7 +31,7 @@ def main() -> None:
     for arm, pool in ARMS.items():
         workdir = runs / arm
         experiment = setup.experiment(CONFIG, [("pool", pool)])
-        fit(experiment.config, workdir, parts=setup.parts(experiment), file=str(CONFIG))
+        fit(experiment.config, workdir, parts=setup.parts(experiment), file=CONFIG)
         loaded = setup.from_workdir(workdir, checkpoint_name="last")
         rows[arm] = setup.evaluate(loaded)
         for split in ("test", "test_shifted"):

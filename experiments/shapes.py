@@ -40,7 +40,7 @@ def run(pool: str, seed: int, workdir: Path) -> dict:
     overrides = [("pool", pool), ("seed", str(seed))]
     experiment = setup.experiment(CONFIG, overrides)
     before = cpu_seconds()
-    fit(experiment.config, workdir, parts=setup.parts(experiment), file=str(CONFIG))
+    fit(experiment.config, workdir, parts=setup.parts(experiment), file=CONFIG)
     trained = cpu_seconds()
     stored = workdir / "evaluation.json"
     rows = json.loads(stored.read_text())["rows"] if stored.exists() else []

@@ -1,7 +1,6 @@
 """The training loop: equal to a loop written out, exact after a kill or a stop, and clear about what went wrong."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -110,15 +109,8 @@ def test_sigterm_saves_and_says_how_to_go_on(whole, tmp_path, monkeypatch):
     assert threading.current_thread() is threading.main_thread()
     _, expected = whole
     before = signal.getsignal(signal.SIGTERM)
-    place, calls = fit_module._placed, []
-
-    def placed(rows, mesh):
-        calls.append(rows)
-        if len(calls) == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return place(rows, mesh)
-
-    monkeypatch.setattr(fit_module, "_placed", placed)
+    monkeypatch.setattr(fit_module, "_placed", fit_module._placed)  # so that it is restored
+    tiny_fit.send_signal_at(7, signal.SIGTERM)
     with pytest.raises(Stopped) as stopped:
         train(tmp_path)
     assert str(stopped.value) == "stopped and saved at step 7 of 15; to go on, give the same command again"
@@ -133,15 +125,8 @@ def test_a_stream_trains_like_resident_arrays_and_resumes(whole, tmp_path, monke
     read = lambda index: {"image": arrays["image"][index], "label": int(arrays["label"][index])}
     source = Source("numbers", "train", ("a", "b", "c"), 44, read)
     batches = lambda: stream(source, (6, 6), seed=3, batch=8, threads=2)
-    place, calls = fit_module._placed, []
-
-    def placed(rows, mesh):
-        calls.append(rows)
-        if len(calls) == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-        return place(rows, mesh)
-
-    monkeypatch.setattr(fit_module, "_placed", placed)
+    monkeypatch.setattr(fit_module, "_placed", fit_module._placed)  # so that it is restored
+    tiny_fit.send_signal_at(7, signal.SIGINT)
     with pytest.raises(Stopped):
         train(tmp_path, train=batches())
     found = flat(train(tmp_path, train=batches()))
@@ -226,3 +211,8 @@ def test_checkpoints_and_validation_as_often_as_asked(tmp_path):
     train(tmp_path, {"checkpoint_every": 2, "validate_every": 2})
     assert sorted(path.name for path in (tmp_path / "checkpoints" / "last").iterdir()) == ["10", "15"]
     assert [row["step"] for row in read_metrics(tmp_path) if row["kind"] == "validation"] == [10, 15]
+
+
+def test_nothing_is_sent_to_the_device_unasked(tmp_path):
+    with jax.transfer_guard_host_to_device("disallow"):
+        train(tmp_path, epochs=1, validation=None)

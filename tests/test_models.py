@@ -180,11 +180,13 @@ def test_preact_block(features, stride):
 
 def test_small_resnet_with_its_pyramid_takes_10_million_multiplications():
     model = models.classifier(models.small_resnet(), models.pyramid_head(gap(), width=32), classes=6, **RGB)
-    images = jnp.zeros((1, 64, 64, 3))
+    images = ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     variables = jax.eval_shape(model.init, KEY, images)
-    cost = jax.jit(lambda variables: models.bind(model, variables)(images)).lower(variables).cost_analysis()
-    # Two operations for each multiplication and addition; batch norm, ReLU and padding make the rest.
-    assert 10.0e6 < cost["flops"] / 2 < 11.5e6
+    count = 0
+    for equation in jax.make_jaxpr(lambda v, x: model.apply(v, x).logits)(variables, images).eqns:
+        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
+            count += equation.outvars[0].aval.size * np.prod(equation.invars[1].aval.shape[:-1])
+    assert round(count / 1e6, 1) == 10.4
 
 
 def test_map_head_with_gap_is_a_dense_layer_on_the_mean():
@@ -352,21 +354,27 @@ def test_the_pool_follows_the_step():
     np.testing.assert_allclose(logits(model, None), logits(maximum, None), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("head", [models.map_head(gap()), models.pyramid_head(gap(), width=4, levels=2, norm="batch")])
-@pytest.mark.parametrize("backbone", [tiny(shortcut="pad"), tiny()])
+@pytest.mark.parametrize(
+    "backbone, head",
+    [
+        (tiny(shortcut="pad"), models.map_head(gap())),
+        (tiny(), models.pyramid_head(gap(), width=4, levels=2, norm="batch")),
+    ],
+    ids=["map_head", "pyramid_head"],
+)
 def test_bfloat16_is_the_trunk_only(backbone, head):
     images = np.random.default_rng(0).random((2, 8, 8, 3), np.float32)
     half = models.classifier(backbone, head, classes=3, **RGB, dtype="bfloat16")
     full = models.classifier(backbone, head, classes=3, **RGB)
     shapes = jax.eval_shape(half.init, KEY, images)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
-    variables = jax.jit(full.init)(KEY, images)
+    variables = filled(full.init, images)
     predict = models.bind(half, variables)
     for layer, dtype in (("stage1", jnp.bfloat16), ("stage2", jnp.bfloat16), ("maps", jnp.float32)):
         assert jax.eval_shape(rewrite.read(predict, layer), images)[1].dtype == dtype, layer
     logits, expected = jax.jit(predict)(images), jax.jit(models.bind(full, variables))(images)
     assert logits.dtype == jnp.float32 and not np.array_equal(logits, expected)
-    np.testing.assert_allclose(logits, expected, atol=0.1)
+    np.testing.assert_allclose(logits, expected, atol=0.05 * np.abs(expected).max())
     statistics = jax.eval_shape(lambda: half.apply(variables, images, train=True)).batch_stats
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(statistics))
 

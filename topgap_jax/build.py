@@ -132,7 +132,7 @@ def _call(node: ast.Call, table: Mapping[str, Callable], values: Mapping[str, An
         hint = f"; {_closest(wrong[0], parameters)}" if wrong and _closest(wrong[0], parameters) else ""
         raise UserError(f"{_at(where)}{name}: {error}{hint}; usage: {signature(name, function)}") from None
     for parameter, value in bound.arguments.items():
-        kinds = _kinds(inspect.signature(function).parameters[parameter].annotation)
+        kinds = _kinds(bound.signature.parameters[parameter])
         if kinds and not any(fits(value) for _, fits in kinds):
             due = " or ".join(dict.fromkeys(kind for kind, _ in kinds))
             raise UserError(
@@ -144,13 +144,18 @@ def _call(node: ast.Call, table: Mapping[str, Callable], values: Mapping[str, An
         text = str(error)
         raise UserError(text if where and text.startswith(where) else f"{_at(where)}{name}: {text}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, AssertionError) as error:
-        # A mistyped argument ('pgd(8)' where a ball is due) shows itself as one of these inside the function.
+        # A mistyped argument whose annotation says too little shows itself as one of these inside the function.
         raise UserError(f"{_at(where)}{name}: {_line(error)}; usage: {signature(name, function)}") from None
 
 
-def _kinds(annotation: Any) -> list[tuple[str, Callable]]:
-    """(name, test) of what an annotation allows; empty where the function's own checks say it better (numbers, text) or nothing is known."""
-    kinds, known = [], False
+def _kinds(parameter: inspect.Parameter) -> list[tuple[str, Callable]]:
+    """(name, test) of what a parameter's annotation allows.
+
+    Empty where nothing is known, or where the function's own checks say it better (numbers, text).
+    """
+    kinds, known, annotation = [], False, parameter.annotation
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        return []
     for kind in typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,):
         if kind in (int, float):
             kinds.append(("a number", lambda value: isinstance(value, (int, float))))

@@ -4,22 +4,70 @@ import argparse
 import difflib
 import inspect
 import os
+import shutil
 import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from topgap_jax.errors import UserError
 
-EXAMPLES = """\
-examples:
-  topgap train --config configs/shapes.py --config.pool='top_gap(fraction=.14)' --workdir runs/shapes
-  topgap evaluate --workdir runs/shapes --evaluators 'accuracy(), robust(pgd(linf(2/255)))'
-  topgap evaluate --config configs/cifar10.py --weights resnet20_cifar10.safetensors
-  topgap explain --workdir runs/shapes --images holiday/ --methods 'cam(), grad_cam("stage3")'
-  topgap report runs/shapes
-  topgap help top_gap
+CONFIG_HELP = """\
+Any key of a config can be set on the command line: --config.epochs=4 --config.eps=4/255 --config.pool='top_gap(k=4)'.
+`topgap help config` lists the keys; their texts are calls, `topgap help` lists every name, `topgap help NAME` explains one."""
 
-Any key of a config can be set: --config.epochs=4 --config.eps=4/255. Strings are calls: `topgap help` lists every name,
-`topgap help NAME` explains one. A mistake is answered by one line and exit code 2.
+MAIN_HELP = f"""\
+examples:
+  topgap train --config configs/shapes.py --config.pool='top_gap(fraction=.14)' --workdir runs/top_gap
+  topgap evaluate --workdir runs/top_gap --evaluators 'robust(pgd(linf(2/255)))'
+  topgap explain --workdir runs/top_gap --images holiday/
+  topgap report runs/gap runs/top_gap
+
+{CONFIG_HELP}
+`topgap COMMAND --help` says more. A mistake is answered by one line and exit code 2.
+"""
+
+TRAIN_HELP = f"""\
+The folder holds the config, checkpoints, metrics.jsonl (and the same for TensorBoard) and the results. The same command,
+given again, goes on where a run was stopped (SIGTERM and Ctrl-C save first) and ends with the same weights, bit for bit.
+
+examples:
+  topgap train --config configs/shapes.py --workdir runs/gap
+  topgap train --config configs/shapes.py --config.pool='top_gap(fraction=.14)' --config.seed=1 --workdir runs/top_gap
+  topgap train --config runs/gap/config.json --workdir runs/again
+
+{CONFIG_HELP}
+"""
+
+EVALUATE_HELP = """\
+Of a run it takes the best checkpoint and adds to its evaluation.json; a row of the same split and evaluator is replaced.
+Of a weights file in PyTorch naming it prints the table. A keyword such as eps in an evaluator is a number of the config.
+
+examples:
+  topgap evaluate --workdir runs/gap
+  topgap evaluate --workdir runs/gap --split 'test[:200]' --evaluators 'accuracy(), robust(pgd(linf(eps), steps=20))'
+  topgap evaluate --config configs/cifar10.py --weights resnet20_cifar10.safetensors
+"""
+
+EXPLAIN_HELP = """\
+Each picture stands beside the maps of its predicted class; true boxes and regions are drawn where the data set has them.
+
+examples:
+  topgap explain --workdir runs/gap
+  topgap explain --workdir runs/gap --images holiday/ --methods 'cam(), grad_cam("stage3")' --count 20
+"""
+
+LAYERS_HELP = """\
+A layer is given to a method by its name or by any end of it that is unique: grad_cam("stage3"), field("stage3/block0").
+
+example:
+  topgap layers --config configs/shapes.py --config.image_size='(128, 128)'
+"""
+
+REPORT_HELP = """\
+example:
+  topgap report runs/gap runs/top_gap --out runs/report.html
 """
 
 
@@ -32,12 +80,11 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when done, 2 for a user's mistake, 130 or 143 when stopped by a signal."""
-    argv = sys.argv[1:] if argv is None else argv
     try:
-        arguments, overrides = _parse(argv)
-        return COMMANDS[arguments.command](arguments, overrides) or 0
+        arguments, overrides = _parse(sys.argv[1:] if argv is None else argv)
+        return COMMANDS[arguments.command].run(arguments, overrides) or 0
     except UserError as error:
-        print(f"topgap: {error}", file=sys.stderr)
+        print(f"topgap: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("topgap: stopped", file=sys.stderr)
@@ -48,70 +95,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv):
-    parser = Parser(
-        prog="topgap",
-        description="Train, attack and explain image classifiers that look at the right pixels.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """(arguments, the --config.key=value among them as pairs)."""
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    about = "Train, attack and explain image classifiers that look at the right pixels."
+    parser = Parser(prog="topgap", description=about, epilog=MAIN_HELP, **options)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-
-    def command(name, text):
-        sub = commands.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        )  # fmt: skip
-        return sub
-
-    def model(sub, needed=True):
-        group = sub.add_mutually_exclusive_group(required=needed)
-        group.add_argument("--config", metavar="FILE", help="a config file, e.g. configs/cifar10.py")
-        group.add_argument("--workdir", metavar="DIR", help="the folder of a run")
-        sub.add_argument("--weights", metavar="FILE", help="with --config: .safetensors or .npz in PyTorch naming")
-        sub.add_argument(
-            "--checkpoint", choices=("best", "last"), default="best", help="with --workdir (default: best)"
+    for name, command in COMMANDS.items():
+        description = command.about[0].upper() + command.about[1:] + "."
+        command.add(
+            commands.add_parser(name, help=command.about, description=description, epilog=command.more, **options)
         )
-        devices(sub)
-
-    def devices(sub):
-        sub.add_argument("--devices", type=int, default=1, metavar="N", help="virtual devices of a CPU (default: 1)")
-
-    train = command("train", "train a classifier from a config; run again, it goes on where it was")
-    train.add_argument("--config", metavar="FILE", required=True, help="a config file, e.g. configs/shapes.py")
-    train.add_argument("--workdir", metavar="DIR", required=True, help="where checkpoints, metrics and results go")
-    train.add_argument("--no-evaluate", action="store_true", help="leave out the evaluators of the config at the end")
-    devices(train)
-
-    evaluate = command("evaluate", "run evaluators over a split and write evaluation.json")
-    model(evaluate)
-    evaluate.add_argument("--split", metavar="NAMES", help="splits, separated by commas (default: the config's test)")
-    evaluate.add_argument("--evaluators", metavar="CALLS", help="e.g. 'accuracy(), robust(pgd(linf(8/255)))'")
-    evaluate.add_argument("--batch", type=int, metavar="N", help="examples at a time (default: the config's batch)")
-
-    explain = command("explain", "write contact sheets of explanations for a split or a folder of pictures")
-    model(explain)
-    explain.add_argument("--images", metavar="DIR", help="a folder of your own pictures instead of a split")
-    explain.add_argument("--split", metavar="NAME", help="(default: the first of the config's test splits)")
-    explain.add_argument(
-        "--methods", metavar="CALLS", help="e.g. 'cam(), grad_cam(\"stage3\")' (default: the config's)"
-    )
-    explain.add_argument("--count", type=int, default=12, metavar="N", help="pictures on a sheet (default: 12)")
-    explain.add_argument("--out", metavar="DIR", help="(default: DIR/sheets of the workdir, or sheets/)")
-
-    layers = command("layers", "list the layers that can be read, tapped and explained")
-    model(layers)
-
-    compare = command("compare", "print the results of several runs side by side")
-    compare.add_argument("workdirs", nargs="+", metavar="DIR")
-
-    report = command("report", "write one self-contained HTML page about one or several runs")
-    report.add_argument("workdirs", nargs="+", metavar="DIR")
-    report.add_argument("--out", metavar="FILE", help="(default: report.html in the first run's folder)")
-
-    help_ = command("help", "explain a name that configs may use, or list them all")
-    help_.add_argument("name", nargs="?")
-
     arguments, rest = parser.parse_known_args(argv)
     return arguments, _overrides(rest, arguments)
 
@@ -122,93 +115,160 @@ def _overrides(rest, arguments):
     for word in words:
         if not word.startswith("--config."):
             raise UserError(f"unknown argument '{word}'; see 'topgap {arguments.command} --help'")
+        if not hasattr(arguments, "config"):
+            raise UserError(f"{word.partition('=')[0]} has no meaning for 'topgap {arguments.command}'")
         key, equals, value = word.removeprefix("--config.").partition("=")
         if not equals:
-            value = next(words, None)
-            if value is None:
+            value = next(words, "--")
+            if value.startswith("--"):
                 raise UserError(f"--config.{key} has no value; write --config.{key}=VALUE")
         pairs.append((key, value))
-    if pairs and not hasattr(arguments, "config"):
-        raise UserError(f"--config.{pairs[0][0]} has no meaning for 'topgap {arguments.command}'")
     return pairs
+
+
+def _add_model(parser):
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--workdir", metavar="DIR", help="the folder of a run")
+    group.add_argument("--config", metavar="FILE", help="a config file, e.g. configs/cifar10.py")
+    parser.add_argument("--weights", metavar="FILE", help="with --config: .safetensors or .npz in PyTorch naming")
+    parser.add_argument("--checkpoint", choices=("best", "last"), help="with --workdir (default: best)")
+    _add_devices(parser)
+
+
+def _add_devices(parser):
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="virtual devices of a CPU (default: 1)")
+
+
+def _add_train(parser):
+    parser.add_argument("--config", metavar="FILE", required=True, help="a config file, e.g. configs/shapes.py")
+    parser.add_argument("--workdir", metavar="DIR", required=True, help="the folder of the run")
+    parser.add_argument("--no-evaluate", action="store_true", help="leave out the config's evaluators at the end")
+    _add_devices(parser)
+
+
+def _add_evaluate(parser):
+    _add_model(parser)
+    parser.add_argument("--split", metavar="NAMES", help="splits, separated by commas (default: config.test)")
+    parser.add_argument("--evaluators", metavar="CALLS", help="separated by commas (default: config.evaluators)")
+    parser.add_argument("--batch", type=int, metavar="N", help="examples at a time (default: config.batch)")
+
+
+def _add_explain(parser):
+    _add_model(parser)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--images", metavar="DIR", help="a folder of your own pictures, or one picture")
+    group.add_argument("--split", metavar="NAME", help="(default: the first of config.test)")
+    parser.add_argument("--methods", metavar="CALLS", help="separated by commas (default: config.explain)")
+    parser.add_argument("--count", type=int, default=12, metavar="N", help="pictures, evenly spaced (default: 12)")
+    parser.add_argument("--out", metavar="DIR", help="(default: sheets/, of a run in its folder)")
+
+
+def _add_runs(parser):
+    parser.add_argument("workdirs", nargs="+", metavar="DIR", help="the folder of a run")
+
+
+def _add_report(parser):
+    _add_runs(parser)
+    parser.add_argument("--out", metavar="FILE", help="(default: report.html in the first folder)")
+
+
+def _add_help(parser):
+    parser.add_argument(
+        "name", nargs="?", help="a name that config texts may use, or 'config' for the keys of a config"
+    )
 
 
 def _configure(arguments):
     """Before the first array: memory, compilation cache, devices."""
     from topgap_jax.run.cpu import configure_cpu
 
-    print(configure_cpu(devices=arguments.devices), file=sys.stderr)
+    return configure_cpu(devices=arguments.devices)
 
 
-def _setup(arguments, overrides):
-    """The run that --config or --workdir (with --weights) means."""
+def _loaded(arguments, overrides):
+    """The model that --workdir, or --config with --weights, means."""
     from topgap_jax.run import setup
 
+    _check_model(arguments)
+    if arguments.config and not arguments.weights:
+        raise UserError(
+            "--config needs --weights FILE: a config alone has no trained weights (of a run, give --workdir)"
+        )
     _configure(arguments)
     if arguments.workdir:
-        if arguments.weights:
-            raise UserError("--weights goes with --config; with --workdir the run's own checkpoint is used")
-        return setup.from_workdir(arguments.workdir, overrides, checkpoint=arguments.checkpoint)
+        return setup.from_workdir(arguments.workdir, overrides, checkpoint_name=arguments.checkpoint or "best")
     return setup.from_weights(arguments.config, overrides, arguments.weights)
+
+
+def _check_model(arguments):
+    if arguments.workdir and arguments.weights:
+        raise UserError("--weights goes with --config; with --workdir the run's own checkpoint is used")
+    if arguments.config and arguments.checkpoint:
+        raise UserError("--checkpoint goes with --workdir; with --config the weights come from --weights")
 
 
 def _train(arguments, overrides):
     from topgap_jax.run import setup
     from topgap_jax.run.fit import Stopped, fit
 
-    _configure(arguments)
+    print(_configure(arguments), file=sys.stderr)
     experiment = setup.experiment(arguments.config, overrides)
     try:
-        fit(experiment.config, arguments.workdir, parts=setup.parts(experiment), file=arguments.config)
+        fit(experiment.config, arguments.workdir, parts=setup.parts(experiment), file=experiment.file)
     except Stopped as stopped:
         print(f"topgap: {stopped}", file=sys.stderr)
         return 143
-    if not arguments.no_evaluate and experiment.config.evaluators:
-        loaded = setup.from_workdir(arguments.workdir, checkpoint="best")
-        _show(setup.evaluate(loaded))
+    if experiment.config.evaluators and experiment.config.test and not arguments.no_evaluate:
+        loaded = setup.restored(experiment, arguments.workdir)
+        _show(loaded, setup.stored(loaded) or setup.evaluate(loaded))
     return 0
 
 
 def _evaluate(arguments, overrides):
     from topgap_jax.run import setup
 
-    loaded = _setup(arguments, overrides)
-    _show(setup.evaluate(loaded, splits=arguments.split, evaluators=arguments.evaluators, batch=arguments.batch))
+    loaded = _loaded(arguments, overrides)
+    rows = setup.evaluate(loaded, splits=arguments.split, evaluators=arguments.evaluators, batch=arguments.batch)
+    _show(loaded, rows)
 
 
 def _explain(arguments, overrides):
     from topgap_jax.report.sheets import sheet
     from topgap_jax.run import setup
 
-    loaded = _setup(arguments, overrides)
+    loaded = _loaded(arguments, overrides)
     pictures = setup.explain(
         loaded, images=arguments.images, split=arguments.split, methods=arguments.methods, count=arguments.count
     )
     out = Path(arguments.out or (Path(arguments.workdir, "sheets") if arguments.workdir else "sheets"))
-    out.mkdir(parents=True, exist_ok=True)
-    print(sheet(out / f"{pictures.title}.png", pictures.images, names=pictures.names, maps=pictures.maps,
-                boxes=pictures.boxes, regions=pictures.regions, title=pictures.heading))  # fmt: skip
+    try:
+        path = sheet(out / f"{pictures.title}.png", pictures.images, names=pictures.names, maps=pictures.maps,
+                     boxes=pictures.boxes, regions=pictures.regions, title=pictures.heading)  # fmt: skip
+    except OSError as error:
+        raise UserError(f"cannot write in '{out}': {error.strerror}") from None
+    print(f"{path}: {len(pictures.images)} of {pictures.total} pictures")
 
 
 def _layers(arguments, overrides):
-    import jax.numpy as jnp
+    from topgap_jax.report.compare import aligned
+    from topgap_jax.run import setup
 
-    from topgap_jax.models import bind
-    from topgap_jax.rewrite import layers
-
-    loaded = _setup(arguments, overrides)
-    images = jnp.zeros((1, *loaded.experiment.config.image_size, 3))
-    found = layers(bind(loaded.experiment.model, loaded.variables), images)
-    width = max(len(layer.name) for layer in found)
+    _check_model(arguments)
+    _configure(arguments)
+    if arguments.weights:
+        experiment = setup.from_weights(arguments.config, overrides, arguments.weights).experiment
+    elif arguments.workdir:
+        experiment = setup.from_workdir(arguments.workdir, overrides).experiment
+    else:
+        experiment = setup.experiment(arguments.config, overrides)
+    found, default = setup.layers(experiment)
+    rows = [["layer", "shape", ""]]
     for layer in found:
-        note = (
-            ""
-            if layer.reachable and layer.calls == 1
-            else f"  met {layer.calls} times"
-            if layer.calls > 1
-            else "  inside a loop"
-        )
-        print(f"{layer.name:{width}}  {' x '.join(map(str, layer.shape[1:])):>14}{note}")
+        notes = ["the default of grad_cam()"] if layer.name == default else []
+        notes += [f"met {layer.calls} times"] if layer.calls > 1 else []
+        notes += ["inside a loop: out of reach"] if not layer.reachable else []
+        rows.append([layer.name, " x ".join(map(str, layer.shape[1:])), ", ".join(notes)])
+    print(aligned(rows, right=[1]))
 
 
 def _compare(arguments, overrides):
@@ -226,38 +286,61 @@ def _report(arguments, overrides):
 
 def _help(arguments, overrides):
     from topgap_jax.build import signature
-    from topgap_jax.run.config import ROOMS, TABLE
+    from topgap_jax.run.config import KEYS, ROLES, ROOMS, TABLE, VALUES
 
-    name = arguments.name
+    name, known = arguments.name, {**TABLE, **VALUES}
     if name is None:
-        for room, table in ROOMS.items():
-            print(f"\n{room}")
-            for key, function in table.items():
-                print(f"  {key:18} {(inspect.getdoc(function) or '').splitlines()[0]}")
-        print("\n'topgap help NAME' says more; 'topgap --help' lists the commands.")
-        return
-    if name not in TABLE:
-        near = difflib.get_close_matches(name, TABLE, n=1)
-        raise UserError(
-            f"there is nothing named '{name}'; "
-            + (f"did you mean '{near[0]}'? " if near else "")
-            + "'topgap help' lists all names"
-        )
-    print(f"{signature(name, TABLE[name])}\n\n{inspect.getdoc(TABLE[name])}")
+        for room, table in {**ROOMS, "scores, named without a call": VALUES}.items():
+            print(f"\n{room}\n{_listing({key: inspect.getdoc(function) for key, function in table.items()})}")
+        print("\n'topgap help NAME' says more, 'topgap help config' lists the keys, 'topgap --help' the commands.")
+    elif name == "config":
+        room = lambda key: f" ({ROLES[key].room})" if key in ROLES else ""
+        print("A config has these keys, and any number of your own that its texts may name.\n")
+        print(_listing({key: f"{kind}: {about}{room(key)}" for key, (kind, about) in KEYS.items()}))
+    elif name in known:
+        shown = name if name in VALUES else signature(name, known[name])
+        print(f"{shown}\n\n{inspect.getdoc(known[name])}")
+    else:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise UserError(f"there is nothing named '{name}'; {hint}'topgap help' lists all names")
 
 
-def _show(rows):
+def _listing(about):
+    """Names and the first paragraph of their docstrings, one line each, as wide as the terminal."""
+    width, columns = max(map(len, about)), shutil.get_terminal_size((120, 24)).columns
+    shorten = lambda text: textwrap.shorten(
+        (text or "").split("\n\n")[0], max(columns - width - 4, 40), placeholder=" ..."
+    )
+    return "\n".join(f"  {name:{width}}  {shorten(text)}" for name, text in about.items())
+
+
+def _show(loaded, rows):
     from topgap_jax.report.compare import table
 
+    print(f"{loaded.experiment.config.source}, {loaded.weights}\n")
     print(table(rows))
 
 
+class Command(NamedTuple):
+    """A command: what it does, how its arguments are added to a parser, what runs it, and the end of its help."""
+
+    about: str
+    add: Callable
+    run: Callable
+    more: str = ""
+
+
 COMMANDS = {
-    "train": _train,
-    "evaluate": _evaluate,
-    "explain": _explain,
-    "layers": _layers,
-    "compare": _compare,
-    "report": _report,
-    "help": _help,
+    "train": Command("train a classifier from a config, and evaluate it", _add_train, _train, TRAIN_HELP),
+    "evaluate": Command("run evaluators over splits", _add_evaluate, _evaluate, EVALUATE_HELP),
+    "explain": Command(
+        "draw where the network looks, on a split or your own pictures", _add_explain, _explain, EXPLAIN_HELP
+    ),
+    "layers": Command("list the layers that methods may name", _add_model, _layers, LAYERS_HELP),
+    "compare": Command("print the results of several runs side by side", _add_runs, _compare),
+    "report": Command(
+        "write one self-contained HTML page about one or several runs", _add_report, _report, REPORT_HELP
+    ),
+    "help": Command("explain a name that configs may use, or list them all", _add_help, _help),
 }

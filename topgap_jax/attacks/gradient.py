@@ -74,7 +74,9 @@ def attack(chosen: Attack, keys: Keys, predict: Predict, images: Array, labels: 
 def start_state(keys: Keys, images: Array, labels: Array, logits: Array, delta: Array) -> State:
     """State before the first step; what is misclassified when clean is broken with the clean image."""
     status = jnp.where(misclassified(logits, labels), BROKEN, RUNNING).astype(jnp.int32)
-    score = jnp.full_like(logits[:, 0], -jnp.inf, jnp.float32)  # made like the logits, so that it is split over devices as they are
+    score = jnp.full_like(
+        logits[:, 0], -jnp.inf, jnp.float32
+    )  # made like the logits, so that it is split over devices as they are
     return State(images, labels, delta, images, score, status, jnp.zeros_like(status), keys)
 
 

@@ -13,7 +13,7 @@ from topgap_jax.models.resnet import (
     resnet50,
     resnet56,
     small_resnet,
-)  # fmt: skip
+)
 from topgap_jax.models.resnet4b import resnet4b
 from topgap_jax.models.vgg import vgg11, vgg16
 
@@ -38,7 +38,7 @@ __all__ = [
     "vgg16",
     "vgg_head",
     "wrn28_10",
-]  # fmt: skip
+]
 
 TABLE = {
     "classifier": classifier,

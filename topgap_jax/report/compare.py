@@ -1,5 +1,6 @@
 """Tables in the terminal: one run's results, several runs side by side, the demo beside the stored seeds."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,16 @@ def compare(workdirs: Sequence[Path]) -> str:
         head = ["", "evaluator", *(f"{name}  " for name in names), *[f"{names[-1]} - {names[0]}"] * several]
         parts.append(aligned([head, *rows], right=range(2, len(head))))
         parts += ["* best; intervals, where given, are over images, not over seeds"] * several
+    said: dict[str, list[str]] = {}
     for run in runs:
-        parts += [f"{run.label}: no evaluation yet; topgap evaluate --workdir {run.folder} writes one"] * (not run.rows)
-    changed = [
-        [key, *(text or "-" for text in values)]
-        for key, values, differs in differing([r.config for r in runs])
-        if differs
-    ]
+        parts += [
+            f"{run.label}: no evaluation yet; topgap evaluate --workdir {shlex.quote(str(run.folder))} writes one"
+        ] * (not run.rows)
+        for row in filter(is_robust, run.rows):
+            said.setdefault(note(run.rows, row), []).append(run.label)
+    parts += [f"{', '.join(who)}: {words}" for words, who in said.items()]
+    configs = differing([run.config for run in runs])
+    changed = [[key, *(text or "-" for text in values)] for key, values, differs in configs if differs]
     if changed:
         parts.append("\n" + aligned([["config", *names], *changed]))
     return "\n".join(parts)

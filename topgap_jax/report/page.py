@@ -94,6 +94,7 @@ def environment() -> Environment:
     sortable = lambda value: repr(float(value)) if finite(value) else ""
     words = lambda name: " ".join(SPELLINGS.get(word, word) for word in str(name).split("_"))
     made.filters |= {"number": typeset, "sortable": sortable, "words": words, "amount": amount}
+    made.filters["shell"] = lambda path: shlex.quote(str(path))
     made.globals |= {
         "audit_of": audit_of,
         "beside": beside,

@@ -6,21 +6,26 @@ A file may also define `methods()`, {name: function}: a user's own models, pools
 
 import difflib
 import json
+import re
 import runpy
-from collections.abc import Mapping, Sequence
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import optax
 from ml_collections import ConfigDict
 
 from topgap_jax import attacks, balls, data, evaluators, explain, models, pool, scores
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
+from topgap_jax.rewrite import with_pool
 from topgap_jax.training import augment, objectives, optimizers, schedules
-from topgap_jax.types import Table
+from topgap_jax.types import Evaluator, Model, Robustness, Table
 
 ROOMS: dict[str, Table] = {
-    "models": models.TABLE,
+    "models": {**models.TABLE, "with_pool": with_pool},
     "pools": pool.TABLE,
     "data": data.TABLE,
     "objectives": objectives.TABLE,
@@ -33,30 +38,95 @@ ROOMS: dict[str, Table] = {
     "evaluators": evaluators.TABLE,
 }
 TABLE: Table = {name: function for table in ROOMS.values() for name, function in table.items()}
-
-REQUIRED = (
-    "seed", "source", "train", "validation", "test", "image_size", "resize", "mean", "std", "pool", "model", "batch",
-    "epochs", "augment", "objective", "optimizer", "ema", "evaluators", "explain", "log_every", "checkpoint_every",
-)  # fmt: skip
+VALUES: Table = scores.TABLE
+"""What a string may name without a call, beside the config's numbers and what the run knows."""
 
 
-def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> tuple[ConfigDict, Table]:
-    """The config of a Python file, or of a run's config.json, with `(key, text)` overrides; and the file's own methods."""
+class Role(NamedTuple):
+    """What the string of a key stands for, in words; the room of the functions it calls; whether a value can be one."""
+
+    words: str
+    room: str
+    fits: Callable[[Any], bool] = callable
+
+
+ROLES = {
+    "source": Role("a data set", "data"),
+    "pool": Role("a pool", "pools"),
+    "model": Role("a model", "models", lambda value: isinstance(value, Model)),
+    "objective": Role("an objective", "objectives"),
+    "augment": Role("an augmentation", "augmentation"),
+    "optimizer": Role("an optimizer", "optimizers", lambda value: isinstance(value, optax.GradientTransformation)),
+    "evaluators": Role("an evaluator", "evaluators", lambda value: isinstance(value, (Evaluator, Robustness))),
+    "explain": Role("an explanation", "explanations"),
+}
+
+_number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "text": lambda value: isinstance(value, str),
+    "a whole number": lambda value: type(value) is int and value >= 0,
+    "a whole number of at least 1": lambda value: type(value) is int and value >= 1,
+    "a number in [0, 1)": lambda value: _number(value) and 0 <= value < 1,
+    "numbers, one per channel": lambda value: isinstance(value, tuple) and all(map(_number, value)),
+    "(height, width) in pixels": lambda value: (
+        isinstance(value, tuple) and len(value) == 2 and all(type(side) is int and side >= 1 for side in value)
+    ),
+}
+WORDS = {int: "a whole number", float: "a number", bool: "True or False", tuple: "a tuple"}
+KEYS = {
+    "seed": ("a whole number", "of the first weights, the order of the data and every random draw"),
+    "source": ("text", "the data set"),
+    "train": ("text", "the split to train on, such as 'train' or 'train[:90%]'"),
+    "validation": ("text", "the split that the best checkpoint is chosen by; '' for none"),
+    "test": ("text", "the splits that are evaluated, separated by commas"),
+    "image_size": ("(height, width) in pixels", "of what the network sees"),
+    "resize": ("text", "'stretch', or 'crop' to keep the aspect"),
+    "mean": ("numbers, one per channel", "subtracted inside the model; images are in [0, 1]"),
+    "std": ("numbers, one per channel", "divided by inside the model"),
+    "pool": ("text", "the pool that `model` may name"),
+    "model": ("text", "the model; it may name pool, classes, mean and std"),
+    "batch": ("a whole number of at least 1", "examples in a step, over all devices"),
+    "epochs": ("a whole number of at least 1", "passes over the training split"),
+    "augment": ("text", "augmentations, separated by commas; '' for none"),
+    "objective": ("text", "what training lowers"),
+    "optimizer": ("text", "the optimizer; it may name total_steps"),
+    "ema": ("a number in [0, 1)", "decay of averaged weights, which are then evaluated; 0 for none"),
+    "evaluators": ("text", "evaluators, separated by commas; they may name bank and centre (of the training split)"),
+    "explain": ("text", "explanations, separated by commas, for `topgap explain`"),
+    "log_every": ("a whole number of at least 1", "steps between two rows of metrics.jsonl"),
+    "checkpoint_every": ("a whole number of at least 1", "epochs between two checkpoints"),
+}
+"""What a config must hold: {key: (kind, meaning)}."""
+
+
+class Loaded(NamedTuple):
+    """A config, the methods of its own, and the Python file that both are from (None: none is known)."""
+
+    config: ConfigDict
+    methods: Table
+    file: str | None
+
+
+def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Loaded:
+    """The config of a Python file, or of a run's config.json, with `(key, text)` overrides.
+
+    Modules beside the file can be imported in it. Raises UserError for a file that is not there, cannot be run or has no
+    config, and for a key that is unknown, missing or of the wrong kind.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no config file '{path}'")
-    if path.suffix == ".json":
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        config = ConfigDict({key: _tuples(value) for key, value in stored["config"].items()})
-        methods = _module(Path(stored["file"]), needs="methods")[1] if stored.get("file") else {}
-    else:
-        config, methods = _module(path, needs="get_config")
+    loaded = _stored(path) if path.suffix == ".json" else _written(path)
+    config = loaded.config
     for key, text in overrides:
         override(config, key, text)
-    missing = [key for key in REQUIRED if key not in config]
+    missing = [key for key in KEYS if key not in config]
     if missing:
-        raise UserError(f"{path}: the config lacks {', '.join(missing)}; configs/cifar10.py is a complete one")
-    return config, methods
+        raise UserError(f"{path}: the config lacks {', '.join(missing)}; 'topgap help config' says what they are")
+    for key, (kind, _) in KEYS.items():
+        if not KINDS[kind](config[key]):
+            raise UserError(f"config.{key} must be {kind}, got {config[key]!r}")
+    return loaded
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
@@ -69,27 +139,31 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     if isinstance(default, str):
         config[key] = text
         return
-    value = build(text, {}, {"True": True, "False": False}, f"--config.{key}")
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not type(default):
-        raise UserError(f"--config.{key}: expected {type(default).__name__} like {default!r}, got {value!r}")
+    try:
+        value = build(text, {})
+        value = float(value) if isinstance(default, float) and type(value) is int else value
+    except (UserError, OverflowError):
+        value = None
+    if type(value) is not type(default) or (type(value) is int and abs(value) >= 2**63):
+        kind = WORDS.get(type(default), type(default).__name__)
+        raise UserError(f"--config.{key}: expected {kind} like {default!r}, got {text!r}")
     config[key] = value
 
 
 def choice(config: ConfigDict, key: str, methods: Table, **known: Any) -> Any:
     """The value of the config's string `key`. `known`: what the run knows beside the config's own numbers."""
-    return choose(config, config[key], f"config.{key}", methods, **known)
+    return _value(config, key, config[key], f"config.{key}", methods, known)
 
 
-def choose(config: ConfigDict, text: str, where: str, methods: Table, **known: Any) -> Any:
-    """The value of `text`, in which the config's numbers, the scores and `known` are names."""
-    return build(text, {**TABLE, **methods}, {**scores.TABLE, **known, **_numbers(config)}, where)
-
-
-def choices(config: ConfigDict, text: str, where: str, methods: Table, **known: Any) -> dict[str, Any]:
-    """{text of each: value} of a list separated by commas; nothing for an empty text."""
-    return {part: choose(config, part, where, methods, **known) for part in split_list(text)}
+def choices(
+    config: ConfigDict, key: str, methods: Table, text: str | None = None, argument: str = "", **known: Any
+) -> dict[str, Any]:
+    """{text of each: value} of the config's list `key`, or of `text`, what the command line's `argument` gives in its place."""
+    where = f"config.{key}" if text is None else argument
+    return {
+        part: _value(config, key, part, where, methods, known)
+        for part in split_list(config[key] if text is None else text)
+    }
 
 
 def split_list(text: str) -> list[str]:
@@ -115,30 +189,80 @@ def split_list(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def plain(config: ConfigDict) -> dict[str, Any]:
-    """The config as JSON can hold it."""
-    return json.loads(json.dumps(config.to_dict()))
+def _value(config: ConfigDict, key: str, text: str, where: str, methods: Table, known: Mapping[str, Any]) -> Any:
+    """The value of `text`, checked to be what `key` stands for."""
+    role = ROLES[key]
+    choices = [*ROOMS[role.room], *methods]
+    name, call, _ = text.partition("(")
+    if call and name.strip().isidentifier() and name.strip() not in choices:
+        near = difflib.get_close_matches(name, choices, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise UserError(f"{where}: '{name.strip()}' is not {role.words}; {hint}choose from {', '.join(choices)}")
+    value = build(text, {**TABLE, **methods}, {**VALUES, **known, **_names(config)}, where)
+    if not role.fits(value):
+        kind = type(value).__name__
+        raise UserError(f"{where}: '{text}' is not {role.words}, it is of type {kind}; 'topgap help' lists {role.room}")
+    return value
 
 
-def _module(path: Path, needs: str) -> tuple[ConfigDict | None, Table]:
+def _names(config: ConfigDict) -> Mapping[str, Any]:
+    """The numbers of the config, its tuples of numbers, and the text `dtype`: what its strings may name."""
+    numbers = lambda value: _number(value) or (isinstance(value, tuple) and all(map(_number, value)))
+    return {key: value for key, value in config.items() if numbers(value) or key == "dtype"}
+
+
+def _written(path: Path) -> Loaded:
+    config, methods = _run(path)
+    if type(config) is not ConfigDict:
+        raise UserError(
+            f"{path} has no get_config() that returns an ml_collections.ConfigDict; configs/cifar10.py shows one"
+        )
+    return Loaded(config, methods, str(path))
+
+
+def _stored(path: Path) -> Loaded:
+    """The config of a run, and the methods of the Python file that it was written in."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        config = ConfigDict({key: _tuples(value) for key, value in stored["config"].items()})
+        file = stored.get("file") and str(Path(stored["file"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not the config.json of a run") from None
+    if file is not None and Path(file).is_file():
+        return Loaded(config, _run(Path(file))[1], file)
+    calls = " ".join(re.sub(r"'[^']*'|\"[^\"]*\"", "", str(config.get(key, ""))) for key in ROLES)
+    own = [name for name in re.findall(r"(\w+)\s*\(", calls) if name not in TABLE]
+    if own and file is not None:
+        raise UserError(
+            f"{path}: '{own[0]}' comes from {file}, which is not there any more; put it back, or correct \"file\" in {path}"
+        )
+    return Loaded(config, {}, file)
+
+
+def _run(path: Path) -> tuple[Any, Table]:
+    """What get_config() of a Python file returns (None: there is none), and its methods()."""
+    folder = str(path.absolute().parent)
+    sys.path.insert(0, folder)
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:
-        raise UserError(f"{path} cannot be run: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    if needs not in names:
-        raise UserError(f"{path} has no {needs}(); configs/cifar10.py shows what a config looks like")
-    methods = names["methods"]() if "methods" in names else {}
+        config = names["get_config"]() if "get_config" in names else None
+        methods = dict(names["methods"]()) if "methods" in names else {}
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        at = f" line {lines[-1]}" if lines else ""
+        raise UserError(
+            f"{path}{at} cannot be run: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    finally:
+        sys.path.remove(folder)
     taken = sorted(set(methods) & set(TABLE))
     if taken:
         raise UserError(f"{path}: methods() must not take the names {', '.join(taken)}, which the library has already")
-    return (names["get_config"]() if needs == "get_config" else None), methods
-
-
-def _numbers(config: ConfigDict) -> Mapping[str, Any]:
-    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
-    numbers = {key: value for key, value in config.items() if number(value)}
-    tuples = {key: value for key, value in config.items() if isinstance(value, tuple) and all(number(x) for x in value)}
-    return {**numbers, **tuples, **({"dtype": config.dtype} if "dtype" in config else {})}
+    if not all(isinstance(name, str) and callable(function) for name, function in methods.items()):
+        raise UserError(f"{path}: methods() must return {{name: function}}")
+    return config, methods
 
 
 def _tuples(value: Any) -> Any:

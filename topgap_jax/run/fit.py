@@ -7,6 +7,7 @@ started again ends with the same parameters, bit for bit.
 import itertools
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from topgap_jax.data import Stream, as_batch, epoch_ids, gather
 from topgap_jax.errors import UserError
@@ -87,6 +88,7 @@ def fit(
     or Ctrl-C, UserError when the loss is not finite.
     """
     workdir = Path(workdir)
+    start = time.perf_counter(), time.process_time()
     mesh = data_mesh() if mesh is None else mesh
     check_batch(parts.batch, mesh)
     claim(workdir, config, file)
@@ -99,6 +101,7 @@ def fit(
 
     state, meta = _start(workdir, parts, mesh)
     done, best = meta["step"], meta["best"]
+    spent = meta["seconds"] - start[0], meta["cpu_seconds"] - start[1]  # plus the clocks: what training took in all
     held, rows = _feed(parts, mesh, meta)
     train_step = make_step(parts, mesh)
     validate = _validation(parts, mesh)
@@ -132,10 +135,11 @@ def fit(
             trees |= {"optimizer": state.optimizer} if which == "last" else {}
             stream = parts.train.get_state() if isinstance(parts.train, Stream) else None
             meta = {"step": step, "epoch": step / per_epoch, "best": best, "stream": stream, "window": window}
+            meta |= {"seconds": spent[0] + time.perf_counter(), "cpu_seconds": spent[1] + time.process_time()}
             checkpoint.save(getattr(folders, which), step, trees, meta)
 
         for step in range(done + 1, total + 1):
-            state, numbers = train_step(state, held, _placed(next(rows), mesh))
+            state, numbers = train_step(state, held, _placed(next(rows), split(mesh)))
             pending.append((step, numbers))
             book(LAG)
             shown.update(parts.batch)
@@ -230,7 +234,7 @@ def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, An
         return State(jnp.int32(0), variables, parts.optimizer.init(variables["params"]))
 
     if checkpoint.latest_step(workdir) is None:
-        return jax.jit(fresh, out_shardings=replicated(mesh))(), {"step": 0, "best": None, "stream": None, "window": []}
+        return jax.jit(fresh, out_shardings=replicated(mesh))(), {"step": 0, "best": None, "stream": None, "window": [], "seconds": 0.0, "cpu_seconds": 0.0}
     described = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), jax.eval_shape(fresh)
     )
@@ -246,11 +250,7 @@ def _feed(parts: Parts, mesh: Mesh, meta: Mapping[str, Any]) -> tuple[Mapping[st
         if meta["stream"] is not None:
             parts.train.set_state(meta["stream"])
         return {}, parts.train
-    whole = replicated(mesh)
-    held = {
-        name: jax.make_array_from_callback(values.shape, whole, values.__getitem__)
-        for name, values in parts.train.items()
-    }
+    held = _placed(parts.train, replicated(mesh))
     share = parts.batch // jax.process_count()
     own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
 
@@ -264,8 +264,11 @@ def _feed(parts: Parts, mesh: Mesh, meta: Mapping[str, Any]) -> tuple[Mapping[st
     return held, rows()
 
 
-def _placed(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    return {name: jax.make_array_from_process_local_data(split(mesh), values) for name, values in rows.items()}
+def _placed(arrays: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, Array]:
+    """This process's part of some arrays, on the devices."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(dict(arrays), sharding)
+    return {name: jax.make_array_from_process_local_data(sharding, values) for name, values in arrays.items()}
 
 
 def _validation(parts: Parts, mesh: Mesh) -> Callable[[Variables], dict[str, float]] | None:

@@ -1,55 +1,83 @@
-"""From a config to what runs: the one place where a config, its data, its model and its weights come together."""
+"""What the commands do with an experiment: parts for `fit`, a model with its weights, evaluation, pictures, layers."""
 
-import functools
+import json
 import re
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from topgap_jax import data
+from topgap_jax import data, rewrite
+from topgap_jax.build import check_number
 from topgap_jax.errors import UserError
-from topgap_jax.evaluators import background_bank
 from topgap_jax.mesh import data_mesh
-from topgap_jax.metrics.boxes import mean_box_sides, region_boxes
 from topgap_jax.models import bind
 from topgap_jax.run import checkpoint, pretrained
 from topgap_jax.run import config as configs
+from topgap_jax.run.evaluate import FILE, evaluation_variables, example_keys
 from topgap_jax.run.evaluate import evaluate as run_evaluators
-from topgap_jax.run.evaluate import evaluation_variables
+from topgap_jax.run.experiment import (
+    Experiment,
+    assemble,
+    bank,
+    centre,
+    experiment,
+    first,
+    init,
+    open_split,
+    read,
+    template,
+    total_steps,
+    training,
+    validation,
+)
 from topgap_jax.run.fit import Parts
-from topgap_jax.run.progress import bar
-from topgap_jax.run.splits import Split, resident_split, streamed_split
-from topgap_jax.types import Model, Table, Variables
+from topgap_jax.types import Variables
 
-RESIDENT_BYTES = 2 * 2**30  # decoded splits up to this size live on the device, larger ones stream
+__all__ = [
+    "Experiment",
+    "Loaded",
+    "Pictures",
+    "evaluate",
+    "experiment",
+    "explain",
+    "from_weights",
+    "from_workdir",
+    "layers",
+    "parts",
+    "read",
+    "restored",
+    "stored",
+]
 
+STAND_INS = {"bank": np.zeros((2, 1, 1, 1, 3), np.uint8), "centre": (0.5, 0.5)}
+"""In place of what is made of the training split, to see whether a text can be built."""
 
-class Experiment(NamedTuple):
-    """A config with its data set and its model: the names of the classes, `source(split)`, and the model itself."""
-
-    config: ConfigDict
-    methods: Table
-    source: data.Splits
-    classes: tuple[str, ...]
-    model: Model
+DECISIVE = ("seed", "source", "train", "image_size", "resize", "mean", "std", "pool", "model")
+"""Keys on which every result of an evaluation depends."""
 
 
 class Loaded(NamedTuple):
-    """A model with its variables; `weights` says where they are from, `workdir` is None outside a run."""
+    """A model with its variables; `weights` says where they are from, `workdir` is None outside a run.
+
+    changes: the keys, with their texts, in which the command line departs from the run's own config.
+    """
 
     experiment: Experiment
     variables: Variables
     weights: str
     workdir: Path | None
+    changes: tuple[tuple[str, str], ...] = ()
 
 
 class Pictures(NamedTuple):
-    """What a contact sheet shows: images (n, h, w, 3) in [0, 1], (true, predicted) names, maps, boxes and regions or None."""
+    """What a contact sheet shows: images (n, h, w, 3) in [0, 1], (true, predicted) names, maps, boxes and regions or None.
+
+    title is fit for a file name; total: how many pictures there were to choose the n from.
+    """
 
     title: str
     heading: str
@@ -58,52 +86,28 @@ class Pictures(NamedTuple):
     maps: dict[str, np.ndarray]
     boxes: np.ndarray | None
     regions: np.ndarray | None
-
-
-def experiment(path: str | Path, overrides=()) -> Experiment:
-    """The experiment of a config file (or of a run's config.json)."""
-    return assemble(*configs.load(path, overrides))
-
-
-def assemble(config: ConfigDict, methods: Table) -> Experiment:
-    """The experiment of a config: its classes are those of the first split of the data that it names."""
-    source = configs.choice(config, "source", methods)
-    classes = source(_first(config.train or config.test)).classes
-    pool = configs.choice(config, "pool", methods, total_steps=total_steps(config, source))
-    model = configs.choice(config, "model", methods, pool=pool, classes=len(classes))
-    if not isinstance(model, Model):
-        raise UserError(f"config.model: expected a model such as classifier(...), got {type(model).__name__}")
-    return Experiment(config, methods, source, classes, model)
-
-
-def total_steps(config: ConfigDict, source: data.Splits) -> int:
-    """Training steps in all: epochs x whole batches of the training split."""
-    if not config.train:
-        return 0
-    return config.epochs * max(1, len(source(config.train)) // config.batch)
+    total: int
 
 
 def parts(chosen: Experiment) -> Parts:
-    """What `fit` needs: data read (small sets) or opened (large ones), objective, augmentation and optimiser built."""
+    """What `fit` needs: data read (small sets) or opened (large ones), objective, augmentation and optimiser built.
+
+    The evaluators and explanations are built too, so that a mistake in them is told before the training and not after it.
+    """
     config, methods = chosen.config, chosen.methods
+    if not config.train:
+        raise UserError("config.train names no split to train on")
     known = {"total_steps": total_steps(config, chosen.source), "classes": len(chosen.classes)}
-    train = chosen.source(config.train)
-    small = data.memory(train, config.image_size, extras=False) <= RESIDENT_BYTES
-    if small:
-        training = read(chosen, config.train, extras=False)
-    else:
-        share = (jax.process_index(), jax.process_count())
-        training = data.stream(
-            train, config.image_size, config.resize, seed=config.seed, batch=config.batch, process=share
-        )
+    _evaluators(chosen, None, STAND_INS)
+    configs.choices(config, "explain", methods, **known)
     return Parts(
         model=chosen.model,
         objective=configs.choice(config, "objective", methods, **known),
-        augments=tuple(configs.choices(config, config.augment, "config.augment", methods, **known).values()),
+        augments=tuple(configs.choices(config, "augment", methods, **known).values()),
         optimizer=configs.choice(config, "optimizer", methods, **known),
-        train=training,
-        validation=read(chosen, config.validation, extras=False) if config.validation else None,
-        examples=len(train),
+        train=training(chosen),
+        validation=validation(chosen),
+        examples=len(chosen.source(config.train)),
         batch=config.batch,
         epochs=config.epochs,
         seed=config.seed,
@@ -113,84 +117,68 @@ def parts(chosen: Experiment) -> Parts:
     )
 
 
-def read(chosen: Experiment, split: str, extras: bool = True) -> dict[str, np.ndarray]:
-    """A split decoded into arrays, with a progress bar."""
-    source = chosen.source(split)
-    with bar(len(source), f"reading {source.name} {split}") as progress:
-        before = 0
-
-        def show(done, total):
-            nonlocal before
-            progress.update(done - before)
-            before = done
-
-        return data.resident(source, chosen.config.image_size, chosen.config.resize, extras=extras, progress=show)
-
-
 def from_workdir(workdir: str | Path, overrides=(), checkpoint_name: str = "best") -> Loaded:
     """The model of a run, with its best (or last) checkpoint; EMA weights where the run kept them."""
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        why = "it has no config.json" if Path(workdir).is_dir() else "there is no such folder"
+        raise UserError(f"'{workdir}' is not the folder of a run: {why}")
+    return restored(experiment(path, overrides), workdir, checkpoint_name)._replace(changes=tuple(overrides))
+
+
+def restored(chosen: Experiment, workdir: str | Path, checkpoint_name: str = "best") -> Loaded:
+    """The experiment with the variables that a run of it stored; without a validation split there is only "last"."""
     workdir = Path(workdir)
-    if not (workdir / "config.json").is_file():
-        raise UserError(f"'{workdir}' is not the folder of a run: it has no config.json")
-    chosen = experiment(workdir / "config.json", overrides)
     which = checkpoint_name if checkpoint.latest_step(workdir, checkpoint_name) is not None else "last"
     trees, meta = checkpoint.restore(workdir, which, {"variables": template(chosen)})
     return Loaded(chosen, evaluation_variables(trees["variables"]), f"checkpoint {which}, step {meta['step']}", workdir)
 
 
-def from_weights(path: str | Path, overrides, weights: str | None) -> Loaded:
-    """The config's model with weights from a file in PyTorch naming; without a file, with random ones.
+def from_weights(path: str | Path, overrides, weights: str | Path) -> Loaded:
+    """The config's model with weights from a file in PyTorch naming.
 
     Where the file says of itself which network it is and how its input is normalised, the config follows, unless the command
     line sets the key.
     """
-    config, methods = configs.load(path, overrides)
-    if weights is None:
-        chosen = assemble(config, methods)
-        return Loaded(chosen, init(chosen), "random weights", None)
-    given = {key for key, _ in overrides}
-    for key, value in pretrained.describe(weights).items():
-        if key in config and key not in given and value is not None:
+    loaded = configs.load(path, overrides)
+    config, given = loaded.config, {key for key, _ in overrides}
+    told = {key: value for key, value in pretrained.describe(weights).items() if value is not None and key not in given}
+    for key, value in told.items():
+        if config[key] != value:
+            print(f"{Path(weights).name}: config.{key} = {value!r}", file=sys.stderr)
             config[key] = value
-    chosen = assemble(config, methods)
+    chosen = assemble(loaded)
     variables = pretrained.load(weights, chosen.model, image_shape=(*config.image_size, 3))
-    return Loaded(chosen, variables, str(Path(weights).name), None)
-
-
-def init(chosen: Experiment) -> Variables:
-    """Fresh variables, from the config's seed."""
-    images = jnp.zeros((1, *chosen.config.image_size, 3))
-    return jax.jit(chosen.model.init)(jax.random.key(chosen.config.seed), images)
-
-
-def template(chosen: Experiment) -> Any:
-    """Shapes of the variables that a run of this experiment stores."""
-    variables = dict(jax.eval_shape(lambda: init(chosen)))
-    return {**variables, "ema": {key: variables[key] for key in variables}} if chosen.config.ema else variables
+    return Loaded(chosen, variables, Path(weights).name, None)
 
 
 def evaluate(
     loaded: Loaded, *, splits: str | None = None, evaluators: str | None = None, batch: int | None = None
 ) -> list[dict]:
-    """Run evaluators over splits (the config's, unless given) and write evaluation.json where there is a workdir."""
+    """Run evaluators over splits (the config's, unless given) and write evaluation.json where there is a workdir.
+
+    What the command line changed in a run's config stands in the name of the row: `robust(pgd(linf(eps))) with eps=4/255`.
+    """
     chosen = loaded.experiment
     config = chosen.config
+    names = configs.split_list(config.test if splits is None else splits)
     text = config.evaluators if evaluators is None else evaluators
-    where = "config.evaluators" if evaluators is None else "--evaluators"
-    known: dict[str, Any] = {"classes": len(chosen.classes)}
-    if _mentions(text, "bank"):
-        known["bank"] = bank(chosen)
-    if _mentions(text, "centre"):
-        known["centre"] = centre(chosen)
-    built = configs.choices(config, text, where, chosen.methods, **known)
-    mesh = data_mesh() if jax.device_count() > 1 else None
+    if not names:
+        raise UserError("nothing to evaluate: neither config.test nor --split names a split")
+    if not configs.split_list(text):
+        raise UserError("nothing to evaluate: neither config.evaluators nor --evaluators names an evaluator")
+    _evaluators(chosen, evaluators, STAND_INS)  # a mistake shows itself before anything is read
+    known = {name: make(chosen) for name, make in (("bank", bank), ("centre", centre)) if _mentions(text, name)}
+    built = _evaluators(chosen, evaluators, known)
+    mesh = data_mesh()
+    mesh = mesh if mesh.size > 1 else None
     rows = []
-    for split in configs.split_list(config.test if splits is None else splits):
+    for split in names:
         rows += run_evaluators(
             chosen.model,
             loaded.variables,
-            open_split(chosen, split, batch or config.batch, mesh),
-            built,
+            open_split(chosen, split, config.batch if batch is None else batch, mesh),
+            {text + _note(loaded, text): evaluator for text, evaluator in built.items()},
             split=split,
             workdir=loaded.workdir,
             weights=loaded.weights,
@@ -201,69 +189,94 @@ def evaluate(
     return rows
 
 
-def open_split(chosen: Experiment, split: str, batch: int, mesh: Mesh | None = None) -> Split:
-    """A split for evaluation: on the device where it is small, streamed where it is not."""
-    source, size, classes = chosen.source(split), chosen.config.image_size, len(chosen.classes)
-    if data.memory(source, size) <= RESIDENT_BYTES:
-        return resident_split(read(chosen, split), classes=classes, batch=batch, mesh=mesh)
-    return streamed_split(source, size, chosen.config.resize, classes=classes, batch=batch, mesh=mesh)
-
-
-def bank(chosen: Experiment) -> np.ndarray:
-    """Backgrounds of the training split for `regions(bank)`."""
-    arrays = read(chosen, chosen.config.train)
-    if "region" not in arrays:
-        raise UserError(f"regions(bank): {chosen.config.source} offers no regions")
-    return background_bank(arrays["image"], arrays["region"], arrays["label"], len(chosen.classes))
-
-
-def centre(chosen: Experiment) -> tuple[float, float]:
-    """(height, width) of the mean training box, as shares of the image, for `localisation(..., centre=centre)`."""
-    arrays = read(chosen, chosen.config.train)
-    if "box" not in arrays and "region" not in arrays:
-        raise UserError(f"localisation(centre=centre): {chosen.config.source} offers neither boxes nor regions")
-    return mean_box_sides(arrays["box"] if "box" in arrays else region_boxes(arrays["region"]))
+def stored(loaded: Loaded) -> list[dict] | None:
+    """The rows of evaluation.json that the config asks for; None unless all of them are there, for these weights."""
+    config, path = loaded.experiment.config, loaded.workdir / FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = {(row["split"], row["evaluator"]): row for row in found["rows"] if found["weights"] == loaded.weights}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    pairs = [(s, e) for s in configs.split_list(config.test) for e in configs.split_list(config.evaluators)]
+    return [rows[pair] for pair in pairs] if all(pair in rows for pair in pairs) else None
 
 
 def explain(
     loaded: Loaded, *, images: str | None = None, split: str | None = None, methods: str | None = None, count: int = 12
 ) -> Pictures:
-    """Maps of the predicted class for `count` pictures: evenly spaced ones of a split, or all of a user's folder."""
-    chosen, variables = loaded.experiment, loaded.variables
-    config = chosen.config
-    text = config.explain if methods is None else methods
-    explanations = configs.choices(config, text, "--methods" if methods else "config.explain", chosen.methods)
-    split = split or _first(config.test)
+    """Maps of the predicted class for `count` pictures, evenly spaced in a split or in a user's folder."""
+    check_number("--count", count, 1, whole=True)
+    chosen, config = loaded.experiment, loaded.experiment.config
+    explanations = configs.choices(config, "explain", chosen.methods, methods, "--methods")
+    if not explanations:
+        raise UserError("nothing to explain with: neither config.explain nor --methods names an explanation")
+    split = split or first(config.test)
     source = data.pictures(images) if images else chosen.source(split)
-    ids = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
+    ids = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(np.int32))
     records = [data.decode(source, int(i), config.image_size, config.resize) for i in ids]
     pictures = np.stack([record["image"] for record in records]).astype(np.float32) / 255
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(config.seed)))(jnp.asarray(ids))
 
     @jax.jit
-    def compute(variables, pictures, keys):
-        predict = bind(chosen.model, variables)
+    def compute(variables, pictures):
+        predict, keys = bind(chosen.model, variables), example_keys(jax.random.key(config.seed), ids)
         predicted = predict(pictures).argmax(-1).astype(jnp.int32)
         return predicted, {name: method(keys, predict, pictures, predicted) for name, method in explanations.items()}
 
-    predicted, maps = compute(variables, pictures, keys)
-    true = [record["name"] if record["label"] < 0 and "name" in record else record["label"] for record in records]
-    true = [chosen.classes[label] if isinstance(label, int) and label >= 0 else "" for label in true]
+    predicted, maps = jax.device_get(compute(loaded.variables, pictures))
     stacked = lambda key: np.stack([record[key] for record in records]) if key in records[0] else None
-    title = Path(images).resolve().name if images else split.replace("[", "_").replace("]", "").replace(":", "-")
+    title = Path(images).resolve().name if images else split
     return Pictures(
-        title=title,
+        title=re.sub(r"[^\w.-]+", "_", title).strip("_"),
         heading=f"{title}: {loaded.weights}",
         images=pictures,
-        names=[(name, chosen.classes[int(p)]) for name, p in zip(true, predicted)],
-        maps={name: np.asarray(values) for name, values in maps.items()},
+        names=[_names(chosen, record, int(label)) for record, label in zip(records, predicted)],
+        maps=maps,
         boxes=stacked("box"),
         regions=stacked("region"),
+        total=len(source),
     )
 
 
-def _first(text: str) -> str:
-    return configs.split_list(text)[0]
+def layers(chosen: Experiment) -> tuple[list[rewrite.Layer], str | None]:
+    """The layers of the model for one image of the config's size, and the name of Grad-CAM's default one (None: it has none)."""
+    found = []
+
+    def look(variables, images):
+        predict = bind(chosen.model, variables)
+        found.extend(rewrite.layers(predict, images))
+        try:
+            found.append(rewrite.default_layer(predict, images))
+        except UserError:
+            found.append(None)
+
+    # Only traced: nothing is compiled or computed.
+    images = jax.ShapeDtypeStruct((1, *chosen.config.image_size, 3), jnp.float32)
+    jax.eval_shape(look, jax.eval_shape(lambda: init(chosen)), images)
+    return found[:-1], found[-1]
+
+
+def _names(chosen: Experiment, record: data.Record, predicted: int) -> tuple[str, str]:
+    """(true, predicted) names of a picture; where the class is not known, the file's name stands before the prediction."""
+    if record["label"] >= 0:
+        return chosen.classes[record["label"]], chosen.classes[predicted]
+    return "", f"{record['name']}: {chosen.classes[predicted]}"
+
+
+def _evaluators(chosen: Experiment, text: str | None, known: dict[str, Any]) -> dict[str, Any]:
+    known = {"classes": len(chosen.classes), **known}
+    return configs.choices(chosen.config, "evaluators", chosen.methods, text, "--evaluators", **known)
+
+
+def _note(loaded: Loaded, evaluator: str) -> str:
+    """` with eps=4/255` where a result depends on a key that the command line changed: evaluation.json keeps both apart."""
+    config = loaded.experiment.config
+    texts = [evaluator, *(config[key] for key in ("source", "pool", "model"))]
+    told = [
+        f"{key}={text}"
+        for key, text in loaded.changes
+        if key in DECISIVE or any(_mentions(each, key) for each in texts)
+    ]
+    return f" with {', '.join(told)}" if told else ""
 
 
 def _mentions(text: str, name: str) -> bool:

@@ -1,0 +1,173 @@
+"""Objectives against NumPy, what flows through them, and that training with each lowers the loss."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from topgap_jax import attacks, balls, models, pool
+from topgap_jax.build import build
+from topgap_jax.errors import UserError
+from topgap_jax.mesh import data_mesh, replicated, split
+from topgap_jax.rewrite import name
+from topgap_jax.training import objectives
+
+B, CLASSES = 16, 3
+random = np.random.default_rng(0)
+LABELS = random.integers(CLASSES, size=B).astype(np.int32)
+TARGETS = np.eye(CLASSES, dtype=np.float32)[LABELS]
+BATCH = {
+    "image": jnp.asarray(random.uniform(size=(B, 6, 6, 3)), jnp.float32),
+    "label": jnp.asarray(LABELS),
+    "targets": jnp.asarray(TARGETS),
+    "id": jnp.arange(B),
+    "mask": jnp.ones(B, bool),
+}
+KEYS = jax.random.split(jax.random.key(0), B)
+PGD = attacks.pgd(balls.linf(0.03), steps=2)
+
+
+class Small(nn.Module):
+    pool: object
+
+    @nn.compact
+    def __call__(self, x, train: bool = False, step=None):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(8, (3, 3))(x))
+        return self.pool(name(nn.Conv(CLASSES, (1, 1))(nn.relu(x)), "maps"), step)
+
+
+def small(pooling):
+    """A model and variables from NumPy."""
+    model = models.linen(Small(pooling))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), BATCH["image"])
+    random = np.random.default_rng(1)
+    fill = lambda path, x: (
+        jnp.asarray(0.3 * random.normal(size=x.shape), x.dtype)
+        if path[-1].key in ("kernel", "bias")
+        else jnp.ones(x.shape)
+    )
+    return model, jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+MODEL, VARIABLES = small(pool.top_gap(k=5))
+
+
+def make(row):
+    return build(row, {**objectives.TABLE, **attacks.TABLE, **balls.TABLE})
+
+
+def test_every_row_is_here():
+    assert {row.split("(")[0] for row in LOWERS} == set(objectives.TABLE)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_standard_is_cross_entropy_of_targets(smoothing):
+    """Mixed labels are rows; the logits and statistics are those of training mode."""
+    mixed = jnp.asarray(0.7 * TARGETS + 0.3 * TARGETS[::-1])
+    loss, metrics, stats = objectives.standard(label_smoothing=smoothing)(
+        KEYS, MODEL, VARIABLES, {**BATCH, "targets": mixed}, 0
+    )
+    out = MODEL.apply(VARIABLES, BATCH["image"], train=True)
+    z = np.asarray(out.logits, np.float64)
+    logp = z - np.log(np.exp(z).sum(1, keepdims=True))
+    smooth = (1 - smoothing) * np.asarray(mixed) + smoothing / CLASSES
+    assert loss.shape == (B,)
+    np.testing.assert_allclose(loss, -(smooth * logp).sum(1), atol=1e-5)
+    np.testing.assert_array_equal(metrics["accuracy"], z.argmax(1) == LABELS)
+    jax.tree.map(np.testing.assert_array_equal, stats, out.batch_stats)
+
+
+@pytest.fixture(scope="module")
+def adversarial_images():
+    """The last iterate of the attack on the network in eval mode, made by hand."""
+
+    @jax.jit
+    def craft(variables):
+        predict = models.bind(MODEL, variables)
+        state = PGD.init(KEYS, predict, BATCH["image"], BATCH["label"], predict(BATCH["image"]))
+        for _ in range(PGD.steps):
+            state = PGD.step(predict, state)
+        return state.images + state.delta
+
+    return craft(VARIABLES)
+
+
+def test_adversarial_is_standard_on_the_last_iterate(adversarial_images):
+    """In value, statistics and gradient: nothing flows through the attack."""
+
+    def run(objective, batch):
+        def mean(params):
+            loss, metrics, stats = objective(KEYS, MODEL, {**VARIABLES, "params": params}, batch, 0)
+            return loss.mean(), (loss, stats)
+
+        return jax.jit(jax.value_and_grad(mean, has_aux=True))(VARIABLES["params"])
+
+    ours = run(objectives.adversarial(PGD), BATCH)
+    expected = run(objectives.standard(), {**BATCH, "image": adversarial_images})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, expected)
+    clean = run(objectives.standard(), BATCH)
+    assert ours[0][0] > clean[0][0]
+
+
+def test_the_attack_sees_the_pool_of_this_step():
+    """A schedule of k: the last iterate at step 0 is the one against gap, at step 9 the one against gmp."""
+    annealed, variables = small(pool.top_gap(k=lambda step: jnp.where(step < 5, 36.0, 1.0)))
+    for step, fixed in {0: pool.gap(), 9: pool.gmp()}.items():
+        loss = lambda model: jax.jit(lambda v: objectives.adversarial(PGD)(KEYS, model, v, BATCH, step)[0])(variables)
+        np.testing.assert_allclose(loss(annealed), loss(small(fixed)[0]), atol=1e-5)
+
+
+LOWERS = ["standard()", "standard(label_smoothing=.1)", "adversarial(pgd(linf(.01), steps=2))"]
+
+
+@pytest.mark.parametrize("pooling", [pool.gap(), pool.top_gap(k=5)], ids=["gap", "top_gap"])
+@pytest.mark.parametrize("row", LOWERS)
+def test_the_loss_falls(row, pooling):
+    """By 10 % in 20 steps on a fixed batch."""
+    objective, (model, variables) = make(row), small(pooling)
+    optimizer = optax.adam(0.02)
+
+    @jax.jit
+    def step(variables, state):
+        def mean(params):
+            loss, _, stats = objective(KEYS, model, {**variables, "params": params}, BATCH, 0)
+            return loss.mean(), stats
+
+        (loss, stats), gradient = jax.value_and_grad(mean, has_aux=True)(variables["params"])
+        updates, state = optimizer.update(gradient, state)
+        return {"params": optax.apply_updates(variables["params"], updates), "batch_stats": stats}, state, loss
+
+    state, losses = optimizer.init(variables["params"]), []
+    for _ in range(20):
+        variables, state, loss = step(variables, state)
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("row", ["standard()", "adversarial(pgd(linf(.01), steps=2))"])
+def test_eight_devices_agree_with_one(row):
+    objective, mesh = make(row), data_mesh()
+
+    def mean(params, batch, keys):
+        loss, metrics, stats = objective(keys, MODEL, {**VARIABLES, "params": params}, batch, 0)
+        return loss.mean(), (loss, metrics, stats)
+
+    function = jax.value_and_grad(mean, has_aux=True)
+    one = jax.jit(function)(VARIABLES["params"], BATCH, KEYS)
+    eight = jax.jit(function, in_shardings=(replicated(mesh), split(mesh), split(mesh)))(
+        VARIABLES["params"], BATCH, KEYS
+    )
+    assert len(eight[0][1][0].sharding.device_set) == 8
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), eight, one)
+
+
+def test_errors():
+    for call, text in {
+        lambda: objectives.standard(label_smoothing=2): "label_smoothing must be a number in [0, 1], got 2",
+        lambda: make("adversarial(linf(.1))"): "adversarial: attack must be a value of type Attack, got Ball(",
+    }.items():
+        with pytest.raises(UserError) as raised:
+            call()
+        assert str(raised.value).startswith(text)

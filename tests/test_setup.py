@@ -1,0 +1,263 @@
+"""From a config to what runs: each split read once, small sets like large ones, weights from a run or a file, pictures."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from topgap_jax import data, rewrite
+from topgap_jax.errors import UserError
+from topgap_jax.mesh import data_mesh
+from topgap_jax.models import bind
+from topgap_jax.run import experiment as experiment_module
+from topgap_jax.run import fit as fit_module
+from topgap_jax.run import pretrained, setup
+from topgap_jax.run.fit import fit
+
+TINY = Path(__file__).parent / "tiny_config.py"
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Of the eight that tests have: 20 examples cannot be split over eight."""
+    for module in (fit_module, experiment_module, setup):
+        monkeypatch.setattr(module, "data_mesh", lambda: data_mesh(jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained run with averaged weights and without a validation split."""
+    workdir = tmp_path_factory.mktemp("run") / "first"
+    chosen = setup.experiment(TINY, [("ema", ".5"), ("validation", ""), ("epochs", "1"), ("seed", "1")])
+    variables = fit(
+        chosen.config, workdir, parts=setup.parts(chosen), file=chosen.file, mesh=data_mesh(jax.devices()[:1])
+    )
+    return workdir, variables
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The splits that were decoded whole, in order."""
+    done, decode = [], data.resident
+
+    def resident(source, *args, **kwargs):
+        done.append(source.split)
+        return decode(source, *args, **kwargs)
+
+    monkeypatch.setattr(data, "resident", resident)
+    return done
+
+
+def error(function, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_experiment_knows_its_classes_and_steps():
+    chosen = setup.experiment(TINY, [("train", "train[:50]"), ("pool", "top_gap(k=linear(64, 8, total_steps))")])
+    assert chosen.classes == ("disc", "square", "triangle", "cross", "ring", "star")
+    assert experiment_module.total_steps(chosen.config, chosen.source) == 2 * 2
+    few = setup.experiment(TINY, [("train", "train[:5]"), ("epochs", "7")])
+    assert experiment_module.total_steps(few.config, few.source) == 7, "one batch that repeats its rows"
+
+
+def test_a_command_reads_each_split_once(reads):
+    chosen = setup.experiment(TINY)
+    parts = setup.parts(chosen)
+    assert set(parts.train) == set(parts.validation) == {"image", "label"}
+    assert experiment_module.bank(chosen).shape == (6, 32, 32, 32, 3)
+    height, width = experiment_module.centre(chosen)
+    assert 0.2 < height < 0.8 and 0.2 < width < 0.8
+    experiment_module.open_split(chosen, "train", 20)
+    assert reads == ["train", "validation"]
+    arrays = setup.read(chosen, "train")
+    assert arrays["image"].shape == (60, 32, 32, 3) and set(arrays) == {"image", "label", "box", "region", "group"}
+
+
+def test_a_large_set_streams_the_same(monkeypatch, reads):
+    small = setup.experiment(TINY)
+    expected = next(iter(experiment_module.open_split(small, "test", 20).batches(None)))
+    monkeypatch.setattr(experiment_module, "RESIDENT_BYTES", 60_000)
+    large = setup.experiment(TINY)
+    reads.clear()
+    with setup.parts(large).train as stream:
+        assert next(stream)["image"].shape == (20, 32, 32, 3)
+    split = setup.parts(large).validation
+    found = next(iter(experiment_module.open_split(large, "test", 20).batches(None)))
+    jax.tree.map(np.testing.assert_array_equal, dict(found[1]), dict(expected[1]))
+    assert split.examples == 20 and reads == []
+    arrays = experiment_module._sample(large, "bank")
+    n = len(arrays["label"])
+    assert 5 < n < 20 and arrays["image"].nbytes < 60_000
+    np.testing.assert_array_equal(arrays["image"][-1], setup.read(small, "train")["image"][-1])
+
+
+def test_the_best_and_the_last_checkpoint(run):
+    workdir, variables = run
+    loaded = setup.from_workdir(workdir)
+    assert loaded.weights == "checkpoint last, step 3", "without a validation split there is no best one"
+    jax.tree.map(np.testing.assert_array_equal, dict(loaded.variables), dict(variables["ema"]))
+    assert loaded.workdir == workdir and loaded.changes == ()
+
+
+def test_evaluation_of_a_run(run, reads):
+    workdir, _ = run
+    loaded = setup.from_workdir(workdir)
+    assert setup.stored(loaded) is None
+    rows = setup.evaluate(loaded)
+    assert [row["evaluator"] for row in rows] == ["accuracy()", "regions(bank, fill=mean)"]
+    assert reads == ["train", "test"]
+    assert setup.stored(loaded) == rows == json.loads((workdir / "evaluation.json").read_text())["rows"]
+    arrays = setup.read(loaded.experiment, "test")
+    logits = bind(loaded.experiment.model, loaded.variables)(jnp.asarray(arrays["image"] / np.float32(255)))
+    assert rows[0]["values"]["accuracy"] == pytest.approx(np.mean(np.argmax(logits, -1) == arrays["label"]))
+    other = setup.from_workdir(workdir, [("test", "test, validation")])
+    assert setup.stored(other) is None, "the other split is not there"
+    assert setup.stored(loaded._replace(weights="checkpoint last, step 9")) is None
+
+
+def test_what_the_command_line_changed_stands_in_the_row(run):
+    """Else a robust accuracy at another epsilon would pass for the one of the config."""
+    loaded = setup.from_workdir(run[0], [("eps", "4/255"), ("evaluators", "accuracy()")])
+    assert setup._note(loaded, "robust(pgd(linf(eps)))") == " with eps=4/255"
+    assert setup._note(loaded, "robust(pgd(linf(8/255), steps=3))") == ""
+    loaded = setup.from_workdir(run[0], [("eps", "4/255"), ("pool", "top_gap(fraction=eps)")])
+    assert setup._note(loaded, "accuracy()") == " with eps=4/255, pool=top_gap(fraction=eps)"
+    (row,) = setup.evaluate(loaded, evaluators="accuracy()", splits="test[:5]")
+    assert row["evaluator"] == "accuracy() with eps=4/255, pool=top_gap(fraction=eps)" and row["examples"] == 5
+
+
+def test_weights_from_a_file(tmp_path, capsys, reads):
+    """A file in PyTorch naming; what it says of its normalisation goes before the config, and the command line before that."""
+    chosen = setup.experiment(TINY)
+    variables = experiment_module.init(chosen)
+    path = tmp_path / "net.safetensors"
+    store(path, variables, {"mean": "0.4,0.4,0.4"})
+    loaded = setup.from_weights(TINY, [], path)
+    jax.tree.map(np.testing.assert_array_equal, dict(loaded.variables), dict(variables))
+    assert loaded.experiment.config.mean == (0.4, 0.4, 0.4) and loaded.weights == "net.safetensors"
+    assert capsys.readouterr().err == "net.safetensors: config.mean = (0.4, 0.4, 0.4)\n"
+    given = setup.from_weights(TINY, [("mean", "(.3, .3, .3)")], path)
+    assert given.experiment.config.mean == (0.3, 0.3, 0.3) and capsys.readouterr().err == ""
+    assert reads == []
+    text = error(setup.from_weights, TINY, [("source", "folder('nowhere')")], path)
+    assert text == "config.source: folder: folder('nowhere'): there is no such folder"
+
+
+def store(path, variables, metadata):
+    """The variables in PyTorch's naming and layout."""
+    leaves = jax.tree.flatten_with_path(variables)[0]
+    names = pretrained.torch_names([tuple(key.key for key in keys) for keys, _ in leaves], {})
+    turn = lambda x: x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
+    arrays = {name: np.ascontiguousarray(turn(np.asarray(leaf))) for name, (_, leaf) in zip(names, leaves)}
+    save_file(arrays, path, metadata)
+
+
+def test_pictures_of_a_split(run):
+    loaded = setup.from_workdir(run[0])
+    shown = setup.explain(loaded, split="test[:10]", count=3)
+    assert shown.title == "test_10" and shown.heading == "test[:10]: checkpoint last, step 3" and shown.total == 10
+    assert list(shown.maps) == ["cam()", "grad_cam('stage1')"]
+    assert shown.images.shape == (3, 32, 32, 3) and shown.regions.shape == (3, 32, 32) and shown.boxes.shape == (3, 4)
+    arrays = setup.read(loaded.experiment, "test")
+    predict = bind(loaded.experiment.model, loaded.variables)
+    for row, index in enumerate((0, 4, 9)):
+        image = jnp.asarray(arrays["image"][index][None] / np.float32(255))
+        label = int(predict(image).argmax())
+        classes = loaded.experiment.classes
+        assert shown.names[row] == (classes[arrays["label"][index]], classes[label])
+        np.testing.assert_array_equal(shown.regions[row], arrays["region"][index])
+        kernel, bias = (loaded.variables["params"]["head"]["dense"][name] for name in ("kernel", "bias"))
+        features = rewrite.read(predict, "stage1")(image)[1]
+        np.testing.assert_allclose(
+            shown.maps["cam()"][row], (features @ kernel + bias)[0, ..., label], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_mistakes(run, tmp_path):
+    workdir, _ = run
+    loaded = setup.from_workdir(workdir)
+    assert (
+        error(setup.from_workdir, tmp_path / "x")
+        == f"'{tmp_path / 'x'}' is not the folder of a run: there is no such folder"
+    )
+    assert error(setup.from_workdir, tmp_path) == f"'{tmp_path}' is not the folder of a run: it has no config.json"
+    (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
+    assert error(setup.from_workdir, tmp_path).startswith(
+        f"there is no checkpoint in {tmp_path}/checkpoints/last; train first"
+    )
+    text = error(setup.from_workdir, workdir, [("model", "resnet4b(classes=classes, mean=mean, std=std)")])
+    assert text.startswith(f"the checkpoint {workdir}/checkpoints/last/3 is of another model, or damaged")
+    assert (
+        error(setup.evaluate, loaded, splits=",")
+        == "nothing to evaluate: neither config.test nor --split names a split"
+    )
+    assert error(setup.evaluate, loaded, evaluators="").startswith("nothing to evaluate: neither config.evaluators nor")
+    assert error(setup.explain, loaded, methods="").startswith("nothing to explain with: neither config.explain nor")
+    assert error(setup.explain, loaded, count=0) == "--count must be a whole number of at least 1, got 0"
+    empty = setup.from_workdir(workdir, [("train", ""), ("pool", "gap()")])
+    text = error(setup.evaluate, empty, evaluators="regions(bank)")
+    assert text == "'bank' is made of the training split, and config.train names none"
+    assert error(setup.parts, empty.experiment) == "config.train names no split to train on"
+    assert error(setup.experiment, TINY, [("train", ""), ("test", "")]).startswith(
+        "shapes() has no split ''; choose from"
+    )
+
+
+def test_a_mistake_in_the_evaluators_is_told_before_the_training(reads):
+    for key, text in (("evaluators", "accuracy(), regions(bnk)"), ("explain", "cam(), grad_cam(3, 4)")):
+        assert error(setup.parts, setup.experiment(TINY, [(key, text)])).startswith(f"config.{key}: ")
+    assert reads == []
+
+
+def pictures_only(folder):
+    for split, label in (("train", "cat"), ("train", "dog"), ("test", "cat"), ("test", "dog")):
+        (folder / split / label).mkdir(parents=True)
+        Image.new("RGB", (40, 30), (90, 120, 30)).save(folder / split / label / "a.png")
+
+
+def test_evaluators_that_need_what_a_set_does_not_offer(tmp_path):
+    pictures_only(tmp_path)
+    chosen = setup.experiment(TINY, [("source", f"folder('{tmp_path}')"), ("validation", ""), ("batch", "2")])
+    loaded = setup.Loaded(chosen, experiment_module.init(chosen), "random", None)
+    source = f"folder('{tmp_path}')"
+    assert error(setup.evaluate, loaded) == f"regions(bank): {source} offers no regions"
+    text = error(setup.evaluate, loaded, evaluators="localisation(cam(), centre=centre)")
+    assert text == f"localisation(centre=centre): {source} offers neither boxes nor regions"
+    text = error(setup.evaluate, loaded, evaluators="regions()")
+    assert text == "regions needs a data set with 'region' (a mask of the object); this one offers none"
+
+
+def test_layers_are_found_without_compiling_anything(caplog):
+    chosen = setup.experiment(TINY, [("image_size", "(64, 48)")])
+    with jax.log_compiles():
+        found, default = setup.layers(chosen)
+    assert "ompiling" not in caplog.text
+    shapes = {layer.name: layer.shape for layer in found}
+    assert shapes["backbone/stem/conv"] == shapes["backbone/stage1"] == (1, 16, 12, 4)
+    assert shapes["maps"] == (1, 16, 12, 6) and shapes["head"] == (1, 6) and default == "maps"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_the_configs_of_the_repository_are_whole(path, request, monkeypatch):
+    if path.stem != "shapes":
+        request.getfixturevalue("topgap_data")
+    monkeypatch.setattr(setup, "training", lambda chosen: None)
+    monkeypatch.setattr(setup, "validation", lambda chosen: None)
+    for pool in ("gap()", "top_gap(fraction=.25)"):
+        chosen = setup.experiment(path, [("pool", pool)])
+        parts = setup.parts(chosen)
+        shapes = jax.eval_shape(parts.model.init, jax.random.key(0), jnp.zeros((1, *parts.image_shape)))
+        assert shapes["params"] and parts.examples >= parts.batch and parts.classes == len(chosen.classes)
+    for split in experiment_module.configs.split_list(chosen.config.test):
+        assert len(chosen.source(split)) > 0
+    _, default = setup.layers(chosen)
+    assert default == "maps"

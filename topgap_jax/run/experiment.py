@@ -1,0 +1,155 @@
+"""An experiment: a config with its data set and its model, and the splits of that data set as arrays or streams."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from topgap_jax import data
+from topgap_jax.errors import UserError
+from topgap_jax.evaluators import background_bank
+from topgap_jax.mesh import data_mesh
+from topgap_jax.metrics.boxes import mean_box_sides, region_boxes
+from topgap_jax.run import config as configs
+from topgap_jax.run.progress import bar
+from topgap_jax.run.splits import Split, resident_split, streamed_split
+from topgap_jax.types import Model, Table, Variables
+
+RESIDENT_BYTES = 2 * 2**30  # decoded splits up to this size live on the device, larger ones stream
+
+
+class Experiment(NamedTuple):
+    """A config with its data set and its model: the names of the classes, `source(split)`, and the model itself.
+
+    file: the Python file that config and methods are from; arrays: the splits that `read` has decoded, by name.
+    """
+
+    config: ConfigDict
+    methods: Table
+    file: str | None
+    source: data.Splits
+    classes: tuple[str, ...]
+    model: Model
+    arrays: dict[str, dict[str, np.ndarray]]
+
+
+def experiment(path: str | Path, overrides=()) -> Experiment:
+    """The experiment of a config file (or of a run's config.json)."""
+    return assemble(configs.load(path, overrides))
+
+
+def assemble(loaded: configs.Loaded) -> Experiment:
+    """The experiment of a config: its classes are those of the first split of the data that it names."""
+    config, methods, file = loaded
+    source = functools.cache(configs.choice(config, "source", methods))
+    classes = source(first(config.train) or first(config.test)).classes
+    pool = configs.choice(config, "pool", methods, total_steps=total_steps(config, source))
+    model = configs.choice(config, "model", methods, pool=pool, classes=len(classes))
+    return Experiment(config, methods, file, source, classes, model, {})
+
+
+def total_steps(config: ConfigDict, source: data.Splits) -> int:
+    """Training steps in all: epochs x whole batches of the training split."""
+    return config.epochs * max(1, len(source(config.train)) // config.batch) if config.train else 0
+
+
+def read(chosen: Experiment, split: str) -> dict[str, np.ndarray]:
+    """A split decoded into arrays, with a progress bar; it is read once."""
+    if split not in chosen.arrays:
+        chosen.arrays[split] = _decoded(chosen, chosen.source(split))
+    return chosen.arrays[split]
+
+
+def training(chosen: Experiment) -> dict[str, np.ndarray] | data.Stream:
+    """The training split as `fit` takes it: arrays where it is small, this process's rows of every batch where it is not."""
+    config, source = chosen.config, chosen.source(chosen.config.train)
+    if _is_small(chosen, source):
+        return {key: read(chosen, config.train)[key] for key in ("image", "label")}
+    share = (jax.process_index(), jax.process_count())
+    return data.stream(source, config.image_size, config.resize, seed=config.seed, batch=config.batch, process=share)
+
+
+def validation(chosen: Experiment) -> dict[str, np.ndarray] | Split | None:
+    """The validation split as `fit` takes it, None where the config names none."""
+    split = chosen.config.validation
+    if not split:
+        return None
+    if _is_small(chosen, chosen.source(split)):
+        return {key: read(chosen, split)[key] for key in ("image", "label")}
+    return open_split(chosen, split, chosen.config.batch, data_mesh())
+
+
+def open_split(chosen: Experiment, split: str, batch: int, mesh: Mesh | None = None) -> Split:
+    """A split for evaluation: on the device where it is small, streamed where it is not."""
+    source, config, classes = chosen.source(split), chosen.config, len(chosen.classes)
+    if _is_small(chosen, source):
+        return resident_split(read(chosen, split), classes=classes, batch=batch, mesh=mesh)
+    return streamed_split(source, config.image_size, config.resize, classes=classes, batch=batch, mesh=mesh)
+
+
+def bank(chosen: Experiment) -> np.ndarray:
+    """Backgrounds of the training split for `regions(bank)`."""
+    arrays = _sample(chosen, "bank")
+    if "region" not in arrays:
+        raise UserError(f"regions(bank): {chosen.config.source} offers no regions")
+    return background_bank(arrays["image"], arrays["region"], arrays["label"], len(chosen.classes))
+
+
+def centre(chosen: Experiment) -> tuple[float, float]:
+    """(height, width) of the mean training box, as shares of the image, for `localisation(..., centre=centre)`."""
+    arrays = _sample(chosen, "centre")
+    if "box" not in arrays and "region" not in arrays:
+        raise UserError(f"localisation(centre=centre): {chosen.config.source} offers neither boxes nor regions")
+    return mean_box_sides(arrays["box"] if "box" in arrays else region_boxes(arrays["region"]))
+
+
+def init(chosen: Experiment) -> Variables:
+    """Fresh variables, from the config's seed."""
+    images = jnp.zeros((1, *chosen.config.image_size, 3))
+    return jax.jit(chosen.model.init)(jax.random.key(chosen.config.seed), images)
+
+
+def template(chosen: Experiment) -> Any:
+    """Shapes of the variables that a run of this experiment stores."""
+    variables = dict(jax.eval_shape(lambda: init(chosen)))
+    return {**variables, "ema": variables} if chosen.config.ema else variables
+
+
+def _is_small(chosen: Experiment, source: data.Source) -> bool:
+    return data.memory(source, chosen.config.image_size) <= RESIDENT_BYTES
+
+
+def _sample(chosen: Experiment, name: str) -> dict[str, np.ndarray]:
+    """The training split decoded; of a large one, as many evenly spaced examples as may live in memory."""
+    split = chosen.config.train
+    if not split:
+        raise UserError(f"'{name}' is made of the training split, and config.train names none")
+    source = chosen.source(split)
+    if _is_small(chosen, source):
+        return read(chosen, split)
+    number = len(source) * RESIDENT_BYTES // data.memory(source, chosen.config.image_size)
+    ids = np.linspace(0, len(source) - 1, number).astype(int)
+    return _decoded(chosen, dataclasses.replace(source, length=number, read=lambda index: source.read(int(ids[index]))))
+
+
+def _decoded(chosen: Experiment, source: data.Source) -> dict[str, np.ndarray]:
+    before = 0
+
+    def show(done, total):
+        nonlocal before
+        shown.update(done - before)
+        before = done
+
+    with bar(len(source), f"reading {source.name} {source.split}") as shown:
+        return data.resident(source, chosen.config.image_size, chosen.config.resize, progress=show)
+
+
+def first(text: str) -> str:
+    """The first of a list of splits, '' of an empty one."""
+    return next(iter(configs.split_list(text)), "")
