@@ -22,7 +22,7 @@ test-all: install-dev lint ## everything, every row under every transformation (
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-smoke: install-dev ## the few minutes that CI spends on the other JAX line
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/test_rewrite.py tests/test_pool.py tests/test_attacks.py tests/test_explain.py tests/test_fit.py
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/test_rewrite.py tests/test_flax_modules.py tests/test_foreign_models.py tests/test_pool.py tests/test_fit.py
 
 lint: install-dev ## ruff and import-linter
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from topgap_jax import scores
 from topgap_jax.errors import UserError
@@ -77,6 +78,19 @@ def test_cross_entropy_does_not_saturate(gap):
     denominator = 1 + exact.sum()
     np.testing.assert_allclose(loss, np.log1p(exact.sum()), rtol=1e-5)
     np.testing.assert_allclose(gradient[0], np.array([-exact.sum(), *exact]) / denominator, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", scores.TABLE)
+def test_a_mesh_with_explicit_axes(name):
+    """Values and gradients, on the kind of mesh that `jax.make_mesh` gives by default."""
+    random = np.random.default_rng(0)
+    logits, labels = jnp.asarray(random.normal(size=(8, 5)), jnp.float32), jnp.asarray(random.integers(5, size=8))
+    gradient = jax.grad(lambda z, y: scores.TABLE[name](z, y, 4 - y).sum())
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        split = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))) for x in (logits, labels)]
+        result = jax.jit(gradient)(*split)
+    np.testing.assert_allclose(result, gradient(logits, labels), atol=1e-6)
 
 
 def test_bf16_logits_are_scored_in_float32():

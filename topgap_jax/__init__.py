@@ -3,11 +3,31 @@
 Rooms, from the ground up: `types`, `build`, `pool`, `scores`, `balls`, `mesh`, `rewrite`; `models`, `attacks`, `explain`, `metrics`;
 `training`, `evaluators`; `data`, `run`, `report`. Everything that can be chosen is a small function that returns a value of
 one of the types in `topgap_jax.types`.
+
+>>> import topgap_jax as tg
+>>> tg.pool.top_gap(k=4), tg.attacks.pgd, tg.explain.grad_cam  # doctest: +ELLIPSIS
+(<function ...>, <function pgd ...>, <function grad_cam ...>)
 """
 
-from topgap_jax import attacks, balls, explain, models, pool, rewrite, scores, types
-from topgap_jax.build import build
+import importlib
+
 from topgap_jax.errors import UserError
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "attacks", "balls", "build", "explain", "models", "pool", "rewrite", "scores", "types"]
+
+ROOMS = (
+    "types", "build", "pool", "scores", "balls", "mesh", "rewrite", "models", "attacks", "explain", "metrics", "training",
+    "evaluators", "data", "run", "report",
+)  # fmt: skip
+__all__ = ["UserError", *ROOMS]
+
+
+def __getattr__(name: str):
+    # Rooms are imported when they are named: `data` and `report` take a second that a notebook on attacks need not wait.
+    if name in ROOMS:
+        return importlib.import_module(f"topgap_jax.{name}")
+    raise AttributeError(f"module 'topgap_jax' has no attribute '{name}'")
+
+
+def __dir__():
+    return sorted([*globals(), *ROOMS])

@@ -1,0 +1,358 @@
+"""The command line as a user meets it: each command from start to end, its words, and one line and exit code 2 for a mistake."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.test_setup import store
+from topgap_jax import cli
+from topgap_jax.mesh import data_mesh
+from topgap_jax.run import experiment, setup
+from topgap_jax.run import fit as fit_module
+from topgap_jax.run.progress import read_metrics
+
+ROOT = Path(__file__).parent.parent
+TINY = str(Path(__file__).parent / "tiny_config.py")
+NAMES = ("loss", "accuracy")
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """One device of the eight that tests have, since 20 examples cannot be split over eight; and memory as pytest has it."""
+    patch(monkeypatch)
+
+
+def patch(monkeypatch):
+    for module in (fit_module, experiment, setup):
+        monkeypatch.setattr(module, "data_mesh", lambda: data_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(cli, "_configure", lambda arguments: "CPU: as it is")
+
+
+def topgap(*words) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main([str(word) for word in words])
+    return code, out.getvalue(), err.getvalue()
+
+
+def program(*words, **options) -> subprocess.Popen:
+    """The command as a program of its own, on one device, as a user starts it."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+    command = [sys.executable, "-m", "topgap_jax", *map(str, words)]
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=ROOT, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that `topgap train` made: (folder, stdout, stderr)."""
+    workdir = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        patch(monkeypatch)
+        code, out, err = topgap("train", "--config", TINY, "--workdir", workdir)
+    assert code == 0, err
+    return workdir, out, err
+
+
+def test_train_tells_what_it_does_and_shows_the_results(run):
+    workdir, out, err = run
+    lines = [re.sub(r": 100%.*", "", line) for line in err.splitlines()]
+    assert lines == [
+        "CPU: as it is",
+        "reading shapes() train",  # once, though the backgrounds of `regions` are made of it too
+        "reading shapes() validation",
+        "training",
+        "reading shapes() test",
+        "test accuracy()",
+        "test regions(bank, fill=mean)",
+    ]
+    assert "epoch 2/2, loss " in err
+    assert re.match(
+        r"shapes\(train=60, validation=20, test=20\), checkpoint best, step [36]\n\nsplit  evaluator  ", out
+    )
+    assert re.search(r"^test   accuracy\(\)  +accuracy  +\d\.?\d* \[.*\]  +20 +1 +0 ", out, re.M)
+    assert {path.name for path in workdir.iterdir()} == {
+        "checkpoints", "config.json", "evaluation.json", "metrics.jsonl", "tensorboard", "versions.json"
+    }  # fmt: skip
+    assert json.loads((workdir / "config.json").read_text())["file"] == TINY
+
+
+def test_train_again_does_nothing_and_shows_the_results(run):
+    workdir, out, _ = run
+    content = lambda: {
+        path: path.read_bytes() for path in sorted(workdir.glob("*.json*")) if path.name != "versions.json"
+    }
+    before = content()
+    code, again, err = topgap("train", "--config", TINY, "--workdir", workdir)
+    assert (code, again) == (0, out) and "test accuracy()" not in err
+    assert content() == before
+
+
+def test_evaluate_adds_rows_to_a_run(run):
+    workdir, _, _ = run
+    words = ("--split", "test[:5], validation[:5]", "--evaluators", "accuracy(), robust(fgsm(linf(eps)))")
+    code, out, err = topgap("evaluate", "--workdir", workdir, *words, "--config.eps=4/255", "--batch", 5)
+    assert code == 0 and err.count("reading") == 2
+    assert "\ntest[:5]        robust(fgsm(linf(eps))) with eps=4/255  robust_accuracy " in out
+    assert "\nrobust(fgsm(linf(eps))) with eps=4/255 on test[:5]: not audited; not measured beside it: " in out
+    rows = json.loads((workdir / "evaluation.json").read_text())["rows"]
+    assert [(row["split"], row["evaluator"], row["examples"]) for row in rows] == [
+        ("test", "accuracy()", 20),
+        ("test", "regions(bank, fill=mean)", 20),
+        ("test[:5]", "accuracy()", 5),
+        ("test[:5]", "robust(fgsm(linf(eps))) with eps=4/255", 5),
+        ("validation[:5]", "accuracy()", 5),
+        ("validation[:5]", "robust(fgsm(linf(eps))) with eps=4/255", 5),
+    ]
+
+
+def test_explain_draws_a_split_and_a_folder(run, tmp_path):
+    workdir, _, _ = run
+    code, out, _ = topgap("explain", "--workdir", workdir, "--count", 2)
+    assert (code, out) == (0, f"{workdir}/sheets/test.png: 2 of 20 pictures\n")
+    with Image.open(workdir / "sheets" / "test.png") as two:
+        two.load()
+    pictures = tmp_path / "my pictures"
+    pictures.mkdir()
+    random = np.random.default_rng(0)
+    for name, shape in (("a.png", (40, 60, 3)), ("b.jpg", (30, 20, 3)), ("c.JPEG", (64, 64)), ("notes.txt", None)):
+        if shape is None:
+            (pictures / name).write_text("no picture")
+        else:
+            Image.fromarray(random.integers(0, 256, shape).astype(np.uint8)).save(pictures / name)
+    words = ("--images", pictures, "--methods", "cam()", "--out", tmp_path / "out")
+    code, out, _ = topgap("explain", "--workdir", workdir, *words)
+    assert (code, out) == (0, f"{tmp_path}/out/my_pictures.png: 3 of 3 pictures\n")
+    with Image.open(tmp_path / "out" / "my_pictures.png") as three:
+        assert three.height > two.height and three.width < two.width, "one row a picture, one column a method"
+
+
+def test_layers_have_the_shapes_of_the_configs_image_size(run):
+    code, out, _ = topgap("layers", "--config", TINY, "--config.image_size=(64, 48)")
+    assert code == 0
+    head, line, *rows = out.splitlines()
+    assert head.split() == ["layer", "shape"] and set(line) == {"-"}
+    assert re.split("  +", rows[0]) == ["backbone/stem/conv", "16 x 12 x 4"]
+    assert [row for row in rows if "grad_cam" in row] == [row for row in rows if row.startswith("maps ")]
+    assert re.split("  +", next(row for row in rows if row.startswith("maps "))) == [
+        "maps", "16 x 12 x 6", "the default of grad_cam()"
+    ]  # fmt: skip
+    assert topgap("layers", "--workdir", run[0])[1].count("8 x 8 x 4") > 3
+
+
+def test_compare_and_report(run, tmp_path):
+    code, out, _ = topgap("compare", run[0])
+    assert code == 0 and re.search(r"^  foreground_sensitivity +regions\(bank, fill=mean\) ", out, re.M)
+    code, out, _ = topgap("report", run[0], "--out", tmp_path / "page.html")
+    assert (code, out) == (0, f"{tmp_path / 'page.html'}\n")
+    assert "foreground_sensitivity" in (tmp_path / "page.html").read_text().replace(" ", "_").lower()
+
+
+def test_evaluate_weights_of_a_file(tmp_path):
+    variables = experiment.init(setup.experiment(TINY))
+    store(tmp_path / "net.safetensors", variables, {})
+    words = ("--weights", tmp_path / "net.safetensors", "--evaluators", "accuracy()")
+    code, out, _ = topgap("evaluate", "--config", TINY, *words)
+    assert code == 0 and out.startswith("shapes(train=60, validation=20, test=20), net.safetensors\n")
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+@pytest.mark.slow
+def test_public_weights_on_real_images(topgap_data):
+    weights = topgap_data / "weights" / "resnet20_cifar10.safetensors"
+    words = ("--split", "test[:200]", "--evaluators", "accuracy()", "--batch", 100)
+    code, out, _ = topgap("evaluate", "--config", ROOT / "configs" / "cifar10.py", "--weights", weights, *words)
+    accuracy = re.search(r"^test\[:200\]  accuracy\(\)  accuracy +(\S+) ", out, re.M)
+    assert code == 0 and 0.87 < float(accuracy[1]) < 0.97
+
+
+def test_help(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, _ = topgap("help")
+    assert code == 0 and max(map(len, out.splitlines())) <= 100
+    assert re.search(r"^  top_gap  +Mean of the k largest positions of every class map", out, re.M)
+    assert re.search(r"^  with_pool  +The classifier with `pool` over class maps", out, re.M)
+    assert re.search(r"^  margin  +\S", out, re.M)
+    assert topgap("help", "pgd")[1].startswith(
+        "pgd(ball, *, score=cross_entropy, steps=20, step_size=None)\n\nProjected "
+    )
+    assert topgap("help", "margin")[1].startswith("margin\n\n")
+    code, out, _ = topgap("help", "config")
+    assert code == 0 and re.search(
+        r"^  epochs  +a whole number of at least 1: passes over the training split$", out, re.M
+    )
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_the_help_of_every_command(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    out = io.StringIO()
+    with pytest.raises(SystemExit) as end, contextlib.redirect_stdout(out):
+        cli.main([*command.split(), "--help"])
+    assert end.value.code == 0
+    text = out.getvalue()
+    assert text.startswith(f"usage: topgap {command}".strip()) and max(map(len, text.splitlines())) <= 125
+    options = {
+        "train": "--no-evaluate",
+        "evaluate": "--evaluators CALLS",
+        "explain": "--images DIR",
+        "report": "--out FILE",
+    }
+    assert options.get(command, "") in text
+
+
+def test_the_examples_of_the_help_are_commands():
+    """Every example is understood by the parser, with values of the config as they are meant."""
+    texts = "\n".join([cli.MAIN_HELP, *(command.more for command in cli.COMMANDS.values())])
+    found = re.findall(r"^  topgap (.*)$", texts, re.M)
+    assert len(found) > 8
+    for line in found:
+        arguments, overrides = cli._parse(shlex.split(line))
+        assert arguments.command == line.split()[0]
+        assert len(overrides) == line.count("--config.")
+
+
+MISTAKES = [
+    ("", "the following arguments are required: COMMAND; see 'topgap --help'"),
+    ("trian", "argument COMMAND: invalid choice: 'trian' (choose from "),
+    ("train --config {config}", "the following arguments are required: --workdir; see 'topgap train --help'"),
+    ("train --config nowhere.py --workdir {new}", "there is no config file 'nowhere.py'"),
+    ("train --config {config} --workdir {new} --config.epoch=3", "--config.epoch: there is no such key; did you mean 'epochs'?"),
+    ("train --config {config} --workdir {new} --config.epochs=few", "--config.epochs: expected a whole number like 2, got 'few'"),
+    ("train --config {config} --workdir {new} --config.epochs", "--config.epochs has no value; write --config.epochs=VALUE"),
+    ("train --config {config} --workdir {new} --config.epochs --devices 2", "--config.epochs has no value; write "),
+    ("train --config {config} --workdir {new} --config.epochs 0", "config.epochs must be a whole number of at least 1, got 0"),
+    ("train --config {config} --workdir {new} --epochs 3", "unknown argument '--epochs'; see 'topgap train --help'"),
+    ("train --config {config} --workdir {new} --device 3", "unknown argument '--device'; see 'topgap train --help'"),
+    ("train --config {config} --workdir {new} --devices two", "argument --devices: invalid int value: 'two'; see 'topgap train"),
+    ("train --config {config} --workdir {new} --config.pool=topgap(k=3)", "config.pool: 'topgap' is not a pool; did you mean 'top_gap'?"),
+    ("train --config {config} --workdir {new} --config.pool=top_gap(k=3", "config.pool: 'top_gap(k=3' is not an expression"),
+    ("train --config {config} --workdir {new} --config.train=trian", "shapes() has no split 'trian'; did you mean 'train'? choose from"),
+    ("train --config {config} --workdir {new} --config.resize=squash", "resize 'squash' is unknown; choose from crop, stretch"),
+    ("train --config {config} --workdir {run} --config.epochs=3", "'{run}' holds a run with another config: epochs is 2 there and 3 here; take another workdir"),
+    ("train --config {cifar} --workdir {new}", "config.source: tfds: tfds('cifar10') is not prepared in {data}/tfds (set TOPGAP_DATA to a folder that holds tfds/, or "),
+    ("evaluate", "one of the arguments --workdir --config is required; see 'topgap evaluate --help'"),
+    ("evaluate --workdir {new}", "'{new}' is not the folder of a run: there is no such folder"),
+    ("evaluate --workdir {data}", "'{data}' is not the folder of a run: it has no config.json"),
+    ("evaluate --workdir {run} --split tset", "shapes() has no split 'tset'; did you mean 'test'? choose from test, "),
+    ("evaluate --workdir {run} --split test[:0]", "shapes() split 'test[:0]' is empty; give a split with examples"),
+    ("evaluate --workdir {run} --evaluators accurasy()", "--evaluators: 'accurasy' is not an evaluator; did you mean 'accuracy'?"),
+    ("evaluate --workdir {run} --batch 0", "batch=0 must be at least 1"),
+    ("evaluate --workdir {run} --config {config}", "argument --config: not allowed with argument --workdir; see "),
+    ("evaluate --workdir {run} --weights x.npz", "--weights goes with --config; with --workdir the run's own checkpoint is used"),
+    ("evaluate --config {config}", "--config needs --weights FILE: a config alone has no trained weights"),
+    ("evaluate --config {config} --weights x.npz --checkpoint last", "--checkpoint goes with --workdir; with --config "),
+    ("evaluate --config {config} --weights x.npz", "there is no weights file 'x.npz'"),
+    ("evaluate --config {config} --weights x.pth", "x.pth: pickled weights are never opened, since they can run code; convert"),
+    ("evaluate --config {config} --weights {npz}", "{npz} does not fit the model: missing: layer1.0."),
+    ("explain --workdir {run} --images {data}", "pictures: folder {data} holds no picture (.jpg, .jpeg, .png, .webp, .bmp)"),
+    ("explain --workdir {run} --images {new}", "pictures: there is no file or folder {new}"),
+    ("explain --workdir {run} --images {data} --split test", "argument --split: not allowed with argument --images"),
+    ("explain --workdir {run} --methods grad_cam('stage9')", "no layer 'stage9'; layers: backbone/stem/conv, "),
+    ("explain --workdir {run} --count -1", "--count must be a whole number of at least 1, got -1"),
+    ("explain --workdir {run} --methods cam() --count 1 --out {npz}", "cannot write in '{npz}': "),
+    ("layers --config {config} --config.image_size=32", "--config.image_size: expected a tuple like (32, 32), got '32'"),
+    ("compare {new}", "'{new}' is not a run: there is no such folder; name a folder that `topgap train --workdir` wrote"),
+    ("report {data}", "'{data}' is not a run: it has no config.json; name a folder that `topgap train --workdir` wrote"),
+    ("report {run} --out {data}", "'{data}' is a folder; name the HTML file to write, such as '{data}/report.html'"),
+    ("help topgap", "there is nothing named 'topgap'; did you mean 'top_gap'? 'topgap help' lists all names"),
+    ("compare {run} --config.eps=3", "--config.eps has no meaning for 'topgap compare'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "words"), MISTAKES, ids=[line.replace("{", "").replace("}", "") for line, _ in MISTAKES]
+)
+def test_a_mistake_is_answered_by_one_line(line, words, run, tmp_path, monkeypatch):
+    data, npz = tmp_path / "data", tmp_path / "net.npz"
+    data.mkdir()
+    np.savez(npz, **{"conv1.weight": np.zeros((4, 3, 3, 3), np.float32)})
+    monkeypatch.setenv("TOPGAP_DATA", str(data))
+    places = {"config": TINY, "new": tmp_path / "new", "run": run[0], "data": data, "npz": npz}
+    places["cifar"] = ROOT / "configs" / "cifar10.py"
+    fill = lambda text: re.sub(r"\{(\w+)\}", lambda match: str(places[match[1]]), text)
+    code, out, err = topgap(*[fill(word) for word in line.split()])
+    assert (code, out) == (2, "")
+    *before, last = err.splitlines()
+    assert last.startswith(f"topgap: {fill(words)}")
+    assert all(re.match("CPU: |reading |training: ", line) for line in before)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_batch_that_the_devices_do_not_divide(run, tmp_path, monkeypatch):
+    for module in (fit_module, setup):
+        monkeypatch.setattr(module, "data_mesh", data_mesh)
+    text = "topgap: batch=20 cannot be split evenly over 8 devices; take 16 or 24"
+    for line in (("train", "--config", TINY, "--workdir", tmp_path / "new"), ("evaluate", "--workdir", run[0])):
+        code, _, err = topgap(*line)
+        assert (code, err.splitlines()[-1]) == (2, text)
+
+
+def test_interruptions(monkeypatch):
+    def stop(arguments, overrides):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "help", cli.COMMANDS["help"]._replace(run=stop))
+    assert topgap("help") == (130, "", "topgap: stopped\n")
+
+
+def test_as_a_program():
+    """Nothing but the answer, and the two exit codes that a shell sees."""
+    for words, code, out in ((("help", "gmp"), 0, "gmp()\n\nGlobal max pooling"), (("help", "gmpp"), 2, "")):
+        process = program(*words)
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode == code and stdout.startswith(out), stderr
+        assert bool(stderr) == (code == 2) and "Traceback" not in stderr
+
+
+@pytest.mark.slow
+def test_a_stopped_training_says_how_to_go_on(tmp_path):
+    workdir = tmp_path / "run"
+    words = ("train", "--config", TINY, "--workdir", workdir, "--config.epochs=150", "--config.checkpoint_every=1000",
+             "--no-evaluate")  # fmt: skip
+    process = program(*words)
+    deadline = time.monotonic() + 300
+    while not (workdir / "metrics.jsonl").exists() or len(read_metrics(workdir)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 143, err
+    last = err.splitlines()[-1]
+    assert re.fullmatch(r"topgap: stopped and saved at step \d+ of 450; to go on, give the same command again", last)
+    assert all(re.match("CPU: |reading |training: |topgap: ", line) for line in err.splitlines())
+    assert topgap(*words)[0] == 0
+    steps = [row["step"] for row in read_metrics(workdir) if row["kind"] == "train"]
+    assert steps == list(range(1, 451))
+
+
+@pytest.mark.slow
+def test_two_devices_agree_with_one(run, tmp_path):
+    process = program("train", "--config", TINY, "--workdir", tmp_path / "two", "--devices", 2)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert "; 2 devices, NPROC=" in err.splitlines()[0]
+    assert json.loads((tmp_path / "two" / "versions.json").read_text())["mesh_devices"] == 2
+    for one, two in zip(*(read_metrics(workdir) for workdir in (run[0], tmp_path / "two")), strict=True):
+        assert (one["kind"], one["step"]) == (two["kind"], two["step"])
+        np.testing.assert_allclose([two[name] for name in NAMES], [one[name] for name in NAMES], rtol=1e-4)
+    tables = [json.loads((folder / "evaluation.json").read_text())["rows"] for folder in (run[0], tmp_path / "two")]
+    for one, two in zip(tables[0], tables[1]):
+        assert one["evaluator"] == two["evaluator"]
+        for name, value in one["values"].items():
+            assert two["values"][name] == pytest.approx(value, rel=1e-3), name
