@@ -34,7 +34,7 @@ def main() -> None:
         workdir = arguments.runs / f"{arguments.config.stem}_{re.sub(r'[^a-z0-9.]+', '_', pool).strip('_')}"
         experiment = setup.experiment(arguments.config, [("pool", pool), ("seed", str(arguments.seed))])
         fit(experiment.config, workdir, parts=setup.parts(experiment), file=arguments.config)
-        loaded = setup.from_workdir(workdir, checkpoint_name="last")
+        loaded = setup.restored(experiment, workdir, "last")
         rows = setup.evaluate(loaded)
         _, meta = checkpoint.restore(workdir, "last", {})
         minutes = {name: round(meta[f"{name}_seconds".removeprefix("wall_")] / 60, 1) for name in ("cpu", "wall")}
@@ -44,7 +44,12 @@ def main() -> None:
         out.parent.mkdir(exist_ok=True)
         write_text(out, json.dumps(result, indent=1) + "\n")
         for row in rows:
-            print(pool, row["split"], row["evaluator"], {k: round(v, 4) for k, v in row["values"].items() if v is not None})
+            print(
+                pool,
+                row["split"],
+                row["evaluator"],
+                {k: round(v, 4) for k, v in row["values"].items() if v is not None},
+            )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main() -> None:
         workdir = runs / arm
         experiment = setup.experiment(CONFIG, [("pool", pool)])
         fit(experiment.config, workdir, parts=setup.parts(experiment), file=CONFIG)
-        loaded = setup.from_workdir(workdir, checkpoint_name="last")
+        loaded = setup.restored(experiment, workdir, "last")
         rows[arm] = setup.evaluate(loaded)
         for split in ("test", "test_shifted"):
             pictures = setup.explain(loaded, split=split, count=8)

@@ -45,7 +45,7 @@ def run(pool: str, seed: int, workdir: Path) -> dict:
     stored = workdir / "evaluation.json"
     rows = json.loads(stored.read_text())["rows"] if stored.exists() else []
     if len(rows) < 10:
-        rows = setup.evaluate(setup.from_workdir(workdir, checkpoint_name="last"))
+        rows = setup.evaluate(setup.restored(experiment, workdir, "last"))
     numbers = {}
     for row in rows:
         numbers.setdefault(row["split"], {}).update(
@@ -108,12 +108,56 @@ def requirement(runs: dict) -> list[dict]:
     return rows
 
 
+SHOWN = {
+    "accuracy.accuracy": "accuracy",
+    "accuracy.worst_group_accuracy": "worst-group accuracy",
+    "accuracy.nll": "NLL",
+    "accuracy.calibration_error": "calibration error",
+    "robust.robust_accuracy": "PGD-20 accuracy, 2/255",
+    "localisation.iou": "IoU of the class map",
+    "localisation.best_iou": "IoU at its best tau",
+    "localisation.in_region": "share of the map in the object",
+    "regions.foreground_sensitivity": "foreground sensitivity",
+    "regions.foreground_accuracy": "accuracy, object alone",
+    "regions.background_accuracy": "accuracy, background alone",
+    "regions.background_gap": "background gap",
+    "receptive_field.rms_radius": "ERF radius, pixels",
+    "receptive_field.centre_corner_ratio": "ERF centre / corner",
+    "receptive_field.top_lift": "ERF lift of the top position",
+}
+
+
+def markdown(result: dict) -> str:
+    """The comparison as a table for the README: mean of each arm, and each arm minus gap with its interval if it is decided."""
+    arms = list(ARMS)
+    lines = [
+        "| split | measure | " + " | ".join(f"`{ARMS[arm]}`" for arm in arms) + " |",
+        "|---|---|" + "---|" * len(arms),
+    ]
+    for split, measures in result["comparison"].items():
+        for measure, name in SHOWN.items():
+            row = measures[measure]
+            cells = [f"{row[arms[0]]['mean']:.3f} ± {row[arms[0]]['std']:.3f}"]
+            for arm in arms[1:]:
+                change = row[f"{arm} - {arms[0]}"]
+                bounds = f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
+                cells.append(
+                    f"{row[arm]['mean']:.3f}; " + (f"**{bounds}**" if change["verdict"] != "undecided" else bounds)
+                )
+            lines.append(f"| {split} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/study/shapes"))
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("--table", action="store_true", help="print the stored results as a table for the README")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(markdown(json.loads(RESULTS.read_text())))
+        return
     print(configure_cpu(), file=sys.stderr)
     for seed in arguments.seeds:
         for arm in arguments.arms:

@@ -48,8 +48,8 @@ def test_signature():
 
 PGD = "usage: pgd(ball, *, score=cross_entropy, steps=20, step_size=None)"
 ERRORS = {
-    "top_gapp(k=3)": "unknown name 'top_gapp'; did you mean 'top_gap'?; choose from echo, fgsm, gap, gmp, l2, linf, lse, pgd, top_gap",
-    "pgd(linf(epz))": "unknown name 'epz'; did you mean 'eps'?; choose from cross_entropy, dlr, echo, eps, ",
+    "top_gapp(k=3)": "unknown name 'top_gapp'; did you mean 'top_gap'? choose from echo, fgsm, gap, gmp, l2, linf, lse, pgd, top_gap",
+    "pgd(linf(epz))": "unknown name 'epz'; did you mean 'eps'? choose from cross_entropy, dlr, echo, eps, ",
     "gap": "'gap' must be called: gap()",
     "pgd(linf)": "'linf' must be called: linf(eps)",
     "eps(3)": "'eps' is a value and cannot be called; choose from echo, ",

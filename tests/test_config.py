@@ -222,7 +222,7 @@ def test_a_broken_config_json(tmp_path, text):
         ("pool", "", "config.pool: '' is not an expression: invalid syntax"),
         ("pool", "top_gap(k=3", "config.pool: 'top_gap(k=3' is not an expression: '(' was never closed at column 8"),
         ("pool", "top_gap(kk=3)", "config.pool: top_gap: got an unexpected keyword argument 'kk'; did you mean 'k'?; usage: top_gap("),
-        ("pool", "top_gap(k=many)", "config.pool: unknown name 'many'; did you mean 'mean'?; choose from "),
+        ("pool", "top_gap(k=many)", "config.pool: unknown name 'many'; did you mean 'mean'? choose from "),
         ("model", "map_head(gap())", "config.model: 'map_head(gap())' is not a model, it is of type MapHead; 'topgap help' lists models"),
         ("objective", "adversarial(linf(eps))", "config.objective: adversarial: attack must be a value of type Attack, got Ball("),
         ("optimizer", "cosine(.1, 0, 3)", "config.optimizer: 'cosine' is not an optimizer; choose from sgd, adamw"),

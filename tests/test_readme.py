@@ -18,7 +18,13 @@ def test_the_python_example_runs(capsys):
 
 
 def test_every_command_line_parses():
-    commands = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines() if line.startswith("topgap")]
+    commands = [
+        line
+        for language, code in BLOCKS
+        if language == "bash"
+        for line in code.splitlines()
+        if line.startswith("topgap")
+    ]
     assert len(commands) >= 7
     import shlex
 

@@ -174,7 +174,7 @@ def _kinds(parameter: inspect.Parameter) -> list[tuple[str, Callable]]:
 
 def _choices(name: str, choices: list[str]) -> str:
     closest = _closest(name, choices)
-    return f"{closest + '; ' if closest else ''}choose from {', '.join(sorted(choices)) or 'nothing'}"
+    return f"{closest + ' ' if closest else ''}choose from {', '.join(sorted(choices)) or 'nothing'}"
 
 
 def _closest(name: str, choices: list[str]) -> str:

@@ -51,9 +51,6 @@ def localisation(
         if not boxes:
             return out
         out["map"] = jnp.floor(scaled(maps, (h, w)) * 255).astype(jnp.uint8)
-        if not boxes:
-            return out
-        out["map"] = jnp.floor(scaled(maps, (h, w)) * 255).astype(jnp.uint8)
         return out | ({"box": batch["box"]} if "box" in batch else {"region": batch["region"]})
 
     def host(rows):

@@ -234,7 +234,14 @@ def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, An
         return State(jnp.int32(0), variables, parts.optimizer.init(variables["params"]))
 
     if checkpoint.latest_step(workdir) is None:
-        return jax.jit(fresh, out_shardings=replicated(mesh))(), {"step": 0, "best": None, "stream": None, "window": [], "seconds": 0.0, "cpu_seconds": 0.0}
+        return jax.jit(fresh, out_shardings=replicated(mesh))(), {
+            "step": 0,
+            "best": None,
+            "stream": None,
+            "window": [],
+            "seconds": 0.0,
+            "cpu_seconds": 0.0,
+        }
     described = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), jax.eval_shape(fresh)
     )
