@@ -309,7 +309,7 @@ def test_robust_is_plain_data():
     "make, text",
     [
         (lambda: evaluators.robust(), "robust: give one or more attacks, such as robust(pgd(linf(8/255)))"),
-        (lambda: evaluators.robust(3), "robust: give one or more attacks, such as robust(pgd(linf(8/255)))"),
+        (lambda: evaluators.robust(3), "expected attacks like pgd(linf(8/255)), got 3"),
         (lambda: evaluators.localisation(0.5), "localisation: give an explanation such as cam(), got 0.5"),
         (lambda: evaluators.localisation(cam(), labels="all"), "localisation: labels must be 'true' or 'predicted', got 'all'"),
         (lambda: evaluators.localisation(cam(), centre=2), "centre must be a number in [0, 1], got 2"),

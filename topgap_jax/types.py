@@ -4,7 +4,7 @@ A method with options is a function that returns one of these. Images are float3
 the model, so an epsilon means what it says. Scores, losses and maps are per example; a mean is taken once, at the end.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -158,5 +158,3 @@ Schedule: TypeAlias = Callable[[Any], Any]
 
 Table: TypeAlias = Mapping[str, Callable[..., Any]]
 """Names that a config may use, and the functions they stand for."""
-
-Texts: TypeAlias = Sequence[str]

@@ -7,10 +7,7 @@ from topgap_jax.types import Attack, Robustness, Runs
 
 def robust(*runs: Attack | Runs) -> Robustness:
     """Plain data for `run.robust`: the attacks, worked through in turn on the examples that are still unbroken."""
-    try:
-        chosen = as_runs(runs)
-    except TypeError:
-        chosen = ()
+    chosen = as_runs(runs)
     if not chosen:
         raise UserError("robust: give one or more attacks, such as robust(pgd(linf(8/255)))")
     return Robustness(chosen)
