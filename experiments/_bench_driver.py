@@ -87,12 +87,17 @@ def machine():
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
-        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "load_average": load_average(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
     }
+
+
+def load_average():
+    """Runnable processes over the last 1, 5 and 15 minutes: far above the number of cores, the wall times say little."""
+    return [round(load, 2) for load in os.getloadavg()]
 
 
 def processor():
@@ -114,7 +119,10 @@ def write(name, result):
     """Store a result as results/<name>.json, with the command that made it."""
     path = HERE.parent / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    command = " ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    words = [
+        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
+    ]  # this machine's folders say nothing
+    command = " ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *words])
     path.write_text(json.dumps({"command": command} | result, indent=1) + "\n")
     print(f"\nwritten: {path.relative_to(HERE.parent)}")
 

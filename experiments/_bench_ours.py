@@ -119,7 +119,6 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
     }[path]()
     info = {
         "framework": f"topgap_jax {tg.__version__}, JAX {jax.__version__}, Flax {flax.__version__}",
-        "settings": SETTINGS,
         "logits": np.asarray(logits).tolist(),
         "compile_seconds": compile_seconds,
     }
@@ -135,5 +134,5 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
 
 
 if __name__ == "__main__":
-    SETTINGS = configure_cpu()
+    configure_cpu()
     serve(prepare)

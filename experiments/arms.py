@@ -37,7 +37,10 @@ def main() -> None:
         loaded = setup.restored(experiment, workdir, "last")
         rows = setup.evaluate(loaded)
         _, meta = checkpoint.restore(workdir, "last", {})
-        minutes = {name: round(meta[f"{name}_seconds".removeprefix("wall_")] / 60, 1) for name in ("cpu", "wall")}
+        # Runs made before checkpoints kept their seconds have none.
+        minutes = {
+            name: round(meta[key] / 60, 1) for name, key in (("cpu", "cpu_seconds"), ("wall", "seconds")) if key in meta
+        }
         arms[pool] = {"weights": loaded.weights, "training_minutes": minutes, "rows": rows}
         result = {**provenance(), "config": f"configs/{arguments.config.name}", "seed": arguments.seed, "arms": arms}
         out = ROOT / "results" / f"{arguments.config.stem}.json"

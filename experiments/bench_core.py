@@ -57,7 +57,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             rows[title] = measure(title, options, Path(folder))
         print(title, rows[title]["ratio"], rows[title]["agreement"], flush=True)
-    result = {"machine": machine, "load_average_after": os.getloadavg(), "batch": options.batch, "paths": rows}
+    result = {"machine": machine, "load_average_after": driver.load_average(), "batch": options.batch, "paths": rows}
     if set(rows) == set(PATHS):
         driver.write("bench_core", result)
     print("\n" + driver.table(COLUMNS, [line(title, row) for title, row in rows.items()]))
@@ -87,6 +87,7 @@ def measure(title, options, folder):
     settings = {}
     for name, process in processes.items():
         told = {key: answers[name][key] for key in ("framework", "threads", "compile_seconds") if key in answers[name]}
+        told |= {"environment": driver.KEEP_MEMORY | PEERS[name]} if name in PEERS else {}
         settings[name] = told | driver.figures(times[name]) | driver.ask(process, "memory")
     driver.stop(processes)
     peer = min(PEERS, key=lambda name: settings[name]["median_ms"])
