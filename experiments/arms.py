@@ -14,6 +14,7 @@ from pathlib import Path
 
 from topgap_jax.run import checkpoint, setup
 from topgap_jax.run.cpu import configure_cpu
+from topgap_jax.run.experiment import total_steps
 from topgap_jax.run.fit import fit
 from topgap_jax.run.progress import write_text
 from topgap_jax.run.provenance import provenance
@@ -33,7 +34,8 @@ def main() -> None:
     for pool in arguments.arms:
         workdir = arguments.runs / f"{arguments.config.stem}_{re.sub(r'[^a-z0-9.]+', '_', pool).strip('_')}"
         experiment = setup.experiment(arguments.config, [("pool", pool), ("seed", str(arguments.seed))])
-        fit(experiment.config, workdir, parts=setup.parts(experiment), file=arguments.config)
+        if checkpoint.latest_step(workdir) != total_steps(experiment.config, experiment.source):
+            fit(experiment.config, workdir, parts=setup.parts(experiment), file=arguments.config)
         loaded = setup.restored(experiment, workdir, "last")
         rows = setup.evaluate(loaded)
         _, meta = checkpoint.restore(workdir, "last", {})
