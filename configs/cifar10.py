@@ -3,6 +3,9 @@
 topgap train --config configs/cifar10.py --workdir runs/cifar10_gap
 topgap train --config configs/cifar10.py --config.pool='top_gap(k=16)' --workdir runs/cifar10_top_gap
 topgap evaluate --config configs/cifar10.py --weights resnet20_cifar10.safetensors
+
+Measured on 10,000 test images, one seed, 4 epochs on 45,000 images, about 13 CPU minutes an arm (results/cifar10.json): accuracy
+79.4 % with gap(), 78.8 % with top_gap(k=16); their 95 % intervals overlap, and one seed decides nothing.
 """
 
 from ml_collections import ConfigDict
