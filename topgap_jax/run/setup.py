@@ -230,7 +230,7 @@ def explain(
         heading=f"{title}: {loaded.weights}",
         images=pictures,
         names=[_names(chosen, record, int(label)) for record, label in zip(records, predicted)],
-        maps=maps,
+        maps={name: maps[name] for name in explanations},  # in the order asked for: jit sorts the keys of a dict
         boxes=stacked("box"),
         regions=stacked("region"),
         total=len(source),
