@@ -16,7 +16,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 def provenance() -> dict[str, Any]:
     """{"command", "commit", "versions", "device", "device_count", "processor", "cores", "load_average"} of this process."""
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # The last part of an absolute path only: whose machine it was is nobody's business.
+        "command": " ".join(Path(word).name if word.startswith("/") else word for word in sys.argv),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "device": jax.devices()[0].device_kind,
