@@ -1,4 +1,4 @@
-"""The layers every backbone is made of, with PyTorch's padding and float32 parameters."""
+"""The two layers every backbone is made of, with PyTorch's padding and float32 parameters."""
 
 from typing import Any
 
@@ -7,20 +7,11 @@ import flax.linen as nn
 he_normal = nn.initializers.he_normal()
 
 
-def convolution(
-    features: int, kernel: int, stride: int = 1, *, dtype: Any, name: str, bias: bool = False, centred: bool = False
-) -> nn.Conv:
-    """A square convolution that pads kernel // 2 rows and columns on every side, which is not `SAME` for stride 2.
-
-    So an odd kernel of stride 2 centres output u on input 2u, not between 2u and 2u + 1 (`SAME`: on 2u + 1), an error that
-    doubles with every stage: behind four of them a map lies 7.5 pixels beside what it responds to. `centred` pads `SAME` and,
-    where the stride has another parity than the kernel, makes the kernel one larger: no error at sizes the stride divides.
-    """
-    pad = ((kernel // 2, kernel // 2),) * 2
-    if centred:
-        kernel, pad = kernel + (kernel - stride) % 2, "SAME"
+def convolution(features: int, kernel: int, stride: int = 1, *, dtype: Any, name: str, bias: bool = False) -> nn.Conv:
+    """A square convolution that pads kernel // 2 rows and columns on every side, which is not `SAME` for stride 2."""
+    pad = (kernel // 2, kernel // 2)
     return nn.Conv(
-        features, (kernel, kernel), stride, pad, use_bias=bias, dtype=dtype, kernel_init=he_normal, name=name
+        features, (kernel, kernel), stride, (pad, pad), use_bias=bias, dtype=dtype, kernel_init=he_normal, name=name
     )
 
 
