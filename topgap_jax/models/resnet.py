@@ -164,7 +164,8 @@ def small_resnet(
 
     The defaults make features of 32, 16, 8 and 4 pixels a side from 64x64 images, with 5.9 million multiplications (MMAC):
     stem 1.23, stages 1.90, 0.92, 0.92, 0.92. With `pyramid_head(pool, width=32)`, whose maps are then 16x16, and 6 classes
-    it is 10.4 MMAC.
+    it is 10.4 MMAC. As in every network with PyTorch's padding, a strided convolution centres output u on input 2u, so that a map
+    of the last stage lies 7.5 pixels to the lower right of what it responds to.
     """
     check_number("blocks", blocks, 1, whole=True)
     return ResNet(tuple(widths), (blocks,) * len(widths), (stem, stem_kernel, stem_stride, False))
