@@ -48,7 +48,7 @@ def test_signature():
 
 PGD = "usage: pgd(ball, *, score=cross_entropy, steps=20, step_size=None)"
 ERRORS = {
-    "top_gapp(k=3)": "unknown name 'top_gapp'; did you mean 'top_gap'? choose from echo, fgsm, gap, gmp, l2, linf, lse, pgd, top_gap",
+    "top_gapp(k=3)": "unknown name 'top_gapp'; did you mean 'top_gap'? choose from echo, fgsm, gap, gmp, l2, linf, lse, pgd, r_fgsm, top_gap, topk_attack",
     "pgd(linf(epz))": "unknown name 'epz'; did you mean 'eps'? choose from cross_entropy, dlr, echo, eps, ",
     "gap": "'gap' must be called: gap()",
     "pgd(linf)": "'linf' must be called: linf(eps)",

@@ -192,6 +192,8 @@ def test_help(monkeypatch):
         "pgd(ball, *, score=cross_entropy, steps=20, step_size=None)\n\nProjected "
     )
     assert topgap("help", "margin")[1].startswith("margin\n\n")
+    rules = topgap("help", "guided")[1]
+    assert rules.startswith("guided\n\nrelu backward: [phi'(z) g]_+") and "\nmax_pool backward: [g]_+ sent to" in rules
     code, out, _ = topgap("help", "config")
     assert code == 0 and re.search(
         r"^  epochs  +a whole number of at least 1: passes over the training split$", out, re.M

@@ -37,6 +37,10 @@ def test_the_numbers_of_a_config_are_names_in_its_texts():
     found = configs.choices(config, "explain", {"twice": lambda value: lambda: (value, value)})
     assert list(found) == ["twice(eps)", "twice(mean)"]
     assert found["twice(eps)"]() == (2 / 255, 2 / 255) and found["twice(mean)"]() == ((0.5,) * 3,) * 2
+    config.explain = (
+        "integrated(steps=64, rules=guided, baseline=mean), smooth(gradient(rules=softplus(50)), samples=4)"
+    )
+    assert all(map(callable, configs.choices(config, "explain", {}).values()))
     optimizer = configs.choice(config, "optimizer", {}, total_steps=6)
     assert isinstance(optimizer, optax.GradientTransformation)
     (evaluator,) = configs.choices(config, "evaluators", {}, "accuracy()", "--evaluators").values()
@@ -236,4 +240,6 @@ def test_a_text_that_does_not_fit_its_key(key, text, words):
 
 def test_a_list_from_the_command_line_names_its_argument():
     text = error(configs.choices, configs.load(TINY)[0], "evaluators", {}, "accuracy(), cam()", "--evaluators")
-    assert text.startswith("--evaluators: 'cam' is not an evaluator; choose from accuracy, localisation, ")
+    assert text.startswith(
+        "--evaluators: 'cam' is not an evaluator; choose from accuracy, attributional_robustness, coverage, localisation, "
+    )

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from topgap_jax import explain, pool
+from topgap_jax import explain, pool, rewrite
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import data_mesh, split
@@ -27,6 +27,12 @@ ROWS = {
     "field()": (6, 6),
     "field('features', position='corner', channel='sum')": (6, 6),
     "field(position='top', k=2)": (6, 6),
+    "gradient()": (6, 6),
+    "gradient(rules=guided_backprop)": (6, 6),
+    "integrated(steps=4, reduce='sum_abs')": (6, 6),
+    "integrated(steps=4, baseline=0.5, rules=softplus(20))": (6, 6),
+    "smooth(gradient(), samples=2)": (6, 6),
+    "smooth(grad_cam('features'), samples=2, sigma=0.05)": (3, 3),
 }
 rows = pytest.mark.parametrize("row", ROWS)
 
@@ -54,7 +60,7 @@ PREDICT = network(parameters(1))
 
 
 def make(row):
-    return build(row, explain.TABLE)
+    return build(row, {**explain.TABLE, **rewrite.TABLE}, rewrite.VALUES)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +92,7 @@ def test_each_image_by_itself(row, compiled):
     noise = jnp.asarray(random.uniform(size=IMAGES.shape), jnp.float32).at[2].set(IMAGES[2])
     others = compiled[row](parameters(1), noise, (LABELS + 1).at[2].set(LABELS[2]) % CLASSES)
     np.testing.assert_array_equal(others[2], maps[2])
-    if "sum" not in row:
+    if "channel='sum'" not in row:
         relabelled = compiled[row](parameters(1), IMAGES, LABELS.at[2].set((LABELS[2] + 1) % CLASSES))
         different = (np.asarray(relabelled) != np.asarray(maps)).any((1, 2))
         np.testing.assert_array_equal(different, np.arange(B) == 2)

@@ -1,6 +1,6 @@
 """Image classifiers that look at the right pixels, and the tools that prove it, in JAX and Flax.
 
-Rooms, from the ground up: `types`, `build`, `pool`, `scores`, `balls`, `mesh`, `rewrite`; `models`, `attacks`, `explain`, `metrics`;
+Rooms, from the ground up: `types`, `build`, `pool`, `scores`, `balls`, `penalties`, `mesh`, `rewrite`; `models`, `attacks`, `explain`, `drops`, `metrics`;
 `training`, `evaluators`; `data`, `run`, `report`. Everything that can be chosen is a small function that returns a value of
 one of the types in `topgap_jax.types`.
 
@@ -16,7 +16,7 @@ from topgap_jax.errors import UserError
 __version__ = "0.1.0"
 
 ROOMS = (
-    "types", "build", "pool", "scores", "balls", "mesh", "rewrite", "models", "attacks", "explain", "metrics", "training",
+    "types", "build", "pool", "scores", "balls", "penalties", "mesh", "rewrite", "models", "attacks", "explain", "drops", "metrics", "training",
     "evaluators", "data", "run", "report",
 )  # fmt: skip
 __all__ = ["UserError", *ROOMS]

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -286,12 +286,13 @@ def _report(arguments, overrides):
 
 def _help(arguments, overrides):
     from topgap_jax.build import signature
-    from topgap_jax.run.config import KEYS, ROLES, ROOMS, TABLE, VALUES
+    from topgap_jax.run.config import KEYS, NAMED, ROLES, ROOMS, TABLE, VALUES
 
     name, known = arguments.name, {**TABLE, **VALUES}
     if name is None:
-        for room, table in {**ROOMS, "scores, named without a call": VALUES}.items():
-            print(f"\n{room}\n{_listing({key: inspect.getdoc(function) for key, function in table.items()})}")
+        named = {f"{room}, named without a call": table for room, table in NAMED.items()}
+        for room, table in {**ROOMS, **named}.items():
+            print(f"\n{room}\n{_listing({key: _doc(value) for key, value in table.items()})}")
         print("\n'topgap help NAME' says more, 'topgap help config' lists the keys, 'topgap --help' the commands.")
     elif name == "config":
         room = lambda key: f" ({ROLES[key].room})" if key in ROLES else ""
@@ -299,11 +300,23 @@ def _help(arguments, overrides):
         print(_listing({key: f"{kind}: {about}{room(key)}" for key, (kind, about) in KEYS.items()}))
     elif name in known:
         shown = name if name in VALUES else signature(name, known[name])
-        print(f"{shown}\n\n{inspect.getdoc(known[name])}")
+        print(f"{shown}\n\n{_doc(known[name])}")
     else:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise UserError(f"there is nothing named '{name}'; {hint}'topgap help' lists all names")
+
+
+def _doc(value):
+    """The docstring of a function; of a dict of rules, those of its functions."""
+    if not isinstance(value, Mapping):
+        return inspect.getdoc(value)
+    return "\n".join(
+        f"{operation} {when}: {inspect.getdoc(function)}"
+        for operation, rule in value.items()
+        for when, function in rule._asdict().items()
+        if function
+    )
 
 
 def _listing(about):
@@ -317,9 +330,11 @@ def _listing(about):
 
 def _show(loaded, rows):
     from topgap_jax.report.compare import table
+    from topgap_jax.report.read import with_gaps
 
-    print(f"{loaded.experiment.config.source}, {loaded.weights}\n")
-    print(table(rows))
+    config = loaded.experiment.config
+    print(f"{config.source}, {loaded.weights}\n")
+    print(table(with_gaps(rows, config.train)))
 
 
 class Command(NamedTuple):

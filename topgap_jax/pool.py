@@ -99,7 +99,8 @@ def top_weights(maps: Array, k: int | Array) -> Array:
     values = lax.stop_gradient(maps.astype(jnp.float32)).reshape(b, h * w, c)
     threshold = kth_largest(values, k)[:, None, :]
     above, ties = values > threshold, values == threshold
-    rest = jnp.maximum(k - above.sum(1, keepdims=True), 0.0) / jnp.maximum(ties.sum(1, keepdims=True), 1)
+    # Not maximum(x, 0), which is what a ReLU looks like to `with_rules`.
+    rest = jnp.maximum(0.0, k - above.sum(1, keepdims=True)) / jnp.maximum(ties.sum(1, keepdims=True), 1)
     return (jnp.where(above, 1.0, jnp.where(ties, rest, 0.0)) / k).reshape(b, h, w, c)
 
 

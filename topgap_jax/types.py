@@ -70,6 +70,28 @@ class Ball(NamedTuple):
     scaled: Callable[[float], "Ball"]
 
 
+class Penalty(NamedTuple):
+    """A cost R of a perturbation, and through it a penalty R* on the gradient: sup over delta of <g, delta> - R(delta) = R*(g).
+
+    value(gradient) -> (b,)                                      R*(g), the penalty that lands on the gradient map
+    cost(delta) -> (b,)                                          R(delta); of a constraint 0 inside and inf outside
+    maximiser(gradient) -> delta                                 where the supremum is attained, (b, h, w, c) each
+    prox(delta, t) -> delta                                      argmin over d of t R(d) + |d - delta|^2 / 2
+    project(delta) -> delta                                      nearest allowed perturbation: itself where R is finite everywhere
+    scale                                                        natural t of `prox`; None: R is a constraint, `prox` projects
+    boxed                                                        whether cutting the maximiser by the pixel box leaves it one
+    """
+
+    name: str
+    value: Callable[[Array], Array]
+    cost: Callable[[Array], Array]
+    maximiser: Callable[[Array], Array]
+    prox: Callable[[Array, float], Array]
+    project: Callable[[Array], Array]
+    scale: float | None
+    boxed: bool
+
+
 class Pool(Protocol):
     """Class maps (b, h, w, k) -> logits (b, k), in float32. `step=None` means a schedule's end value."""
 
@@ -90,8 +112,9 @@ class Attack(NamedTuple):
     step(predict, state) -> state                                evaluates the iterate, books it, then moves it
     steps                                                        how often `step` is to be called
     cost                                                         of one step
+    aim                                                          what it changes: the "label", or the "map" of an explanation
 
-    Every leaf of `state` has the leading axis b. `attacks.finish` books the last iterate.
+    Every leaf of `state` has the leading axis b. `attacks.finish` books the last iterate of an attack on the label.
     """
 
     init: Callable[..., Any]
@@ -99,6 +122,7 @@ class Attack(NamedTuple):
     steps: int
     cost: Cost
     name: str
+    aim: str = "label"
 
 
 Runs: TypeAlias = tuple[Attack, ...]
@@ -111,6 +135,38 @@ class Explain(Protocol):
     def __call__(
         self, keys: Keys, predict: Predict, images: Array, labels: Array, segments: Array | None = None
     ) -> Array: ...
+
+
+class Drop(NamedTuple):
+    """What training hides of a layer's features, and how much of them it hid.
+
+    apply(keys (b,), source, features (b, h, w, c), targets (b, k), step) -> (features, rate (b,))
+    source = (features, head)                                    what the saliency is taken from
+    head(features) -> logits (b, k)                              the rest of the network in eval mode
+    teacher                                                      source is of variables["ema"], not of the weights in training
+    granularity                                                  what is dropped as one: "element", "location" or "channel"
+    """
+
+    apply: Callable[..., tuple[Array, Array]]
+    teacher: bool = False
+    granularity: str = "element"
+
+
+class Rule(NamedTuple):
+    """Another way to compute an operation of a network, such as its ReLUs, forward or backward; None leaves it as it is.
+
+    forward(operation, *inputs) -> output
+    backward(operation, gradient, *inputs) -> gradient of the input, a tuple where there are several
+
+    `operation` is the function that the network computes there; of a backward rule, what the forward rule makes of it.
+    """
+
+    forward: Callable[..., Array] | None = None
+    backward: Callable[..., Any] | None = None
+
+
+Rules: TypeAlias = Mapping[str, Rule]
+"""Operation ("relu", "max_pool") -> its rule: `rewrite.with_rules(f, **rules)`."""
 
 
 class Augment(Protocol):

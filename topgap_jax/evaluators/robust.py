@@ -10,4 +10,9 @@ def robust(*runs: Attack | Runs) -> Robustness:
     chosen = as_runs(runs)
     if not chosen:
         raise UserError("robust: give one or more attacks, such as robust(pgd(linf(8/255)))")
+    for attack in chosen:
+        if attack.aim != "label":
+            raise UserError(
+                f"robust: '{attack.name}' keeps the label; give it to attributional_robustness(explain, attack)"
+            )
     return Robustness(chosen)

@@ -82,3 +82,22 @@ def in_region() -> Metric:
         return {"in_region": share, "lift": jnp.where(area > 0, share / jnp.where(area > 0, area, 1), 0)}
 
     return metric
+
+
+def energy() -> Metric:
+    """Share of the sum of the map's positive part that lies inside the object, and that over the object's share of the area.
+
+    {"energy": (b,), "energy_lift": (b,)}: the energy pointing game (Wang et al. 2020, arXiv 1910.01279), with a region where
+    the data have one. Negative values are cut off before the resize, nothing is min-max scaled. A map without a positive
+    value is NaN, and so is the lift of an image without an object.
+    """
+
+    def metric(keys, predict, maps, batch):
+        inside, known = object_masks(batch)
+        positive = jax.nn.relu(maps.astype(jnp.float32))
+        full = jax.image.resize(positive, inside.shape, "bilinear", antialias=False) * known
+        share = (full * inside).sum((1, 2)) / full.sum((1, 2))
+        area = inside.sum((1, 2)) / jnp.maximum(known.sum((1, 2)), 1)
+        return {"energy": share, "energy_lift": jnp.where(area > 0, share / area, jnp.nan)}
+
+    return metric

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +26,8 @@ def linen(module: nn.Module) -> Model:
     """A `Model` of any Linen module that maps images (b, h, w, c) to logits (b, k).
 
     Its `__call__` may take `train`, `training`, `deterministic` or `use_running_average`, and `step` (the pool's schedule).
-    Random layers draw from `keys[0]`. Collections other than params and batch_stats are an error.
+    Random layers draw from `keys[0]`; training mode without keys leaves dropout out. Collections other than params and
+    batch_stats are an error.
     """
     kind = type(module)
 
@@ -44,9 +46,10 @@ def linen(module: nn.Module) -> Model:
         if not train:
             logits = module.apply(collections, images, rngs=rngs, **_switches(kind, False, step))
             return Output(_checked(logits, images, kind), variables["batch_stats"], {})
-        logits, updates = module.apply(
-            collections, images, rngs=rngs, mutable=["batch_stats"], **_switches(kind, True, step)
-        )
+        with nullcontext() if keys is not None else nn.intercept_methods(_without_dropout):
+            logits, updates = module.apply(
+                collections, images, rngs=rngs, mutable=["batch_stats"], **_switches(kind, True, step)
+            )
         return Output(_checked(logits, images, kind), updates.get("batch_stats", variables["batch_stats"]), {})
 
     return Model(init, apply)
@@ -56,8 +59,9 @@ def nnx(module: flax_nnx.Module) -> Model:
     """A `Model` of any NNX module that maps images (b, h, w, c) to logits (b, k).
 
     `init` returns the module's own parameters, whatever the key: an NNX module is born with them. Random layers are seeded
-    from `keys[0]`, and so are the `rngs` of a `__call__` that takes them; without keys, the module's own random state serves
-    again and again. Everything that is neither a parameter nor random state counts as batch statistics.
+    from `keys[0]`, and so are the `rngs` of a `__call__` that takes them; without keys, training mode leaves dropout out, and
+    for whatever else is random the module's own random state serves again and again. Everything that is neither a parameter
+    nor random state counts as batch statistics.
     """
     kind = type(module)
     graph, params, random, rest = flax_nnx.split(module, flax_nnx.Param, flax_nnx.RngState, ...)
@@ -74,6 +78,8 @@ def nnx(module: flax_nnx.Module) -> Model:
         ]
         merged = flax_nnx.merge(graph, *states)
         merged.train() if train else merged.eval()
+        if keys is None:
+            merged.set_attributes(deterministic=True, raise_if_not_found=False)
         rngs = {"rngs": None if keys is None else flax_nnx.Rngs(keys[0])} if takes_rngs else {}
         logits = _checked(_named_call(merged, images, **rngs, **_switches(kind, train, step)), images, kind)
         after = flax_nnx.to_pure_dict(flax_nnx.split(merged, flax_nnx.Param, flax_nnx.RngState, ...)[3])
@@ -83,7 +89,8 @@ def nnx(module: flax_nnx.Module) -> Model:
 
 
 def bind(model: Model, variables: Variables, *, train: bool = False, step: Array | None = None) -> Predict:
-    """The model with its variables: images -> logits. `train=True` uses batch statistics and drops their update.
+    """The model with its variables: images -> logits. `train=True` uses batch statistics and drops their update; called
+    without keys, it leaves dropout out.
 
     `step` is for a pool with a schedule; None means the schedule's end.
 
@@ -94,6 +101,13 @@ def bind(model: Model, variables: Variables, *, train: bool = False, step: Array
         return model.apply(variables, images, train=train, keys=keys, step=step).logits
 
     return predict
+
+
+def _without_dropout(next_fun, args, kwargs, context):
+    """A Linen interceptor under which dropout layers return what they are given."""
+    if isinstance(context.module, nn.Dropout) and context.method_name == "__call__":
+        return args[0] if args else kwargs["inputs"]
+    return next_fun(*args, **kwargs)
 
 
 def _switches(kind: type, train: bool, step: Array | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +11,11 @@ from topgap_jax.errors import UserError
 from topgap_jax.run.progress import read_metrics
 
 HEADLINES = (
-    "accuracy", "worst_group_accuracy", "robust_accuracy", "foreground_sensitivity", "background_gap",
+    "accuracy", "generalisation_gap", "worst_group_accuracy", "robust_accuracy", "foreground_sensitivity", "background_gap",
     "foreground_accuracy", "background_accuracy", "iou", "best_iou", "max_box_accuracy", "centre_iou", "full_iou",
-    "centre_box_accuracy", "full_box_accuracy", "in_region", "lift", "rms_radius", "centre_corner_ratio", "top_lift",
-    "nll", "calibration_error",
+    "centre_box_accuracy", "full_box_accuracy", "in_region", "lift", "energy", "energy_lift", "gini", "effective_area",
+    "deletion", "insertion", "topk_intersection", "kendall_tau_b", "chance", "neuron_coverage", "image_coverage", "rms_radius",
+    "centre_corner_ratio", "top_lift", "nll", "calibration_error",
 )  # fmt: skip
 """The measures a comparison starts with, in this order: worst group and regions stand around the robust number."""
 
@@ -29,9 +31,9 @@ BESIDE = (
 HIGHER = {
     "accuracy", "worst_group_accuracy", "robust_accuracy", "clean_accuracy", "foreground_sensitivity",
     "foreground_accuracy", "iou", "best_iou", "max_box_accuracy", "in_region", "lift", "share_inside", "top_share_inside",
-    "top_lift",
+    "top_lift", "energy", "energy_lift", "insertion", "topk_intersection", "kendall_tau_b",
 }  # fmt: skip
-LOWER = {"nll", "calibration_error", "background_gap"}
+LOWER = {"nll", "calibration_error", "background_gap", "deletion"}
 
 
 class Measure(NamedTuple):
@@ -81,7 +83,7 @@ def read_run(folder: Path, label: str) -> Run:
         file=stored.get("file"),
         versions=flat(read_json(folder / "versions.json")),
         metrics=[row for row in read_metrics(folder) if isinstance(row, dict) and "step" in row],
-        rows=evaluation.get("rows", []),
+        rows=with_gaps(evaluation.get("rows", []), str(stored["config"].get("train", ""))),
         weights=str(evaluation.get("weights", "")),
         data=str(evaluation.get("data", "")),
         sheets=sorted(folder.glob("sheets/*.png")),
@@ -163,6 +165,33 @@ def beside(rows: Iterable[Mapping[str, Any]], split: str) -> dict[str, Measure |
     others = [row for row in rows if row.get("split") == split and not is_robust(row)]
     found = {measure.name: measure for row in others for measure in measures(row)}
     return {name: found.get(name) for name in BESIDE}
+
+
+def with_gaps(rows: Sequence[Mapping[str, Any]], train: str) -> list[Mapping[str, Any]]:
+    """The rows, where every `accuracy()` of other images than the training split's has `generalisation_gap`: the accuracy on
+    a part of the training split, such as "train[:1000]", minus its own. Without a row of such a part nothing is added.
+    """
+    accuracies = [row for row in rows if str(row.get("evaluator")).startswith("accuracy(") and row.get("values")]
+    seen = next((row["values"].get("accuracy") for row in accuracies if _overlap(row["split"], train) == "part"), None)
+    others = [row for row in accuracies if _overlap(row["split"], train) == "apart"]
+    others = [row for row in others if finite(seen) and finite(row["values"].get("accuracy"))]
+    gap = lambda row: {"generalisation_gap": seen - row["values"]["accuracy"]}
+    return [{**row, "values": {**row["values"], **gap(row)}} if row in others else row for row in rows]
+
+
+def _overlap(split: str, train: str) -> str:
+    """Whether a split is a "part" of the training split, "apart" from it, or neither as far as the texts tell.
+
+    >>> [_overlap(split, "train[:900]") for split in ("train[:100]", "test", "train[900:]", "train", "train[-5%:]")]
+    ['part', 'apart', 'apart', '', '']
+    """
+    if split == train or split.split("[")[0] != train.split("[")[0]:
+        return "part" if split == train else "apart"
+    found = [re.fullmatch(r"[^\[]+(?:\[(\d*):(\d*)\])?", text) for text in (split, train)]
+    if not all(found):
+        return ""
+    (low, high), (first, last) = ((int(m[1] or 0), int(m[2]) if m[2] else math.inf) for m in found)
+    return "apart" if high <= first or last <= low else "part" if first <= low and high <= last else ""
 
 
 class Line(NamedTuple):

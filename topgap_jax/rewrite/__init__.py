@@ -1,6 +1,31 @@
 """Transformations of traced functions: read, replace and re-pool layers of models nobody edited."""
 
+from topgap_jax.rewrite.convs import canonical_convs
+from topgap_jax.rewrite.dropping import with_drop
 from topgap_jax.rewrite.names import Layer, default_layer, layers, name, naming, read, tap
+from topgap_jax.rewrite.normalisation import zero_images
 from topgap_jax.rewrite.pooling import with_pool
+from topgap_jax.rewrite.precision import in_float32
+from topgap_jax.rewrite.rules import TABLE, VALUES, guided, guided_backprop, guided_upsampled, softplus, with_rules
 
-__all__ = ["Layer", "default_layer", "layers", "name", "naming", "read", "tap", "with_pool"]
+__all__ = [
+    "TABLE",
+    "VALUES",
+    "Layer",
+    "canonical_convs",
+    "default_layer",
+    "guided",
+    "guided_backprop",
+    "guided_upsampled",
+    "in_float32",
+    "layers",
+    "name",
+    "naming",
+    "read",
+    "softplus",
+    "tap",
+    "with_drop",
+    "with_pool",
+    "with_rules",
+    "zero_images",
+]

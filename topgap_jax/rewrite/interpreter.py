@@ -5,8 +5,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
-from jax.extend.core.primitives import jit_p, remat_p
+from jax.extend.core.primitives import (
+    cond_p,
+    custom_jvp_call_p,
+    custom_vjp_call_p,
+    jit_p,
+    remat_p,
+    scan_p,
+    while_p,
+)
 
 
 def trace(f: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[ClosedJaxpr, list[Any], Callable]:
@@ -76,18 +85,46 @@ def subjaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
 
 
 def enters(eqn: JaxprEqn) -> bool:
-    """Whether the interpreter goes into the equation's body: `jit` and `remat`."""
+    """Whether the equation's body is run once, where it stands: `jit` and `remat`."""
     return eqn.primitive is jit_p or eqn.primitive is remat_p
 
 
+def reaches(eqn: JaxprEqn) -> bool:
+    """Whether `rebuild` can go into the equation: also loops, branches, and functions with derivatives of their own."""
+    return enters(eqn) or eqn.primitive in (scan_p, while_p, cond_p, custom_jvp_call_p, custom_vjp_call_p)
+
+
 def rebuild(eqn: JaxprEqn, values: Sequence[Any], run: Callable[[Jaxpr, Sequence[Any], Sequence[Any]], Any]) -> Any:
-    """`run(body, consts, values)`, under the same `jax.checkpoint` if the equation is one."""
+    """`run(body, consts, values)` inside the same `jax.checkpoint`, loop or branches as the equation's body.
+
+    A function with derivatives of its own gets those of what `run` does. In a loop or branch `run` returns a list of results.
+    """
+    params = eqn.params
+    within = lambda closed: lambda *args: run(closed.jaxpr, closed.consts, args)
     if eqn.primitive is remat_p:
-        body = eqn.params["jaxpr"]
-        again = lambda *args: run(body, (), args)
-        return jax.checkpoint(again, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*values)
-    inner = eqn.params["jaxpr"]
-    return run(inner.jaxpr, inner.consts, values)
+        again = lambda *args: run(params["jaxpr"], (), args)
+        return jax.checkpoint(again, prevent_cse=params["prevent_cse"], policy=params["policy"])(*values)
+    if eqn.primitive is scan_p:
+        n, k = params["num_consts"], params["num_consts"] + params["num_carry"]
+        body = within(params["jaxpr"])
+
+        def step(carry, row):
+            outs = body(*values[:n], *carry, *row)
+            return outs[: k - n], outs[k - n :]
+
+        options = {word: params[word] for word in ("length", "reverse", "unroll")}
+        carry, rows = lax.scan(step, list(values[n:k]), list(values[k:]), **options)
+        return [*carry, *rows]
+    if eqn.primitive is while_p:
+        n, k = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        goes_on, body = within(params["cond_jaxpr"]), within(params["body_jaxpr"])
+        start = list(values[k:])
+        return lax.while_loop(
+            lambda carry: goes_on(*values[:n], *carry)[0], lambda carry: body(*values[n:k], *carry), start
+        )
+    if eqn.primitive is cond_p:
+        return lax.switch(values[0], [within(branch) for branch in params["branches"]], *values[1:])
+    return within(params["jaxpr" if eqn.primitive is jit_p else "call_jaxpr"])(*values)
 
 
 def _is_array(leaf):

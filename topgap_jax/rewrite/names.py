@@ -60,12 +60,12 @@ def tap(f: Callable, layer: str, edit: Callable[[Array], Array]) -> Callable:
 
     Raises UserError for an unknown name, one met twice, and one inside `scan` or another primitive that cannot be entered.
     """
-    return lambda *args, **kwargs: _run(f, layer, edit, args, kwargs)[0]
+    return lambda *args, **kwargs: _run(f, layer, lambda value: (edit(value), None), args, kwargs)[0]
 
 
 def read(f: Callable, layer: str | None = None) -> Callable:
     """f that returns (result, value named `layer`); by default the last (b, h, w, c) value before the pooling."""
-    return lambda *args, **kwargs: _run(f, layer, lambda value: value, args, kwargs)
+    return lambda *args, **kwargs: _run(f, layer, lambda value: (value, value), args, kwargs)
 
 
 def default_layer(f: Callable, *args: Any, **kwargs: Any) -> str:
@@ -121,22 +121,24 @@ def name_tree(out: Any, label: str) -> Any:
 
 
 def _run(f, layer, edit, args, kwargs):
+    """(result of f with the named value replaced, told), where edit(value) -> (replacement, told)."""
     with naming():
         closed, arrays, restore = trace(f, args, kwargs)
         found = _layers(closed.jaxpr)
         full = default_layer(f, *args, **kwargs) if layer is None else resolve(layer, found)
-        outs, value = _replace(closed.jaxpr, closed.consts, arrays, full, edit)
-    return restore(outs), value
+        outs, told = _replace(closed.jaxpr, closed.consts, arrays, full, edit)
+    return restore(outs), told
 
 
 def _replace(jaxpr: Jaxpr, consts, args, full: str, edit):
-    """Results of the jaxpr with the named value edited, and that value before the edit (None where it does not occur)."""
-    seen = []
+    """Results of the jaxpr with the named value edited, and what the edit tells (None where the value does not occur)."""
+    told = []
 
     def rule(eqn, values, read):
         if eqn.primitive is name_p and eqn.params["name"] == full:
-            seen.append(values[0])
-            after = jnp.asarray(edit(values[0]), values[0].dtype)
+            after, tells = edit(values[0])
+            told.append(tells)
+            after = jnp.asarray(after, values[0].dtype)
             if after.shape != values[0].shape:
                 raise UserError(
                     f"tap: '{full}' has shape {values[0].shape}, its replacement {after.shape}; they must agree"
@@ -144,13 +146,13 @@ def _replace(jaxpr: Jaxpr, consts, args, full: str, edit):
             # The name is given again, so that nested taps find it.
             return [checkpoint_name(after, full)]
         if enters(eqn) and any(_holds(body, full) for body in subjaxprs(eqn)):
-            outs, value = rebuild(eqn, values, lambda body, consts, args: _replace(body, consts, args, full, edit))
-            seen.append(value)
+            outs, tells = rebuild(eqn, values, lambda body, consts, args: _replace(body, consts, args, full, edit))
+            told.append(tells)
             return outs
         return None
 
     outs = evaluate(jaxpr, consts, args, rule)
-    return outs, (seen[0] if seen else None)
+    return outs, (told[0] if told else None)
 
 
 def _holds(jaxpr: Jaxpr, full: str) -> bool:

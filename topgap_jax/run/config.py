@@ -17,28 +17,46 @@ from typing import Any, NamedTuple
 import optax
 from ml_collections import ConfigDict
 
-from topgap_jax import attacks, balls, data, evaluators, explain, models, pool, scores
+from topgap_jax import (
+    attacks,
+    balls,
+    data,
+    drops,
+    evaluators,
+    explain,
+    metrics,
+    models,
+    penalties,
+    pool,
+    rewrite,
+    scores,
+)
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
-from topgap_jax.rewrite import with_pool
+from topgap_jax.rewrite import with_drop, with_pool
 from topgap_jax.training import augment, objectives, optimizers, schedules
 from topgap_jax.types import Evaluator, Model, Robustness, Table
 
 ROOMS: dict[str, Table] = {
-    "models": {**models.TABLE, "with_pool": with_pool},
+    "models": {**models.TABLE, "with_pool": with_pool, "with_drop": with_drop},
     "pools": pool.TABLE,
+    "drops": drops.TABLE,
     "data": data.TABLE,
     "objectives": objectives.TABLE,
     "augmentation": augment.TABLE,
     "optimizers": optimizers.TABLE,
     "schedules": schedules.TABLE,
     "balls": balls.TABLE,
+    "penalties": penalties.TABLE,
     "attacks": attacks.TABLE,
     "explanations": explain.TABLE,
+    "rules": rewrite.TABLE,
+    "metrics": metrics.TABLE,
     "evaluators": evaluators.TABLE,
 }
 TABLE: Table = {name: function for table in ROOMS.values() for name, function in table.items()}
-VALUES: Table = scores.TABLE
+NAMED: dict[str, Mapping[str, Any]] = {"scores": scores.TABLE, "rules": rewrite.VALUES}
+VALUES: Mapping[str, Any] = {name: value for table in NAMED.values() for name, value in table.items()}
 """What a string may name without a call, beside the config's numbers and what the run knows."""
 
 
@@ -84,7 +102,7 @@ KEYS = {
     "mean": ("numbers, one per channel", "subtracted inside the model; images are in [0, 1]"),
     "std": ("numbers, one per channel", "divided by inside the model"),
     "pool": ("text", "the pool that `model` may name"),
-    "model": ("text", "the model; it may name pool, classes, mean and std"),
+    "model": ("text", "the model; it may name pool, classes, mean, std and total_steps"),
     "batch": ("a whole number of at least 1", "examples in a step, over all devices"),
     "epochs": ("a whole number of at least 1", "passes over the training split"),
     "augment": ("text", "augmentations, separated by commas; '' for none"),

@@ -49,8 +49,9 @@ def assemble(loaded: configs.Loaded) -> Experiment:
     config, methods, file = loaded
     source = functools.cache(configs.choice(config, "source", methods))
     classes = source(first(config.train) or first(config.test)).classes
-    pool = configs.choice(config, "pool", methods, total_steps=total_steps(config, source))
-    model = configs.choice(config, "model", methods, pool=pool, classes=len(classes))
+    steps = total_steps(config, source)
+    pool = configs.choice(config, "pool", methods, total_steps=steps)
+    model = configs.choice(config, "model", methods, pool=pool, classes=len(classes), total_steps=steps)
     return Experiment(config, methods, file, source, classes, model, {})
 
 

@@ -1,0 +1,57 @@
+"""Where a network's normalisation maps to zero."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax.extend.core import Literal
+from jax.extend.core.primitives import add_p, convert_element_type_p, copy_p, div_p, mul_p, name_p, sub_p
+
+from topgap_jax.rewrite.interpreter import evaluate, inline, trace
+from topgap_jax.types import Array
+
+# The equation's other operand c and its result y -> x, by the position of x.
+INVERSES = {
+    (sub_p, 0): lambda y, c: y + c,
+    (sub_p, 1): lambda y, c: c - y,
+    (add_p, 0): lambda y, c: y - c,
+    (add_p, 1): lambda y, c: y - c,
+    (mul_p, 0): lambda y, c: y / c,
+    (mul_p, 1): lambda y, c: y / c,
+    (div_p, 0): lambda y, c: y * c,
+}
+SAME = (convert_element_type_p, copy_p, name_p)
+
+
+def zero_images(f: Callable, images: Array) -> Array:
+    """The images (b, h, w, c) that are zero behind f's normalisation: for (images - mean) / std the mean.
+
+    The normalisation is what f does first to the images and to nothing else: additions, subtractions, multiplications and
+    divisions by values that do not depend on them. A function without any gives black, zeros. Nothing else of f is computed.
+    """
+    closed, arrays, _ = trace(f, (images,), {})
+    flat = inline(closed, arrays)
+    variable, steps, others, depends = flat.jaxpr.invars[0], [], [], set(flat.jaxpr.invars)
+    for eqn in flat.jaxpr.eqns:
+        if depends.intersection(v for v in eqn.invars if not isinstance(v, Literal)):
+            depends.update(eqn.outvars)
+    while True:
+        users = [eqn for eqn in flat.jaxpr.eqns if variable in [v for v in eqn.invars if not isinstance(v, Literal)]]
+        if len(users) != 1:
+            break
+        (eqn,) = users
+        position = eqn.invars.index(variable)
+        other = [v for v in eqn.invars if v is not variable]
+        free = len(other) == 1 and (isinstance(other[0], Literal) or other[0] not in depends)
+        inverse = INVERSES.get((eqn.primitive, position)) if free else None
+        if eqn.primitive not in SAME and inverse is None:
+            break
+        if inverse:
+            steps.append(inverse)
+            others.append(other[0])
+        variable = eqn.outvars[0]
+    first = [eqn for eqn in flat.jaxpr.eqns if not depends.intersection(eqn.outvars)]
+    values = evaluate(flat.jaxpr.replace(eqns=first, outvars=others), flat.consts, arrays, lambda *_: None)
+    zero = jnp.zeros_like(images)
+    for inverse, value in zip(reversed(steps), reversed(values)):
+        zero = inverse(zero, value)
+    return zero.astype(images.dtype)

@@ -1,0 +1,45 @@
+"""`standard`: cross-entropy with the targets, and `adversarial`: the same where an attack leads."""
+
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from topgap_jax.build import check_number
+from topgap_jax.models import bind
+from topgap_jax.types import Attack, Objective
+
+
+def standard(*, label_smoothing: float = 0.0) -> Objective:
+    """Softmax cross-entropy with the batch's targets (b, k), optionally smoothed: (1 - s) t + s / k."""
+    check_number("label_smoothing", label_smoothing, 0, 1)
+
+    def objective(keys, model, variables, batch, step):
+        targets = batch["targets"]
+        out = model.apply(variables, batch["image"], train=True, keys=keys, targets=targets, step=step)
+        smooth = targets * (1 - label_smoothing) + label_smoothing / targets.shape[-1]
+        loss = optax.softmax_cross_entropy(out.logits, smooth)
+        return loss, {"accuracy": _right(out.logits, batch), **out.logs}, out.batch_stats
+
+    return objective
+
+
+def adversarial(attack: Attack, *, label_smoothing: float = 0.0) -> Objective:
+    """Standard training on the attack's last iterate (Madry et al. 2018, arXiv 1706.06083).
+
+    The attack sees the model in eval mode, with the pool as it is at this step.
+    """
+    inner = standard(label_smoothing=label_smoothing)
+
+    def objective(keys, model, variables, batch, step):
+        predict = bind(model, lax.stop_gradient(variables), step=step)
+        # The state's last iterate, not its first break: training wants the point of highest loss.
+        state = attack.init(keys, predict, batch["image"], batch["label"], predict(batch["image"]))
+        for _ in range(attack.steps):
+            state = attack.step(predict, state)
+        return inner(keys, model, variables, {**batch, "image": lax.stop_gradient(state.images + state.delta)}, step)
+
+    return objective
+
+
+def _right(logits, batch):
+    return (logits.argmax(-1) == batch["label"]).astype(jnp.float32)
