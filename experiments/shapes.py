@@ -10,12 +10,11 @@ already is not trained again, so the study can be stopped and continued. `--arms
 import argparse
 import json
 import os
-import resource
 import sys
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+from _study import cpu_seconds, paired
 
 from topgap_jax.run import setup
 from topgap_jax.run.cpu import configure_cpu
@@ -63,10 +62,6 @@ def short(evaluator: str) -> str:
     return evaluator.split("(")[0]
 
 
-def cpu_seconds() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_utime + resource.getrusage(resource.RUSAGE_SELF).ru_stime
-
-
 def compare(runs: dict) -> dict:
     """Per split and measure: mean and spread of each arm, and each arm minus gap, paired by seed."""
     table = {}
@@ -86,16 +81,6 @@ def compare(runs: dict) -> dict:
                 row[f"{arm} - gap"] = paired(values[arm], values["gap"])
             table.setdefault(split, {})[measure] = row
     return table
-
-
-def paired(a: list[float], b: list[float]) -> dict:
-    """Mean difference with its 95 % t interval and a verdict."""
-    difference = np.subtract(a, b)
-    n = len(difference)
-    half = float(stats.t.ppf(0.975, n - 1) * difference.std(ddof=1) / np.sqrt(n)) if n > 1 else float("inf")
-    mean = float(difference.mean())
-    verdict = "undecided" if abs(mean) <= half else ("higher" if mean > 0 else "lower")
-    return {"mean": mean, "low": mean - half, "high": mean + half, "verdict": verdict}
 
 
 def requirement(runs: dict) -> list[dict]:

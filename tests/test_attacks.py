@@ -16,6 +16,8 @@ from topgap_jax.mesh import data_mesh, split
 ROWS = [
     "fgsm(linf({}))",
     "fgsm(l2({}))",
+    "r_fgsm(linf({}))",
+    "r_fgsm(l2({}))",
     "pgd(linf({}), steps=4)",
     "pgd(l2({}), steps=4)",
     "pgd(linf({}), score=dlr, steps=4)",
@@ -57,7 +59,8 @@ def sizes(ball, delta):
 
 
 def test_every_row_and_ball_is_here():
-    assert {row.split("(")[0] for row in ROWS} == set(attacks.TABLE)
+    """What changes the map and keeps the label has laws of its own: test_attack_on_explanations.py."""
+    assert {row.split("(")[0] for row in ROWS} == set(attacks.TABLE) - {"topk_attack"}
     assert {row.split("(")[1] for row in ROWS} == set(balls.TABLE)
 
 
@@ -147,6 +150,26 @@ def test_pgd_equals_numpy():
         np.testing.assert_allclose(state.images + state.delta, points, atol=1e-6)
 
 
+@pytest.mark.parametrize("row", ["r_fgsm(linf({}))", "r_fgsm(l2({}))"])
+def test_r_fgsm_is_two_half_steps(row):
+    """A random one that keys decide, and one along the gradient there."""
+    attack, eps = make(row), EPS["linf" if "linf" in row else "l2"]
+    state = attack.init(KEYS, predict, IMAGES, LABELS, predict(IMAGES))
+    points = state.images + state.delta
+    inside = (np.asarray(IMAGES) > eps) & (np.asarray(IMAGES) < 1 - eps)  # elsewhere the box may cut
+    if "linf" in row:
+        np.testing.assert_allclose(np.abs(state.delta)[inside], eps / 2, atol=1e-6)
+        assert 0.3 < (np.asarray(state.delta)[inside] > 0).mean() < 0.7
+    gradient = jax.grad(lambda points: scores.cross_entropy(predict(points), LABELS).sum())(points)
+    if "linf" in row:
+        way = np.sign(gradient)
+    else:
+        way = gradient / np.sqrt((np.square(gradient)).sum((1, 2, 3), keepdims=True))
+    after = attack.step(predict, state)
+    expected = np.clip(points + eps / 2 * way, 0, 1) - IMAGES
+    np.testing.assert_allclose(after.delta, expected, atol=1e-6)
+
+
 def linear_model(images, keys=None):
     """attacks 15: z = (0, w . x + b), w = (3, -4, 12), b = -1; the label is 1."""
     score = images.reshape(images.shape[0], 3) @ jnp.array([3.0, -4, 12]) - 1
@@ -188,7 +211,7 @@ def test_worked_fgsm():
         ("l2", MIDDLE, 0.346, 0.35, {0.1: 3.2}),  # 15.1: 4.5/13 = .34615; a random start converges to the direction
     ],
 )
-@pytest.mark.parametrize("name", attacks.TABLE)
+@pytest.mark.parametrize("name", ["fgsm", "pgd"])  # half of r_fgsm's way is random
 def test_a_linear_model_is_robust_up_to_where_it_is(name, row, image, survives, breaks, worst):
     make = lambda eps: attacks.TABLE[name](balls.TABLE[row](eps))
     assert int(on_linear(make(survives), image).status[0]) == 0

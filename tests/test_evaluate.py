@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topgap_jax.attacks import fgsm, pgd
+from topgap_jax.attacks import fgsm, pgd, topk_attack
 from topgap_jax.balls import linf
 from topgap_jax.data import Source
 from topgap_jax.errors import UserError
-from topgap_jax.evaluators import accuracy, localisation, robust
+from topgap_jax.evaluators import accuracy, attributional_robustness, coverage, localisation, measures, robust
 from topgap_jax.explain import cam
 from topgap_jax.mesh import data_mesh
+from topgap_jax.metrics import deletion, gini
 from topgap_jax.rewrite import name
 from topgap_jax.run.evaluate import evaluate, evaluation_variables, measure_split
 from topgap_jax.run.robust import attack_split
@@ -286,6 +287,9 @@ def test_eight_devices_agree_with_one(data):
     chosen = {
         "accuracy()": accuracy(),
         "localisation(cam())": localisation(cam()),
+        "measures": measures(cam(), gini(), deletion(steps=3)),
+        "attributional": attributional_robustness(cam(), topk_attack(cam(), linf(EPS), steps=2, restarts=2, beta=None)),
+        "coverage": coverage("maps"),
         "robust": robust(pgd(linf(EPS), steps=2)),
     }
     one = evaluate(MODEL, VARIABLES, data, chosen, split="test", progress=False)

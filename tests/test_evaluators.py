@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from topgap_jax import evaluators
-from topgap_jax.attacks import fgsm, pgd
+from topgap_jax.attacks import attack as attacked
+from topgap_jax.attacks import fgsm, pgd, topk_attack
 from topgap_jax.balls import linf
 from topgap_jax.errors import UserError
-from topgap_jax.explain import cam
+from topgap_jax.explain import cam, gradient
+from topgap_jax.metrics import deletion, energy, extent, gini, iou_curve
 from topgap_jax.pool import top_gap
 from topgap_jax.rewrite import name
 from topgap_jax.types import Cost, Model, Output, Robustness
@@ -53,7 +55,12 @@ DATA["region"][3] = 0  # an image without an object
 
 MADE = {
     "accuracy": evaluators.accuracy(),
+    "attributional_robustness": evaluators.attributional_robustness(
+        gradient(), topk_attack(cam(), linf(0.1), steps=2, restarts=1)
+    ),
+    "coverage": evaluators.coverage("maps"),
     "localisation": evaluators.localisation(cam()),
+    "measures": evaluators.measures(cam(), gini(), energy(), deletion(steps=4), iou_curve((0.3, 0.5))),
     "receptive_field": evaluators.receptive_field(k=2),
     "regions": evaluators.regions(BANK),
 }
@@ -296,6 +303,118 @@ def test_empty_fields_are_counted():
     assert found["empty_fields"] == 4 and np.isfinite(flat(found)).all()
 
 
+# Measures of maps, one by one and of attacked images.
+
+
+def test_measures_by_hand():
+    """Image 0: 15 equal pixels of 64 in the object; image 1: one pixel outside it; the third image has no red at all."""
+    batch = red_square()
+    batch = {key: jnp.concatenate([value, value[:1]]) for key, value in batch.items()}
+    batch["image"] = batch["image"].at[2].set(0)
+    evaluator = evaluators.measures(cam(), gini(), extent(), energy(), deletion(steps=4))
+    found = evaluator.summary(rows_of(evaluator, batch, RED, {}))
+    assert found["gini"] == pytest.approx((49 / 64 + 63 / 64) / 2) and found["energy"] == 0.5
+    assert found["energy_lift"] == pytest.approx(0.5 * 64 / 15) and found["undefined"] == 1
+    assert found["area90"] == pytest.approx((14 / 64 + 1 / 64) / 2) and found["gini_low"] < found["gini"]
+    assert evaluator.cost == Cost(1 + 5, 0)
+    none = evaluator.summary(rows_of(evaluator, {key: value[2:] for key, value in batch.items()}, RED, {}))
+    assert np.isnan(none["gini"]) and none["undefined"] == 1 and np.isfinite(none["deletion"])
+
+
+def test_measures_of_the_predicted_class():
+    """Image 0 is predicted as 0 (red); with label 1 the map of the true class is the green channel, which is 0."""
+    batch = red_square() | {"label": jnp.ones(2, jnp.int32)}
+    true, predicted = (evaluators.measures(cam(), energy(), labels=word) for word in ("true", "predicted"))
+    assert true.summary(rows_of(true, batch, RED, {}))["undefined"] == 2
+    assert predicted.summary(rows_of(predicted, batch, RED, {}))["energy"] == 0.5
+    assert predicted.cost == Cost(2, 0)
+
+
+def test_attributional_robustness_by_hand():
+    """A stand-in for the attack moves the first image's map, leaves the second alone; the third is misclassified."""
+
+    def init(keys, predict, images, labels, logits):
+        state = topk_attack(cam(), linf(0.5), k=2).init(keys, predict, images, labels, logits)
+        return state._replace(delta=jnp.zeros_like(images).at[0, 0, 0, 0].set(0.5))
+
+    step = lambda predict, state: state._replace(best=state.images + state.delta)
+    attack = topk_attack(cam(), linf(0.5))._replace(init=init, step=step, steps=1)
+    image = np.zeros((3, 2, 2, 3), np.float32)
+    image[..., 0] = [[0.4, 0.3], [0.2, 0.1]]
+    batch = {"image": jnp.asarray(image), "label": jnp.array([0, 0, 1]), "id": jnp.arange(3), "mask": jnp.ones(3, bool)}
+    evaluator = evaluators.attributional_robustness(cam(), attack)
+    # .4 becomes .9: the order stays.
+    found = evaluator.summary(rows_of(evaluator, batch, RED, {}))
+    assert found["attacked"] == 2 and found["success_rate"] == 0.5 and found["chance"] == 0.5
+    assert found["topk_intersection"] == 1 and found["kendall_tau_b"] == pytest.approx(1)
+    a, b = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.9, 0.3, 0.2, 0.1])
+    cosine = a @ b / np.sqrt((a @ a) * (b @ b))
+    assert found["cosine_where_moved"] == pytest.approx(cosine, abs=1e-6)
+    assert found["cosine"] == pytest.approx((1 + cosine) / 2, abs=1e-6)
+    # .1 becomes .6: the lowest is the highest now, three of six pairs change their order.
+    moved = attack._replace(init=lambda *a: init(*a)._replace(delta=jnp.zeros_like(a[2]).at[0, 1, 1, 0].set(0.5)))
+    evaluator = evaluators.attributional_robustness(cam(), moved)
+    found = evaluator.summary(rows_of(evaluator, batch, RED, {}))
+    assert found["topk_intersection"] == 0.75 and found["topk_intersection_where_moved"] == 0.5
+    assert found["kendall_tau_b"] == pytest.approx(0.5) and found["kendall_tau_b_where_moved"] == pytest.approx(0)
+    nothing = evaluator.summary(
+        rows_of(evaluator, {key: value[2:] for key, value in batch.items()} | {"label": jnp.array([1])}, RED, {})
+    )
+    assert nothing["attacked"] == 0 and np.isnan(nothing["topk_intersection"]) and nothing["success_rate"] == 0
+
+
+def test_attributional_robustness_is_that_of_its_attack():
+    """The loop inside one program keeps what the steps called one by one keep."""
+    attack, batch = topk_attack(cam(), linf(0.1), k=2, steps=3, step_size=0.05, restarts=2), batch_of(np.arange(N))
+    predict = lambda images, keys=None: apply(VARIABLES, images).logits
+    batch["label"] = jnp.argmax(predict(batch["image"]), -1).astype(jnp.int32)
+    evaluator = evaluators.attributional_robustness(cam(), attack)
+    state = attacked(attack, keys_of(batch), predict, batch["image"], batch["label"])
+    assert (np.asarray(state.overlap) < 2).any()
+    found = evaluator.summary(rows_of(evaluator, batch))
+    assert found["topk_intersection"] == pytest.approx(float(state.overlap.mean() / 2))
+    assert found["chance"] == pytest.approx(2 / 16) and found["attacked"] == N
+
+
+# Neuron coverage.
+
+
+def test_coverage_has_the_worked_values():
+    """sgdrop 12, T12: a layer (1, 2, 3) and two images; a constant layer covers nothing."""
+    layer = jnp.array([[[[0, 4, 2], [0, 0, 2]]], [[[0, 1, 0], [2, 1, 0]]], [[[7, 7, 7], [7, 7, 7]]]], jnp.float32)
+    model = Model(None, lambda variables, images, **_: Output(name(images, "layer").mean((1, 2)), {}, {}))
+    batch = {
+        "image": layer,
+        "label": jnp.zeros(3, jnp.int32),
+        "id": jnp.arange(3),
+        "mask": jnp.array([True, True, False]),
+    }
+    evaluator = evaluators.coverage("layer")
+    found = evaluator.summary(rows_of(evaluator, batch, model, {}))
+    assert found["neurons"] == 3 and found["neuron_coverage"] == 1 and found["image_coverage"] == pytest.approx(2 / 3)
+    assert found["neuron_coverage_curve"] == {"x": [0, 0.25, 0.5, 0.75], "y": [1, 1, 0, 0]}
+    assert found["image_coverage_curve"]["y"] == pytest.approx([2 / 3, 2 / 3, 0, 0])
+    constant = {key: value[2:] for key, value in batch.items()} | {"mask": jnp.ones(1, bool)}
+    assert evaluator.summary(rows_of(evaluator, constant, model, {}))["neuron_coverage"] == 0
+
+
+def test_coverage_of_several_layers():
+    """Neurons of all layers together, dense ones by their units (baselines 13.20: .625 and .5 of the channels)."""
+    value = jnp.array([[[[0.0, 4], [2, 0]], [[1, 0], [1, -4]]]])
+    model = Model(None, lambda v, images, **_: Output(name(name(images, "first").mean((1, 2)), "logits"), {}, {}))
+    batch = {"image": value, "label": jnp.zeros(1, jnp.int32), "id": jnp.arange(1), "mask": jnp.ones(1, bool)}
+    found = [
+        e.summary(rows_of(e, batch, model, {}))
+        for e in (
+            *(evaluators.coverage("first", threshold=t) for t in (0.49, 0.5, 0.65)),
+            evaluators.coverage("first", "logits"),
+        )
+    ]
+    assert [each["image_coverage"] for each in found[:3]] == [1, 0.5, 0]
+    # The logits are 1 and 0, scaled to themselves.
+    assert found[3]["neurons"] == 4 and found[3]["neuron_coverage_curve"]["y"] == [0.75, 0.75, 0.5, 0.25]
+
+
 # Robustness and mistakes.
 
 
@@ -309,6 +428,15 @@ def test_robust_is_plain_data():
     "make, text",
     [
         (lambda: evaluators.robust(), "robust: give one or more attacks, such as robust(pgd(linf(8/255)))"),
+        (lambda: evaluators.robust(topk_attack(cam(), linf(0.1))), "robust: 'top-k-50 x 3, linf(0.1)' keeps the label; give it to attributional_robustness(explain, attack)"),
+        (lambda: evaluators.attributional_robustness(cam(), fgsm(linf(0.1))), "attributional_robustness: give an attack on maps, such as topk_attack(gradient(), linf(8/255)), got 'fgsm, linf(0.1)'"),
+        (lambda: evaluators.attributional_robustness(3, topk_attack(cam(), linf(0.1))), "attributional_robustness: give an explanation such as gradient(), got 3"),
+        (lambda: evaluators.measures(gini()), "measures: give one or more metrics after the explanation, such as measures(cam(), gini())"),
+        (lambda: evaluators.measures(3, gini()), "measures: give an explanation such as cam(), got 3"),
+        (lambda: evaluators.measures(cam(), gini(), labels="all"), "measures: labels must be 'true' or 'predicted', got 'all'"),
+        (lambda: evaluators.coverage(), "coverage: name one or more layers, such as coverage('stage3', 'stage4'); `topgap layers` lists them"),
+        (lambda: evaluators.coverage(0.5), "coverage: a layer is named by a text such as 'stage3', got 0.5"),
+        (lambda: evaluators.coverage("maps", threshold=2), "threshold must be a number in [0, 1], got 2"),
         (lambda: evaluators.robust(3), "expected attacks like pgd(linf(8/255)), got 3"),
         (lambda: evaluators.localisation(0.5), "localisation: give an explanation such as cam(), got 0.5"),
         (lambda: evaluators.localisation(cam(), labels="all"), "localisation: labels must be 'true' or 'predicted', got 'all'"),

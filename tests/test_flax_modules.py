@@ -122,6 +122,25 @@ def test_dropout_is_reproducible_from_the_keys(kind, parts):
     np.testing.assert_array_equal(evaluate(variables, KEYS), evaluate(variables, OTHER))
 
 
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_training_mode_without_keys_has_no_dropout(kind, parts):
+    """But the batch's statistics: the logits that keys of which nothing is dropped would give."""
+    model = models.linen(Normalised()) if kind == "linen" else parts[1]
+    variables = model.init(jax.random.key(0), IMAGES)
+    logits = models.bind(model, variables, train=True)(IMAGES)
+    np.testing.assert_array_equal(models.bind(model, variables, train=True)(IMAGES), logits)
+    if kind == "linen":
+        pooled = np.asarray(IMAGES.mean((1, 2)))
+        np.testing.assert_allclose(
+            logits, (pooled - pooled.mean(0)) / np.sqrt(pooled.var(0) + 1e-5), rtol=1e-4, atol=1e-4
+        )
+    else:
+        _, given = read(models.bind(model, variables, train=True), "dropout")(IMAGES)
+        _, normed = read(models.bind(model, variables, train=True), "norm")(IMAGES)
+        np.testing.assert_allclose(given, normed.mean((1, 2)), atol=1e-6)
+    assert np.abs(logits - models.bind(model, variables)(IMAGES)).max() > 1e-3
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_linen_batch_statistics(train):
     model = models.linen(Normalised())

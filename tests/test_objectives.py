@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from topgap_jax import attacks, balls, models, pool
+from topgap_jax import attacks, balls, models, penalties, pool
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import data_mesh, replicated, split
@@ -31,16 +31,17 @@ PGD = attacks.pgd(balls.linf(0.03), steps=2)
 
 class Small(nn.Module):
     pool: object
+    dtype: object = jnp.float32
 
     @nn.compact
     def __call__(self, x, train: bool = False, step=None):
-        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(8, (3, 3))(x))
+        x = nn.BatchNorm(use_running_average=not train, dtype=self.dtype)(nn.Conv(8, (3, 3), dtype=self.dtype)(x))
         return self.pool(name(nn.Conv(CLASSES, (1, 1))(nn.relu(x)), "maps"), step)
 
 
-def small(pooling):
+def small(pooling, dtype=jnp.float32):
     """A model and variables from NumPy."""
-    model = models.linen(Small(pooling))
+    model = models.linen(Small(pooling, dtype))
     shapes = jax.eval_shape(model.init, jax.random.key(0), BATCH["image"])
     random = np.random.default_rng(1)
     fill = lambda path, x: (
@@ -55,7 +56,8 @@ MODEL, VARIABLES = small(pool.top_gap(k=5))
 
 
 def make(row):
-    return build(row, {**objectives.TABLE, **attacks.TABLE, **balls.TABLE})
+    table = {**objectives.TABLE, **attacks.TABLE, **balls.TABLE, **penalties.TABLE}
+    return build(row, table, {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)})
 
 
 def test_every_row_is_here():
@@ -119,34 +121,58 @@ def test_the_attack_sees_the_pool_of_this_step():
         np.testing.assert_allclose(loss(annealed), loss(small(fixed)[0]), atol=1e-5)
 
 
-LOWERS = ["standard()", "standard(label_smoothing=.1)", "adversarial(pgd(linf(.01), steps=2))"]
+LOWERS = [
+    "standard()",
+    "standard(label_smoothing=.1)",
+    "adversarial(pgd(linf(.01), steps=2))",
+    "adversarial(r_fgsm(linf(.01)))",
+    "norm_regularised(l1_norm(.01))",
+    "norm_regularised(elastic(.01, .02), solver='iterative', steps=2)",
+    "norm_regularised(group_norm(.05, 3))",
+    "art(mean=mean, std=std)",
+]
+POOLS = {"gap": pool.gap(), "top_gap": pool.top_gap(k=5)}
+# Any two of pool, type and number of devices meet.
+SETTINGS = [("gap", "float32", 1), ("top_gap", "float32", 8), ("gap", "bfloat16", 8), ("top_gap", "bfloat16", 1)]
 
 
-@pytest.mark.parametrize("pooling", [pool.gap(), pool.top_gap(k=5)], ids=["gap", "top_gap"])
+@pytest.mark.parametrize("pooling, dtype, devices", SETTINGS)
 @pytest.mark.parametrize("row", LOWERS)
-def test_the_loss_falls(row, pooling):
+def test_the_loss_falls(row, pooling, dtype, devices):
     """By 10 % in 20 steps on a fixed batch."""
-    objective, (model, variables) = make(row), small(pooling)
-    optimizer = optax.adam(0.02)
+    objective, (model, variables) = make(row), small(POOLS[pooling], jnp.dtype(dtype))
+    optimizer, mesh = optax.adam(0.02), data_mesh(jax.devices()[:devices])
+    whole, rows = replicated(mesh), split(mesh)
 
-    @jax.jit
-    def step(variables, state):
+    def step(variables, state, batch, keys):
         def mean(params):
-            loss, _, stats = objective(KEYS, model, {**variables, "params": params}, BATCH, 0)
-            return loss.mean(), stats
+            loss, metrics, stats = objective(keys, model, {**variables, "params": params}, batch, 0)
+            return loss.mean(), (metrics, stats)
 
-        (loss, stats), gradient = jax.value_and_grad(mean, has_aux=True)(variables["params"])
+        (loss, (metrics, stats)), gradient = jax.value_and_grad(mean, has_aux=True)(variables["params"])
         updates, state = optimizer.update(gradient, state)
-        return {"params": optax.apply_updates(variables["params"], updates), "batch_stats": stats}, state, loss
+        new = {"params": optax.apply_updates(variables["params"], updates), "batch_stats": stats}
+        return new, state, loss, metrics
 
+    step = jax.jit(step, in_shardings=(whole, whole, rows, rows), out_shardings=whole)
     state, losses = optimizer.init(variables["params"]), []
     for _ in range(20):
-        variables, state, loss = step(variables, state)
+        variables, state, loss, metrics = step(variables, state, BATCH, KEYS)
         losses.append(float(loss))
     assert losses[-1] < 0.9 * losses[0]
+    assert all(values.shape == (B,) and np.isfinite(values).all() for values in metrics.values())
+    assert len(loss.sharding.device_set) == devices
 
 
-@pytest.mark.parametrize("row", ["standard()", "adversarial(pgd(linf(.01), steps=2))"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        "standard()",
+        "adversarial(pgd(linf(.01), steps=2))",
+        "norm_regularised(elastic(.01, .02))",
+        "art(mean=mean, std=std, steps=1)",
+    ],
+)
 def test_eight_devices_agree_with_one(row):
     objective, mesh = make(row), data_mesh()
 

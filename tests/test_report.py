@@ -14,7 +14,7 @@ from topgap_jax.errors import UserError
 from topgap_jax.report import compare, demo_table, report, sheet, table
 from topgap_jax.report import page as page_module
 from topgap_jax.report.figures import Series, line_chart, thin
-from topgap_jax.report.read import Measure, beside, comparison, headline, labels, measures, number, read_runs
+from topgap_jax.report.read import Measure, beside, comparison, headline, labels, measures, number, read_runs, with_gaps
 
 EVIL = "<script>alert(1)</script>"
 ROBUST = "robust(pgd(linf(eps), steps=20))"
@@ -93,6 +93,23 @@ def make_run(
                   maps={"cam()": maps[:, ::4, ::4], "grad_cam()": maps}, boxes=np.array([[0.2, 0.3, 0.7, 0.8]] * 3),
                   regions=((y - 0.5) ** 2 + (x - 0.5) ** 2 < 0.05)[None].repeat(3, 0), title=f"{name}: {pool}")  # fmt: skip
     return folder
+
+
+def test_the_generalisation_gap_stands_beside_accuracy_on_other_images(tmp_path):
+    """Accuracy on a part of the training split minus that of the row; nothing where no such part was evaluated."""
+    row = lambda split, accuracy, name="accuracy()": {
+        "split": split,
+        "evaluator": name,
+        "values": {"accuracy": accuracy},
+    }
+    rows = [row("test", 0.75), row("train[:100]", 1.0), row("train[900:]", 0.5), row("test", 0.1, "other()")]
+    gaps = lambda rows, train: [found["values"].get("generalisation_gap") for found in with_gaps(rows, train)]
+    assert gaps(rows, "train[:900]") == [0.25, None, 0.5, None]
+    assert gaps(rows, "train") == [0.25, None, None, None]
+    assert gaps(rows, "other") == gaps(rows, "") == [None] * 4 and gaps(rows[:1], "train") == [None]
+    folder = make_run(tmp_path / "run", evaluated=False, sheets=False)
+    (folder / "evaluation.json").write_text(json.dumps({"rows": rows, "weights": "", "data": ""}))
+    assert "generalisation_gap" in compare([folder])
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,203 @@
+"""The top-k attack on explanations: its laws, the quadratic whose first step is known, and what it needs to work at all."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from topgap_jax import attacks, balls, explain, pool
+from topgap_jax.attacks.explanation import _mass
+from topgap_jax.build import build
+from topgap_jax.errors import UserError
+from topgap_jax.metrics.ranks import topk_intersection
+from topgap_jax.rewrite import canonical_convs, name
+from topgap_jax.types import Cost
+
+B, CLASSES, EPS, K = 6, 3, 0.05, 6
+random = np.random.default_rng(0)
+IMAGES = jnp.asarray(random.uniform(size=(B, 8, 8, 3)), jnp.float32)
+KEYS = jax.random.split(jax.random.key(0), B)
+draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+FIRST, SECOND, LAST = draw(3, 3, 3, 6) / 3, draw(3, 3, 6, 8) / 5, draw(8, CLASSES)
+
+
+def predict(images, keys=None):
+    """Two convolutions with ReLU, class maps of 4x4, their mean."""
+    convolve = lambda x, kernel, stride: lax.conv_general_dilated(
+        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    features = jax.nn.relu(convolve(jax.nn.relu(convolve(images - 0.5, FIRST, 1)), SECOND, 2))
+    return pool.gap()(name(features @ LAST, "maps"))
+
+
+# The last image is misclassified from the start.
+LABELS = jnp.argmax(predict(IMAGES), -1).at[-1].add(1) % CLASSES
+ROWS = ["gradient()", "cam()", "grad_cam()"]
+
+
+def make(row, eps=EPS, **options):
+    options = {"k": K, "steps": 4, "step_size": eps / 3, "restarts": 2} | options
+    return attacks.topk_attack(build(row, explain.TABLE), balls.linf(eps), **options)
+
+
+def run(attack, keys=KEYS, images=IMAGES, labels=LABELS):
+    """The attack as a loop, which compiles one step."""
+    state = attack.init(keys, predict, images, labels, predict(images))
+    step = canonical_convs(lambda state: attack.step(predict, state))
+    return lax.fori_loop(0, attack.steps, lambda _, state: step(state), state)
+
+
+@functools.cache
+def compiled(row):
+    return jax.jit(lambda keys, images, labels: run(make(row), keys, images, labels))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_laws(row):
+    """Inside ball and box, label kept, what is kept is what was measured, wrong images untouched."""
+    state = compiled(row)(KEYS, IMAGES, LABELS)
+    delta = np.asarray(state.best - IMAGES)
+    for change in (delta, np.asarray(state.delta)):
+        assert np.abs(change).max() <= EPS + 1e-6 and (change[-1] == 0).all()
+    assert float(state.best.min()) >= 0 and float(state.best.max()) <= 1
+    np.testing.assert_array_equal(jnp.argmax(predict(state.best), -1)[:-1], LABELS[:-1])
+    np.testing.assert_array_equal(state.attacked, [True] * (B - 1) + [False])
+    clean, changed = (build(row, explain.TABLE)(KEYS, predict, x, LABELS) for x in (IMAGES, state.best))
+    np.testing.assert_allclose(topk_intersection(clean, changed, K), state.overlap / K, atol=1e-6)
+    np.testing.assert_array_equal(state.overlap < K, np.abs(delta).max((1, 2, 3)) > 0)
+    assert (np.asarray(state.overlap[:-1]) < K).any() and (np.asarray(state.steps) == 8).all()
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_neighbours_and_keys(row):
+    state = compiled(row)(KEYS, IMAGES, LABELS)
+    noise = jnp.asarray(random.uniform(size=IMAGES.shape), jnp.float32).at[0].set(IMAGES[0])
+    other = compiled(row)(KEYS[::-1].at[0].set(KEYS[0]), noise, LABELS[::-1].at[0].set(LABELS[0]))
+    again = compiled(row)(KEYS, IMAGES, LABELS)
+    for field in ("delta", "best", "overlap", "mass"):
+        np.testing.assert_array_equal(getattr(again, field), getattr(state, field))
+        np.testing.assert_array_equal(getattr(other, field)[0], getattr(state, field)[0])
+    moved = compiled(row)(jax.random.split(jax.random.key(9), B), IMAGES, LABELS)
+    assert (np.asarray(moved.delta[:-1]) != np.asarray(state.delta[:-1])).any((1, 2, 3)).all()
+
+
+def test_eps_zero_changes_nothing():
+    state = jax.jit(lambda: run(make("gradient()", eps=0.0)))()
+    np.testing.assert_array_equal(state.best, IMAGES)
+    assert not np.asarray(state.delta).any() and (np.asarray(state.overlap) == K).all()
+
+
+def test_unrolled_equals_the_loop_and_types_stay():
+    """`attacks.attack` calls the steps one by one; no leaf of the state changes its type, or a loop could not carry it."""
+    attack = make("cam()", steps=2, restarts=1)
+    unrolled = jax.jit(lambda: attacks.attack(attack, KEYS, predict, IMAGES, LABELS))()
+    loop = jax.jit(lambda: run(attack))()
+    np.testing.assert_allclose(unrolled.delta, loop.delta, atol=1e-6)
+    np.testing.assert_array_equal(unrolled.overlap, loop.overlap)
+    first = attack.init(KEYS, predict, IMAGES, LABELS, predict(IMAGES))
+    assert all(leaf.shape[0] == B for leaf in jax.tree.leaves(first))
+    assert list(map(jax.typeof, jax.tree.leaves(first))) == list(map(jax.typeof, jax.tree.leaves(unrolled)))
+
+
+def test_it_beats_random_points_and_more_restarts_are_no_worse():
+    """With step_size=0 it is the control. The first restart does not depend on how many follow."""
+    one, two = (jax.jit(lambda n=n: run(make("gradient()", steps=8, restarts=n)))() for n in (1, 2))
+    control = jax.jit(lambda: run(make("gradient()", steps=1, restarts=16, step_size=0.0)))()
+    assert (two.overlap <= one.overlap).all()
+    assert np.asarray(two.overlap[:-1]).mean() < np.asarray(control.overlap[:-1]).mean() < K
+    # On average the mass on the top positions falls with every step of the twin's gradient.
+    assert (np.asarray(two.mass[:-1]) < np.asarray(control.mass[:-1])).mean() > 0.5
+
+
+def test_a_relu_network_gives_a_gradient_map_no_direction():
+    """Without the softplus twin the map is constant in pieces: nothing moves away from the random starts."""
+    attack = make("gradient()", steps=3, restarts=1, beta=None)
+    state = jax.jit(lambda: run(attack))()
+    still = jax.jit(lambda: run(make("gradient()", steps=3, restarts=1, step_size=0.0)))()
+    np.testing.assert_array_equal(state.delta, still.delta)
+    twin = jax.jit(lambda: run(make("gradient()", steps=3, restarts=1)))()
+    assert (np.asarray(twin.delta) != np.asarray(still.delta)).any((1, 2, 3))[:-1].all()
+
+
+def test_worked_step():
+    """art 15, T11: f = x Q x / 2, k = 1; one step of .02 from the clean point."""
+    q = jnp.array([[2.0, 0, 1], [0, 1, 0], [1, 0, 3]])
+
+    def quadratic(images, keys=None):
+        x = images.reshape(-1, 3)
+        f = 0.5 * jnp.einsum("bi,ij,bj->b", x, q, x)
+        return jnp.stack([f, f - 1], -1)
+
+    images, labels = jnp.array([0.5, 0.3, 0.2]).reshape(1, 1, 3, 1), jnp.zeros(1, jnp.int32)
+    ball = balls.linf(0.1)._replace(start=lambda key, image: jnp.zeros_like(image))
+    map_of = explain.gradient(reduce="abs_sum")
+    normalised = lambda maps: 3 * maps / maps.sum()
+    np.testing.assert_allclose(
+        normalised(map_of(KEYS[:1], quadratic, images, labels)).ravel(), [1.38461538, 0.34615385, 1.26923077], rtol=1e-6
+    )
+    top = jnp.array([[[True, False, False]]])
+    slope = jax.grad(lambda x: _mass(map_of(KEYS[:1], quadratic, x, labels), top).sum())(images)
+    np.testing.assert_allclose(slope.ravel(), [0.71005917, -0.53254438, -0.97633136], rtol=1e-5)
+    attack = attacks.topk_attack(map_of, ball, k=1, steps=1, step_size=0.02, restarts=1, beta=None)
+    after = jax.jit(lambda attack: attacks.attack(attack, KEYS[:1], quadratic, images, labels), static_argnums=0)
+    state = after(attack)
+    np.testing.assert_array_equal(state.top, top)
+    np.testing.assert_allclose((state.images + state.delta).ravel(), [0.48, 0.32, 0.22], atol=1e-6)
+    changed = normalised(map_of(KEYS[:1], quadratic, state.images + state.delta, labels)).ravel()
+    np.testing.assert_allclose(changed, [1.34090909, 0.36363636, 1.29545455], rtol=1e-6)
+    # The first is still the highest, so the clean image is kept; after the second step it is the third.
+    assert int(state.overlap[0]) == 1 and (state.best == images).all()
+    further = attacks.topk_attack(map_of, ball, k=1, steps=4, step_size=0.02, restarts=1, beta=None)
+    assert int(after(further).overlap[0]) == 0
+
+
+def test_normalisation_has_the_worked_value():
+    """art 15, T10: sum over colours of |gradient| = [[4, 2], [2, 4]] becomes [[4/3, 2/3], [2/3, 4/3]], sum 4."""
+    maps = jnp.array([[[4.0, 2], [2, 4]]])
+    places = [jnp.zeros((1, 2, 2), bool).at[0, i, j].set(True) for i in (0, 1) for j in (0, 1)]
+    np.testing.assert_allclose([float(_mass(maps, top)[0]) for top in places], [4 / 3, 2 / 3, 2 / 3, 4 / 3], rtol=1e-6)
+
+
+def test_an_iterate_that_changes_the_label_is_not_kept():
+    """A model that calls every image with any change another class: nothing is admissible."""
+    fragile = lambda images, keys=None: (
+        predict(images) - 1e4 * jax.nn.one_hot(LABELS, CLASSES) * (images != IMAGES).any((1, 2, 3))[:, None]
+    )
+    attack = make("cam()", steps=2, restarts=1)
+    state = jax.jit(lambda: attacks.attack(attack, KEYS, fragile, IMAGES, LABELS))()
+    np.testing.assert_array_equal(state.best, IMAGES)
+    assert (np.asarray(state.overlap) == K).all() and np.asarray(state.delta)[:-1].any((1, 2, 3)).all()
+
+
+def test_the_default_k():
+    """100 positions, above 64x64 1000, and at most a tenth."""
+    for shape, k in {(32, 32): 100, (64, 64): 100, (227, 227): 1000, (8, 8): 7, (1, 1): 1}.items():
+        stand_in = lambda keys, predict, images, labels: images[..., 0]
+        attack = attacks.topk_attack(stand_in, balls.linf(0.1))
+        images = jnp.zeros((1, *shape, 3))
+        state = jax.jit(lambda: attack.init(KEYS[:1], predict, images, LABELS[:1], jnp.zeros((1, 2))))()
+        assert state.top.shape == (1, *shape) and int(state.top.sum()) == k
+    assert attack.steps == 150 and attack.cost == Cost(2, 1)
+    assert attacks.topk_attack(explain.gradient(), balls.linf(0.1)).cost == Cost(1, 3)
+
+
+@pytest.mark.parametrize(
+    "make, text",
+    [
+        (lambda: attacks.topk_attack(3, balls.linf(0.1)), "topk_attack: give an explanation such as gradient(), got 3"),
+        (lambda: make("cam()", k=0), "k must be a whole number of at least 1, got 0"),
+        (lambda: make("cam()", restarts=0), "restarts must be a whole number of at least 1, got 0"),
+        (lambda: make("cam()", beta=0), "beta must be a number of at least 1e-06, got 0"),
+        (
+            lambda: attacks.attack(make("cam()", k=17), KEYS, predict, IMAGES, LABELS),
+            "topk_attack: k=17 is more than the 16 positions of the map; give k <= 16",
+        ),
+    ],
+)
+def test_mistakes(make, text):
+    with pytest.raises(UserError) as error:
+        make()
+    assert str(error.value) == text
