@@ -44,6 +44,10 @@ PAIRS = [
         Arm(f"with_drop({RESNET}, 'stage3', sgdrop(teacher=True))", ema=0.999),
         1.5,
     ),
+    Pair("norm-regularised, fast", Arm(RESNET), Arm(RESNET, "norm_regularised(l1_norm(8/255))"), 1.9),
+    Pair("PGD-1", Arm(RESNET), Arm(RESNET, "adversarial(pgd(linf(8/255), steps=1))"), 0.8 * 1 + 1.3),
+    Pair("PGD-7", Arm(RESNET), Arm(RESNET, "adversarial(pgd(linf(8/255), steps=7))"), 0.8 * 7 + 1.3),
+    Pair("ART, 3 inner steps", Arm(RESNET), Arm(RESNET, "art(mean=mean, std=std)"), 18.0),
 ]
 
 

@@ -4,7 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from tests.test_objectives import BATCH, CLASSES, KEYS, TARGETS, VARIABLES, B, Small
 from topgap_jax import balls, models, pool
@@ -167,6 +169,20 @@ def test_worked_two_layers():
     np.testing.assert_allclose(raised(relu), by_anchor, atol=1e-6)
 
 
+def test_remat_keeps_less():
+    """Of what a second differentiation needs; that it changes no gradient is tested below."""
+
+    def kept(remat):
+        def gradients(params):
+            predict = softened(bind(MODEL, {**VARIABLES, "params": params}, train=True), 50.0)
+            return class_gradients(predict, BATCH["image"], BATCH["label"], jnp.ones(B), remat=remat)
+
+        _, backward = jax.vjp(jax.jit(gradients), VARIABLES["params"])
+        return sum(leaf.size for leaf in jax.tree.leaves(backward))
+
+    assert kept(True) < 0.7 * kept(False)
+
+
 def test_zero_gradients_are_finite():
     """A network that answers the same to every image: cosine 0, distance 1, loss log 2, and finite derivatives."""
     zero = jax.tree.map(jnp.zeros_like, VARIABLES["params"])
@@ -256,6 +272,32 @@ def test_the_loss_and_its_gradient(options):
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 0.01
 
 
+def test_training_aligns():
+    """40 steps on a fixed batch of noise: with the triplet loss, p ends nearer to the image than n by more than without it."""
+
+    def train(weight):
+        objective, optimizer = art(mean=MEAN, std=STD, weight=weight), optax.adam(0.02)
+
+        @jax.jit
+        def step(variables, state):
+            def mean(params):
+                loss, metrics, stats = objective(KEYS, MODEL, {**variables, "params": params}, BATCH, 0)
+                return loss.mean(), (metrics, stats)
+
+            gradient, (metrics, stats) = jax.grad(mean, has_aux=True)(variables["params"])
+            updates, state = optimizer.update(gradient, state)
+            return {"params": optax.apply_updates(variables["params"], updates), "batch_stats": stats}, state, metrics
+
+        variables, state = VARIABLES, optimizer.init(VARIABLES["params"])
+        for _ in range(40):
+            variables, state, metrics = step(variables, state)
+        return {name: float(values.mean()) for name, values in metrics.items()}
+
+    without, with_ = train(0), train(2)
+    assert with_["alignment"] < without["alignment"] - 0.01
+    assert with_["cos_pos"] - with_["cos_neg"] > without["cos_pos"] - without["cos_neg"] + 0.02
+
+
 def test_jit_equals_eager_and_k_is_the_share(run):
     loss, metrics, attacked = art(mean=MEAN, std=STD, k=35)(KEYS, SPY, VARIABLES, BATCH, 0)
     np.testing.assert_allclose(loss, run()[0], atol=1e-4)
@@ -289,24 +331,41 @@ def test_bfloat16_computes_only_the_cross_entropy():
     assert 1e-4 < np.abs(rounded["cross_entropy"] - metrics["cross_entropy"]).max() < 0.1
 
 
-def test_dropout_is_in_the_cross_entropy_only():
-    """The attack and the alignment need no keys of the model's; without its dropout the parts are what they were."""
+class Dropped(nn.Module):
+    rate: float
 
-    class Dropped(nn.Module):
-        rate: float
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(8, (3, 3))(x))
+        return nn.Dense(CLASSES)(nn.Dropout(self.rate, deterministic=not train)(nn.relu(x).mean((1, 2))))
 
-        @nn.compact
-        def __call__(self, x, train: bool = False):
-            x = nn.Dropout(self.rate, deterministic=not train)(nn.relu(nn.Conv(8, (3, 3))(x)).mean((1, 2)))
-            return nn.Dense(CLASSES)(x)
 
-    with_, without = models.linen(Dropped(0.5)), models.linen(Dropped(0.0))
-    variables = with_.init(jax.random.key(0), BATCH["image"])
+class NNXDropped(nnx.Module):
+    def __init__(self, rate):
+        rngs = nnx.Rngs(0)
+        self.conv, self.norm = nnx.Conv(3, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+        self.dropout, self.dense = nnx.Dropout(rate, rngs=rngs), nnx.Linear(8, CLASSES, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dense(self.dropout(nnx.relu(self.norm(self.conv(x))).mean((1, 2))))
+
+
+@pytest.mark.parametrize("make", [lambda rate: models.linen(Dropped(rate)), lambda rate: models.nnx(NNXDropped(rate))])
+def test_dropout_is_in_the_cross_entropy_only(make):
+    """On modules that nobody wrote for this: attack and alignment are those of the module without dropout."""
+    dropped, whole = make(0.5), make(0.0)
+    variables = dropped.init(jax.random.key(0), BATCH["image"])
     step = lambda model: jax.jit(lambda v: art(mean=MEAN, std=STD, steps=1)(KEYS, spied(model), v, BATCH, 0))(variables)
-    (_, metrics, attacked), (_, plain, same) = step(with_), step(without)
+    (_, metrics, attacked), (_, plain, same) = step(dropped), step(whole)
     np.testing.assert_array_equal(attacked, same)
     np.testing.assert_allclose(metrics["alignment"], plain["alignment"], atol=1e-6)
     assert np.abs(metrics["cross_entropy"] - plain["cross_entropy"]).max() > 0.01
+
+
+def test_the_twin_leaves_top_gap_alone():
+    """Its arithmetic on counts is no ReLU."""
+    with pytest.raises(UserError, match="the function has no functions named relu"):
+        softened(pool.top_gap(k=5), 50.0)(BATCH["image"])
 
 
 def test_padded_rows_pull_at_nothing(run):

@@ -139,6 +139,28 @@ def test_rate_0_is_plain_training(foreign, row):
     assert not found.logs["drop_rate"].any()
 
 
+def test_the_count_is_exact_in_a_compiled_step():
+    """XLA computes these scores twice, for the threshold and for the comparison, with other last bits."""
+
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(16, (3, 3), strides=2)(x)))
+            return nn.Dense(CLASSES)(name(x, "features")).mean((1, 2))
+
+    model, images, keys = models.linen(Normed()), jax.random.uniform(KEYS[0], (64, 12, 12, 3)), jnp.tile(KEYS, 8)
+    variables, targets = jax.jit(model.init)(jax.random.key(1), images), jnp.tile(TARGETS, (8, 1))
+    for rate, count in {0.0: 0, 0.1: 58}.items():
+        dropping = with_drop(model, "features", drops.sgdrop(rate=rate))
+
+        def loss(params, images, dropping=dropping):
+            out = dropping.apply({**variables, "params": params}, images, train=True, keys=keys, targets=targets)
+            return optax.softmax_cross_entropy(out.logits, targets).mean(), out.logs["drop_rate"]
+
+        found = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"], images)[0][1]
+        np.testing.assert_allclose(found * 6 * 6 * 16, count, atol=1e-3)
+
+
 def test_the_rate_follows_the_step(foreign):
     model, layer, _, variables = foreign
     dropping = with_drop(model, layer, drops.sgdrop(rate=optax.linear_schedule(0.0, 0.2, 10)))
@@ -352,7 +374,7 @@ def test_the_average_of_the_weights():
 def test_a_config_says_it():
     """With the model of a config file, its numbers, and a class of its own."""
     config = configs.load(Path(__file__).parent.parent / "configs" / "sgdrop.py", [("rate", ".25")]).config
-    model = configs.choice(config, "model", {}, pool=pool.gap(), classes=3)
+    model = configs.choice(config, "model", {}, pool=pool.gap(), classes=3, total_steps=10)
     variables = drawn_like(model)
     out = jax.jit(lambda v: model.apply(v, jnp.ones((2, 32, 32, 3)), train=True, keys=KEYS[:2], targets=jnp.eye(3)[:2]))(variables)  # fmt: skip
     assert isinstance(out, Output) and out.logs["drop_rate"].max() <= 0.25

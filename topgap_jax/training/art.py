@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
 
 from topgap_jax import rewrite
 from topgap_jax.balls import linf
@@ -44,7 +45,7 @@ def art(
     `steps` sign steps of `step_size` from a random start within `eps`; variant "abs_mean" compares means over channels of
     absolute values (k of h*w). Both see the network with softplus(beta x) / beta for relu (`beta=None`: as it is, for smooth
     networks), in float32 whatever the model computes in, with the batch's statistics, which only the cross-entropy's pass
-    writes, and without dropout. remat: gradients are computed again where they are needed, for less memory and more time.
+    writes, and without dropout. remat: only results of convolutions and products are kept for the second differentiation.
 
     Logged beside the accuracy at the attacked images: `cross_entropy`, `alignment` (the triplet loss), and the cosines of
     image and gradient `cos_pos` (p) and `cos_neg` (n), means over the pair. Raises UserError for a model with one class.
@@ -144,23 +145,23 @@ def softened(predict: Predict, beta: float | None) -> Predict:
 def class_gradients(
     predict: Predict, images: Array, labels: Array, mask: Array, *, remat: bool = False
 ) -> tuple[Array, Array]:
-    """Gradients (b, h, w, c) by pixel of the true logit and of the best wrong one.
+    """Gradients (b, h, w, c) by pixel of the true logit and of the best wrong one, by one forward and two backward passes.
 
-    Of a sum over the rows with mask 1: with batch statistics, rows act on each other. One forward pass, two backward ones;
-    `remat` makes it two and two, and keeps neither for a second differentiation.
+    Of a sum over the rows with mask 1: with batch statistics, rows act on each other. `remat`: a second differentiation finds
+    the results of convolutions and matrix products, and computes everything else again.
     """
-    gradient = lambda images, cotangent: jax.vjp(predict, images)[1](cotangent)[0]
-    if remat:
-        logits, gradient = predict(images), jax.checkpoint(gradient)
-    else:
+
+    def gradients(images):
         logits, backward = jax.vjp(predict, images)
-        gradient = lambda images, cotangent: backward(cotangent)[0]
-    classes = logits.shape[-1]
-    if classes < 2:
-        raise UserError(f"art needs a best wrong class, and the model has {classes} class; give it two or more")
-    true = jax.nn.one_hot(labels, classes)
-    wrong = jax.nn.one_hot(jnp.argmax(jnp.where(true > 0, -jnp.inf, logits), -1), classes)
-    return gradient(images, true * mask[:, None]), gradient(images, wrong * mask[:, None])
+        classes = logits.shape[-1]
+        if classes < 2:
+            raise UserError(f"art needs a best wrong class, and the model has {classes} class; give it two or more")
+        true = jax.nn.one_hot(labels, classes)
+        wrong = jax.nn.one_hot(jnp.argmax(jnp.where(true > 0, -jnp.inf, logits), -1), classes)
+        (positive,), (negative,) = backward(true * mask[:, None]), backward(wrong * mask[:, None])
+        return positive, negative
+
+    return jax.checkpoint(gradients, policy=_is_product)(images) if remat else gradients(images)
 
 
 def triplet(anchor: Array, positive: Array, negative: Array) -> Array:
@@ -182,3 +183,8 @@ def _cosines(u, v):
 
 def _length(values):
     return jnp.sqrt((values * values).sum(-1) + TINY)
+
+
+def _is_product(primitive, *_, **__):
+    """A policy of `jax.checkpoint`."""
+    return primitive in (conv_general_dilated_p, dot_general_p)
