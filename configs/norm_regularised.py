@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
 
     config.pool = "gap()"
     config.model = (
-        "classifier(small_resnet(), pyramid_head(pool, width=32), classes=classes, mean=mean, std=std, dtype=dtype)"
+        "classifier(small_resnet(), pyramid_head(pool, width=30), classes=classes, mean=mean, std=std, dtype=dtype)"
     )
     config.dtype = "float32"
 

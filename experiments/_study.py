@@ -1,4 +1,4 @@
-"""What the studies share: one run of a config, and the comparison of arms paired by seed."""
+"""What the studies share: CPU time, and the comparison of two arms paired by seed."""
 
 import resource
 
@@ -14,6 +14,8 @@ def cpu_seconds() -> float:
 def paired(a: list[float], b: list[float]) -> dict:
     """Mean difference a - b with its 95 % t interval and a verdict."""
     difference = np.subtract(a, b)
+    if not np.isfinite(difference).all():
+        raise ValueError(f"not every seed has a number: {a} and {b}")
     n = len(difference)
     half = float(stats.t.ppf(0.975, n - 1) * difference.std(ddof=1) / np.sqrt(n)) if n > 1 else float("inf")
     mean = float(difference.mean())

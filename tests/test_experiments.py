@@ -1,17 +1,13 @@
 """The arithmetic of the studies: paired intervals, and what the data set `shapes` must be."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
+import shapes as study
+import systems
 from scipy import stats
 
-SPEC = importlib.util.spec_from_file_location(
-    "shapes_study", Path(__file__).parent.parent / "experiments" / "shapes.py"
-)
-study = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(study)
+from topgap_jax.run import config as configs
+from topgap_jax.run import setup
 
 
 def test_paired_is_the_t_interval_of_the_differences():
@@ -39,3 +35,35 @@ def test_requirement(test, shifted, holds):
     assert study.requirement({"gap": {"3": run}}) == [
         {"seed": 3, "test": test, "test_shifted": shifted, "holds": holds}
     ]
+
+
+ROW = {"l1 - plain": {"verdict": "higher"}, "l1 - other": {"verdict": "higher"}}
+
+
+@pytest.mark.parametrize(
+    "row, sign, verdict",
+    [
+        (ROW, 1, "reproduced"),
+        (ROW, -1, "not reproduced"),
+        ({**ROW, "l1 - other": {"verdict": "undecided"}}, 1, "undecided"),
+        ({**ROW, "l1 - other": {"verdict": "lower"}}, 1, "not reproduced"),
+        (None, 1, "undefined"),
+    ],
+)
+def test_a_claim_needs_both_controls(row, sign, verdict):
+    system = systems.SYSTEMS["sgdrop"]._replace(method="l1", decides="other")
+    assert systems.judge(row, system, systems.Claim("", "", sign), "plain") == verdict
+
+
+@pytest.mark.parametrize("name", systems.SYSTEMS)
+def test_every_arm_of_the_systems_can_be_built(name, topgap_data):
+    system = systems.SYSTEMS[name]
+    assert system.method in system.arms and system.decides in system.arms
+    for arm in system.arms.values():
+        experiment = systems.arm_experiment(system, arm, 0)
+        configs.choice(experiment.config, "objective", experiment.methods, classes=10, total_steps=100)
+        for _, evaluator in system.evaluators:
+            text = evaluator.replace("EXPLAIN", arm.explain)
+            assert configs.choices(experiment.config, "evaluators", experiment.methods, text, "", **setup.STAND_INS)
+    measured = {f"{split} | {evaluator}" for split, evaluator in system.evaluators}
+    assert all(claim.measure.rsplit(" | ", 1)[0] in measured for claim in system.claims)
