@@ -1,5 +1,7 @@
 """Objectives against NumPy, what flows through them, and that training with each lowers the loss."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from topgap_jax import attacks, balls, models, penalties, pool
+from topgap_jax import attacks, balls, drops, models, penalties, pool
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import data_mesh, replicated, split
-from topgap_jax.rewrite import name
+from topgap_jax.rewrite import name, with_drop
 from topgap_jax.training import objectives
 
 B, CLASSES = 16, 3
@@ -132,23 +134,31 @@ LOWERS = [
     "art(mean=mean, std=std)",
 ]
 POOLS = {"gap": pool.gap(), "top_gap": pool.top_gap(k=5)}
-# Any two of pool, type and number of devices meet.
-SETTINGS = [("gap", "float32", 1), ("top_gap", "float32", 8), ("gap", "bfloat16", 8), ("top_gap", "bfloat16", 1)]
+SETTINGS = list(itertools.product(POOLS, ("float32", "bfloat16"), (1, 8)))
+# In these any two of pool, type and number of devices meet; the others are slow tests.
+QUICK = [("gap", "float32", 1), ("top_gap", "float32", 8), ("gap", "bfloat16", 8), ("top_gap", "bfloat16", 1)]
+DROPPED = {
+    f"standard(), {drop}": drop for drop in ("sgdrop(rate=.1)", "random_matched(sgdrop(rate=.1))", "dropout(.1)")
+}
+
+
+def is_slow(row, setting):
+    return setting not in QUICK or (row.startswith("art") and setting in QUICK[::2])
 
 
 @pytest.mark.parametrize(
     "row, pooling, dtype, devices",
     [
-        pytest.param(
-            row, *setting, marks=pytest.mark.slow if row.startswith("art") and setting in SETTINGS[::2] else ()
-        )
-        for row in LOWERS
+        pytest.param(row, *setting, marks=pytest.mark.slow if is_slow(row, setting) else ())
+        for row in (*LOWERS, *DROPPED)
         for setting in SETTINGS
     ],
 )
 def test_the_loss_falls(row, pooling, dtype, devices):
     """By 10 % in 20 steps on a fixed batch."""
-    objective, (model, variables) = make(row), small(POOLS[pooling], jnp.dtype(dtype))
+    objective, (model, variables) = make(row.split(", ")[0] if row in DROPPED else row), small(POOLS[pooling], dtype)
+    if row in DROPPED:
+        model = with_drop(model, "BatchNorm_0", build(DROPPED[row], drops.TABLE))
     optimizer, mesh = optax.adam(0.02), data_mesh(jax.devices()[:devices])
     whole, rows = replicated(mesh), split(mesh)
 
