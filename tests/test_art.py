@@ -193,7 +193,7 @@ def test_zero_gradients_are_finite():
 
     (_, metrics), gradient = jax.jit(jax.value_and_grad(mean, has_aux=True))(zero)
     np.testing.assert_allclose(metrics["alignment"], np.log(2), atol=1e-6)
-    np.testing.assert_array_equal(metrics["cos_pos"], 0)
+    np.testing.assert_array_equal(metrics["cosine_true"], 0)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     black = {**BATCH, "image": jnp.zeros_like(BATCH["image"])}  # with mean 0, anchors of zeros
     still = art(mean=(0, 0, 0), std=STD, steps=0, eps=0)
@@ -208,7 +208,13 @@ def test_inside_ball_and_box_and_reproducible(run):
     np.testing.assert_array_equal(run()[2], attacked)
     other = run(keys=jax.random.split(jax.random.key(5), B))
     assert (np.asarray(other[2]) != np.asarray(attacked)).any((1, 2, 3)).all()
-    assert loss.shape == metrics["alignment"].shape == metrics["cos_pos"].shape == metrics["cos_neg"].shape == (B,)
+    assert (
+        loss.shape
+        == metrics["alignment"].shape
+        == metrics["cosine_true"].shape
+        == metrics["cosine_wrong"].shape
+        == (B,)
+    )
 
 
 def test_the_attack_raises_what_it_is_for(run):
@@ -295,7 +301,7 @@ def test_training_aligns():
 
     without, with_ = train(0), train(2)
     assert with_["alignment"] < without["alignment"] - 0.01
-    assert with_["cos_pos"] - with_["cos_neg"] > without["cos_pos"] - without["cos_neg"] + 0.02
+    assert with_["cosine_true"] - with_["cosine_wrong"] > without["cosine_true"] - without["cosine_wrong"] + 0.02
 
 
 def test_jit_equals_eager_and_k_is_the_share(run):
@@ -326,7 +332,7 @@ def test_bfloat16_computes_only_the_cross_entropy():
     step = lambda model: jax.jit(lambda v: art(mean=MEAN, std=STD, steps=2)(KEYS, spied(model), v, BATCH, 0))(variables)
     (_, metrics, attacked), (_, rounded, same) = step(full), step(half)
     np.testing.assert_allclose(same, attacked, atol=1e-6)
-    for name in ("alignment", "cos_pos", "cos_neg"):
+    for name in ("alignment", "cosine_true", "cosine_wrong"):
         np.testing.assert_allclose(rounded[name], metrics[name], atol=1e-6)
     assert 1e-4 < np.abs(rounded["cross_entropy"] - metrics["cross_entropy"]).max() < 0.1
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax import lax
 
-from topgap_jax import attacks, balls, explain, pool
+from topgap_jax import attacks, balls, explain, pool, rewrite
 from topgap_jax.attacks.explanation import _mass
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.metrics.ranks import topk_intersection
-from topgap_jax.rewrite import canonical_convs, name
+from topgap_jax.rewrite import canonical_convs, guided_backprop, name, softplus
 from topgap_jax.types import Cost
 
 B, CLASSES, EPS, K = 6, 3, 0.05, 6
@@ -40,7 +40,7 @@ ROWS = ["gradient()", "cam()", "grad_cam()"]
 
 def make(row, eps=EPS, **options):
     options = {"k": K, "steps": 4, "step_size": eps / 3, "restarts": 2} | options
-    return attacks.topk_attack(build(row, explain.TABLE), balls.linf(eps), **options)
+    return attacks.topk_attack(build(row, {**explain.TABLE, **rewrite.TABLE}), balls.linf(eps), **options)
 
 
 def run(attack, keys=KEYS, images=IMAGES, labels=LABELS):
@@ -122,6 +122,19 @@ def test_a_relu_network_gives_a_gradient_map_no_direction():
     assert (np.asarray(twin.delta) != np.asarray(still.delta)).any((1, 2, 3))[:-1].all()
 
 
+def test_an_explanation_that_is_a_twin_itself():
+    """gradient(rules=softplus(50)) needs no twin, and is attacked as gradient() is up to the map that is booked."""
+    still, moved = (
+        jax.jit(lambda row=row, size=size: run(make(row, steps=1, restarts=1, step_size=size, beta=None)))()
+        for row, size in (("gradient(rules=softplus(50))", 0.0), ("gradient(rules=softplus(50))", EPS / 3))
+    )
+    assert (np.asarray(moved.delta) != np.asarray(still.delta)).any((1, 2, 3))[:-1].all()
+    twin = jax.jit(lambda: run(make("gradient()", steps=1, restarts=1)))()
+    inside = np.asarray(moved.top == twin.top).all((1, 2))[:-1]
+    assert inside.any()
+    np.testing.assert_allclose(moved.delta[:-1][inside], twin.delta[:-1][inside], atol=1e-6)
+
+
 def test_worked_step():
     """art 15, T11: f = x Q x / 2, k = 1; one step of .02 from the clean point."""
     q = jnp.array([[2.0, 0, 1], [0, 1, 0], [1, 0, 3]])
@@ -188,6 +201,18 @@ def test_the_default_k():
     "make, text",
     [
         (lambda: attacks.topk_attack(3, balls.linf(0.1)), "topk_attack: give an explanation such as gradient(), got 3"),
+        (
+            lambda: attacks.topk_attack(explain.gradient(), 3),
+            "topk_attack: give a ball such as linf(8/255) after the explanation, got 3",
+        ),
+        (
+            lambda: attacks.topk_attack(explain.smooth(explain.gradient(rules=guided_backprop)), balls.linf(0.1)),
+            "topk_attack: a map under backward rules is the gradient of no function and has no derivative",
+        ),
+        (
+            lambda: attacks.topk_attack(explain.integrated(rules=softplus(20)), balls.linf(0.1)),
+            "topk_attack: the explanation has a rule for relu of its own, such as softplus(50); give beta=None",
+        ),
         (lambda: make("cam()", k=0), "k must be a whole number of at least 1, got 0"),
         (lambda: make("cam()", restarts=0), "restarts must be a whole number of at least 1, got 0"),
         (lambda: make("cam()", beta=0), "beta must be a number of at least 1e-06, got 0"),

@@ -321,6 +321,15 @@ def test_measures_by_hand():
     assert np.isnan(none["gini"]) and none["undefined"] == 1 and np.isfinite(none["deletion"])
 
 
+def test_a_curve_leaves_undefined_images_out():
+    """Column by column; a column that nobody defines is NaN."""
+    evaluator = evaluators.measures(cam(), gini())
+    nan = np.nan
+    found = evaluator.summary({"curve": np.float32([[1, nan, nan], [3, nan, 2], [nan, nan, 4]])})
+    np.testing.assert_array_equal(found["curve"]["y"], [2, nan, 3])
+    assert found["undefined"] == 3
+
+
 def test_measures_of_the_predicted_class():
     """Image 0 is predicted as 0 (red); with label 1 the map of the true class is the green channel, which is 0."""
     batch = red_square() | {"label": jnp.ones(2, jnp.int32)}

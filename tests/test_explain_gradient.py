@@ -160,12 +160,13 @@ def test_what_normalisation_maps_to_zero():
         (lambda x: smooth_predict(x / 0.5 - 1), 0.5),
         (lambda x: smooth_predict((0.25 - x).astype(jnp.bfloat16).astype(jnp.float32)), 0.25),
         (lambda x: smooth_predict(3 + x * 4), -0.75),
+        (lambda x: smooth_predict(x * jnp.array([1.0, 0, 1]) - 0.25), (0.25, 0, 0.25)),  # a channel that is not used
         (smooth_predict, 0),  # no normalisation: black
         (lambda x: smooth_predict(x - x.mean((1, 2), keepdims=True)), 0),  # its own mean is no constant
         (lambda x: smooth_predict(x - 0.5) + smooth_predict(x), 0),
         (lambda x: smooth_predict(x * x - 0.5), 0),
     ]:
-        np.testing.assert_allclose(zero_images(f, IMAGES), jnp.full_like(IMAGES, due), atol=1e-6)
+        np.testing.assert_allclose(zero_images(f, IMAGES), jnp.broadcast_to(jnp.float32(due), IMAGES.shape), atol=1e-6)
 
 
 def test_smooth_averages_before_it_reduces():
@@ -185,6 +186,11 @@ def test_smooth_averages_before_it_reduces():
     np.testing.assert_allclose(without, explain.gradient()(KEYS, predict, IMAGES, LABELS), atol=1e-6)
     assert explain.smooth(explain.integrated(steps=5), samples=4).cost == Cost(0, 20)
     assert explain.smooth(explain.grad_cam(), samples=4).cost == Cost(4, 4)
+    own = lambda keys, predict, images, labels, segments=None: images.sum(-1)
+    chosen = explain.smooth(own, samples=samples, sigma=sigma)
+    noisy = np.mean([IMAGES + spread * noise(i) for i in range(samples)], 0)
+    np.testing.assert_allclose(chosen(KEYS, smooth_predict, IMAGES, LABELS), noisy.sum(-1), atol=1e-5)
+    assert chosen.cost == Cost(samples, 0)
 
 
 def test_smooth_keys():
@@ -283,6 +289,7 @@ def test_errors():
             "rule must be 'gausslegendre', 'riemann_right', 'riemann_middle' or 'riemann_trapezoid', got 'simpson'",
         ),
         (lambda: explain.smooth(explain.gradient(), samples=0), "samples must be a whole number of at least 1, got 0"),
+        (lambda: explain.smooth("x"), "smooth: give an explanation such as gradient(), got 'x'"),
         (lambda: explain.smooth(explain.gradient(), sigma=-1), "sigma must be a number of at least 0, got -1"),
         (
             lambda: explain.integrated(baseline=(0.1, 0.2))(KEYS, predict, IMAGES, LABELS),

@@ -90,6 +90,19 @@ def test_worked_groups_of_three():
     assert np.isinf(penalty.cost(outside)).all()
 
 
+@pytest.mark.parametrize("row", ["l1_norm(EPS)", "l2_norm(EPS)", "group_norm(EPS, 2)"])
+def test_a_small_perturbation_of_an_image_is_inside(row):
+    """(x + delta) - x in float32, as the pixel box leaves it, against a quarter of a grey level; a tenth more is outside."""
+    penalty = make(row.replace("EPS", "0.25/255"))
+    random = np.random.default_rng(3)
+    images, g = (jnp.asarray(draw(size=(64, *SHAPE)), jnp.float32) for draw in (random.uniform, random.normal))
+    delta = penalty.maximiser(g)
+    rounded = (images + delta) - images
+    assert (rounded != delta).any()
+    np.testing.assert_array_equal(penalty.cost(rounded), 0)
+    assert np.isinf(penalty.cost((images + 1.1 * delta) - images)).all()
+
+
 def test_worked_prox():
     """norm_regularised 11.1: row 5 at v = .7, t = .5."""
     moved = make("elastic(.1, .05)").prox(jnp.full((1, 1, 1, 1), 0.7), 0.5)

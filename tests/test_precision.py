@@ -72,6 +72,16 @@ def test_loops_and_branches():
     assert in_float32(f)(X).dtype == jnp.float32
 
 
+def test_literals_are_widened_where_they_are_results():
+    """Of a branch, and of the function itself."""
+    half = jnp.bfloat16(1.5)
+    branch = lambda x: lax.cond(x.sum() > 1e9, lambda x: x.astype(jnp.bfloat16).sum(), lambda x: half, x)
+    for f in (branch, lambda x: half, lambda x: jnp.bfloat16(1.5) * 1):
+        for jitted in (lambda f: f, jax.jit):
+            out = jitted(in_float32(f))(X)
+            assert out.dtype == jnp.float32 and out == 1.5
+
+
 def test_custom_derivatives_are_kept():
     @jax.custom_jvp
     def odd(x):

@@ -126,6 +126,9 @@ def test_relu6():
         jax.nn.softplus,
         lambda z: jnp.clip(z, 0, 1),
         lambda z: jnp.clip(z, min=0),
+        jax.nn.celu,
+        jax.nn.hard_sigmoid,
+        jax.nn.hard_swish,
         lambda z: jnp.logaddexp(z, 0),
         my_jvp(lambda z: jnp.maximum(z, 0)),
         lambda z: jnp.maximum(z.astype(int), 0).astype(float),
@@ -133,7 +136,20 @@ def test_relu6():
         lambda z: lax.max(z, -z),
         lambda z: nn.LayerNorm(use_scale=False, use_bias=False).apply({}, z),
     ],
-    ids=["softplus", "clip", "clip min", "logaddexp", "custom_jvp", "whole", "variance", "abs", "layer norm"],
+    ids=[
+        "softplus",
+        "clip",
+        "clip min",
+        "celu",
+        "hard sigmoid",
+        "hard swish",
+        "logaddexp",
+        "custom_jvp",
+        "whole",
+        "variance",
+        "abs",
+        "layer norm",
+    ],
 )
 def test_what_is_no_relu_stays(f):
     assert message(with_rules(f, **guided_backprop), Z) == (

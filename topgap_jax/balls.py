@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from topgap_jax.build import check_number
-from topgap_jax.types import Ball
+from topgap_jax.types import Array, Ball
 
 AXES = (1, 2, 3)
 
@@ -38,12 +38,6 @@ def l2(eps: float) -> Ball:
         length = jax.random.uniform(radius, (), image.dtype) ** (1 / image.size)
         return eps * length * noise / (jnp.linalg.norm(noise) + 1e-12)
 
-    def unit(gradient):
-        # By the largest entry first: the squares of a confident image's gradient (1e-25) are 0 in float32.
-        largest = jnp.abs(gradient).max(AXES, keepdims=True)
-        scaled = jnp.where(largest > 0, gradient / jnp.where(largest > 0, largest, 1.0), 0.0)
-        return scaled / jnp.maximum(_norm(scaled), 1.0)
-
     def project(images, delta):
         return _box(images, delta * jnp.minimum(1.0, eps / (_norm(delta) + 1e-12)))
 
@@ -52,11 +46,21 @@ def l2(eps: float) -> Ball:
         eps=eps,
         start=start,
         project=project,
-        ascent=unit,
-        dual_norm=lambda gradient: (unit(gradient) * gradient).sum(AXES),
+        ascent=lambda gradient: direction_and_length(gradient, AXES)[0],
+        dual_norm=lambda gradient: direction_and_length(gradient, AXES)[1][:, 0, 0, 0],
         size=lambda delta: _norm(delta)[:, 0, 0, 0],
         scaled=lambda factor: l2(eps * factor),
     )
+
+
+def direction_and_length(values: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Unit vectors and lengths over `axes`, which stay with length 1; of zeros, zeros, also in the derivative."""
+    # By the largest entry first: the squares of a confident image's gradient (1e-25) are 0 in float32.
+    largest = jnp.abs(values).max(axes, keepdims=True)
+    empty = largest == 0
+    scaled = values / jnp.where(empty, 1.0, largest)
+    length = jnp.sqrt(jnp.where(empty, 1.0, (scaled * scaled).sum(axes, keepdims=True)))
+    return scaled / length, jnp.where(empty, 0.0, largest * length)
 
 
 def _box(images, delta):

@@ -5,15 +5,18 @@ R*(g), g the input gradient and R* the convex conjugate of R (Gong, Dou & Farnia
 after R*. g is the gradient of one example's cross-entropy with respect to pixels in [0, 1], shape (b, h, w, c).
 """
 
+import math
+
 import jax.numpy as jnp
 
+from topgap_jax.balls import direction_and_length
 from topgap_jax.build import check_number
 from topgap_jax.errors import UserError
 from topgap_jax.types import Penalty
 
 AXES = (1, 2, 3)
-# A perturbation on the rim of a constraint is inside, whatever the rounding of its norm.
-SLACK = 1 + 1e-5
+# A perturbation on the rim of a constraint is inside, whatever the rounding: of its norm, and of (x + delta) - x with x in [0, 1].
+SLACK, ROUNDING = 1e-5, 1e-7
 
 
 def l1_norm(eps: float) -> Penalty:
@@ -23,7 +26,7 @@ def l1_norm(eps: float) -> Penalty:
     return Penalty(
         name=f"l1_norm({eps:.4g})",
         value=lambda gradient: eps * jnp.abs(gradient).sum(AXES),
-        cost=lambda delta: _inside(jnp.abs(delta).max(AXES), eps),
+        cost=lambda delta: _inside(jnp.abs(delta).max(AXES), eps, 1),
         maximiser=lambda gradient: eps * jnp.sign(gradient),
         prox=lambda delta, t: project(delta),
         project=project,
@@ -89,20 +92,21 @@ def _grouped(name, eps, groups, axes):
     sum_up = lambda lengths: lengths.sum(tuple(range(1, lengths.ndim)))
 
     def maximiser(gradient):
-        direction, _ = _split(groups(gradient), axes)
+        direction, _ = direction_and_length(groups(gradient), axes)
         return (eps * direction).reshape(gradient.shape)
 
     def project(delta):
-        direction, length = _split(groups(delta), axes)
+        direction, length = direction_and_length(groups(delta), axes)
         return (direction * jnp.minimum(length, eps)).reshape(delta.shape)
 
     def cost(delta):
-        _, length = _split(groups(delta), axes)
-        return _inside(length.reshape(length.shape[0], -1).max(1), eps)
+        values = groups(delta)
+        _, length = direction_and_length(values, axes)
+        return _inside(length.reshape(length.shape[0], -1).max(1), eps, math.prod(values.shape[axis] for axis in axes))
 
     return Penalty(
         name=name,
-        value=lambda gradient: eps * sum_up(_split(groups(gradient), axes)[1]),
+        value=lambda gradient: eps * sum_up(direction_and_length(groups(gradient), axes)[1]),
         cost=cost,
         maximiser=maximiser,
         prox=lambda delta, t: project(delta),
@@ -112,18 +116,9 @@ def _grouped(name, eps, groups, axes):
     )
 
 
-def _split(values, axes):
-    """Unit vectors and lengths of groups; of a group of zeros, zeros, also in the derivative."""
-    # By the largest entry first: the squares of a confident image's gradient (1e-25) are 0 in float32.
-    largest = jnp.abs(values).max(axes, keepdims=True)
-    empty = largest == 0
-    scaled = values / jnp.where(empty, 1.0, largest)
-    length = jnp.sqrt(jnp.where(empty, 1.0, (scaled * scaled).sum(axes, keepdims=True)))
-    return scaled / length, jnp.where(empty, 0.0, largest * length)
-
-
-def _inside(size, eps):
-    return jnp.where(size <= eps * SLACK, 0.0, jnp.inf)
+def _inside(size, eps, entries):
+    """0 where the norm of so many entries is at most eps, else inf."""
+    return jnp.where(size <= eps + max(eps * SLACK, ROUNDING * math.sqrt(entries)), 0.0, jnp.inf)
 
 
 TABLE = {"l1_norm": l1_norm, "l2_norm": l2_norm, "elastic": elastic, "group_norm": group_norm}

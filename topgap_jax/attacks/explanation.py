@@ -54,6 +54,15 @@ def topk_attack(
     """
     if not callable(explain):
         raise UserError(f"topk_attack: give an explanation such as gradient(), got {explain!r}")
+    if not isinstance(ball, Ball):
+        raise UserError(f"topk_attack: give a ball such as linf(8/255) after the explanation, got {ball!r}")
+    rules = getattr(explain, "rules", None) or {}
+    if any(rule.backward for rule in rules.values()):
+        raise UserError("topk_attack: a map under backward rules is the gradient of no function and has no derivative")
+    if "relu" in rules and beta is not None:
+        raise UserError(
+            "topk_attack: the explanation has a rule for relu of its own, such as softplus(50); give beta=None"
+        )
     if k is not None:
         check_number("k", k, 1, whole=True)
     if beta is not None:

@@ -42,7 +42,9 @@ def measures(explain: Explain, *metrics: Metric, labels: str = "true") -> Evalua
                 values |= {name: mean, f"{name}_low": low, f"{name}_high": high}
             else:
                 flat = found.reshape(len(found), -1)
-                curves[name] = {"x": list(range(flat.shape[1])), "y": np.mean(flat, 0, dtype=np.float64).tolist()}
+                count = (~np.isnan(flat)).sum(0)
+                means = np.nansum(flat, 0, dtype=np.float64) / np.where(count, count, np.nan)
+                curves[name] = {"x": list(range(flat.shape[1])), "y": means.tolist()}
         return values | {"undefined": int(undefined.sum())} | curves
 
     costs = [getattr(explain, "cost", Cost(1, 0)), *(getattr(metric, "cost", Cost(0, 0)) for metric in metrics)]

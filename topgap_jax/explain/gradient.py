@@ -37,7 +37,7 @@ def gradient(*, rules: Rules | None = None, reduce: str = "max_abs") -> Explain:
     def pixels(keys, predict, images, labels, segments=None):
         return _gradient(_ruled(predict, rules), images, labels)
 
-    return _explanation(pixels, reduce, Cost(0, 1))
+    return _explanation(pixels, reduce, Cost(0, 1), rules)
 
 
 def integrated(
@@ -73,7 +73,7 @@ def integrated(
         mean = _sum(at, (nodes, weights), images)
         return (images - start) * mean if multiply_by_inputs else mean
 
-    return _explanation(pixels, reduce, Cost(0, steps))
+    return _explanation(pixels, reduce, Cost(0, steps), rules)
 
 
 def smooth(explain: Explain, *, samples: int = 32, sigma: float = 0.15) -> Explain:
@@ -83,6 +83,8 @@ def smooth(explain: Explain, *, samples: int = 32, sigma: float = 0.15) -> Expla
     `smooth(integrated())` average the signed values of every channel and reduce them after that. The samples run one after
     another. Noise comes from the example's own key.
     """
+    if not callable(explain):
+        raise UserError(f"smooth: give an explanation such as gradient(), got {explain!r}")
     check_number("samples", samples, 1, whole=True)
     check_number("sigma", sigma, 0)
     one = getattr(explain, "pixels", explain)
@@ -98,7 +100,8 @@ def smooth(explain: Explain, *, samples: int = 32, sigma: float = 0.15) -> Expla
 
         return reduce(_sum(at, (np.arange(samples),), images))
 
-    smoothed.cost = Cost(*(samples * number for number in explain.cost))
+    smoothed.cost = Cost(*(samples * number for number in getattr(explain, "cost", Cost(1, 0))))
+    smoothed.rules = getattr(explain, "rules", None)
     return smoothed
 
 
@@ -123,7 +126,7 @@ def quadrature(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     return np.float32(nodes), np.float32(weights)
 
 
-def _explanation(pixels: Callable, reduce: str, cost: Cost) -> Explain:
+def _explanation(pixels: Callable, reduce: str, cost: Cost, rules: Rules | None) -> Explain:
     """The explanation whose maps are the reduced values (b, h, w, c) of `pixels`."""
     if reduce not in REDUCTIONS:
         raise UserError(f"reduce must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduce!r}")
@@ -131,7 +134,7 @@ def _explanation(pixels: Callable, reduce: str, cost: Cost) -> Explain:
     def explain(keys, predict, images, labels, segments=None):
         return REDUCTIONS[reduce](pixels(keys, predict, images, labels, segments))
 
-    explain.cost, explain.pixels, explain.reduce = cost, pixels, REDUCTIONS[reduce]
+    explain.cost, explain.pixels, explain.reduce, explain.rules = cost, pixels, REDUCTIONS[reduce], rules
     return explain
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from topgap_jax.balls import direction_and_length
 from topgap_jax.build import check_number
 from topgap_jax.errors import UserError
 from topgap_jax.types import Array
@@ -45,9 +46,7 @@ def spearman(a: Array, b: Array) -> Array:
 def cosine(a: Array, b: Array) -> Array:
     """<a, b> / (|a| |b|) of the values themselves (b,); 0 where a map is 0."""
     a, b = (values.astype(jnp.float32) for values in _flat(a, b))
-    unit = lambda values: values / jnp.maximum(jnp.abs(values).max(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    a, b = unit(a), unit(b)
-    return (a * b).sum(1) / jnp.sqrt(jnp.maximum((a * a).sum(1) * (b * b).sum(1), 1e-12))
+    return (direction_and_length(a, (1,))[0] * direction_and_length(b, (1,))[0]).sum(1)
 
 
 def _kendall(pair):

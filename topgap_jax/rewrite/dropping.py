@@ -16,9 +16,11 @@ def with_drop(model: Model, layer: str, drop: Drop) -> Model:
     """The model with `drop` on the value named `layer` in training; in eval mode it is the model itself.
 
     The drop gets the layer's value and the rest of the network in eval mode, of the weights in training or, for a drop with
-    `teacher=True`, of their averages `variables["ema"]` on the same images. The compiled step holds no second trunk (a
-    teacher's excepted). The realised rate (b,) is logged as "drop_rate". A pass without targets (an attack or an explanation
-    that uses batch statistics) drops nothing. Raises UserError for an unknown layer, and for a teacher without averages.
+    `teacher=True`, of their averages `variables["ema"]` on the same images. What leads to the layer is not computed again for
+    that (but for a teacher), what goes past it is: where a skip or a pyramid branch starts below the layer, the rest of the
+    network reads it in eval mode, and the compiled step holds the trunk up to that branch a second time. The realised rate (b,)
+    is logged as "drop_rate". A pass without targets (an attack or an explanation that uses batch statistics) drops nothing.
+    Raises UserError for an unknown layer, and for a teacher without averages.
     """
     if not isinstance(drop, Drop):
         raise UserError(f"with_drop needs a drop such as sgdrop(), got {drop!r}; usage: with_drop(model, layer, drop)")

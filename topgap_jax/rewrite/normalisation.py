@@ -9,14 +9,20 @@ from jax.extend.core.primitives import add_p, convert_element_type_p, copy_p, di
 from topgap_jax.rewrite.interpreter import evaluate, inline, trace
 from topgap_jax.types import Array
 
+
+def _divided(y, c):
+    """y / c, and 0 where c is: any x goes to 0 there."""
+    return jnp.where(c == 0, 0, y / jnp.where(c == 0, 1, c))
+
+
 # The equation's other operand c and its result y -> x, by the position of x.
 INVERSES = {
     (sub_p, 0): lambda y, c: y + c,
     (sub_p, 1): lambda y, c: c - y,
     (add_p, 0): lambda y, c: y - c,
     (add_p, 1): lambda y, c: y - c,
-    (mul_p, 0): lambda y, c: y / c,
-    (mul_p, 1): lambda y, c: y / c,
+    (mul_p, 0): _divided,
+    (mul_p, 1): _divided,
     (div_p, 0): lambda y, c: y * c,
 }
 SAME = (convert_element_type_p, copy_p, name_p)

@@ -30,7 +30,8 @@ def in_float32(f: Callable) -> Callable:
 
 
 def _run(jaxpr, consts, args):
-    return evaluate(jaxpr, [_widened(x) for x in consts], args, _rule)
+    outs = evaluate(jaxpr, [_widened(x) for x in consts], args, _rule)
+    return [_widened(x) for x in outs]  # literals
 
 
 def _rule(eqn, values, read):

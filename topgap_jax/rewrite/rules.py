@@ -17,6 +17,7 @@ from topgap_jax.errors import UserError
 from topgap_jax.rewrite.interpreter import bind, evaluate, reaches, rebuild, subjaxprs, trace
 from topgap_jax.types import Array, Rule, Rules
 
+WHOLE = ("clip", "celu", "hard_sigmoid", "hard_silu")  # functions under `jit` whose maximum or relu6 is no ReLU
 RELUS = {"relu": (jax.nn.relu, ["max"]), "relu6": (jax.nn.relu6, ["max", "min"])}
 SPREADING = ("broadcast_in_dim", "convert_element_type", "pcast", "pvary")
 LOOKED_FOR = {
@@ -29,7 +30,7 @@ def with_rules(f: Callable, *, relu: Rule | None = None, max_pool: Rule | None =
     """f with other forward or backward passes for its ReLUs or its max pooling, e.g. `with_rules(predict, **guided)`.
 
     relu: `jax.nn.relu`, `jax.nn.relu6` and a bare `maximum(x, 0)`, in this order of the operands (Flax clips a variance by
-    `maximum(0, x)`); not what stands inside `clip`, and no bare maximum inside a function with a `custom_jvp` of its own, such
+    `maximum(0, x)`); not what stands inside `clip`, `celu`, `hard_sigmoid` or `hard_silu`, and no bare maximum inside a function with a `custom_jvp` of its own, such
     as `softplus`. A relu6 with another forward rule r is r(z) - r(z - 6). The derivative at 0 is 0.
     max_pool: `reduce_window_max`, i.e. `nn.max_pool`.
 
@@ -145,8 +146,8 @@ def _operations(jaxpr: Jaxpr, bare: bool = True) -> set[str]:
 
 
 def _held(eqn: JaxprEqn, bare: bool) -> set[str]:
-    """The operations inside the equation; in a `jnp.clip` a maximum is no ReLU."""
-    if eqn.primitive is jit_p and eqn.params["name"] == "clip":
+    """The operations inside the equation; in a function of `WHOLE` there are none."""
+    if eqn.primitive is jit_p and eqn.params["name"] in WHOLE:
         return set()
     return set().union(*(_operations(body, bare and eqn.primitive is not custom_jvp_call_p) for body in subjaxprs(eqn)))
 

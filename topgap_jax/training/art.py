@@ -48,7 +48,7 @@ def art(
     writes, and without dropout. remat: only results of convolutions and products are kept for the second differentiation.
 
     Logged beside the accuracy at the attacked images: `cross_entropy`, `alignment` (the triplet loss), and the cosines of
-    image and gradient `cos_pos` (p) and `cos_neg` (n), means over the pair. Raises UserError for a model with one class.
+    image and gradient `cosine_true` (p) and `cosine_wrong` (n), means over the pair. Raises UserError for a model with one class.
     """
     mean, std = channels(mean, std)
     check_number("weight", weight, 0)
@@ -98,7 +98,7 @@ def art(
 
         loss, metrics, batch_stats = inner(keys, model, variables, {**batch, "image": adversarial}, step)
         logs = {"cross_entropy": loss, "alignment": aligned}
-        logs |= {"cos_pos": cosine(a, p).mean(1), "cos_neg": cosine(a, n).mean(1)}
+        logs |= {"cosine_true": cosine(a, p).mean(1), "cosine_wrong": cosine(a, n).mean(1)}
         return loss + weight * aligned, {**metrics, **logs}, batch_stats
 
     return objective

@@ -21,8 +21,8 @@ def norm_regularised(
 
     To first order this is the clean cross-entropy plus penalty.value(g), g (b, h, w, c) the gradient of an example's
     cross-entropy with respect to its pixels. Nothing flows through delta: that would double the quadratic part.
-    solver "fast": delta = penalty.maximiser(g), one gradient. "iterative" (`steps` gradients): for a constraint projected
-    ascent from 0, delta <- P(delta + 2.5/steps * maximiser(g at x + delta)); for a cost from the maximiser on
+    solver "fast": delta = penalty.maximiser(g), one gradient. "iterative": for a constraint projected ascent from 0, `steps`
+    gradients, delta <- P(delta + 2.5/steps * maximiser(g at x + delta)); for a cost from the maximiser on, steps + 1 gradients,
     delta <- prox(delta + t g), t = penalty.scale. Cut by the pixel box are l1_norm, which stays exact, and every projected ascent.
 
     The network is in eval mode for g, with the pool as it is at this step. Logged beside the accuracy at x + delta: `penalty`
