@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import shapes
 from _study import cpu_seconds, paired
 
 from topgap_jax.report import sheets
@@ -330,6 +331,26 @@ def topgap_row() -> str:
     )
 
 
+def topgap_arms(runs: Path) -> tuple[str, str, list]:
+    """Top-GAP's arms are runs of shapes.py, beside these."""
+    stored, arms = json.loads((ROOT / "results" / "shapes.json").read_text())["runs"], []
+    for arm in ("gap", "top_gap .14"):
+        experiment = setup.experiment(shapes.CONFIG, [("seed", "0"), ("pool", shapes.ARMS[arm])])
+        loaded = setup.restored(experiment, runs.parent / "shapes" / f"{arm.replace(' ', '_')}_seed0", "last")
+        arms.append((arm, loaded, "cam()", stored[arm]["0"]["measures"]["test"]["accuracy.accuracy"]))
+    return "Top-GAP", "accuracy and better localisation", arms
+
+
+def system_arms(name: str, runs: Path) -> tuple[str, str, list]:
+    """Title, claim and arms of a system; an arm is (name, model, explanation, accuracy)."""
+    system, stored, arms = SYSTEMS[name], json.loads(RESULTS.read_text())["runs"][name], []
+    for arm_name, arm in system.arms.items():
+        workdir = runs / f"{name}_{arm.trained_as or arm_name}_seed0".replace(" ", "_")
+        loaded = setup.restored(arm_experiment(system, arm, 0), workdir, "last")
+        arms.append((arm_name, loaded, PICTURES[name] or arm.explain, stored[arm_name]["0"]["measures"][ACCURACY]))
+    return system.title, system.claimed, arms
+
+
 PICTURES = {
     "sgdrop": "grad_cam('stage3')",
     "norm_regularised": "gradient(reduce='abs_sum')",
@@ -340,24 +361,21 @@ PICTURES = {
 
 def page(runs: Path, count: int = 6) -> Path:
     """One HTML page: for each system the same pictures, with the map of every arm beside the control's (seed 0)."""
-    folder, parts = runs / "pictures", []
-    for name, system in SYSTEMS.items():
-        maps, accuracy, shown = {}, {}, None
-        for arm_name, arm in system.arms.items():
-            workdir = runs / f"{name}_{arm.trained_as or arm_name}_seed0".replace(" ", "_")
-            loaded = setup.restored(arm_experiment(system, arm, 0), workdir, "last")
-            method = PICTURES[name] or arm.explain
+    parts = []
+    for title, words, arms in (topgap_arms(runs), *(system_arms(name, runs) for name in SYSTEMS)):
+        maps, accuracy = {}, []
+        for arm, loaded, method, right in arms:
             shown = setup.explain(loaded, methods=method, count=count)
-            maps[f"{arm_name}: {method}" if PICTURES[name] is None else arm_name] = next(iter(shown.maps.values()))
-            accuracy[arm_name] = json.loads(RESULTS.read_text())["runs"][name][arm_name]["0"]["measures"][ACCURACY]
-        title = f"{system.title}: {PICTURES[name] or 'explanations of one network'}"
+            maps[arm] = next(iter(shown.maps.values()))
+            accuracy.append(f"{arm} {right:.3f}")
         truth = [(true, "") for true, _ in shown.names]
-        path = sheets.sheet(folder / f"{name}.png", shown.images, names=truth, maps=maps, title=title)
-        picture = base64.b64encode(path.read_bytes()).decode()
-        words = ", ".join(f"{arm} {value:.3f}" for arm, value in accuracy.items())
+        picture = runs / "pictures" / f"{title}.png".replace(" ", "_")
+        sheets.sheet(picture, shown.images, names=truth, maps=maps, title=title)
+        methods = ", ".join(f"{arm} {method}" for arm, _, method, _ in arms)
         parts.append(
-            f"<h2>{html.escape(system.title)}</h2><p>{html.escape(system.claimed)}. Accuracy of each arm on test, seed 0: "
-            f"{html.escape(words)}.</p><img alt='{html.escape(title)}' src='data:image/png;base64,{picture}'>"
+            f"<h2>{html.escape(title)}</h2><p>The paper claims {html.escape(words)}. Accuracy of each arm on test, seed 0: "
+            f"{html.escape(', '.join(accuracy))}. Maps: {html.escape(methods)}.</p><img alt='{html.escape(title)}' "
+            f"src='data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}'>"
         )
     style = "body{font:16px/1.5 system-ui;margin:2rem auto;max-width:72rem;padding:0 1rem}img{max-width:100%}"
     out = runs / "systems.html"
