@@ -59,6 +59,7 @@ bench-env: ## an environment of its own for the peers of the benchmarks (PyTorch
 bench: install bench-env ## speed against PyTorch: results/bench_*.json
 	$(BIN)/python experiments/bench_core.py --peer-python .venv-bench/bin/python
 	$(BIN)/python experiments/bench_pool.py
+	$(BIN)/python experiments/bench_systems.py
 
 parity: install bench-env ## the same numbers as public packages: results/parity_*.json
 	$(BIN)/python experiments/parity_torchvision.py --peer-python .venv-bench/bin/python
