@@ -1,6 +1,6 @@
 """Transformations of traced functions: read, replace and re-pool layers of models nobody edited."""
 
-from topgap_jax.rewrite.convs import canonical_convs
+from topgap_jax.rewrite.convs import canonical_convs, fast_convs
 from topgap_jax.rewrite.dropping import with_drop
 from topgap_jax.rewrite.names import Layer, default_layer, layers, name, naming, read, tap
 from topgap_jax.rewrite.normalisation import zero_images
@@ -14,6 +14,7 @@ __all__ = [
     "Layer",
     "canonical_convs",
     "default_layer",
+    "fast_convs",
     "guided",
     "guided_backprop",
     "guided_upsampled",

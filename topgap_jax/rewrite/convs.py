@@ -1,57 +1,83 @@
-"""Convolutions that stay fast inside a loop."""
+"""The same function with its convolutions at the speed of the machine."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
-from jax.extend.core import Jaxpr
+from jax.extend.core import Jaxpr, JaxprEqn
 from jax.extend.core.primitives import conv_general_dilated_p, custom_jvp_call_p, custom_vjp_call_p
 from jax.lax import ConvDimensionNumbers
 
+from topgap_jax.engine import convolution, refusal
 from topgap_jax.rewrite.interpreter import evaluate, reaches, rebuild, subjaxprs, trace
+
+
+def fast_convs(f: Callable) -> Callable:
+    """f with the convolutions of `engine`, on a CPU; elsewhere f itself. For any function, before it is differentiated.
+
+    Derivatives of any order, in loops too, are then made of fast convolutions: `jax.grad(fast_convs(predict))`. Around a
+    gradient, `fast_convs(jax.grad(predict))`, the numbers are right but most of the gain is lost. What the engine does not take
+    (groups, dilation, other ranks) and what stands inside a function with derivatives of its own stays as it is;
+    `engine.explain(fast_convs(f), *args)` says which.
+    """
+
+    def fast(*args, **kwargs):
+        if jax.default_backend() != "cpu":
+            return f(*args, **kwargs)
+        return _replaced(f, args, kwargs, _by_engine, refusal)
+
+    return fast
 
 
 def canonical_convs(f: Callable) -> Callable:
     """f with every convolution in the layout NHWC, HWIO, by explicit transposes; for the body of a loop on a CPU.
 
-    Outside loops XLA does this itself. Inside, a gradient with respect to images keeps the transposed kernels that JAX writes,
-    for which XLA's CPU has nothing but naive loops: 12 times slower with a ResNet-20. Also loops inside f are entered, so that
-    the derivative of an explanation that loops is `canonical_convs(jax.grad(...))`.
+    It is for what `fast_convs` does not take, and for functions that are differentiated already. Outside loops XLA does this
+    itself. Inside, a gradient with respect to images keeps the transposed kernels that JAX writes, for which XLA's CPU has
+    nothing but naive loops: 12 times slower with a ResNet-20. Also loops inside f are entered, so that the derivative of an
+    explanation that loops is `canonical_convs(jax.grad(...))`.
     """
-
-    def canonical(*args, **kwargs):
-        closed, arrays, restore = trace(f, args, kwargs)
-        return restore(_evaluate(closed.jaxpr, closed.consts, arrays))
-
-    return canonical
+    return lambda *args, **kwargs: _replaced(f, args, kwargs, _by_lax, lambda eqn: "")
 
 
-def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list:
+def _replaced(f, args, kwargs, replace, refusal):
+    """f(*args, **kwargs) with `replace(equation, images NHWC, kernel HWIO)` in place of each convolution that is not refused."""
+    closed, arrays, restore = trace(f, args, kwargs)
+    takes = lambda eqn: eqn.primitive is conv_general_dilated_p and not refusal(eqn)
+
+    def holds(jaxpr: Jaxpr) -> bool:
+        return any(takes(eqn) or any(holds(body) for body in subjaxprs(eqn)) for eqn in jaxpr.eqns)
+
+    def run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list:
+        return evaluate(jaxpr, consts, args, rule)
+
     def rule(eqn, values, read):
-        if eqn.primitive is conv_general_dilated_p:
-            return [_convolution(*values, **eqn.params)]
+        if takes(eqn):
+            return [_in_order(replace, eqn, *values)]
         own = eqn.primitive in (custom_jvp_call_p, custom_vjp_call_p)  # entered, it would lose its own derivative
-        if reaches(eqn) and not own and any(_holds(body) for body in subjaxprs(eqn)):
-            return rebuild(eqn, values, _evaluate)
+        if reaches(eqn) and not own and any(holds(body) for body in subjaxprs(eqn)):
+            return rebuild(eqn, values, run)
         return None
 
-    return evaluate(jaxpr, consts, args, rule)
+    return restore(run(closed.jaxpr, closed.consts, arrays))
 
 
-def _convolution(left, right, *, dimension_numbers, **options):
-    n = left.ndim
+def _in_order(replace: Callable, eqn: JaxprEqn, left: Any, right: Any) -> Any:
+    """The equation by a convolution of NHWC with HWIO, whatever the order of its axes; any number of spatial axes."""
+    numbers = eqn.params["dimension_numbers"]
     last = lambda spec: (spec[0], *spec[2:], spec[1])  # (batch, channel, space) -> (batch, space, channel)
-    (out_channel, in_channel, *space), images = dimension_numbers.rhs_spec, (0, n - 1, *range(1, n - 1))
-    out = conv_general_dilated_p.bind(
-        left.transpose(last(dimension_numbers.lhs_spec)),
-        right.transpose((*space, in_channel, out_channel)),
-        dimension_numbers=ConvDimensionNumbers(images, (n - 1, n - 2, *range(n - 2)), images),
-        **options,
-    )
-    return out.transpose(np.argsort(last(dimension_numbers.out_spec)))
+    out_channel, in_channel, *space = numbers.rhs_spec
+    out = replace(eqn, left.transpose(last(numbers.lhs_spec)), right.transpose((*space, in_channel, out_channel)))
+    return out.transpose(np.argsort(last(numbers.out_spec)))
 
 
-def _holds(jaxpr: Jaxpr) -> bool:
-    return any(
-        eqn.primitive is conv_general_dilated_p or any(_holds(body) for body in subjaxprs(eqn)) for eqn in jaxpr.eqns
-    )
+def _by_engine(eqn: JaxprEqn, images: Any, kernel: Any) -> Any:
+    return convolution(images, kernel, eqn.params["window_strides"], eqn.params["padding"])
+
+
+def _by_lax(eqn: JaxprEqn, images: Any, kernel: Any) -> Any:
+    n = images.ndim
+    order = (0, n - 1, *range(1, n - 1))
+    numbers = ConvDimensionNumbers(order, (n - 1, n - 2, *range(n - 2)), order)
+    return conv_general_dilated_p.bind(images, kernel, **(eqn.params | {"dimension_numbers": numbers}))

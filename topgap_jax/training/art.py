@@ -11,6 +11,7 @@ from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
 from topgap_jax import rewrite
 from topgap_jax.balls import linf
 from topgap_jax.build import check_number
+from topgap_jax.engine import KINDS
 from topgap_jax.errors import UserError
 from topgap_jax.models import bind
 from topgap_jax.models.classifier import channels, normalise
@@ -76,16 +77,20 @@ def art(
     def attacked(keys, relu, soft, images, labels, mask):
         delta = ball.project(images, jax.vmap(ball.start)(keys, images))
         chosen = salient(relu, images + delta, labels, mask)
-        for _ in range(steps):
+
+        def climb(_, delta):
             rise = jax.grad(lambda points: alignment(vectors, soft, points, labels, mask, chosen).sum())(images + delta)
-            delta = ball.project(images, delta + step_size * jnp.sign(rise))
-        return images + delta
+            return ball.project(images, delta + step_size * jnp.sign(rise))
+
+        return images + lax.fori_loop(0, steps, climb, delta)
 
     def objective(keys, model, variables, batch, step):
         images, labels = batch["image"], batch["label"]
         mask = batch["mask"].astype(jnp.float32)
-        relu = lambda variables: rewrite.in_float32(bind(model, variables, train=True, step=step))
-        soft = lambda variables: rewrite.in_float32(softened(bind(model, variables, train=True, step=step), beta))
+        # Fast convolutions, since without them the loop of the attack would be slow on a CPU.
+        bound = lambda variables: rewrite.fast_convs(bind(model, variables, train=True, step=step))
+        relu = lambda variables: rewrite.in_float32(bound(variables))
+        soft = lambda variables: rewrite.in_float32(softened(bound(variables), beta))
         still = lax.stop_gradient(variables)
         adversarial = lax.stop_gradient(attacked(keys, relu(still), soft(still), images, labels, mask))
 
@@ -187,4 +192,4 @@ def _length(values):
 
 def _is_product(primitive, *_, **__):
     """A policy of `jax.checkpoint`."""
-    return primitive in (conv_general_dilated_p, dot_general_p)
+    return primitive in (conv_general_dilated_p, dot_general_p, *KINDS)

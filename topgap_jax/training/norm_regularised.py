@@ -9,6 +9,7 @@ from jax import lax
 from topgap_jax.build import check_number
 from topgap_jax.errors import UserError
 from topgap_jax.models import bind
+from topgap_jax.rewrite import fast_convs
 from topgap_jax.scores import cross_entropy
 from topgap_jax.training.standard import standard
 from topgap_jax.types import Array, Objective, Penalty
@@ -35,7 +36,7 @@ def norm_regularised(
 
     def objective(keys, model, variables, batch, step):
         images, labels = batch["image"], batch["label"]
-        predict = bind(model, lax.stop_gradient(variables), step=step)
+        predict = fast_convs(bind(model, lax.stop_gradient(variables), step=step))  # else a loop would be slow on a CPU
 
         def gradient_at(points):
             def summed(points):  # the sum: a mean would scale each example's gradient by 1/b
@@ -65,12 +66,9 @@ def perturbation(
         return cut(first) if penalty.boxed else first
     if penalty.scale is not None:
         # From the maximiser: from 0, entries with a small gradient would take many steps to where R begins.
-        delta = first
-        for _ in range(steps):
-            delta = penalty.prox(delta + penalty.scale * gradient_at(images + delta), penalty.scale)
-        return delta
+        move = lambda _, delta: penalty.prox(delta + penalty.scale * gradient_at(images + delta), penalty.scale)
+        return lax.fori_loop(0, steps, move, first)
     ascend = lambda delta, direction: cut(penalty.project(delta + 2.5 / steps * direction))
     delta = ascend(jnp.zeros_like(images), first)
-    for _ in range(steps - 1):
-        delta = ascend(delta, penalty.maximiser(gradient_at(images + delta)))
-    return delta
+    climb = lambda _, delta: ascend(delta, penalty.maximiser(gradient_at(images + delta)))
+    return lax.fori_loop(1, steps, climb, delta)

@@ -6,6 +6,7 @@ from jax import lax
 
 from topgap_jax.build import check_number
 from topgap_jax.models import bind
+from topgap_jax.rewrite import fast_convs
 from topgap_jax.types import Attack, Objective
 
 
@@ -31,11 +32,10 @@ def adversarial(attack: Attack, *, label_smoothing: float = 0.0) -> Objective:
     inner = standard(label_smoothing=label_smoothing)
 
     def objective(keys, model, variables, batch, step):
-        predict = bind(model, lax.stop_gradient(variables), step=step)
+        predict = fast_convs(bind(model, lax.stop_gradient(variables), step=step))  # else a loop would be slow on a CPU
         # The state's last iterate, not its first break: training wants the point of highest loss.
         state = attack.init(keys, predict, batch["image"], batch["label"], predict(batch["image"]))
-        for _ in range(attack.steps):
-            state = attack.step(predict, state)
+        state = lax.fori_loop(0, attack.steps, lambda _, state: attack.step(predict, state), state)
         return inner(keys, model, variables, {**batch, "image": lax.stop_gradient(state.images + state.delta)}, step)
 
     return objective

@@ -1,0 +1,230 @@
+"""The engine's convolution against plain lax: numbers, derivatives of any order, every transformation, on both of its paths."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.test_util import check_grads
+
+from topgap_jax.engine import convolution, onednn
+from topgap_jax.engine.convolution import KINDS, forward_p, input_gradient_p, weight_gradient_p
+
+STRIDES, PADS = (2, 1), ((1, 1), (0, 2))
+SHAPES = (8, 9, 7, 3), (3, 3, 3, 4)  # images and kernel
+
+
+@pytest.fixture(params=["onednn", "xla"])
+def path(request, monkeypatch):
+    """Which of the two the convolutions of the test are compiled to."""
+    if request.param == "onednn" and onednn.reason():
+        pytest.skip(f"no oneDNN here: {onednn.reason()}")
+    if request.param == "xla":
+        jax.clear_caches()  # what is compiled already goes the other way
+        monkeypatch.setattr(onednn, "available", lambda: False)
+    yield request.param
+    if request.param == "xla":
+        jax.clear_caches()
+
+
+def draw(*shapes, seed=0):
+    random = np.random.default_rng(seed)
+    return [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def by_lax(x, w, strides=STRIDES, pads=PADS):
+    return lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def ours(x, w, strides=STRIDES, pads=PADS):
+    return convolution(x, w, strides, pads)
+
+
+def assert_close(got, expected, tolerance=1e-5):
+    """Relative to the largest entry of each array."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1e-30, float(jnp.abs(b).max())))
+
+
+@st.composite
+def geometries(draw):
+    """Sizes of a convolution whose result is not empty: images, kernel, strides, pads."""
+    side = st.integers(1, 3)
+    kernel = draw(st.tuples(*[st.sampled_from((1, 3, 5, 7))] * 2))
+    pads = tuple(draw(st.tuples(st.integers(0, k), st.integers(0, k))) for k in kernel)
+    size = tuple(draw(st.integers(max(1, k - sum(p)), 14)) for k, p in zip(kernel, pads))
+    n, c, o = draw(st.integers(1, 130)), draw(st.integers(1, 64)), draw(st.integers(1, 64))
+    if n * c * o > 20000:
+        n = max(1, 20000 // (c * o))
+    return (n, *size, c), (*kernel, c, o), draw(st.tuples(side, side)), pads
+
+
+def everything(f, x, w, dy, dx, dw):
+    """The result, both gradients, and the derivatives of these in the directions dx and dw: what second order is made of."""
+    y, back = jax.vjp(f, x, w)
+    gradients = lambda x, w, dy: jax.vjp(f, x, w)[1](dy)
+    return y, back(dy), jax.jvp(f, (x, w), (dx, dw))[1], jax.vjp(gradients, x, w, dy)[1]((dx, dw))
+
+
+@given(geometries())
+def test_numbers(geometry):
+    """Kernel 1 to 7, stride 1 to 3, any padding, 1 to 64 channels, batch 1 to 130: first and second derivatives as of lax."""
+    images, kernel, strides, pads = geometry
+    f, g = (functools.partial(f, strides=strides, pads=pads) for f in (ours, by_lax))
+    x, w, dx, dw = draw(images, kernel, images, kernel)
+    (dy,) = draw(jax.eval_shape(g, x, w).shape, seed=1)
+    values = [jax.jit(functools.partial(everything, h))(x, w, dy, dx, dw) for h in (f, g)]
+    assert_close(*values)
+
+
+@settings(max_examples=15)
+@given(geometries())
+def test_numbers_of_the_other_path(geometry):
+    """The same of the forms that XLA compiles, one by one."""
+    from topgap_jax.engine.convolution import Geometry, _forward, _input_gradient, _weight_gradient
+
+    images, kernel, strides, pads = geometry
+    known = Geometry(images[1:3], kernel[:2], strides, pads)
+    x, w = draw(images, kernel)
+    y, back = jax.vjp(functools.partial(by_lax, strides=strides, pads=pads), x, w)
+    (dy,) = draw(y.shape, seed=1)
+    assert known.out == y.shape[1:3]
+    assert_close(_forward(x, w, geometry=known), y)
+    assert_close((_input_gradient(dy, w, geometry=known), _weight_gradient(x, dy, geometry=known)), back(dy))
+
+
+def test_definition(path):
+    """Against sums written in NumPy."""
+    x, w = draw(*SHAPES)
+    padded = np.pad(x, ((0, 0), *PADS, (0, 0)))
+    y = np.stack(
+        [[np.einsum("nabc,abco->no", padded[:, 2 * i : 2 * i + 3, j : j + 3], w) for j in range(7)] for i in range(5)]
+    ).transpose(2, 0, 1, 3)
+    np.testing.assert_allclose(ours(x, w), y, rtol=1e-4, atol=1e-4)
+
+
+def test_derivatives_of_any_order(path):
+    x, w = draw((2, 5, 4, 2), (3, 3, 2, 3))
+    check_grads(ours, (x, w), 2, ["fwd", "rev"], atol=2e-2, rtol=2e-2)
+    f, g = ((lambda x, w, h=h: jnp.tanh(h(x, w)).sum()) for h in (ours, by_lax))
+    for of in (0, 1):
+        for transform in (
+            lambda f: jax.hessian(f, of),
+            lambda f: jax.jacrev(jax.grad(f, of), of),
+            lambda f: jax.grad(lambda *a: (jax.grad(f, of)(*a) ** 2).sum(), (0, 1)),
+            lambda f: jax.grad(lambda *a: jax.jvp(jax.grad(f, of), a, (x, w))[1].sum(), (0, 1)),
+            lambda f: jax.grad(
+                lambda *a: (jax.grad(lambda *a: (jax.grad(f, of)(*a) ** 2).sum(), of)(*a) ** 2).sum(), of
+            ),
+        ):
+            assert_close(jax.jit(transform(f))(x, w), jax.jit(transform(g))(x, w), 2e-5)
+
+
+def test_vmap(path):
+    """Over images, kernels or both, at any axis, of the result and of its gradients; and gradients of each example."""
+    x, w = draw((3, 2, 6, 5, 3), (3, 3, 3, 4, 3))
+    gradients = lambda h: lambda x, w: jax.vjp(h, x, w)[1](jnp.sin(h(x, w)))
+    for axes, operands in (
+        ((0, None), (x, w[..., 0])),
+        ((None, 4), (x[0], w)),
+        ((0, 4), (x, w)),
+        ((3, 2), (x[:, :, :, :3], w[:, :, :, :3])),
+    ):
+        if axes == (3, 2):
+            operands = jnp.moveaxis(operands[0], 0, 3), jnp.moveaxis(operands[1], 4, 2)
+        for h in (lambda h: h, gradients):
+            run = lambda f: jax.jit(jax.vmap(h(f), axes))(*operands)
+            assert_close(run(ours), run(by_lax))
+    each = lambda f: jax.vmap(lambda x, w: jax.grad(lambda w: (f(x[None], w) ** 2).sum())(w), (0, None))(
+        x[0], w[..., 0]
+    )
+    assert_close(each(ours), each(by_lax))
+
+
+def test_control_flow(path):
+    """scan and its gradient, cond, while, fori_loop, remat, and a gradient in a loop."""
+    x, w = draw((2, 6, 6, 3), (3, 3, 3, 3))
+    same = dict(strides=(1, 1), pads=((1, 1), (1, 1)))
+
+    def cases(f):
+        f = functools.partial(f, **same)
+        step = lambda x, _: (jnp.tanh(f(x, w)), x.sum())
+        yield lambda x, w: lax.scan(step, x, None, length=3)
+        yield jax.grad(lambda x, w: lax.scan(step, x, None, length=3)[0].sum())
+        yield lambda x, w: lax.cond(x.sum() > 0, lambda: f(x, w), lambda: f(-x, w))
+        yield lambda x, w: lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, jnp.tanh(f(s[1], w))), (0, x))
+        yield jax.grad(lambda x, w: jax.checkpoint(lambda x: jnp.tanh(f(jnp.tanh(f(x, w)), w)).sum())(x))
+        move = lambda _, x: x + 0.1 * jnp.sign(jax.grad(lambda x: jnp.tanh(f(x, w)).sum())(x))
+        yield lambda x, w: lax.fori_loop(0, 3, move, x)
+        yield lambda x, w: jax.linear_transpose(lambda x: f(x, w), x)(x)
+
+    for a, b in zip(cases(ours), cases(by_lax)):
+        assert_close(jax.jit(a)(x, w), jax.jit(b)(x, w))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_sharded_batch(path, devices, axis_type):
+    """jit with a batch split over devices: the numbers of one device, no image moved, weight gradients summed once."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(axis_type,))
+    x, w = draw(*SHAPES)
+
+    def loss(f, x, w):
+        return (jnp.tanh(f(x, w)) ** 2).sum()
+
+    def both(f):
+        gradients = jax.grad(functools.partial(loss, f), (0, 1))
+        return lambda x, w: (gradients(x, w), jax.grad(lambda x, w: (gradients(x, w)[0] ** 2).sum(), (0, 1))(x, w))
+
+    expected = jax.jit(both(by_lax))(x, w)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        whole = jax.device_put(w, NamedSharding(mesh, PartitionSpec()))
+        compiled = jax.jit(both(ours)).lower(split, whole).compile()
+        got = compiled(split, whole)
+    assert_close(jax.device_get(got), jax.device_get(expected))
+    text = compiled.as_text()
+    assert "all-gather" not in text and (path == "xla" or onednn.TARGET in text)
+
+
+def test_per_device_programs(path):
+    """pmap, and shard_map with and without its check of what varies."""
+    x, w = draw(*SHAPES)
+    expected = jax.grad(lambda x, w: jnp.tanh(by_lax(x, w)).sum(), (0, 1))(x, w)
+    gradients = jax.grad(lambda x, w: jnp.tanh(ours(x, w)).sum(), (0, 1))
+    dx, dw = jax.pmap(lambda x, w: gradients(x[None], w), in_axes=(0, None))(x, w)
+    assert_close((dx[:, 0], dw.sum(0)), expected)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("data"), PartitionSpec()
+    summed = jax.shard_map(gradients, mesh=mesh, in_specs=spec, out_specs=spec)
+    assert_close(jax.jit(summed)(x, w), expected)
+    each = lambda x, w: (gradients(x, w)[0], lax.psum(gradients(x, w)[1], "data"))
+    unchecked = jax.shard_map(each, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    assert_close(jax.jit(unchecked)(x, w), expected)
+
+
+def test_other_types(path):
+    """bfloat16 and float64 take XLA's form, with the type's own numbers."""
+    x, w = (a.astype(jnp.bfloat16) for a in draw(*SHAPES))
+    assert_close(
+        jax.tree.map(jnp.float32, jax.vjp(ours, x, w)[1](ours(x, w))),
+        jax.tree.map(jnp.float32, jax.vjp(by_lax, x, w)[1](by_lax(x, w))),
+        2e-2,
+    )
+
+
+def test_the_three_are_each_others_transposes():
+    """Whatever is differentiated, how often, only the three remain: no convolution of lax."""
+    x, w = draw(*SHAPES)
+    third = jax.grad(
+        lambda x: (jax.grad(lambda x: (jax.grad(lambda x: jnp.tanh(ours(x, w)).sum())(x) ** 2).sum())(x) ** 2).sum()
+    )
+    names = {eqn.primitive for eqn in jax.make_jaxpr(jax.grad(lambda w: third(x).sum() + ours(x, w).sum()))(w).eqns}
+    assert names & set(KINDS) and "conv_general_dilated" not in {p.name for p in names}
+    assert set(KINDS) == {forward_p, input_gradient_p, weight_gradient_p}

@@ -1,0 +1,207 @@
+"""`fast_convs` on models nobody edited: the same numbers, names and taps, only engine convolutions, fast loops."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from topgap_jax import attacks, balls, engine, explain, models, pool, rewrite
+from topgap_jax.engine import onednn
+from topgap_jax.rewrite import fast_convs
+from topgap_jax.scores import cross_entropy
+
+IMAGES = jnp.asarray(np.random.default_rng(0).uniform(size=(4, 17, 17, 3)), jnp.float32)
+LABELS = jnp.array([0, 1, 2, 3])
+KEYS = jax.random.split(jax.random.key(0), 4)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        y = nn.Conv(8, (3, 3), (2, 2), use_bias=False, name="conv")(x)
+        y = nn.relu(nn.BatchNorm(use_running_average=not train)(y))
+        return y + nn.Conv(8, (1, 1), (2, 2))(x)
+
+
+class Net(nn.Module):
+    """A strided residual network with batch norm, remat and dropout, as its author would write it."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.relu(nn.Conv(6, (5, 5), padding="VALID")(x))
+        x = nn.remat(Block, static_argnums=(2,))()(x, train)
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = nn.Dropout(0.2, deterministic=not train)(x)
+        return nn.Dense(4, name="head")(x.mean((1, 2)))
+
+
+class Small(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 5, (3, 3), strides=2, rngs=rngs)
+        self.norm = nnx.BatchNorm(5, rngs=rngs)
+        self.head = nnx.Linear(5, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
+
+
+def plain(images):
+    """NCHW, an uncommon order of axes, and three kinds that the engine leaves alone."""
+    random = np.random.default_rng(1)
+    w = lambda *shape: jnp.asarray(random.standard_normal(shape) / 5, jnp.float32)
+    x = lax.conv_general_dilated(images.transpose(0, 3, 1, 2), w(4, 3, 3, 3), (1, 2), "SAME")
+    x = lax.conv_general_dilated(x, w(3, 3, 4, 4), (1, 1), "VALID", dimension_numbers=("NCHW", "HWIO", "NHWC"))
+    x = jax.jit(lambda x: jnp.tanh(x))(x)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    x = lax.conv_general_dilated(x, w(3, 3, 2, 4), (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=2)
+    x = lax.conv_general_dilated(x, w(3, 3, 4, 4), (1, 1), "SAME", dimension_numbers=numbers, rhs_dilation=(2, 2))
+    x = x + lax.conv_general_dilated(
+        x.reshape(4, -1, 4), w(3, 4, 4), (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    ).reshape(x.shape)
+    return x.mean((1, 2))
+
+
+def linen_model():
+    model = models.linen(Net())
+    return model, model.init(jax.random.key(0), IMAGES)
+
+
+def nnx_model():
+    model = models.nnx(Small(nnx.Rngs(0)))
+    return model, model.init(jax.random.key(0), IMAGES)
+
+
+def predictors():
+    for model, variables in (linen_model(), nnx_model()):
+        yield models.bind(model, variables)
+    yield plain
+
+
+def assert_same(a, b, tolerance=2e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1.0, float(jnp.abs(y).max())))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["linen", "nnx", "function"])
+def test_same_numbers(which):
+    """Logits, input gradients, double backprop, a Hessian-vector product; eager and jitted, of a jitted function."""
+    predict = list(predictors())[which]
+    loss = lambda f: lambda x: cross_entropy(f(x), LABELS).sum()
+    derived = [
+        lambda f: f,
+        lambda f: jax.grad(loss(f)),
+        lambda f: jax.grad(lambda x: (jax.grad(loss(f))(x) ** 2).sum()),
+        lambda f: lambda x: jax.jvp(jax.grad(loss(f)), (x,), (jnp.cos(x),))[1],
+    ]
+    assert_same(fast_convs(predict)(IMAGES), predict(IMAGES))
+    assert_same(fast_convs(jax.jit(predict))(IMAGES), predict(IMAGES))
+    for of in derived:
+        assert_same(jax.jit(of(fast_convs(predict)))(IMAGES), jax.jit(of(predict))(IMAGES))
+
+
+@pytest.mark.parametrize("make", [linen_model, nnx_model])
+def test_training_mode(make):
+    """The whole `apply`: logits, batch statistics and parameter gradients with dropout, keys and keyword arguments."""
+    model, variables = make()
+    fast = model._replace(apply=fast_convs(model.apply))
+
+    def loss(model, params):
+        out = model.apply({**variables, "params": params}, IMAGES, train=True, keys=KEYS)
+        return cross_entropy(out.logits, LABELS).sum(), out.batch_stats
+
+    expected = jax.jit(jax.grad(lambda params: loss(model, params), has_aux=True))(variables["params"])
+    assert_same(jax.jit(jax.grad(lambda params: loss(fast, params), has_aux=True))(variables["params"]), expected)
+    text = str(jax.make_jaxpr(jax.grad(lambda params: loss(fast, params)[0]))(variables["params"]))
+    assert "conv_general_dilated" not in text and "topgap_convolution_weight_gradient" in text
+
+
+def test_other_rewrites_work_through_it():
+    """`with_pool`, `tap`, `read`, `with_rules`, `layers` and Grad-CAM, inside and outside of it."""
+    model, variables = linen_model()
+    predict = models.bind(model, variables)
+    assert rewrite.layers(fast_convs(predict), IMAGES) == rewrite.layers(predict, IMAGES)
+    edit = lambda value: value * 2
+    pooled = rewrite.with_pool(model, dense="head", pool=pool.top_gap(k=3))
+    outside = rewrite.with_pool(model._replace(apply=fast_convs(model.apply)), dense="head", pool=pool.top_gap(k=3))
+    inside = pooled._replace(apply=fast_convs(pooled.apply))
+    expected = models.bind(pooled, variables)
+    ruled = lambda f: rewrite.with_rules(f, **rewrite.guided)
+    for other in (outside, inside):
+        assert_same(models.bind(other, variables)(IMAGES), expected(IMAGES))
+        cam = lambda f: explain.cam()(KEYS, f, IMAGES, LABELS)
+        assert_same(cam(models.bind(other, variables)), cam(expected))
+    for f, g in (
+        (fast_convs(rewrite.tap(predict, "Conv_0", edit)), rewrite.tap(predict, "Conv_0", edit)),
+        (rewrite.tap(fast_convs(predict), "Conv_0", edit), rewrite.tap(predict, "Conv_0", edit)),
+        (rewrite.read(fast_convs(predict), "Conv_0"), rewrite.read(predict, "Conv_0")),
+        (jax.grad(lambda x: fast_convs(ruled(predict))(x).sum()), jax.grad(lambda x: ruled(predict)(x).sum())),
+        (jax.grad(lambda x: ruled(fast_convs(predict))(x).sum()), jax.grad(lambda x: ruled(predict)(x).sum())),
+    ):
+        assert_same(f(IMAGES), g(IMAGES))
+    grad_cam = lambda f: explain.grad_cam(layer="Conv_0")(KEYS, f, IMAGES, LABELS)
+    assert_same(grad_cam(fast_convs(predict)), grad_cam(predict))
+
+
+def test_loops():
+    """A PGD in a scan: the numbers of the unrolled one, and no convolution that XLA's CPU runs as naive loops."""
+    predict = fast_convs(models.bind(*linen_model()))
+    attack = attacks.pgd(balls.linf(8 / 255), steps=4)
+
+    def attacked(images):
+        state = attack.init(KEYS, predict, images, LABELS, predict(images))
+        return lax.scan(lambda state, _: (attack.step(predict, state), None), state, None, length=4)[0]
+
+    state = attack.init(KEYS, predict, IMAGES, LABELS, predict(IMAGES))
+    for _ in range(4):
+        state = attack.step(predict, state)
+    compiled = jax.jit(attacked).lower(IMAGES).compile()
+    assert_same(compiled(IMAGES).delta, state.delta)
+    available, text = onednn.available(), compiled.as_text()
+    assert "while" in text and (onednn.TARGET in text) == available
+    slow = [
+        line for line in text.splitlines() if " convolution(" in line and ("01oi" in line or "rhs_reversal" in line)
+    ]
+    assert not slow
+
+
+def test_loops_of_the_other_path(monkeypatch):
+    monkeypatch.setattr(onednn, "available", lambda: False)
+    jax.clear_caches()
+    try:
+        test_loops()
+    finally:
+        jax.clear_caches()
+
+
+def test_explain_lists_paths_and_reasons(monkeypatch):
+    found = engine.explain(fast_convs(plain), IMAGES)
+    why = [(each.path, each.why) for each in found]
+    own = ("onednn", "") if onednn.available() else ("xla", onednn.reason())
+    assert why == [own, own, ("lax", "2 groups"), ("lax", "dilation"), ("lax", "1 spatial axes, not 2")]
+    assert str(found[2]) == "convolution      (4, 15, 7, 4) (3, 3, 2, 4): lax (2 groups)"
+    assert {each.why for each in engine.explain(plain, IMAGES)} == {
+        "not under fast_convs",
+        "2 groups",
+        "dilation",
+        "1 spatial axes, not 2",
+    }
+    kinds = [each.kind for each in engine.explain(jax.grad(lambda x: fast_convs(plain)(x).sum()), IMAGES)]
+    assert (
+        kinds.count("convolution") == 5 + 3 and kinds.count("input gradient") == 2
+    )  # lax's gradients are its convolutions
+    half = engine.explain(
+        lambda x: fast_convs(nn.Conv(2, (3, 3), dtype=jnp.bfloat16).apply)(
+            {"params": {"kernel": jnp.ones((3, 3, 3, 2)), "bias": jnp.ones(2)}}, x
+        ),
+        IMAGES,
+    )
+    assert (half[0].path, half[0].why) == ("xla", "type bfloat16" if onednn.available() else onednn.reason())
+
+
+def test_identity_elsewhere(monkeypatch):
+    """On a GPU or TPU the function is called as it is."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert "conv_general_dilated" in str(jax.make_jaxpr(fast_convs(plain))(IMAGES))
