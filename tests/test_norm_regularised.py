@@ -138,7 +138,7 @@ def test_worked_prox_steps():
 
     hessian, g = np.array([[2, 0.5, 0], [0.5, 1, 0.3], [0, 0.3, -1]]), np.array([1, -2, 0.5])
     images = jnp.full((1, 1, 1, 3), 0.5)
-    gradient_at = lambda points: jnp.asarray(g + np.asarray(points - images).ravel() @ hessian, jnp.float32).reshape(
+    gradient_at = lambda points: (jnp.float32(g) + (points - images).ravel() @ jnp.float32(hessian)).reshape(
         images.shape
     )
     objective = lambda delta: (

@@ -16,13 +16,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax._src import dispatch
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from topgap_jax.engine import onednn
 from topgap_jax.types import Array
@@ -171,7 +170,9 @@ def _partitioned(kind: int, geometry: Geometry) -> Callable:
         split, whole = NamedSharding(mesh, PartitionSpec(batch)), NamedSharding(mesh, PartitionSpec())
 
         def summed(x, dy):
-            return alone(x, dy) if batch is None else lax.psum(alone(x, dy), batch)
+            # Without an explicit mesh around it, which the sum's own little program could not be partitioned by.
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+                return alone(x, dy) if batch is None else lax.psum(alone(x, dy), batch)
 
         if kind == onednn.WEIGHT_GRADIENT:
             return mesh, summed, whole, (split, split)

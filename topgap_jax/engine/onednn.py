@@ -5,8 +5,8 @@ builds for them are kept, and each is used by one thread at a time.
 """
 
 import collections
-import ctypes
 import contextlib
+import ctypes
 import functools
 import importlib.metadata
 import os

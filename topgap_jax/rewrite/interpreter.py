@@ -105,15 +105,14 @@ def rebuild(eqn: JaxprEqn, values: Sequence[Any], run: Callable[[Jaxpr, Sequence
         again = lambda *args: run(params["jaxpr"], (), args)
         return jax.checkpoint(again, prevent_cse=params["prevent_cse"], policy=params["policy"])(*values)
     if eqn.primitive is scan_p:
-        n, k = params["num_consts"], params["num_consts"] + params["num_carry"]
-        body = within(params["jaxpr"])
+        body, (constants, start, inputs) = within(params["jaxpr"]), _scanned(params, values)
 
         def step(carry, row):
-            outs = body(*values[:n], *carry, *row)
-            return outs[: k - n], outs[k - n :]
+            outs = body(*constants, *carry, *row)
+            return outs[: len(carry)], outs[len(carry) :]
 
         options = {word: params[word] for word in ("length", "reverse", "unroll")}
-        carry, rows = lax.scan(step, list(values[n:k]), list(values[k:]), **options)
+        carry, rows = lax.scan(step, start, inputs, **options)
         return [*carry, *rows]
     if eqn.primitive is while_p:
         n, k = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
@@ -125,6 +124,14 @@ def rebuild(eqn: JaxprEqn, values: Sequence[Any], run: Callable[[Jaxpr, Sequence
     if eqn.primitive is cond_p:
         return lax.switch(values[0], [within(branch) for branch in params["branches"]], *values[1:])
     return within(params["jaxpr" if eqn.primitive is jit_p else "call_jaxpr"])(*values)
+
+
+def _scanned(params: dict[str, Any], values: Sequence[Any]) -> list[list[Any]]:
+    """What the body of a scan finds the same each time, what it passes on, and what it gets row by row."""
+    if "ft_in" in params:  # jax 0.12
+        return [list(part) for part in params["ft_in"].update(values).unpack()]
+    n, k = params["num_consts"], params["num_consts"] + params["num_carry"]
+    return [list(values[:n]), list(values[n:k]), list(values[k:])]
 
 
 def _is_array(leaf):
