@@ -208,10 +208,11 @@ def _check_model(arguments):
 
 
 def _train(arguments, overrides):
+    from topgap_jax import engine
     from topgap_jax.run import setup
     from topgap_jax.run.fit import Stopped, fit
 
-    print(_configure(arguments), file=sys.stderr)
+    print(_configure(arguments), engine.status(), sep="; ", file=sys.stderr)
     experiment = setup.experiment(arguments.config, overrides)
     try:
         fit(experiment.config, arguments.workdir, parts=setup.parts(experiment), file=experiment.file)

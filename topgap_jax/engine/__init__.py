@@ -1,6 +1,23 @@
 """The convolutions that are fast on a CPU, and what they are fast with."""
 
-from topgap_jax.engine.convolution import KINDS, Geometry, convolution
+from topgap_jax.engine.convolution import KINDS, Geometry, convolution, forward_p, input_gradient_p
+from topgap_jax.engine.fused import fused_convolution
+from topgap_jax.engine.onednn import FORWARD, INPUT_GRADIENT, Fused, available, status
 from topgap_jax.engine.paths import Convolution, explain, refusal
 
-__all__ = ["KINDS", "Convolution", "Geometry", "convolution", "explain", "refusal"]
+__all__ = [
+    "FORWARD",
+    "INPUT_GRADIENT",
+    "KINDS",
+    "Convolution",
+    "Fused",
+    "Geometry",
+    "available",
+    "convolution",
+    "explain",
+    "forward_p",
+    "fused_convolution",
+    "input_gradient_p",
+    "refusal",
+    "status",
+]

@@ -24,6 +24,7 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from topgap_jax.engine import onednn
+from topgap_jax.engine.onednn import Fused
 from topgap_jax.types import Array
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -99,39 +100,60 @@ def _weight_gradient(x: Array, dy: Array, *, geometry: Geometry) -> Array:
     return jax.linear_transpose(lambda w: _forward(x, w, geometry=geometry), shape)(dy)[0]
 
 
-def _primitive(name: str, kind: int, type_of: Callable, by_lax: Callable) -> Primitive:
+FORMS = {
+    onednn.FORWARD: (_forward_type, _forward),
+    onednn.INPUT_GRADIENT: (_input_gradient_type, _input_gradient),
+    onednn.WEIGHT_GRADIENT: (_weight_gradient_type, _weight_gradient),
+}
+"""Of each kind: the type of its result, and what computes it where no custom call does."""
+
+
+def _primitive(name: str, kind: int) -> Primitive:
+    type_of, by_lax = FORMS[kind]
     primitive = Primitive(f"topgap_{name}")
     primitive.def_abstract_eval(type_of)
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
-    mlir.register_lowering(primitive, _lowering(by_lax))
+    mlir.register_lowering(primitive, lowering(by_lax))
     mlir.register_lowering(primitive, _cpu_lowering(kind, by_lax), platform="cpu")
+    needs_devices(primitive)
     return primitive
 
 
-def _lowering(f: Callable) -> Callable:
+def needs_devices(primitive: Primitive) -> None:
+    """Have programs with the primitive name their devices while they are lowered, or a custom call cannot be partitioned.
+
+    JAX has this for itself alone; where it is not found, programs for several devices take XLA's form.
+    """
+    getattr(dispatch, "prim_requires_devices_during_lowering", set()).add(primitive)
+
+
+def lowering(f: Callable) -> Callable:
     """Lowering by f, traced without the axes of an explicit mesh: to them lax's weight gradient has an objection."""
 
-    def lower(ctx, left, right, *, geometry):
-        bare = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-        out = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_out]
-        within = ctx.replace(avals_in=bare, avals_out=out)
-        return mlir.lower_fun(functools.partial(f, geometry=geometry), multiple_results=False)(within, left, right)
+    def lower(ctx, *operands, **params):
+        bare = lambda avals: [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in avals]
+        within = ctx.replace(avals_in=bare(ctx.avals_in), avals_out=bare(ctx.avals_out))
+        return mlir.lower_fun(functools.partial(f, **params), multiple_results=False)(within, *operands)
 
     return lower
 
 
 def _cpu_lowering(kind: int, by_lax: Callable) -> Callable:
-    def lower(ctx, left, right, *, geometry):
-        f = by_lax
-        if onednn.available() and all(aval.dtype == jnp.float32 for aval in ctx.avals_in):
-            devices = _devices(ctx.module_context)
-            if devices == 1:
-                f = functools.partial(_call, kind)
-            elif devices > 1:
-                f = _partitioned(kind, geometry)
-        return _lowering(f)(ctx, left, right, geometry=geometry)
+    def lower(ctx, *operands, geometry):
+        f = custom_call(ctx, kind, geometry, Fused()) or functools.partial(by_lax, geometry=geometry)
+        return lowering(f)(ctx, *operands)
 
     return lower
+
+
+def custom_call(ctx, kind: int, geometry: Geometry, fused: Fused) -> Callable | None:
+    """oneDNN's function of the operands, for the program that is being lowered; None where it takes another path."""
+    if not onednn.available() or any(aval.dtype not in (jnp.float32, jnp.bool_) for aval in ctx.avals_in):
+        return None
+    devices = _devices(ctx.module_context)
+    if devices == 1:
+        return functools.partial(_call, kind, geometry, fused)
+    return _partitioned(kind, geometry, fused) if devices > 1 else None
 
 
 def _devices(module) -> int:
@@ -146,26 +168,35 @@ def _devices(module) -> int:
     return 1  # pmap
 
 
-def _call(kind: int, left: Array, right: Array, *, geometry: Geometry) -> Array:
-    """oneDNN's result, by a custom call."""
-    n, (_, _, c, o) = left.shape[0], right.shape
+def _call(kind: int, geometry: Geometry, fused: Fused, *operands: Array) -> Array:
+    (n, *_, channels), (_, _, c, o) = operands[0].shape, operands[1].shape
     if kind == onednn.FORWARD:
         shape = (n, *geometry.out, o)
     elif kind == onednn.INPUT_GRADIENT:
         shape = (n, *geometry.size, c)
     else:
-        shape = (*geometry.kernel, left.shape[3], o)
-    return onednn.call(kind, left, right, shape, geometry.strides, geometry.pads)
+        shape = (*geometry.kernel, channels, o)
+    return onednn.call(kind, operands, shape, geometry.strides, geometry.pads, fused)
+
+
+RULES = {  # operands and result by axis; what is fused has the axes of the result
+    onednn.FORWARD: (["n h w c", "a b c o"], "n p q o"),
+    onednn.INPUT_GRADIENT: (["n p q o", "a b c o"], "n h w c"),
+    onednn.WEIGHT_GRADIENT: (["n h w c", "n p q o"], "a b c o"),
+}
 
 
 @functools.lru_cache(1024)
-def _partitioned(kind: int, geometry: Geometry) -> Callable:
+def _partitioned(kind: int, geometry: Geometry, fused: Fused) -> Callable:
     """The custom call, told to the partitioner: the batch may be split, nothing else; weight gradients are then summed."""
-    alone = lambda left, right: _call(kind, left, right, geometry=geometry)
-    call = custom_partitioning(alone)
+    alone = functools.partial(_call, kind, geometry, fused)
+    operands, result = RULES[kind]
+    extras = zip(fused, ("o", result, None, "n m"))
+    operands = operands + [axes for present, axes in extras if present and axes]
+    split_result = kind != onednn.WEIGHT_GRADIENT
 
-    def partition(mesh, operands, result):
-        spec = operands[0].sharding.spec
+    def partition(mesh, given, _):
+        spec = given[0].sharding.spec
         batch = spec[0] if len(spec) else None
         split, whole = NamedSharding(mesh, PartitionSpec(batch)), NamedSharding(mesh, PartitionSpec())
 
@@ -174,28 +205,24 @@ def _partitioned(kind: int, geometry: Geometry) -> Callable:
             with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
                 return alone(x, dy) if batch is None else lax.psum(alone(x, dy), batch)
 
-        if kind == onednn.WEIGHT_GRADIENT:
-            return mesh, summed, whole, (split, split)
-        return mesh, alone, split, (split, whole)
+        shardings = tuple(split if axes.startswith("n") else whole for axes in operands)
+        return mesh, alone if split_result else summed, split if split_result else whole, shardings
 
-    if kind == onednn.WEIGHT_GRADIENT:
-        rule, kept, summed = "n h w c, n p q o -> a b c o", ("h", "w", "c", "p", "q", "o", "a", "b"), ("n",)
-    elif kind == onednn.FORWARD:
-        rule, kept, summed = "n h w c, a b c o -> n p q o", ("h", "w", "c", "a", "b", "o", "p", "q"), ()
-    else:
-        rule, kept, summed = "n p q o, a b c o -> n h w c", ("p", "q", "o", "a", "b", "c", "h", "w"), ()
-    call.def_partition(partition=partition, sharding_rule=rule, reduction_factors=summed, need_replication_factors=kept)
-    return lambda left, right, *, geometry: call(left, right)
+    rule = f"{', '.join(operands)} -> {result}"
+    kept = tuple(axis for axis in dict.fromkeys(rule.replace(",", "").replace("->", "").split()) if axis != "n")
+    call = custom_partitioning(alone)
+    call.def_partition(
+        partition=partition,
+        sharding_rule=rule,
+        reduction_factors=() if split_result else ("n",),
+        need_replication_factors=kept,
+    )
+    return call
 
 
-forward_p = _primitive("convolution", onednn.FORWARD, _forward_type, _forward)
-input_gradient_p = _primitive(
-    "convolution_input_gradient", onednn.INPUT_GRADIENT, _input_gradient_type, _input_gradient
-)
-weight_gradient_p = _primitive(
-    "convolution_weight_gradient", onednn.WEIGHT_GRADIENT, _weight_gradient_type, _weight_gradient
-)
-
+forward_p = _primitive("convolution", onednn.FORWARD)
+input_gradient_p = _primitive("convolution_input_gradient", onednn.INPUT_GRADIENT)
+weight_gradient_p = _primitive("convolution_weight_gradient", onednn.WEIGHT_GRADIENT)
 KINDS = {forward_p: "convolution", input_gradient_p: "input gradient", weight_gradient_p: "weight gradient"}
 
 ad.defbilinear(
@@ -242,6 +269,3 @@ def _fold(operand: Array, axis: int, into: int) -> Array:
 
 for _each in FOLDS:
     batching.primitive_batchers[_each] = functools.partial(_batched, _each)
-    # A program for several devices must name them while it is lowered, else a custom call cannot be partitioned. Private,
-    # and asked for by name: without it such programs take lax's form.
-    getattr(dispatch, "prim_requires_devices_during_lowering", set()).add(_each)

@@ -9,13 +9,15 @@ import contextlib
 import ctypes
 import functools
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
 import threading
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jaxlib
@@ -26,13 +28,15 @@ TARGET = "topgap_onednn"
 VERIFIED = ("0.10.", "0.12.")
 """Lines of jaxlib whose foreign function interface was found to be the one below."""
 LIMIT = 1024
-"""Primitives that are kept; the least recently used go first."""
+"""Different calls that are kept ready; the least recently used go first."""
 
 # Constants of dnnl_types.h and dnnl_common_types.h, the same in oneDNN 3.2 to 3.13.
-CPU, IN_ORDER, FLOAT, ANY = 1, 1, 3, 1
+CPU, IN_ORDER, FLOAT, BYTE, ANY = 1, 1, 3, 6, 1
 INFERENCE, CONVOLUTION, DECONVOLUTION = 96, 0x1, 0xA
+RELU, ADD, MULTIPLY = 0x20, 0x1FFF0, 0x1FFF1
 USER_SCRATCHPAD, EXECUTION_ARGUMENT = 1, 255
-SOURCE, DESTINATION, WEIGHTS, SCRATCHPAD, OUTPUT_GRADIENT, WEIGHT_RESULT = 1, 17, 33, 80, 145, 161
+SOURCE, SECOND, DESTINATION, WEIGHTS, BIAS, SCRATCHPAD, OUTPUT_GRADIENT, WEIGHT_RESULT = 1, 2, 17, 33, 41, 80, 145, 161
+AFTER_STEP = 32768
 ALLOCATE = c_void_p(-1)
 NOWHERE = c_void_p(0)
 
@@ -128,6 +132,8 @@ class _Argument(ctypes.Structure):
 _Handler = ctypes.CFUNCTYPE(c_void_p, POINTER(_Frame))
 
 
+log = logging.getLogger(__name__)
+
 KEPT: list = []
 """The library in use and what C code has pointers to."""
 
@@ -140,24 +146,51 @@ def available() -> bool:
 
 @functools.cache
 def reason() -> str:
-    """Why oneDNN is not used, or "" where it is; found out once."""
+    """Why oneDNN is not used, or "" where it is; found out once, and then said in one line of the log."""
     try:
-        return _start()
+        why = _start()
     except Exception as error:  # whatever is wrong with a library that somebody installed, this one goes on without it
-        return f"{type(error).__name__}: {error}"
+        why = f"{type(error).__name__}: {error}"
+    log.info(_line(why))
+    return why
+
+
+def status() -> str:
+    """Which convolutions this machine has, as one line for the log. Starts JAX's backend."""
+    return _line(reason())
+
+
+def _line(why: str) -> str:
+    return f"convolutions: XLA's, not oneDNN's ({why})" if why else "convolutions: oneDNN's"
+
+
+class Fused(NamedTuple):
+    """What a call does besides the convolution, in this order: bias (o,) added, another array added, ReLU, times 0 or 1.
+
+    The bias is of a forward call alone. The mask is bool, flat from the second axis on: so XLA computes it five times faster.
+    """
+
+    bias: bool = False
+    residual: bool = False
+    relu: bool = False
+    mask: bool = False
+
+
+NOTHING = Fused()
 
 
 def call(
     kind: int,
-    left: jax.Array,
-    right: jax.Array,
+    operands: Sequence[jax.Array],
     shape: Sequence[int],
     strides: Sequence[int],
     pads: Sequence[Sequence[int]],
+    fused: Fused = NOTHING,
 ) -> jax.Array:
-    """The custom call: (x, w), (dy, w) or (x, dy), float32; `shape` is the result's."""
-    numbers = np.array([kind, *strides, *pads[0], *pads[1]], np.int64)
-    return jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, np.float32))(left, right, call=numbers)
+    """The custom call: (x, w), (dy, w) or (x, dy) and what is fused with it, float32; `shape` is the result's."""
+    flags = sum(1 << i for i, one in enumerate(fused) if one)
+    numbers = np.array([kind, *strides, *pads[0], *pads[1], flags], np.int64)
+    return jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, np.float32))(*operands, call=numbers)
 
 
 def _start() -> str:
@@ -165,6 +198,8 @@ def _start() -> str:
         return f"it is for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
     if not jaxlib.__version__.startswith(VERIFIED):
         return f"jaxlib {jaxlib.__version__} is not among those it was tried with"
+    if os.environ.get("TOPGAP_ONEDNN") == "off":
+        return "it is switched off by TOPGAP_ONEDNN"
     path = _find()
     if path is None:
         return "it is not installed (pip install 'topgap-jax[cpu]')"
@@ -176,10 +211,10 @@ def _start() -> str:
 
 
 def _find() -> Path | None:
-    """The library: $TOPGAP_ONEDNN ("off" for none), else that of the package `onednn-cpu-gomp`."""
-    named = os.environ.get("TOPGAP_ONEDNN", "")
+    """The library: $TOPGAP_ONEDNN, else that of the package `onednn-cpu-gomp`."""
+    named = os.environ.get("TOPGAP_ONEDNN")
     if named:
-        return None if named == "off" else Path(named)
+        return Path(named)
     try:
         files = importlib.metadata.files("onednn-cpu-gomp") or []
     except importlib.metadata.PackageNotFoundError:
@@ -204,7 +239,7 @@ def _self_test() -> str:
     # It may be asked for while another function is traced, and must not become a part of that.
     with jax.ensure_compile_time_eval():
         for kind, (left, right, result) in expected.items():
-            run = lambda left, right: call(kind, left, right, result.shape, (2, 2), ((1, 1), (1, 1)))
+            run = lambda left, right: call(kind, (left, right), result.shape, (2, 2), ((1, 1), (1, 1)))
             if not np.allclose(jax.jit(run)(left, right), result, rtol=1e-4, atol=1e-4):
                 return f"its result of kind {kind} is not the definition's"
     return ""
@@ -271,7 +306,9 @@ class Library:
         with self.lock:
             self.ready.setdefault(key, []).append(one)
             self.ready.move_to_end(key)
-            dropped = self.ready.popitem(last=False)[1] if len(self.ready) > LIMIT else []
+            dropped = []
+            while len(self.ready) > LIMIT:
+                dropped += self.ready.popitem(last=False)[1]
         for old in dropped:
             old.close()
 
@@ -283,14 +320,14 @@ class Ready:
         self.library, self.kept, self.steps = library, contextlib.ExitStack(), []
         self.stream = self._object("stream", self.kept, "stream_create", library.engine, IN_ORDER)
         with contextlib.ExitStack() as self.passing:
-            self._build(*numbers[:7], *(numbers[i : i + 4] for i in (7, 11, 15)))
+            self._build(*numbers[:7], Fused(*(bool(numbers[7] >> i & 1) for i in range(4))), numbers[8:])
 
-    def _build(self, kind, down, along, top, bottom, near, far, left, right, result):
+    def _build(self, kind, down, along, top, bottom, near, far, fused, sizes):
         geometry = [_numbers(pair) for pair in ((down, along), (0, 0), (top, near), (bottom, far))]
-        attributes = self._object("primitive_attr", self.passing, "primitive_attr_create")
-        # A library's scratchpad belongs to the thread that builds a primitive; another one may run it.
-        self.library.do("primitive_attr_set_scratchpad_mode", attributes, USER_SCRATCHPAD)
-        first = self._images(left)
+        left, right, result = sizes[:4], sizes[4:8], sizes[-4:]
+        first, bias = self._images(left), self._layout(result[3:], (1,)) if fused.bias else None
+        same, zeros_and_ones = self._images(result), self._images(result, BYTE)
+        attributes = self._attributes(fused, same, zeros_and_ones)
         if kind == WEIGHT_GRADIENT:
             second, third, which = self._images(right), self._kernel(result), 2
             free, names = self._kernel(result, order=False), (SOURCE, OUTPUT_GRADIENT, WEIGHT_RESULT)
@@ -302,28 +339,51 @@ class Ready:
             # An input gradient is a deconvolution: so oneDNN needs no flipped kernel at any stride, and takes few channels
             # faster than its own backward pass does.
             back = kind == INPUT_GRADIENT
-            second, third, which = self._kernel(right, back), self._images(result), 1
+            second, third, which = self._kernel(right, back), same, 1
             free, names = self._kernel(right, back, order=False), (SOURCE, WEIGHTS, DESTINATION)
             name, algorithm = ("deconvolution", DECONVOLUTION) if back else ("convolution", CONVOLUTION)
-            forward = (INFERENCE, algorithm, first, free, None, third, *geometry, attributes)
+            forward = (INFERENCE, algorithm, first, free, bias, third, *geometry, attributes)
             description = self._description(f"{name}_forward", *forward)
-        self.memories = [self._memory(buffer, NOWHERE) for buffer in (first, second, third)]
-        arguments, kernel = dict(zip(names, self.memories)), (first, second, third)[which]
+        arguments = {name: self._memory(buffer, NOWHERE) for name, buffer in zip(names, (first, second, third))}
+        kernel, place = (first, second, third)[which], arguments[names[which]]
+        # In the order of the operands, the result last; what is fused stands where oneDNN looks for it: after-steps are numbered.
+        after = iter(range(1, 4))
+        extras = {BIAS: self._memory(bias, NOWHERE)} if fused.bias else {}
+        extras |= {next(after) * AFTER_STEP | SECOND: self._memory(same, NOWHERE)} if fused.residual else {}
+        _ = next(after) if fused.relu else None
+        extras |= {next(after) * AFTER_STEP | SECOND: self._memory(zeros_and_ones, NOWHERE)} if fused.mask else {}
+        self.memories = [*list(arguments.values())[:2], *extras.values(), arguments[names[2]]]
+        arguments |= extras
         chosen = self._argument(description, names[which])
         if self.library.functions.dnnl_memory_desc_equal(chosen, kernel):
             self._step(description, arguments)
             return
         # oneDNN wants the kernel in an order of its own.
         arguments[names[which]] = inner = self._memory(chosen, ALLOCATE)
-        ends = [(kernel, self.memories[which]), (chosen, inner)]
-        (source, start), (destination, end) = reversed(ends) if kind == WEIGHT_GRADIENT else ends
-        engine = self.library.engine
-        reorder = self._description("reorder", source, engine, destination, engine, attributes)
+        engine, plain = self.library.engine, self._attributes(NOTHING, None, None)
         if kind == WEIGHT_GRADIENT:
             self._step(description, arguments)
-        self._step(reorder, {SOURCE: start, DESTINATION: end})
-        if kind != WEIGHT_GRADIENT:
+            reorder = self._description("reorder", chosen, engine, kernel, engine, plain)
+            self._step(reorder, {SOURCE: inner, DESTINATION: place})
+        else:
+            reorder = self._description("reorder", kernel, engine, chosen, engine, plain)
+            self._step(reorder, {SOURCE: place, DESTINATION: inner})
             self._step(description, arguments)
+
+    def _attributes(self, fused, same, zeros_and_ones):
+        """Of a primitive: what is done after it, in the order of `Fused`."""
+        made = self._object("primitive_attr", self.passing, "primitive_attr_create")
+        # The library's own scratchpad belongs to the thread that builds a primitive; another one may run it.
+        self.library.do("primitive_attr_set_scratchpad_mode", made, USER_SCRATCHPAD)
+        steps = self._object("post_ops", self.passing, "post_ops_create")
+        if fused.residual:
+            self.library.do("post_ops_append_binary", steps, ADD, same)
+        if fused.relu:
+            self.library.do("post_ops_append_eltwise", steps, RELU, c_float(0), c_float(0))
+        if fused.mask:
+            self.library.do("post_ops_append_binary", steps, MULTIPLY, zeros_and_ones)
+        self.library.do("primitive_attr_set_post_ops", made, steps)
+        return made
 
     def run(self, pointers: list[int]) -> None:
         """The call on the buffers that are there."""
@@ -353,10 +413,10 @@ class Ready:
     def _memory(self, description, where):
         return self._object("memory", self.kept, "memory_create", description, self.library.engine, where)
 
-    def _images(self, shape):
+    def _images(self, shape, kind=FLOAT):
         """NHWC: oneDNN's sizes are (n, c, h, w), and the strides say how they lie."""
         n, h, w, c = shape
-        return self._layout((n, c, h, w), (h * w * c, 1, w * c, c))
+        return self._layout((n, c, h, w), (h * w * c, 1, w * c, c), kind)
 
     def _kernel(self, shape, back=False, order=True):
         """HWIO, or any order; oneDNN's sizes are (o, i, h, w), of a deconvolution (i, o, h, w)."""
@@ -364,11 +424,10 @@ class Ready:
         sizes, strides = ((i, o, h, w), (o, 1)) if back else ((o, i, h, w), (1, o))
         return self._layout(sizes, (*strides, w * i * o, i * o) if order else None)
 
-    def _layout(self, sizes, strides):
+    def _layout(self, sizes, strides, kind=FLOAT):
         name, how = ("tag", ANY) if strides is None else ("strides", _numbers(strides))
-        return self._object(
-            "memory_desc", self.passing, f"memory_desc_create_with_{name}", 4, _numbers(sizes), FLOAT, how
-        )
+        create = f"memory_desc_create_with_{name}"
+        return self._object("memory_desc", self.passing, create, len(sizes), _numbers(sizes), kind, how)
 
     def _step(self, description, arguments):
         primitive = self._object("primitive", self.kept, "primitive_create", description)

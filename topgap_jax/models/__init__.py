@@ -2,7 +2,7 @@
 
 from topgap_jax.models.classifier import classifier
 from topgap_jax.models.heads import map_head, pyramid_head, vgg_head
-from topgap_jax.models.model import bind, linen, nnx
+from topgap_jax.models.model import bind, fast, linen, nnx
 from topgap_jax.models.preact import preact_resnet18, wrn28_10
 from topgap_jax.models.resnet import (
     resnet18,
@@ -20,6 +20,7 @@ from topgap_jax.models.vgg import vgg11, vgg16
 __all__ = [
     "bind",
     "classifier",
+    "fast",
     "linen",
     "map_head",
     "nnx",

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.extend.core.primitives import (
+    broadcast_in_dim_p,
     cond_p,
     custom_jvp_call_p,
     custom_vjp_call_p,
@@ -82,6 +83,30 @@ def subjaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
                 yield item.jaxpr
             elif isinstance(item, Jaxpr):
                 yield item
+
+
+def users(jaxpr: Jaxpr) -> dict[Any, list[JaxprEqn | None]]:
+    """The equations that take each variable, once for each time; None stands for the jaxpr's own results."""
+    found: dict[Any, list[JaxprEqn | None]] = {v: [] for eqn in jaxpr.eqns for v in eqn.outvars}
+    found |= {v: [] for v in (*jaxpr.invars, *jaxpr.constvars)}
+    for user, variables in (*((eqn, eqn.invars) for eqn in jaxpr.eqns), (None, jaxpr.outvars)):
+        for v in variables:
+            if not isinstance(v, Literal):
+                found[v].append(user)
+    return found
+
+
+def channel_vector(variable: Any, axis: int, ndim: int, made_by: dict[Any, JaxprEqn]) -> Any | None:
+    """Where the values are from, one per index of `axis` or one in all, that an array of `ndim` axes is made of; else None."""
+    eqn = None if isinstance(variable, Literal) else made_by.get(variable)
+    if eqn is not None and eqn.primitive is broadcast_in_dim_p:
+        source, places = eqn.invars[0], eqn.params["broadcast_dimensions"]
+    elif variable.aval.ndim in (0, ndim):
+        source, places = variable, range(variable.aval.ndim)
+    else:
+        return None
+    fits = all(size == 1 or place == axis for size, place in zip(source.aval.shape, places))
+    return source if fits else None
 
 
 def enters(eqn: JaxprEqn) -> bool:

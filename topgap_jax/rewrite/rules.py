@@ -117,7 +117,7 @@ VALUES = {"guided": guided, "guided_backprop": guided_backprop, "guided_upsample
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: Rules, bare: bool) -> list:
     """Results of the jaxpr under the rules; `bare`: whether a bare maximum(x, 0) is a ReLU here."""
-    zeros = _zeros(jaxpr)
+    zeros = zeros_of(jaxpr)
 
     def rule(eqn, values, read):
         name, operation = _match(eqn, zeros, bare)
@@ -138,7 +138,7 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: R
 
 def _operations(jaxpr: Jaxpr, bare: bool = True) -> set[str]:
     """The operations that occur in the jaxpr, at any depth."""
-    zeros, found = _zeros(jaxpr), set()
+    zeros, found = zeros_of(jaxpr), set()
     for eqn in jaxpr.eqns:
         name, _ = _match(eqn, zeros, bare)
         found |= {name} if name else _held(eqn, bare)
@@ -161,23 +161,28 @@ def _match(eqn: JaxprEqn, zeros: set, bare: bool) -> tuple[str | None, Callable 
             return "relu", function
     elif eqn.primitive is max_p and bare:
         z, zero = eqn.invars
-        if _is_zero(zero, zeros) and jnp.issubdtype(z.aval.dtype, jnp.floating):
+        if is_zero(zero, zeros) and jnp.issubdtype(z.aval.dtype, jnp.floating):
             return "relu", jax.nn.relu
     elif eqn.primitive is reduce_window_max_p:
         return "max_pool", lambda z: bind(eqn, [z])[0]
     return None, None
 
 
-def _zeros(jaxpr: Jaxpr) -> set:
+def relu_of(eqn: JaxprEqn, zeros: set) -> bool:
+    """Whether the equation is a ReLU: `jax.nn.relu`, or a bare maximum(x, 0)."""
+    return _match(eqn, zeros, bare=True)[1] is jax.nn.relu
+
+
+def zeros_of(jaxpr: Jaxpr) -> set:
     """The variables that are a literal 0, spread over a shape or over the devices of a `shard_map`."""
     zeros = set()
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in SPREADING and _is_zero(eqn.invars[0], zeros):
+        if eqn.primitive.name in SPREADING and is_zero(eqn.invars[0], zeros):
             zeros.update(eqn.outvars)
     return zeros
 
 
-def _is_zero(variable: Any, zeros: set) -> bool:
+def is_zero(variable: Any, zeros: set) -> bool:
     if isinstance(variable, Literal):
         return variable.aval.ndim == 0 and variable.val == 0
     return variable in zeros

@@ -68,6 +68,9 @@ def _add_devices(devices: int) -> str:
         if not any(given.partition("=")[0] == name for given in flags):
             flags.append(flag)
     os.environ["XLA_FLAGS"] = " ".join(flags)
+    if "JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY" not in os.environ:
+        # Where a batch is split, the engine's calls hold an address, and with it no later process would find them in the cache.
+        jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
     count = next(flag.partition("=")[2] for flag in flags if flag.startswith(COUNT_FLAG))
     os.environ.setdefault("NPROC", str(max(THREADS_PER_DEVICE * devices, os.cpu_count() or 1)))
     return f"{count} devices, NPROC={os.environ['NPROC']}"

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import replicated
 from topgap_jax.mesh import split as divided
+from topgap_jax.rewrite import fused
 from topgap_jax.run.progress import bar, write_text
 from topgap_jax.run.robust import attack_split
 from topgap_jax.run.splits import Split
@@ -104,6 +105,7 @@ def example_keys(key: jax.Array, ids: jax.Array) -> jax.Array:
 def _rows(evaluator, model, mesh):
     """The jitted rows of an evaluator; kept, so that an evaluation after every epoch compiles once."""
 
+    @fused
     def rows(key, variables, batch):
         return evaluator.rows(example_keys(key, batch["id"]), model, variables, batch)
 

@@ -16,7 +16,7 @@ from topgap_jax.errors import UserError
 from topgap_jax.evaluators import background_bank
 from topgap_jax.mesh import data_mesh
 from topgap_jax.metrics.boxes import mean_box_sides, region_boxes
-from topgap_jax.rewrite import fast_convs
+from topgap_jax.models import fast
 from topgap_jax.run import config as configs
 from topgap_jax.run.progress import bar
 from topgap_jax.run.splits import Split, resident_split, streamed_split
@@ -53,8 +53,7 @@ def assemble(loaded: configs.Loaded) -> Experiment:
     steps = total_steps(config, source)
     pool = configs.choice(config, "pool", methods, total_steps=steps)
     model = configs.choice(config, "model", methods, pool=pool, classes=len(classes), total_steps=steps)
-    model = model._replace(apply=fast_convs(model.apply))
-    return Experiment(config, methods, file, source, classes, model, {})
+    return Experiment(config, methods, file, source, classes, fast(model), {})
 
 
 def total_steps(config: ConfigDict, source: data.Splits) -> int:

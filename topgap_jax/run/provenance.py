@@ -10,16 +10,19 @@ from typing import Any
 
 import jax
 
+from topgap_jax import engine
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 
 def provenance() -> dict[str, Any]:
-    """{"command", "commit", "versions", "device", "device_count", "processor", "cores", "load_average"} of this process."""
+    """{"command", "commit", "versions", "convolutions", "device", "device_count", "processor", "cores", "load_average"} of this process."""
     return {
         # The last part of an absolute path only: whose machine it was is nobody's business.
         "command": " ".join(Path(word).name if word.startswith("/") else word for word in sys.argv),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "convolutions": engine.status() if jax.default_backend() == "cpu" else None,
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "processor": _processor(),

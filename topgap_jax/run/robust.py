@@ -17,6 +17,7 @@ from topgap_jax.attacks import finish, misclassified
 from topgap_jax.mesh import replicated, split
 from topgap_jax.metrics.calibration import wilson
 from topgap_jax.models import bind
+from topgap_jax.rewrite import fused
 from topgap_jax.run.progress import bar
 from topgap_jax.run.splits import Split
 from topgap_jax.run.verdicts import Log
@@ -152,14 +153,17 @@ def _compile(parts, variables, state, mask):
 
 @functools.lru_cache(maxsize=32)
 def _functions(attack: Attack, model: Model, mesh: Mesh | None) -> Functions:
+    @fused
     def start(key, variables, batch, logits):
         keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["id"])
         return attack.init(keys, bind(model, variables), batch["image"], batch["label"], logits)
 
+    @fused
     def step(variables, state, mask):
         state = attack.step(bind(model, variables), state)
         return state, ((state.status == RUNNING) & mask).any()
 
+    @fused
     def book(variables, state):
         return finish(bind(model, variables), state)
 
@@ -178,7 +182,7 @@ def _functions(attack: Attack, model: Model, mesh: Mesh | None) -> Functions:
 
 @functools.lru_cache(maxsize=32)
 def _logits(model, mesh):
-    predict = lambda variables, images: bind(model, variables)(images).astype(jnp.float32)
+    predict = fused(lambda variables, images: bind(model, variables)(images).astype(jnp.float32))
     if mesh is None:
         return jax.jit(predict)
     return jax.jit(predict, in_shardings=(replicated(mesh), split(mesh)), out_shardings=replicated(mesh))

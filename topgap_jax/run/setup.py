@@ -217,6 +217,7 @@ def explain(
     pictures = np.stack([record["image"] for record in records]).astype(np.float32) / 255
 
     @jax.jit
+    @rewrite.fused
     def compute(variables, pictures):
         predict, keys = bind(chosen.model, variables), example_keys(jax.random.key(config.seed), ids)
         predicted = predict(pictures).argmax(-1).astype(jnp.int32)

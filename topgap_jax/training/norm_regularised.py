@@ -9,7 +9,7 @@ from jax import lax
 from topgap_jax.build import check_number
 from topgap_jax.errors import UserError
 from topgap_jax.models import bind
-from topgap_jax.rewrite import fast_convs
+from topgap_jax.rewrite import fast_convs, fused
 from topgap_jax.scores import cross_entropy
 from topgap_jax.training.standard import standard
 from topgap_jax.types import Array, Objective, Penalty
@@ -38,6 +38,7 @@ def norm_regularised(
         images, labels = batch["image"], batch["label"]
         predict = fast_convs(bind(model, lax.stop_gradient(variables), step=step))  # else a loop would be slow on a CPU
 
+        @fused
         def gradient_at(points):
             def summed(points):  # the sum: a mean would scale each example's gradient by 1/b
                 losses = cross_entropy(predict(points), labels)

@@ -6,7 +6,7 @@ from jax import lax
 
 from topgap_jax.build import check_number
 from topgap_jax.models import bind
-from topgap_jax.rewrite import fast_convs
+from topgap_jax.rewrite import fast_convs, fused
 from topgap_jax.types import Attack, Objective
 
 
@@ -33,9 +33,10 @@ def adversarial(attack: Attack, *, label_smoothing: float = 0.0) -> Objective:
 
     def objective(keys, model, variables, batch, step):
         predict = fast_convs(bind(model, lax.stop_gradient(variables), step=step))  # else a loop would be slow on a CPU
+        move = fused(lambda state: attack.step(predict, state))
         # The state's last iterate, not its first break: training wants the point of highest loss.
         state = attack.init(keys, predict, batch["image"], batch["label"], predict(batch["image"]))
-        state = lax.fori_loop(0, attack.steps, lambda _, state: attack.step(predict, state), state)
+        state = lax.fori_loop(0, attack.steps, lambda _, state: move(state), state)
         return inner(keys, model, variables, {**batch, "image": lax.stop_gradient(state.images + state.delta)}, step)
 
     return objective

@@ -1,0 +1,264 @@
+"""`fold_batch_norm` and `fused`: the same numbers with fewer passes over memory, and hands off where they do not apply."""
+
+import collections
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from topgap_jax import attacks, balls, explain, models, pool
+from topgap_jax.engine import available
+from topgap_jax.rewrite import fast_convs, fold_batch_norm, fused, tap
+from topgap_jax.scores import cross_entropy
+
+RANDOM = np.random.default_rng(0)
+IMAGES = jnp.asarray(RANDOM.uniform(size=(8, 16, 16, 3)), jnp.float32)
+LABELS = jnp.arange(8) % 4
+KEYS = jax.random.split(jax.random.key(0), 8)
+
+
+def draw(*shape):
+    return jnp.asarray(RANDOM.standard_normal(shape), jnp.float32)
+
+
+class Block(nn.Module):
+    """A residual block; where the stride is 2 the shortcut is a convolution with batch norm of its own."""
+
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        norm = lambda: nn.BatchNorm(use_running_average=not train)
+        y = nn.relu(norm()(nn.Conv(8, (3, 3), self.stride, use_bias=False)(x)))
+        y = norm()(nn.Conv(8, (3, 3))(y))
+        if self.stride != 1:
+            x = norm()(nn.Conv(8, (1, 1), self.stride)(x))
+        return nn.relu(y + x)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(8, (3, 3))((x - 0.5) / 0.25)))
+        for stride in (1, 2, 1):
+            x = Block(stride)(x, train)
+        return pool.top_gap(k=3)(nn.Conv(4, (1, 1))(x))
+
+
+MODEL = models.linen(Net())
+VARIABLES = MODEL.init(jax.random.key(0), IMAGES)
+VARIABLES = jax.tree.map(lambda a: a + 0.1 * jnp.abs(draw(*a.shape)), VARIABLES)  # statistics that are not 0 and 1
+
+
+def predict(images):
+    return models.bind(MODEL, VARIABLES)(images)
+
+
+def quick(images):
+    return fold_batch_norm(fast_convs(predict))(images)
+
+
+def counted(f, *args):
+    """How often each primitive stands in f, at any depth."""
+    found = collections.Counter()
+
+    def count(jaxpr):
+        for eqn in jaxpr.eqns:
+            found[eqn.primitive.name] += 1
+        for body in jax.extend.core.subjaxprs(jaxpr):
+            count(body)
+
+    count(jax.make_jaxpr(f)(*args).jaxpr)
+    return found
+
+
+def assert_same(a, b, tolerance=2e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1e-6, float(jnp.abs(y).max())))
+
+
+def summed(f):
+    return lambda images: cross_entropy(f(images), LABELS).sum()
+
+
+def test_folding_keeps_the_function():
+    """Logits and derivatives of first and second order, by images and by every parameter; with engine or lax convolutions."""
+    by_params = lambda transform: lambda variables: summed(transform(models.bind(MODEL, variables)))(IMAGES)
+    for transform in (
+        fold_batch_norm,
+        lambda f: fold_batch_norm(fast_convs(f)),
+        lambda f: fast_convs(fold_batch_norm(f)),
+    ):
+        f = transform(predict)
+        assert_same(jax.jit(f)(IMAGES), jax.jit(predict)(IMAGES))
+        twice = lambda f: jax.grad(lambda x: (jax.grad(summed(f))(x) ** 2).sum())
+        assert_same(jax.jit(twice(f))(IMAGES), jax.jit(twice(predict))(IMAGES), 1e-4)
+    expected = jax.jit(jax.grad(by_params(lambda f: f)))(VARIABLES)
+    assert_same(jax.jit(jax.grad(by_params(fold_batch_norm)))(VARIABLES), expected, 1e-4)
+
+
+def test_folding_removes_the_products():
+    """Nothing of full size is multiplied any more, forward or backward, under jit and remat too."""
+    full = lambda f: [
+        eqn.primitive.name
+        for eqn in jax.make_jaxpr(f)(IMAGES).jaxpr.eqns
+        if eqn.primitive.name in ("mul", "sub")
+        and eqn.outvars[0].aval.shape[-1] == 8
+        and eqn.outvars[0].aval.size > 1000
+    ]
+    assert len(full(predict)) >= 16 and not full(quick) and not full(jax.grad(summed(quick)))
+    whole = fold_batch_norm(jax.jit(jax.checkpoint(predict)))
+    assert_same(whole(IMAGES), predict(IMAGES))
+    assert counted(whole, IMAGES)["mul"] == counted(fold_batch_norm(predict), IMAGES)["mul"]
+
+
+def test_what_is_not_folded():
+    """Training mode, a result that something else uses, a factor per pixel, and what is named."""
+    train = lambda images: MODEL.apply(VARIABLES, images, train=True).logits
+    assert counted(fold_batch_norm(train), IMAGES) == counted(train, IMAGES)
+    w, v, pixels = draw(3, 3, 3, 5), draw(5), draw(16, 16, 1)
+    convolve = lambda x: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    for f in (
+        lambda x: (y := convolve(x)) * v + y.sum(),
+        lambda x: convolve(x) * pixels,
+        lambda x: convolve(x) + v,  # a bias alone
+        lambda x: (y := convolve(x)) / y.std((0, 1, 2)),
+    ):
+        assert_same(fold_batch_norm(f)(IMAGES), f(IMAGES))
+        assert counted(fold_batch_norm(f), IMAGES) == counted(f, IMAGES)
+    edited = lambda f: tap(f, "Conv_0", lambda value: value * 2)
+    assert_same(edited(fold_batch_norm(predict))(IMAGES), edited(predict)(IMAGES))
+
+
+def test_every_form_of_the_factors():
+    """Sums, differences and quotients in any order, one value per channel or in all, in any order of the axes."""
+    w, a, b = draw(3, 3, 3, 5), draw(5), draw(1, 5, 1, 1)
+    numbers = ("NCHW", "HWIO", "NCHW")
+    convolve = lambda x: lax.conv_general_dilated(x, w, (2, 1), "SAME", dimension_numbers=numbers)
+    x = IMAGES.transpose(0, 3, 1, 2)
+    f = lambda x: (3 - ((convolve(x) - b) / a[:, None, None] * 2 + b)) * -1.5 + 0.25
+    g = fold_batch_norm(f)
+    assert_same(g(x), f(x), 1e-5)
+    assert not [
+        e
+        for e in jax.make_jaxpr(g)(x).jaxpr.eqns
+        if e.primitive.name in ("mul", "div", "sub") and e.outvars[0].aval.size > 1000
+    ]
+    grouped = lambda x: (
+        lax.conv_general_dilated(
+            x, draw(3, 3, 1, 6), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=3
+        )
+        * a[0]
+    )
+    state = RANDOM.bit_generator.state
+    expected = grouped(IMAGES)
+    RANDOM.bit_generator.state = state
+    assert_same(fold_batch_norm(grouped)(IMAGES), expected)
+
+
+needs_onednn = pytest.mark.skipif(not available(), reason="no oneDNN here")
+
+
+@needs_onednn
+def test_fused_numbers():
+    """Logits, input gradients, the step of an attack, and an attack in a loop."""
+    gradient = lambda f: jax.grad(summed(f))
+    attack = attacks.pgd(balls.linf(8 / 255), steps=3)
+    start = attack.init(KEYS, predict, IMAGES, LABELS, predict(IMAGES))
+    step = lambda f: lambda state: attack.step(f, state)
+    loop = lambda f: lambda state: lax.fori_loop(0, 3, lambda _, state: attack.step(f, state), state)
+    assert_same(jax.jit(fused(quick))(IMAGES), jax.jit(predict)(IMAGES))
+    assert_same(jax.jit(fused(gradient(quick)))(IMAGES), jax.jit(gradient(predict))(IMAGES))
+    assert_same(jax.jit(fused(gradient(jax.jit(quick))))(IMAGES), jax.jit(gradient(predict))(IMAGES))
+    twice = lambda f: jax.grad(lambda x: (jax.grad(summed(f))(x) ** 2).sum())
+    assert_same(jax.jit(fused(twice(quick)))(IMAGES), jax.jit(twice(predict))(IMAGES), 1e-4)
+    for of in (step, loop):
+        assert_same(jax.jit(fused(of(quick)))(start).delta, jax.jit(of(predict))(start).delta)
+    # Eagerly, and under remat.
+    assert_same(fused(quick)(IMAGES), predict(IMAGES))
+    assert_same(jax.jit(fused(gradient(jax.checkpoint(quick))))(IMAGES), jax.jit(gradient(predict))(IMAGES))
+
+
+@needs_onednn
+def test_fused_leaves_no_pass():
+    """9 convolutions with 7 ReLUs, and back: every ReLU, mask, sum and bias is in one of the calls.
+
+    Of the gradients, the images' has nothing behind it, and that of one of two branches is added to the other's.
+    """
+    text = str(jax.make_jaxpr(fused(jax.grad(summed(quick))))(IMAGES))
+    assert text.count("topgap_fused_convolution[") == 9 + 7 and text.count("topgap_convolution_input_gradient[") == 2
+    sums = [line for line in text.splitlines() if "add_any" in line and ",8] =" in line]
+    assert "topgap_convolution[" not in text and not sums
+    assert text.count("bias=True") == 9 and text.count("relu=True") == text.count("mask=True") == 7
+    assert text.count("residual=True") == 3 + 3
+
+
+@needs_onednn
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_fused_on_devices(axis_type):
+    """A batch split over 8 devices: each computes its part, nothing is gathered or reduced."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",), axis_types=(axis_type,))
+    gradient = lambda f: jax.grad(lambda images: (jnp.tanh(f(images)) ** 2).sum())
+    with jax.set_mesh(mesh):
+        images = jax.device_put(IMAGES, NamedSharding(mesh, PartitionSpec("data")))
+        compiled = jax.jit(fused(gradient(quick))).lower(images).compile()
+        got = jax.device_get(compiled(images))
+    assert_same(got, jax.jit(gradient(predict))(IMAGES))
+    text = compiled.as_text()
+    assert "all-gather" not in text and "all-reduce" not in text and "topgap_onednn" in text
+    split = PartitionSpec("data")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(fused(gradient(quick)), mesh=mesh, in_specs=split, out_specs=split)
+    assert_same(jax.jit(mapped)(IMAGES), jax.jit(gradient(predict))(IMAGES))
+
+
+@needs_onednn
+def test_fused_hands_off():
+    """Values with other uses stay; both branches of a sum; relu6; infinity passes, NaN is 0 behind a fused ReLU."""
+    w, b = draw(3, 3, 3, 3) / 5, draw(3)
+    convolve = fast_convs(
+        lambda x: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    )
+    for f in (
+        lambda x: (y := convolve(x) + b) + jax.nn.relu(y),
+        lambda x: jax.nn.relu(convolve(x) + convolve(x * 2)),
+        lambda x: (y := convolve(x)) + y,
+        lambda x: jax.nn.relu6(convolve(x) * 9 + b),
+        lambda x: jnp.maximum(convolve(x) + b, 0) + jnp.where(convolve(x) > 0, 1.0, 0.0),
+        lambda x: jnp.where(x > 0.5, convolve(x), 0.0),
+        lambda x: (jnp.maximum(y := convolve(x), 0.0), y > 0, y >= 0),
+        lambda x: convolve(x) + x,
+        lambda x: (y := convolve(x), jax.nn.relu(y)),
+    ):
+        assert_same(jax.jit(fused(f))(IMAGES), jax.jit(f)(IMAGES), 1e-6)
+    relu = lambda x: jax.nn.relu(convolve(x) + b)
+    endless, broken = (IMAGES.at[0, 3, 4, 1].set(value) for value in (jnp.inf, jnp.nan))
+    np.testing.assert_array_equal(jnp.isinf(jax.jit(fused(relu))(endless)), jnp.isinf(relu(endless)))
+    assert (jax.jit(fused(relu))(broken)[0, 2:5, 3:6] == 0).all() and jnp.isnan(relu(broken)[0, 2:5, 3:6]).all()
+    with pytest.raises(NotImplementedError, match="topgap_fused_convolution"):
+        jax.grad(lambda x: fused(relu)(x).sum())(IMAGES)
+
+
+@needs_onednn
+def test_fused_methods():
+    """Explanations that tap, loop and vmap give the same maps."""
+    net = models.fast(MODEL)
+    f = lambda images: models.bind(net, VARIABLES)(images)
+    for method in (
+        explain.gradient(),
+        explain.grad_cam(layer="Block_1"),
+        explain.smooth(explain.integrated(steps=2), samples=2),
+        explain.field("Block_2", channel="sum"),
+    ):
+        maps = lambda f: lambda images: method(KEYS, f, images, LABELS)
+        assert_same(jax.jit(fused(maps(f)))(IMAGES), jax.jit(maps(predict))(IMAGES), 1e-4)
+
+
+def test_without_onednn(monkeypatch):
+    """`fused` is the function itself."""
+    monkeypatch.setattr("topgap_jax.rewrite.fusion.available", lambda: False)
+    assert counted(fused(quick), IMAGES) == counted(quick, IMAGES)

@@ -1,0 +1,158 @@
+"""The library behind the custom calls: found or not, right or not, never a crash, nothing leaked."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from topgap_jax.engine import convolution, onednn
+
+pytestmark = pytest.mark.skipif(not onednn.available(), reason=f"no oneDNN here: {onednn.reason()}")
+
+PROGRAM = """
+    import logging, sys
+    logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s", stream=sys.stdout)
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    import jax, jax.numpy as jnp
+    from jax import lax
+    from topgap_jax.engine import convolution, onednn, explain, status
+    {before}
+    x, w = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
+    f = lambda x, w: (convolution(x, w, (2, 2), ((1, 1), (1, 1))) ** 2).sum()
+    g = lambda x, w: (lax.conv_general_dilated(x, w, (2, 2), "SAME" and ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")) ** 2).sum()
+    for a, b in zip(jax.jit(jax.grad(f, (0, 1)))(x, w), jax.jit(jax.grad(g, (0, 1)))(x, w)):
+        assert jnp.allclose(a, b, rtol=1e-5)
+    print("path:", explain(f, x, w)[0])
+"""
+
+CASES = {  # what is done before, and what the line in the log says
+    "arm64": (
+        "import platform; platform.machine = lambda: 'aarch64'",
+        "it is for Linux on x86-64, this is linux on aarch64",
+    ),
+    "unknown jaxlib": (
+        "import jaxlib; jaxlib.__version__ = '9.1.0'",
+        "jaxlib 9.1.0 is not among those it was tried with",
+    ),
+    "not installed": (
+        "import importlib.metadata as m\n    def files(name): raise m.PackageNotFoundError(name)\n    m.files = files",
+        "it is not installed (pip install 'topgap-jax[cpu]')",
+    ),
+    "no library": (
+        "import os; os.environ['TOPGAP_ONEDNN'] = '/nowhere/libdnnl.so.3'",
+        "cannot open shared object file",
+    ),
+    "broken library": ("import os; os.environ['TOPGAP_ONEDNN'] = __file__", "OSError: "),
+    "another library": ("import os; os.environ['TOPGAP_ONEDNN'] = 'libm.so.6'", "AttributeError: "),
+    "wrong numbers": ("onednn.Ready.run = lambda self, pointers: None", "result of kind 1 is not the definition's"),
+    "failing calls": ("onednn.INFERENCE = 7", "dnnl_convolution_forward_primitive_desc_create gives status"),
+    "off": ("import os; os.environ['TOPGAP_ONEDNN'] = 'off'", "it is switched off by TOPGAP_ONEDNN"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_it_everything_works(case, tmp_path):
+    """On another machine, with an unknown jaxlib, without or with a bad library: XLA's convolutions, and one line that says so."""
+    before, said = CASES[case]
+    script = tmp_path / "program.py"
+    script.write_text(textwrap.dedent(PROGRAM.format(before=before)))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("topgap_jax")]
+    assert len(lines) == 1 and "convolutions: XLA's, not oneDNN's (" in lines[0] and said in lines[0]
+    assert ": xla (" in done.stdout.splitlines()[-1]
+
+
+def test_errors_are_errors_of_xla():
+    """A call that oneDNN refuses raises, and the next one works."""
+    x, w = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2))
+    wrong = jax.jit(lambda x, w: onednn.call(onednn.FORWARD, (x, w), (1, 9, 9, 2), (1, 1), ((0, 0), (0, 0))))
+    for _ in range(2):
+        with pytest.raises(
+            jax.errors.JaxRuntimeError, match="topgap_jax, oneDNN: RuntimeError: dnnl_convolution_forward"
+        ):
+            wrong(x, w).block_until_ready()
+    np.testing.assert_allclose(convolution(x, w, (1, 1), ((0, 0), (0, 0))), 18)
+
+
+def shapes(count):
+    """Small convolutions, no two alike, and their results."""
+    for i in range(count):
+        yield (1 + i % 3, 4 + i % 5, 4 + i % 7, 1 + i % 11), 1 + i // 8
+
+
+def one(shape, out):
+    return convolution(jnp.full(shape, 2.0), jnp.ones((3, 3, shape[3], out)), (1, 1), ((0, 0), (0, 0)))
+
+
+def test_threads():
+    """Four Python threads at once, same and different shapes: every result right."""
+    wanted = list(shapes(12)) * 20
+    with ThreadPoolExecutor(4) as pool:
+        for (shape, out), result in zip(wanted, pool.map(lambda pair: np.asarray(one(*pair)), wanted)):
+            assert result.shape == (shape[0], shape[1] - 2, shape[2] - 2, out) and (result == 18 * shape[3]).all()
+
+
+def test_memory_is_bounded(monkeypatch):
+    """10,000 calls over 200 shapes: what is kept is what the shapes need, or the limit; memory does not grow."""
+    (library,) = [kept for kept in onednn.KEPT if isinstance(kept, onednn.Library)]
+    wanted = list(dict.fromkeys(shapes(400)))[:200]
+    assert len(wanted) == 200
+    alive = lambda: sum(map(len, library.ready.values()))
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+    for pair in wanted:
+        one(*pair)
+    before, memory = alive(), resident()
+    for _ in range(49):
+        for pair in wanted:
+            one(*pair)
+    # A second thread of XLA may have needed some of them at the same time as a first.
+    assert before <= alive() <= 2 * before and resident() - memory < 30
+    monkeypatch.setattr(onednn, "LIMIT", 50)
+    for pair in wanted[:120]:
+        np.testing.assert_array_equal(one(*pair), 18 * pair[0][3])
+    assert len(library.ready) == 50
+
+
+CACHED = """
+    import json, os, sys
+    import jax, jax.numpy as jnp, numpy as np
+    jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+    from topgap_jax.run.cpu import configure_cpu
+    configure_cpu(devices=int(sys.argv[2]))
+    from topgap_jax.engine import available, convolution
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    f = lambda x, w: jnp.tanh(convolution(x, w, (2, 2), ((1, 1), (1, 1)))).sum()
+    x = jax.device_put(jnp.linspace(0, 1, 8 * 192).reshape(8, 8, 8, 3), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    dx, dw = jax.jit(jax.grad(f, (0, 1)))(x, jnp.linspace(-1, 1, 108).reshape(3, 3, 3, 4) / 9)
+    print(json.dumps([available(), float(jnp.abs(dx).sum()), float(jnp.abs(dw).sum())]))
+"""
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_persistent_compilation_cache(devices, tmp_path):
+    """A second process compiles nothing and finds the same numbers; one without the library neither profits nor suffers."""
+    script, cache = tmp_path / "program.py", tmp_path / "cache"
+    script.write_text(textwrap.dedent(CACHED))
+
+    def run(**environment):
+        words = [sys.executable, script, cache, str(devices)]
+        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""} | environment)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), {path.name for path in cache.iterdir() if "-cache" in path.name}
+
+    (used, *first), files = run()
+    (again, *second), same = run()
+    (off, *third), more = run(TOPGAP_ONEDNN="off")
+    (back, *fourth), final = run()
+    assert used and again and back and not off
+    assert first == second == fourth and same == files and final == more
+    np.testing.assert_allclose(third, first, rtol=1e-5)

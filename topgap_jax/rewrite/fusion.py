@@ -1,0 +1,169 @@
+"""The passes over memory behind a convolution, done in the convolution's own."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core.primitives import add_jaxvals_p, add_p, gt_p, select_n_p
+
+from topgap_jax.engine import (
+    FORWARD,
+    INPUT_GRADIENT,
+    Fused,
+    available,
+    forward_p,
+    fused_convolution,
+    input_gradient_p,
+)
+from topgap_jax.rewrite.interpreter import channel_vector, evaluate, reaches, rebuild, subjaxprs, trace, users
+from topgap_jax.rewrite.rules import is_zero, relu_of, zeros_of
+
+CONVOLUTIONS = {forward_p: FORWARD, input_gradient_p: INPUT_GRADIENT}
+
+
+class Group(NamedTuple):
+    """Equations that become one: the convolution, those after it, and the variables of bias, residual and mask (or None)."""
+
+    convolution: JaxprEqn
+    after: list[JaxprEqn]
+    bias: Any
+    residual: Any
+    relu: bool
+    mask: Any
+
+
+class Plan(NamedTuple):
+    """What becomes of the equations of a jaxpr, by their `id`.
+
+    last: the group that an equation ends; passed: those that happen inside a group; positive: comparisons with 0, and the
+    variable to compare, which after a group is the ReLU's result; flat: those of them that only a group needs, as its mask.
+    """
+
+    last: dict[int, Group]
+    passed: set[int]
+    positive: dict[int, Any]
+    flat: set[Any]
+
+
+def fused(f: Callable) -> Callable:
+    """f with the engine's convolutions, and their input gradients, fused with the bias, sum, ReLU or ReLU mask behind them.
+
+    For a whole attack step or explanation in eval mode, outermost under `jit`, after differentiation: what it returns has no
+    derivative. It needs oneDNN, and is f itself without. Best on `fold_batch_norm(fast_convs(predict))`. Equal up to rounding,
+    for finite numbers: oneDNN's ReLU of NaN is 0, so that networks with NaN among their weights are for `jax.jit` alone.
+    """
+
+    def merged(*args, **kwargs):
+        if jax.default_backend() != "cpu" or not available():
+            return f(*args, **kwargs)
+        closed, arrays, restore = trace(f, args, kwargs)
+        return restore(_evaluate(closed.jaxpr, closed.consts, arrays))
+
+    return merged
+
+
+def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list:
+    plan = _plan(jaxpr)
+
+    def rule(eqn, values, read):
+        if id(eqn) in plan.passed:
+            return [None]  # nobody else reads it
+        if id(eqn) in plan.last:
+            return [_fused(plan.last[id(eqn)], read, plan.flat)]
+        if id(eqn) in plan.positive:
+            value = read(plan.positive[id(eqn)])
+            # XLA's CPU compares a flat array five times faster than one with few channels.
+            flat = value.reshape(value.shape[0], -1) > 0
+            return [flat if eqn.outvars[0] in plan.flat else flat.reshape(value.shape)]
+        if reaches(eqn) and any(map(_holds, subjaxprs(eqn))):
+            return rebuild(eqn, values, _evaluate)
+        return None
+
+    return evaluate(jaxpr, consts, args, rule)
+
+
+def _fused(group: Group, read: Callable, flat: set) -> Any:
+    eqn, extras = group.convolution, []
+    left, right = map(read, eqn.invars)
+    shape = eqn.outvars[0].aval.shape
+    if group.bias is not None:
+        extras.append(jnp.broadcast_to(jnp.ravel(jnp.float32(read(group.bias))), shape[3:]))
+    if group.residual is not None:
+        extras.append(read(group.residual))
+    if group.mask is not None:
+        mask = read(group.mask)
+        extras.append(mask if group.mask in flat else mask.reshape(shape[0], -1))
+    present = Fused(group.bias is not None, group.residual is not None, group.relu, group.mask is not None)
+    return fused_convolution(CONVOLUTIONS[eqn.primitive], left, right, extras, eqn.params["geometry"], present)
+
+
+def _plan(jaxpr: Jaxpr) -> Plan:
+    used, zeros, plan = users(jaxpr), zeros_of(jaxpr), Plan({}, set(), {}, set())
+    made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    place = {id(eqn): i for i, eqn in enumerate(jaxpr.eqns)}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive not in CONVOLUTIONS or eqn.outvars[0].aval.dtype != jnp.float32:
+            continue
+        group = Group(eqn, [], None, None, False, None)
+        (value,) = eqn.outvars
+        if eqn.primitive is forward_p and (found := _sum(value, used, plan)):
+            bias = channel_vector(found[1], 3, 4, made_by)
+            if bias is not None:
+                group, (value,) = group._replace(after=[found[0]], bias=bias), found[0].outvars
+        if (found := _sum(value, used, plan)) and _is_like(found[1], value):
+            group, (value,) = group._replace(after=[*group.after, found[0]], residual=found[1]), found[0].outvars
+        if eqn.primitive is forward_p:
+            relus = [e for e in used[value] if e is not None and relu_of(e, zeros)]
+            others = [e for e in used[value] if e not in relus]
+            compared = [e for e in others if e is not None and e.primitive is gt_p and is_zero(e.invars[1], zeros)]
+            later = all(place[id(relus[0])] < place[id(e)] for e in compared) if relus else False
+            if len(relus) == 1 and id(relus[0]) not in plan.passed and others == compared and later:
+                group = group._replace(after=[*group.after, relus[0]], relu=True)
+                plan.positive.update({id(e): relus[0].outvars[0] for e in compared})
+        else:
+            (user,) = used[value] if len(used[value]) == 1 else (None,)
+            if (
+                user is not None
+                and user.primitive is select_n_p
+                and len(user.invars) == 3
+                and _is_masked(user, value, zeros)
+            ):
+                mask = user.invars[0]
+                group = group._replace(after=[*group.after, user], mask=mask)
+                if mask in made_by and made_by[mask].primitive is gt_p and len(used[mask]) == 1:
+                    compared = made_by[mask]
+                    if is_zero(compared.invars[1], zeros):
+                        plan.positive.setdefault(id(compared), compared.invars[0])
+                        plan.flat.add(mask)
+        if group.after:
+            *before, last = [eqn, *group.after]
+            plan.passed.update(map(id, before))
+            plan.last[id(last)] = group
+    return plan
+
+
+def _sum(value: Any, used: dict, plan: Plan) -> tuple[JaxprEqn, Any] | None:
+    """The sum that is the only use of a value, and what is added; None if it is used otherwise, or the sum is another's."""
+    if len(used[value]) != 1 or used[value][0] is None:
+        return None
+    (eqn,) = used[value]
+    if eqn.primitive not in (add_p, add_jaxvals_p) or id(eqn) in plan.passed or id(eqn) in plan.last:
+        return None
+    return eqn, eqn.invars[1 if eqn.invars[0] is value else 0]
+
+
+def _is_like(variable: Any, value: Any) -> bool:
+    same = variable.aval.shape == value.aval.shape and variable.aval.dtype == value.aval.dtype
+    return same and not isinstance(variable, Literal)
+
+
+def _is_masked(eqn: JaxprEqn, value: Any, zeros: set) -> bool:
+    """Whether a selection is `where(mask, value, 0)` element by element."""
+    mask, otherwise, chosen = eqn.invars
+    return chosen is value and is_zero(otherwise, zeros) and mask.aval.shape == value.aval.shape
+
+
+def _holds(jaxpr: Jaxpr) -> bool:
+    return any(eqn.primitive in CONVOLUTIONS or any(map(_holds, subjaxprs(eqn))) for eqn in jaxpr.eqns)
