@@ -1,5 +1,9 @@
-"""The JAX process of bench_core.py and bench_pool.py: the paths as `topgap train` and `topgap evaluate` run them."""
+"""The JAX process of bench_core.py and bench_pool.py: the paths as `topgap train` and `topgap evaluate` run them.
 
+BENCH_DEVICES: over how many devices the batch is split; TOPGAP_ONEDNN=off: without the custom calls.
+"""
+
+import os
 import time
 
 import flax
@@ -9,7 +13,8 @@ import numpy as np
 from _bench_worker import serve
 
 import topgap_jax as tg
-from topgap_jax.mesh import data_mesh
+from topgap_jax.mesh import data_mesh, replicated, split
+from topgap_jax.rewrite import fused
 from topgap_jax.run import pretrained
 from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.run.fit import Parts, State, make_step
@@ -24,13 +29,20 @@ HEADS = {
 LINF = tg.balls.linf(8 / 255)
 
 
-def prepare(path, network, k, images, labels, weights=None, head="maps", classes=10):
-    """k: of `top_gap`, None for `gap`. images, labels: .npy files, uint8 and int32. weights: random if None."""
+def prepare(path, network, k, images, labels, weights=None, head="maps", classes=10, engine=True):
+    """k: of `top_gap`, None for `gap`. images, labels: .npy files, uint8 and int32. weights: random if None. engine: or plain JAX."""
     pool = tg.pool.gap() if k is None else tg.pool.top_gap(k=k)
     model = tg.models.classifier(BACKBONES[network](), HEADS[head](pool), classes=classes, **IMAGENET)
     pixels, labels = np.load(images), np.load(labels)
     x, y = jnp.asarray(pixels, jnp.float32) / 255, jnp.asarray(labels)
     variables = pretrained.load(weights, model) if weights else jax.jit(model.init)(jax.random.key(0), x[:1])
+    if engine:
+        model = tg.models.fast(model)
+    merged = fused if engine else lambda f: f
+    mesh = data_mesh()
+    if mesh.size > 1:
+        x, y = jax.device_put((x, y), split(mesh))
+        variables = jax.device_put(variables, replicated(mesh))
     logits = jax.jit(lambda variables, x: tg.models.bind(model, variables)(x))(variables, x)
     compile_seconds = 0.0
 
@@ -43,7 +55,7 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
         return executable
 
     def forward():
-        predict = compiled(lambda variables, x: tg.models.bind(model, variables)(x), variables, x)
+        predict = compiled(merged(lambda variables, x: tg.models.bind(model, variables)(x)), variables, x)
         run = lambda: jax.block_until_ready(predict(variables, x))
         return run, run
 
@@ -51,7 +63,7 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
         def summed(x, variables):
             return tg.scores.cross_entropy(tg.models.bind(model, variables)(x), y).sum()
 
-        gradient = compiled(jax.grad(summed), x, variables)
+        gradient = compiled(merged(jax.grad(summed)), x, variables)
         run = lambda: jax.block_until_ready(gradient(x, variables))
         return run, run
 
@@ -60,6 +72,7 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
         attack = tg.attacks.pgd(LINF, steps=20)
         keys = jax.random.split(jax.random.key(0), len(y))
 
+        @merged
         def step(variables, state):
             state = attack.step(tg.models.bind(model, variables), state)
             return state, (state.status == 0).any()
@@ -67,7 +80,7 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
         start = compiled(lambda x, logits: attack.init(keys, None, x, y, logits), x, logits)
         step = compiled(step, variables, start(x, logits))
         book = compiled(
-            lambda variables, state: tg.attacks.finish(tg.models.bind(model, variables), state),
+            merged(lambda variables, state: tg.attacks.finish(tg.models.bind(model, variables), state)),
             variables,
             start(x, logits),
         )
@@ -99,9 +112,12 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
             classes=classes,
         )
         state = State(jnp.int32(0), variables, parts.optimizer.init(variables["params"]))
-        held = {"image": jnp.asarray(pixels), "label": y}
+        held = {"image": jnp.asarray(pixels), "label": labels}
         rows = {"id": jnp.arange(len(y)), "mask": jnp.ones(len(y), bool)}
-        step = compiled(make_step(parts, data_mesh()), state, held, rows, jitted=lambda step: step)
+        if mesh.size > 1:
+            state, held = jax.device_put((state, held), replicated(mesh))
+            rows = jax.device_put(rows, split(mesh))
+        step = compiled(make_step(parts, mesh), state, held, rows, jitted=lambda step: step)
 
         def run():
             nonlocal state
@@ -134,5 +150,5 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
 
 
 if __name__ == "__main__":
-    configure_cpu()
+    configure_cpu(devices=int(os.environ.get("BENCH_DEVICES", "1")))
     serve(prepare)

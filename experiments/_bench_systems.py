@@ -25,6 +25,7 @@ def prepare(model, objective, ema, batch, size):
         "image": jnp.asarray(random.integers(0, 256, (batch, size, size, 3), np.uint8)),
         "label": jnp.asarray(random.integers(0, 10, batch, np.int32)),
     }
+    model = tg.models.fast(model)
     variables = dict(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3))))
     if ema:
         variables["ema"] = jax.tree.map(jnp.copy, variables)

@@ -4,6 +4,7 @@ Runs in the peers' own environment (torch, numpy, safetensors), started by the d
 """
 
 import os
+import time
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ def pgd(model, images, labels, steps):
     return x
 
 
-def prepare(path, network, images, labels, weights, k):
+def prepare(path, network, images, labels, weights, k, engine=None):
     """`weights` is read; if the file is not there, random ones are written to it, for the other processes."""
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -108,20 +109,22 @@ def prepare(path, network, images, labels, weights, k):
         .contiguous(memory_format=torch.channels_last)
     )
     y = torch.from_numpy(np.load(labels)).long()
+    compiled = "BENCH_COMPILE" in os.environ
+    call = torch.compile(model) if compiled else model
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
 
     def forward():
         with torch.inference_mode():
-            return model(x)
+            return call(x)
 
     def input_gradient():
         z = x.clone().requires_grad_()
-        return torch.autograd.grad(functional.cross_entropy(model(z), y, reduction="sum"), z)[0]
+        return torch.autograd.grad(functional.cross_entropy(call(z), y, reduction="sum"), z)[0]
 
     def update(inputs):
         model.train()
         optimizer.zero_grad(set_to_none=True)
-        loss = functional.cross_entropy(model(inputs), y)
+        loss = functional.cross_entropy(call(inputs), y)
         loss.backward()
         optimizer.step()
         model.eval()
@@ -132,13 +135,17 @@ def prepare(path, network, images, labels, weights, k):
     runs = {
         "forward": forward,
         "input_gradient": input_gradient,
-        "pgd": lambda: pgd(model, x, y, 20),
-        "adversarial": lambda: update(pgd(model, x, y, 10)),
+        "pgd": lambda: pgd(call, x, y, 20),
+        "adversarial": lambda: update(pgd(call, x, y, 10)),
         "train": lambda: update(x),
     }
     run = runs[path]
+    start = time.perf_counter()
     first = run()
+    first_seconds = time.perf_counter() - start
     info = {"framework": f"PyTorch {torch.__version__}", "threads": torch.get_num_threads(), "logits": logits.tolist()}
+    if compiled:
+        info["compile_seconds"] = first_seconds
     if path == "input_gradient":
         info["gradients"] = first.flatten(1).norm(dim=1).tolist()
     if path in ("train", "adversarial"):
@@ -146,7 +153,7 @@ def prepare(path, network, images, labels, weights, k):
     if path == "pgd":
         with torch.inference_mode():
             info["loss"] = functional.cross_entropy(model(first), y).item()
-    return (lambda: pgd(model, x, y, 1)) if path == "pgd" else run, run, info
+    return (lambda: pgd(call, x, y, 1)) if path == "pgd" else run, run, info
 
 
 def randomise_statistics(model):

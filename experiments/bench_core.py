@@ -2,9 +2,10 @@
 
     python experiments/bench_core.py --peer-python bench-env/bin/python
 
-ResNet-20 (ResNet-18 with the CIFAR stem in the last line), batch 128, 32x32, float32. Each path has a process of ours and
-two of PyTorch (channels_last), asked in turn; PyTorch counts with the better of its two settings. Ratio = PyTorch's time
-over ours: above 1 ours is faster. The peer's environment needs torch, numpy and safetensors.
+ResNet-20 (ResNet-18 with the CIFAR stem in the last line), batch 128, 32x32, float32. Each path has four processes of ours
+(the engine with oneDNN on one and on two devices, the engine without oneDNN, plain JAX) and two of PyTorch (channels_last),
+asked in turn; PyTorch counts with the better of its two settings. With --compile a third one uses torch.compile, beside and
+not counted. Ratio = PyTorch's time over ours: above 1 ours is faster. The peer's environment needs torch, numpy and safetensors.
 """
 
 import argparse
@@ -29,17 +30,22 @@ PEERS = {
     "PyTorch, bound threads": {"OMP_NUM_THREADS": str(os.cpu_count()), "OMP_PROC_BIND": "true"},
     "PyTorch, one thread": {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
 }
-OURS = "topgap_jax"
-COLUMNS = [
-    "path",
-    "PyTorch / ours, median [range]",
-    "of minima",
-    "of CPU time",
-    "ours ms, median / min",
-    "PyTorch ms, median / min",
-    "compile s",
-    "peak MB, ours / PyTorch",
-]
+COMPILED = "torch.compile"
+OURS = {  # name: environment, and whether the engine is used
+    "oneDNN": ({}, True),
+    "oneDNN, 2 devices": ({"BENCH_DEVICES": "2"}, True),
+    "XLA": ({"TOPGAP_ONEDNN": "off"}, True),
+    "plain JAX": ({}, False),
+}
+TARGETS = {  # PyTorch's time over ours at least: with oneDNN, with XLA alone
+    "forward": (1.3, 0.75),
+    "input gradient": (1.4, 0.95),
+    "PGD-20": (1.4, 0.9),
+    "PGD-10 adversarial step": (1.3, 0.75),
+    "training step, gap": (1.1, 0.55),
+    "training step, top_gap(k=16)": (1.05, None),
+    "ResNet-18 forward": (1.05, 0.85),
+}
 
 
 def main():
@@ -49,6 +55,9 @@ def main():
     parser.add_argument("--seconds", type=float, default=0.3, help="length of one timed run (at least one call)")
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), metavar="PATH")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--ours", nargs="+", choices=OURS, default=list(OURS), metavar="SETTING")
+    parser.add_argument("--compile", action="store_true", help="torch.compile beside, where it compiles in a minute")
+    parser.add_argument("--name", default="bench_core", help="of the file in results/")
     options = parser.parse_args()
     if not options.peer_python:
         parser.error("name the Python that has torch: --peer-python or TOPGAP_PEER_PYTHON")
@@ -56,11 +65,11 @@ def main():
     for title in options.paths:
         with tempfile.TemporaryDirectory() as folder:
             rows[title] = measure(title, options, Path(folder))
-        print(title, rows[title]["ratio"], rows[title]["agreement"], flush=True)
+        print("|", " | ".join(line(title, rows[title], options)), "|", flush=True)
     result = {"machine": machine, "load_average_after": driver.load_average(), "batch": options.batch, "paths": rows}
-    if set(rows) == set(PATHS):
-        driver.write("bench_core", result)
-    print("\n" + driver.table(COLUMNS, [line(title, row) for title, row in rows.items()]))
+    if set(rows) == set(PATHS) and set(options.ours) == set(OURS):
+        driver.write(options.name, result)
+    print("\n" + driver.table(columns(options), [line(title, row, options) for title, row in rows.items()]))
 
 
 def measure(title, options, folder):
@@ -81,8 +90,15 @@ def measure(title, options, folder):
         name: driver.start("_bench_torch.py", options.peer_python, driver.KEEP_MEMORY | environment)
         for name, environment in PEERS.items()
     }
-    processes[OURS] = driver.start("_bench_ours.py", environment=driver.NO_CACHE)
-    answers = {name: driver.ask(process, "prepare", **task) for name, process in processes.items()}
+    if options.compile:
+        compiled = driver.KEEP_MEMORY | PEERS["PyTorch, bound threads"] | {"BENCH_COMPILE": "1"}
+        processes[COMPILED] = driver.start("_bench_torch.py", options.peer_python, compiled)
+    for name in options.ours:
+        processes[name] = driver.start("_bench_ours.py", environment=driver.NO_CACHE | OURS[name][0])
+    answers = {
+        name: driver.ask(process, "prepare", **task, engine=OURS.get(name, ({}, None))[1])
+        for name, process in processes.items()
+    }
     times = driver.interleave(processes, options.rounds, options.seconds)
     settings = {}
     for name, process in processes.items():
@@ -92,13 +108,17 @@ def measure(title, options, folder):
     driver.stop(processes)
     peer = min(PEERS, key=lambda name: settings[name]["median_ms"])
     agreement = {
-        key: disagreement(answers[OURS][key], answers[peer][key])
-        for key in ("logits", "gradients", "loss")
-        if key in answers[OURS]
+        name: {
+            key: disagreement(answers[name][key], answers[peer][key])
+            for key in ("logits", "gradients", "loss")
+            if key in answers[name]
+        }
+        for name in options.ours
     }
     return {
         "peer": peer,
-        "ratio": driver.ratios(times[peer], times[OURS]),
+        "targets": dict(zip(("oneDNN", "XLA"), TARGETS[title])),
+        "ratio": {name: driver.ratios(times[peer], times[name]) for name in processes if name not in PEERS},
         "agreement": agreement,
         "settings": settings,
     }
@@ -117,18 +137,27 @@ def disagreement(ours, peer):
     return {"largest": float(difference.max()), "median": float(statistics.median(difference.ravel()))}
 
 
-def line(title, row):
-    """A row of the printed table."""
-    ratio, ours, peer = row["ratio"], row["settings"][OURS], row["settings"][row["peer"]]
+def columns(options):
+    """The head of the printed table."""
+    names = [*options.ours, *([COMPILED] if options.compile else [])]
+    return ["path", *names, "ms, PyTorch / first", "compile s, first", "peak MB, PyTorch / first"]
+
+
+def line(title, row, options):
+    """A row of the printed table: PyTorch's time over ours, median [range], of minima; of CPU time."""
+    cells = [title]
+    for name in [*options.ours, *([COMPILED] if options.compile else [])]:
+        ratio = row["ratio"][name]
+        low, high = ratio["range"]
+        cells.append(
+            f"{ratio['median']:.2f} [{low:.2f}-{high:.2f}], {ratio['of_minima']:.2f}; {ratio['cpu_median']:.2f}"
+        )
+    ours, peer = row["settings"][options.ours[0]], row["settings"][row["peer"]]
     return [
-        title,
-        f"{ratio['median']:.2f} [{ratio['range'][0]:.2f}-{ratio['range'][1]:.2f}]",
-        f"{ratio['of_minima']:.2f}",
-        f"{ratio['cpu_median']:.2f}",
-        f"{ours['median_ms']:.0f} / {ours['min_ms']:.0f}",
-        f"{peer['median_ms']:.0f} / {peer['min_ms']:.0f}",
+        *cells,
+        f"{peer['median_ms']:.0f} / {ours['median_ms']:.0f}",
         f"{ours['compile_seconds']:.1f}",
-        f"{ours['peak_mb']:.0f} / {peer['peak_mb']:.0f}",
+        f"{peer['peak_mb']:.0f} / {ours['peak_mb']:.0f}",
     ]
 
 

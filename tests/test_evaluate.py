@@ -147,6 +147,25 @@ def test_a_file_that_is_none_of_ours(data, tmp_path):
         evaluate(MODEL, VARIABLES, data, {"accuracy()": accuracy()}, split="test", workdir=tmp_path, progress=False)
 
 
+def test_weights_that_are_not_finite(data, tmp_path):
+    """An error, before anything is measured or written."""
+    path, leaf = jax.tree_util.tree_leaves_with_path(VARIABLES)[0]
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    broken = jax.tree.map(lambda a: a.ravel().at[0].set(jnp.nan).reshape(a.shape) if a is leaf else a, VARIABLES)
+    with pytest.raises(UserError, match=f"best: 1 of {leaf.size} values of {name} are not finite; evaluate an earlier"):
+        evaluate(
+            MODEL,
+            broken,
+            data,
+            {"accuracy()": accuracy()},
+            split="test",
+            weights="best",
+            workdir=tmp_path,
+            progress=False,
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_numbers_that_json_has_not_are_null(data):
     odd = accuracy()._replace(summary=lambda rows: {"nan": np.float32("nan"), "curve": {"x": [1], "y": [float("inf")]}})
     (row,) = evaluate(MODEL, VARIABLES, data, {"odd": odd}, split="test", progress=False)

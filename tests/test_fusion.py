@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from topgap_jax import attacks, balls, explain, models, pool
 from topgap_jax.engine import available
+from topgap_jax.engine import explain as explain_paths
 from topgap_jax.rewrite import fast_convs, fold_batch_norm, fused, tap
 from topgap_jax.scores import cross_entropy
 
@@ -195,6 +196,17 @@ def test_fused_leaves_no_pass():
     assert "topgap_convolution[" not in text and not sums
     assert text.count("bias=True") == 9 and text.count("relu=True") == text.count("mask=True") == 7
     assert text.count("residual=True") == 3 + 3
+
+
+@needs_onednn
+def test_explained():
+    """`engine.explain` says what is fused with what."""
+    found = [str(each) for each in explain_paths(fused(jax.grad(summed(quick))), IMAGES)]
+    assert found[0] == "convolution      (8, 16, 16, 3) (3, 3, 3, 8): onednn (fused with bias, relu)"
+    assert found[-2:] == [
+        "input gradient   (8, 16, 16, 8) (3, 3, 8, 8): onednn (fused with residual, mask)",
+        "input gradient   (8, 16, 16, 8) (3, 3, 3, 8): onednn",
+    ]
 
 
 @needs_onednn

@@ -10,10 +10,13 @@ from jax.extend.core.primitives import conv_general_dilated_p
 
 from topgap_jax.engine import onednn
 from topgap_jax.engine.convolution import KINDS
+from topgap_jax.engine.fused import fused_p
+
+FUSIBLE = {onednn.FORWARD: "convolution", onednn.INPUT_GRADIENT: "input gradient"}
 
 
 class Convolution(NamedTuple):
-    """A convolution of a function: what it computes from which operands, its path, and the reason."""
+    """A convolution of a function: what it computes, from operands of which shapes, its path, and the reason."""
 
     kind: str
     operands: tuple[tuple[int, ...], ...]
@@ -21,7 +24,8 @@ class Convolution(NamedTuple):
     why: str
 
     def __str__(self):
-        return f"{self.kind:<16} {' '.join(map(str, self.operands))}: {self.path}{self.why and f' ({self.why})'}"
+        first_two = " ".join(map(str, self.operands[:2]))
+        return f"{self.kind:<16} {first_two}: {self.path}{self.why and f' ({self.why})'}"
 
 
 def explain(f: Callable, *args) -> list[Convolution]:
@@ -57,9 +61,14 @@ def _convolutions(jaxpr: Jaxpr):
         shapes = tuple(v.aval.shape for v in eqn.invars)
         if eqn.primitive is conv_general_dilated_p:
             yield Convolution("convolution", shapes, "lax", refusal(eqn) or "not under fast_convs")
-        elif eqn.primitive in KINDS:
+        elif eqn.primitive in KINDS or eqn.primitive is fused_p:
             path = "onednn" if onednn.available() and eqn.invars[0].aval.dtype == jnp.float32 else "xla"
             why = "" if path == "onednn" else onednn.reason() or f"type {eqn.invars[0].aval.dtype}"
-            yield Convolution(KINDS[eqn.primitive], shapes, path, why)
+            if eqn.primitive is fused_p:
+                kind = FUSIBLE[eqn.params["kind"]]
+                why = "fused with " + ", ".join(word for word, on in eqn.params["fused"]._asdict().items() if on)
+            else:
+                kind = KINDS[eqn.primitive]
+            yield Convolution(kind, shapes, path, why)
     for body in subjaxprs(jaxpr):
         yield from _convolutions(body)

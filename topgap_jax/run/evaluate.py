@@ -45,8 +45,11 @@ def evaluate(
     evaluators: their texts -> what they are. With a workdir each row is written as soon as it is there; a row of the same
     split and evaluator is replaced, rows of other `weights` or another `source` are dropped. Examples draw from
     fold_in(key(seed), id). The seconds hold no compilation. An attack that was stopped goes on where it was.
+
+    Raises UserError if a weight is NaN or infinite: nothing that is measured of such a network means anything.
     """
     variables = evaluation_variables(variables)
+    _check_finite(variables, weights)
     if mesh is not None:
         variables = jax.device_put(variables, replicated(mesh))
     rows = []
@@ -99,6 +102,17 @@ def evaluation_variables(variables: Variables) -> Variables:
 def example_keys(key: jax.Array, ids: jax.Array) -> jax.Array:
     """One key per example (b,), from its row of the split: the result does not depend on the batch it is in."""
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(ids)
+
+
+def _check_finite(variables, weights):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        values = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
+        if jax.numpy.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+            count = values.size - np.isfinite(values).sum()
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(
+                f"{weights or 'the model'}: {count} of {values.size} values of {name} are not finite; evaluate an earlier checkpoint"
+            )
 
 
 @functools.lru_cache(maxsize=32)
