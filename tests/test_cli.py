@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from tests.test_setup import store
-from topgap_jax import cli
+from topgap_jax import cli, engine
 from topgap_jax.mesh import data_mesh
 from topgap_jax.run import experiment, setup
 from topgap_jax.run import fit as fit_module
@@ -73,7 +73,7 @@ def test_train_tells_what_it_does_and_shows_the_results(run):
     workdir, out, err = run
     lines = [re.sub(r": 100%.*", "", line) for line in err.splitlines()]
     assert lines == [
-        "CPU: as it is",
+        f"CPU: as it is; {engine.status()}",
         "reading shapes() train",  # once, though the backgrounds of `regions` are made of it too
         "reading shapes() validation",
         "training",

@@ -2,7 +2,7 @@
 
 from topgap_jax.engine.convolution import KINDS, Geometry, convolution, forward_p, input_gradient_p
 from topgap_jax.engine.fused import fused_convolution
-from topgap_jax.engine.onednn import FORWARD, INPUT_GRADIENT, Fused, available, status
+from topgap_jax.engine.onednn import FORWARD, INPUT_GRADIENT, Fused, available, found, status
 from topgap_jax.engine.paths import Convolution, explain, refusal
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "convolution",
     "explain",
     "forward_p",
+    "found",
     "fused_convolution",
     "input_gradient_p",
     "refusal",

@@ -193,13 +193,28 @@ def call(
     return jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, np.float32))(*operands, call=numbers)
 
 
-def _start() -> str:
+def found() -> bool:
+    """Whether the library seems to be there and meant for this machine, found out without loading it or starting JAX."""
+    try:
+        return not _unfit() and _find() is not None
+    except Exception:
+        return False
+
+
+def _unfit() -> str:
+    """Why the library is not even looked for, or ""."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"it is for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
     if not jaxlib.__version__.startswith(VERIFIED):
         return f"jaxlib {jaxlib.__version__} is not among those it was tried with"
     if os.environ.get("TOPGAP_ONEDNN") == "off":
         return "it is switched off by TOPGAP_ONEDNN"
+    return ""
+
+
+def _start() -> str:
+    if why := _unfit():
+        return why
     path = _find()
     if path is None:
         return "it is not installed (pip install 'topgap-jax[cpu]')"

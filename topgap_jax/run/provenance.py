@@ -25,7 +25,7 @@ def provenance() -> dict[str, Any]:
         "convolutions": engine.status() if jax.default_backend() == "cpu" else None,
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
@@ -52,7 +52,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the processor, as the system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
