@@ -3,6 +3,7 @@
 BENCH_DEVICES: over how many devices the batch is split; TOPGAP_ONEDNN=off: without the custom calls.
 """
 
+import functools
 import os
 import time
 
@@ -77,8 +78,11 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
             state = attack.step(tg.models.bind(model, variables), state)
             return state, (state.status == 0).any()
 
-        start = compiled(lambda x, logits: attack.init(keys, None, x, y, logits), x, logits)
-        step = compiled(step, variables, start(x, logits))
+        # A state is split like the images, before a step and after it.
+        rows = functools.partial(jax.jit, out_shardings=split(mesh))
+        start = compiled(lambda x, logits: attack.init(keys, None, x, y, logits), x, logits, jitted=rows)
+        rows = functools.partial(jax.jit, out_shardings=(split(mesh), replicated(mesh)))
+        step = compiled(step, variables, start(x, logits), jitted=rows)
         book = compiled(
             merged(lambda variables, state: tg.attacks.finish(tg.models.bind(model, variables), state)),
             variables,

@@ -105,15 +105,14 @@ def bind(model: Model, variables: Variables, *, train: bool = False, step: Array
 
 
 def fast(model: Model) -> Model:
-    """The same network with the engine's convolutions on a CPU (`rewrite.fast_convs`), and with batch norm folded into them in
-    eval mode. Configs get it by themselves; elsewhere a model is what it was.
+    """The same network with the engine's convolutions on a CPU, and batch norm folded into them (`rewrite.fast_convs`,
+    `rewrite.fold_batch_norm`). Models of configs are like this by themselves; on a GPU or TPU it is the network itself.
     """
-    quick = fast_convs(model.apply)
-    folded = fold_batch_norm(quick)
+    folded = fold_batch_norm(fast_convs(model.apply))
 
-    def apply(variables, images, *, train=False, **options):
-        chosen = quick if train or jax.default_backend() != "cpu" else folded
-        return chosen(variables, images, train=train, **options)
+    def apply(variables, images, **options):
+        chosen = folded if jax.default_backend() == "cpu" else model.apply
+        return chosen(variables, images, **options)
 
     return model._replace(apply=apply)
 
