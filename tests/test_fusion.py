@@ -296,3 +296,18 @@ def test_without_onednn(monkeypatch):
     """`fused` is the function itself."""
     monkeypatch.setattr("topgap_jax.rewrite.fusion.available", lambda: False)
     assert counted(fused(quick), IMAGES) == counted(quick, IMAGES)
+
+
+def test_names_that_nobody_asks_for():
+    """A tap inside leaves names behind, which hold nothing up; where a tap is outside, they keep their values."""
+    tapped = tap(predict, "Block_2", lambda value: value * 0.5)
+    full = lambda f: [
+        eqn.primitive.name
+        for eqn in jax.make_jaxpr(f)(IMAGES).jaxpr.eqns
+        if eqn.primitive.name in ("mul", "sub") and eqn.outvars[0].aval.size > 1000
+    ]
+    assert len(full(fold_batch_norm(tapped))) == len(full(fold_batch_norm(predict))) + 1
+    assert_same(fold_batch_norm(tapped)(IMAGES), tapped(IMAGES))
+    edit = lambda value: jnp.tanh(value)
+    for layer in ("Conv_0", "Block_1/Conv_1", "Block_1"):
+        assert_same(tap(fold_batch_norm(tapped), layer, edit)(IMAGES), tap(tapped, layer, edit)(IMAGES))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.extend.core.primitives import (
     add_p,
     conv_general_dilated_p,
@@ -12,11 +12,14 @@ from jax.extend.core.primitives import (
     custom_vjp_call_p,
     div_p,
     mul_p,
+    name_p,
+    remat_p,
     sub_p,
 )
 
 from topgap_jax.engine import forward_p
 from topgap_jax.rewrite.interpreter import bind, channel_vector, evaluate, reaches, rebuild, subjaxprs, trace, users
+from topgap_jax.rewrite.names import NAMING
 
 # (equation, position of the convolution's values) -> (scale, shift) after it, of (scale, shift) before it and the other operand.
 STEPS = {
@@ -47,18 +50,20 @@ def fold_batch_norm(f: Callable) -> Callable:
 
     Sums, products and quotients in a row, each with one value per channel (or one in all), directly behind a convolution, become
     v * a + b, whose gradient takes fewer passes over memory. Where nothing else uses the convolution's result, as in eval mode,
-    conv(x, w) * a + b becomes conv(x, w * a) + b. A name in between (`tap`, `read`) keeps the convolution as it is: what is
-    named keeps its value. Equal up to rounding; derivatives of any order, by parameters too; under jit, remat and loops.
+    conv(x, w) * a + b becomes conv(x, w * a) + b. Under `tap`, `read` and the like every name keeps its value, so that named
+    convolutions stay as they are. Equal up to rounding; derivatives of any order, by parameters too; under jit, remat and loops.
     """
 
     def folded(*args, **kwargs):
         closed, arrays, restore = trace(f, args, kwargs)
-        return restore(_evaluate(closed.jaxpr, closed.consts, arrays))
+        return restore(_run(closed.jaxpr, closed.consts, arrays, named=NAMING.value is not None))
 
     return folded
 
 
-def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list:
+def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], named: bool) -> list:
+    """Results of the jaxpr; named: whether somebody may ask for what is named."""
+    jaxpr = jaxpr if named else _without_names(jaxpr)
     ends, passed = {}, set()
     for chain in _chains(jaxpr):
         *before, last = [eqn for eqn, _, _ in chain.steps]
@@ -74,10 +79,22 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list:
             return [_folded(ends[id(eqn)], read)]
         own = eqn.primitive in (custom_jvp_call_p, custom_vjp_call_p)  # entered, it would lose its own derivative
         if reaches(eqn) and not own and any(map(_holds, subjaxprs(eqn))):
-            return rebuild(eqn, values, _evaluate)
+            inner = named or eqn.primitive is remat_p  # whose policy may go by names
+            return rebuild(eqn, values, lambda body, consts, args: _run(body, consts, args, inner))
         return None
 
     return evaluate(jaxpr, consts, args, rule)
+
+
+def _without_names(jaxpr: Jaxpr) -> Jaxpr:
+    same, eqns = {}, []
+    through = lambda variables: [v if isinstance(v, Literal) else same.get(v, v) for v in variables]
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is name_p:
+            (same[eqn.outvars[0]],) = through(eqn.invars)
+        else:
+            eqns.append(eqn.replace(invars=through(eqn.invars)))
+    return jaxpr.replace(eqns=eqns, outvars=through(jaxpr.outvars))
 
 
 def _folded(chain: Chain, read: Callable) -> Any:
@@ -102,6 +119,7 @@ def _chains(jaxpr: Jaxpr) -> list[Chain]:
         if eqn.primitive not in (conv_general_dilated_p, forward_p):
             continue
         starts, axis = [eqn.outvars[0]], _channel_axes(eqn)[0]
+        starts += [user.outvars[0] for user in used[starts[0]] if user is not None and user.primitive is name_p]
         while starts:
             value = starts.pop()
             alone = len(used[value]) == 1 and value is eqn.outvars[0]
