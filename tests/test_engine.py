@@ -14,6 +14,7 @@ from jax.test_util import check_grads
 
 from topgap_jax.engine import convolution, onednn
 from topgap_jax.engine.convolution import KINDS, forward_p, input_gradient_p, weight_gradient_p
+from topgap_jax.errors import UserError
 
 STRIDES, PADS = (2, 1), ((1, 1), (0, 2))
 SHAPES = (8, 9, 7, 3), (3, 3, 3, 4)  # images and kernel
@@ -191,6 +192,35 @@ def test_sharded_batch(path, devices, axis_type):
     assert_close(jax.device_get(got), jax.device_get(expected))
     text = compiled.as_text()
     assert "all-gather" not in text and (path == "xla" or onednn.TARGET in text)
+
+
+def test_a_batch_that_does_not_divide(path):
+    """Three rows of four on two devices: what pads the second part is in no weight gradient."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
+    x, w = draw((4, 5, 5, 3), (3, 3, 3, 4))
+    loss = lambda f: lambda x, w: jnp.tanh(f(x[:3], w)).sum()
+    expected = jax.grad(loss(by_lax), (0, 1))(x, w)
+    split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    assert_close(jax.device_get(jax.jit(jax.grad(loss(ours), (0, 1)))(split, w)), jax.device_get(expected))
+
+
+def test_bad_operands():
+    x, w = draw(*SHAPES)
+    for bad in ((x, w[:, :, :2]), (x, w.astype(bool)), (x.astype(jnp.bfloat16), w), (x[0], w)):
+        with pytest.raises(UserError, match=r"convolution: give images \(n, h, w, c\) and a kernel .*, got "):
+            convolution(*bad, STRIDES, PADS)
+    with pytest.raises(UserError, match="a result of"):
+        convolution(x[:, :1], w, (1, 1), ((0, 0), (0, 0)))
+    with pytest.raises(UserError, match="pads"):
+        convolution(x, w, (1, 1), ((-1, 0), (0, 0)))
+
+
+def test_types_of_results(path):
+    """No weak type, and none of an empty `vmap` but an empty array."""
+    w = draw(SHAPES[1])[0]
+    assert not jax.eval_shape(ours, jnp.full(SHAPES[0], 0.5), w).weak_type
+    empty = jax.jit(jax.vmap(ours, (0, None)))(jnp.ones((0, *SHAPES[0])), w)
+    assert empty.shape == (0, 8, 5, 7, 4)
 
 
 def test_per_device_programs(path):

@@ -182,6 +182,9 @@ def test_explain_lists_paths_and_reasons(monkeypatch):
     own = ("onednn", "") if onednn.available() else ("xla", onednn.reason())
     assert why == [own, own, ("lax", "2 groups"), ("lax", "dilation"), ("lax", "1 spatial axes, not 2")]
     assert str(found[2]) == "convolution      (4, 15, 7, 4) (3, 3, 2, 4): lax (2 groups)"
+    own = jax.custom_jvp(lambda x: plain(x))
+    own.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    assert engine.explain(fast_convs(own), IMAGES)[0].why == "inside custom_jvp_call"
     assert {each.why for each in engine.explain(plain, IMAGES)} == {
         "not under fast_convs",
         "2 groups",

@@ -18,7 +18,7 @@ from topgap_jax.engine import convolution, onednn
 pytestmark = pytest.mark.skipif(not onednn.available(), reason=f"no oneDNN here: {onednn.reason()}")
 
 PROGRAM = """
-    import logging, sys
+    import logging, os, sys
     logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s", stream=sys.stdout)
     logging.getLogger("jax").setLevel(logging.ERROR)
     import jax, jax.numpy as jnp
@@ -27,10 +27,11 @@ PROGRAM = """
     {before}
     x, w = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
     f = lambda x, w: (convolution(x, w, (2, 2), ((1, 1), (1, 1))) ** 2).sum()
-    g = lambda x, w: (lax.conv_general_dilated(x, w, (2, 2), "SAME" and ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")) ** 2).sum()
+    g = lambda x, w: (lax.conv_general_dilated(x, w, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")) ** 2).sum()
     for a, b in zip(jax.jit(jax.grad(f, (0, 1)))(x, w), jax.jit(jax.grad(g, (0, 1)))(x, w)):
         assert jnp.allclose(a, b, rtol=1e-5)
     print("path:", explain(f, x, w)[0])
+    assert "OMP_WAIT_POLICY" not in os.environ
 """
 
 CASES = {  # what is done before, and what the line in the log says
@@ -83,6 +84,19 @@ def test_errors_are_errors_of_xla():
     np.testing.assert_allclose(convolution(x, w, (1, 1), ((0, 0), (0, 0))), 18)
 
 
+def test_an_interrupt_is_an_error(monkeypatch):
+    """Not a result that was never computed."""
+
+    def interrupted(self, pointers):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(onednn.Ready, "run", interrupted)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="KeyboardInterrupt"):
+        one((1, 6, 6, 2), 3).block_until_ready()
+    monkeypatch.undo()
+    np.testing.assert_array_equal(one((1, 6, 6, 2), 3), 36)
+
+
 def shapes(count):
     """Small convolutions, no two alike, and their results."""
     for i in range(count):
@@ -91,6 +105,18 @@ def shapes(count):
 
 def one(shape, out):
     return convolution(jnp.full(shape, 2.0), jnp.ones((3, 3, shape[3], out)), (1, 1), ((0, 0), (0, 0)))
+
+
+def test_first_use_by_many_threads(tmp_path):
+    """They wait for one of them to load it."""
+    program = """
+        from concurrent.futures import ThreadPoolExecutor
+        from topgap_jax.engine import onednn
+        with ThreadPoolExecutor(4) as pool:
+            print(set(pool.map(lambda _: onednn.reason(), range(8))), len(onednn.KEPT))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert done.stdout.strip() == "{''} 2", done.stderr
 
 
 def test_threads():

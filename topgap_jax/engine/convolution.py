@@ -11,6 +11,7 @@ weight gradient are the input gradient and forward. So every derivative of a net
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from topgap_jax.engine import onednn
 from topgap_jax.engine.onednn import Fused
+from topgap_jax.errors import UserError
 from topgap_jax.types import Array
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -46,10 +48,21 @@ class Geometry(NamedTuple):
 
 
 def convolution(x: Array, w: Array, strides: tuple[int, int], pads: tuple[tuple[int, int], tuple[int, int]]) -> Array:
-    """x (n, h, w, c) with kernel w (kh, kw, c, o): (n, p, q, o). Pads are at least 0, no side of the result is empty."""
-    return _bind(
-        forward_p, x, w, Geometry(x.shape[1:3], w.shape[:2], tuple(strides), tuple(tuple(pair) for pair in pads))
-    )
+    """x (n, h, w, c) with kernel w (kh, kw, c, o), both of one floating type: (n, p, q, o), of derivatives of any order.
+
+    Raises UserError for other types, for channels that differ, for negative pads and for a result without rows or columns.
+    """
+    x, w = jnp.asarray(x), jnp.asarray(w)
+    geometry = Geometry(x.shape[1:3], w.shape[:2], tuple(strides), tuple(tuple(pair) for pair in pads))
+    fits = x.ndim == w.ndim == 4 and x.shape[3] == w.shape[2]
+    if not fits or x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(
+            "convolution: give images (n, h, w, c) and a kernel (kh, kw, c, o) of one floating type, "
+            f"got {x.dtype} {x.shape} and {w.dtype} {w.shape}"
+        )
+    if min(min(pair) for pair in geometry.pads) < 0 or min(geometry.out) < 1:
+        raise UserError(f"convolution: pads {geometry.pads} give {geometry.size} images a result of {geometry.out}")
+    return _bind(forward_p, x, w, geometry)
 
 
 def _bind(primitive: Primitive, left: Array, right: Array, geometry: Geometry) -> Array:
@@ -65,7 +78,7 @@ def _bind(primitive: Primitive, left: Array, right: Array, geometry: Geometry) -
 def _like(aval, shape, batch):
     """Type of a result: sharded over the batch alone, or not at all; varying as the operands do."""
     spec = PartitionSpec(aval.sharding.spec[0] if batch else None, None, None, None)
-    return aval.update(shape=shape, sharding=NamedSharding(aval.sharding.mesh, spec))
+    return aval.update(shape=shape, weak_type=False, sharding=NamedSharding(aval.sharding.mesh, spec))
 
 
 def _forward_type(x, w, *, geometry):
@@ -148,7 +161,7 @@ def _cpu_lowering(kind: int, by_lax: Callable) -> Callable:
 
 def custom_call(ctx, kind: int, geometry: Geometry, fused: Fused) -> Callable | None:
     """oneDNN's function of the operands, for the program that is being lowered; None where it takes another path."""
-    if not onednn.available() or any(aval.dtype not in (jnp.float32, jnp.bool_) for aval in ctx.avals_in):
+    if not onednn.available() or any(aval.dtype != jnp.float32 for aval in ctx.avals_in[:2]):
         return None
     devices = _devices(ctx.module_context)
     if devices == 1:
@@ -198,6 +211,9 @@ def _partitioned(kind: int, geometry: Geometry, fused: Fused) -> Callable:
     def partition(mesh, given, _):
         spec = given[0].sharding.spec
         batch = spec[0] if len(spec) else None
+        parts = math.prod(mesh.shape[axis] for axis in ((batch,) if isinstance(batch, str) else batch or ()))
+        if not split_result and given[0].shape[0] % parts:
+            batch = None  # what pads the last part would be summed with the rest
         split, whole = NamedSharding(mesh, PartitionSpec(batch)), NamedSharding(mesh, PartitionSpec())
 
         def summed(x, dy):
@@ -247,14 +263,15 @@ FOLDS = {forward_p: ((0, 0), (3, 3)), input_gradient_p: ((0, 0), (2, 3)), weight
 
 
 def _batched(primitive: Primitive, operands, axes, *, geometry: Geometry):
-    """`vmap` of one operand is a larger batch or more channels; of both, a loop."""
+    """`vmap` of one operand is a larger batch or more channels; of both, or over nothing, a loop."""
     mapped = [axis is not None for axis in axes]
-    if all(mapped):
-        stacked = [jnp.moveaxis(operand, axis, 0) for operand, axis in zip(operands, axes)]
-        return lax.map(lambda pair: _bind(primitive, *pair, geometry), tuple(stacked)), 0
     which = mapped.index(True)
-    into, out_of = FOLDS[primitive][which]
     size = operands[which].shape[axes[which]]
+    if all(mapped) or size == 0:
+        rows = {i: jnp.moveaxis(operands[i], axes[i], 0) for i in range(2) if mapped[i]}
+        one = lambda row: _bind(primitive, *(row.get(i, operands[i]) for i in range(2)), geometry)
+        return lax.map(one, rows), 0
+    into, out_of = FOLDS[primitive][which]
     folded = list(operands)
     folded[which] = _fold(operands[which], axes[which], into)
     out = _bind(primitive, *folded, geometry)

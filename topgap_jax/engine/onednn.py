@@ -134,19 +134,24 @@ _Handler = ctypes.CFUNCTYPE(c_void_p, POINTER(_Frame))
 
 log = logging.getLogger(__name__)
 
+ONCE = threading.RLock()
 KEPT: list = []
 """The library in use and what C code has pointers to."""
 
 
-@functools.cache
 def available() -> bool:
     """Whether convolutions go to oneDNN on this machine."""
     return not reason()
 
 
-@functools.cache
 def reason() -> str:
     """Why oneDNN is not used, or "" where it is; found out once, and then said in one line of the log."""
+    with ONCE:  # two threads at once would load it twice
+        return _reason()
+
+
+@functools.cache
+def _reason() -> str:
     try:
         why = _start()
     except Exception as error:  # whatever is wrong with a library that somebody installed, this one goes on without it
@@ -262,8 +267,8 @@ def _self_test() -> str:
 
 def _handle(library: "Library", pointer) -> int | None:
     """What XLA calls: NULL for success, else an error of XLA's. No exception may leave it."""
-    frame = pointer.contents
     try:
+        frame = pointer.contents
         if frame.extension:  # XLA asks which version of its interface this is: the one that it speaks itself
             if frame.extension.contents.type == 1:
                 metadata = ctypes.cast(frame.extension, POINTER(_MetadataExtension)).contents.metadata.contents
@@ -278,9 +283,9 @@ def _handle(library: "Library", pointer) -> int | None:
         key = b"".join([ctypes.string_at(numbers.data, 8 * numbers.size), *sizes])
         library.run(key, [buffer.data for buffer in buffers])
         return None
-    except Exception as error:
+    except BaseException as error:  # a KeyboardInterrupt too: what leaves a callback is lost, and the result with it
         message = f"topgap_jax, oneDNN: {type(error).__name__}: {error}".encode()
-        return frame.api.contents.create_error(byref(_Error(ctypes.sizeof(_Error), None, message, 13)))
+        return pointer.contents.api.contents.create_error(byref(_Error(ctypes.sizeof(_Error), None, message, 13)))
 
 
 class Library:
@@ -289,9 +294,11 @@ class Library:
     def __init__(self, path: Path):
         given = os.environ.get("OMP_WAIT_POLICY")
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads would take the cores from XLA's own
-        self.functions = ctypes.CDLL(str(path))  # libgomp reads the variable now
-        if given is None:
-            del os.environ["OMP_WAIT_POLICY"]
+        try:
+            self.functions = ctypes.CDLL(str(path))  # libgomp reads the variable now
+        finally:
+            if given is None:
+                del os.environ["OMP_WAIT_POLICY"]
         self.functions.dnnl_primitive_desc_query_md.restype = c_void_p
         self.threads = max(1, len(os.sched_getaffinity(0)) // jax.local_device_count("cpu"))
         self.engine = self.made("engine_create", CPU, c_size_t(0))
@@ -317,7 +324,11 @@ class Library:
             waiting = self.ready.get(key)
             one = waiting.pop() if waiting else None
         one = one or Ready(self, np.frombuffer(key, np.int64).tolist())
-        one.run(pointers)
+        try:
+            one.run(pointers)
+        except BaseException:
+            one.close()
+            raise
         with self.lock:
             self.ready.setdefault(key, []).append(one)
             self.ready.move_to_end(key)
@@ -332,10 +343,11 @@ class Ready:
     """A call that can be made: oneDNN's primitive with a memory for each buffer. For one thread at a time."""
 
     def __init__(self, library: Library, numbers: list[int]):
-        self.library, self.kept, self.steps = library, contextlib.ExitStack(), []
-        self.stream = self._object("stream", self.kept, "stream_create", library.engine, IN_ORDER)
-        with contextlib.ExitStack() as self.passing:
+        self.library, self.steps = library, []
+        with contextlib.ExitStack() as self.kept, contextlib.ExitStack() as self.passing:
+            self.stream = self._object("stream", self.kept, "stream_create", library.engine, IN_ORDER)
             self._build(*numbers[:7], Fused(*(bool(numbers[7] >> i & 1) for i in range(4))), numbers[8:])
+            self.kept = self.kept.pop_all()  # all went well
 
     def _build(self, kind, down, along, top, bottom, near, far, fused, sizes):
         geometry = [_numbers(pair) for pair in ((down, along), (0, 0), (top, near), (bottom, far))]

@@ -5,14 +5,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn, subjaxprs
+from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 from jax.extend.core.primitives import conv_general_dilated_p
 
 from topgap_jax.engine import onednn
-from topgap_jax.engine.convolution import KINDS
+from topgap_jax.engine.convolution import KINDS, forward_p, input_gradient_p
 from topgap_jax.engine.fused import fused_p
 
-FUSIBLE = {onednn.FORWARD: "convolution", onednn.INPUT_GRADIENT: "input gradient"}
+FUSIBLE = {onednn.FORWARD: KINDS[forward_p], onednn.INPUT_GRADIENT: KINDS[input_gradient_p]}
+CLOSED = ("custom_jvp_call", "custom_vjp_call", "shard_map")
+"""What `fast_convs` does not go into."""
 
 
 class Convolution(NamedTuple):
@@ -56,11 +58,12 @@ def refusal(eqn: JaxprEqn) -> str:
     return ""
 
 
-def _convolutions(jaxpr: Jaxpr):
+def _convolutions(jaxpr: Jaxpr, within: str = ""):
     for eqn in jaxpr.eqns:
         shapes = tuple(v.aval.shape for v in eqn.invars)
         if eqn.primitive is conv_general_dilated_p:
-            yield Convolution("convolution", shapes, "lax", refusal(eqn) or "not under fast_convs")
+            outside = f"inside {within}" if within else "not under fast_convs"
+            yield Convolution("convolution", shapes, "lax", refusal(eqn) or outside)
         elif eqn.primitive in KINDS or eqn.primitive is fused_p:
             path = "onednn" if onednn.available() and eqn.invars[0].aval.dtype == jnp.float32 else "xla"
             why = "" if path == "onednn" else onednn.reason() or f"type {eqn.invars[0].aval.dtype}"
@@ -70,5 +73,6 @@ def _convolutions(jaxpr: Jaxpr):
             else:
                 kind = KINDS[eqn.primitive]
             yield Convolution(kind, shapes, path, why)
-    for body in subjaxprs(jaxpr):
-        yield from _convolutions(body)
+        closed = within or (eqn.primitive.name if eqn.primitive.name in CLOSED else "")
+        for body in jaxprs_in_params(eqn.params):
+            yield from _convolutions(body, closed)

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn
-from jax.extend.core.primitives import conv_general_dilated_p, custom_jvp_call_p, custom_vjp_call_p
+from jax.extend.core.primitives import conv_general_dilated_p
 from jax.lax import ConvDimensionNumbers
 
 from topgap_jax.engine import convolution, refusal
-from topgap_jax.rewrite.interpreter import evaluate, reaches, rebuild, subjaxprs, trace
+from topgap_jax.rewrite.interpreter import evaluate, keeps_derivatives, rebuild, subjaxprs, trace
 
 
 def fast_convs(f: Callable) -> Callable:
@@ -18,8 +18,8 @@ def fast_convs(f: Callable) -> Callable:
 
     Derivatives of any order, in loops too, are then made of fast convolutions: `jax.grad(fast_convs(predict))`. Around a
     gradient, `fast_convs(jax.grad(predict))`, the numbers are right but most of the gain is lost. What the engine does not take
-    (groups, dilation, other ranks) and what stands inside a function with derivatives of its own stays as it is;
-    `engine.explain(fast_convs(f), *args)` says which.
+    (groups, dilation, other ranks) and what stands inside a function with derivatives of its own or a `shard_map` stays as it is;
+    `engine.explain(fast_convs(f), *args)` says which. Inside a `shard_map` it works like anywhere else.
     """
 
     def fast(*args, **kwargs):
@@ -55,8 +55,7 @@ def _replaced(f, args, kwargs, replace, refusal):
     def rule(eqn, values, read):
         if takes(eqn):
             return [_in_order(replace, eqn, *values)]
-        own = eqn.primitive in (custom_jvp_call_p, custom_vjp_call_p)  # entered, it would lose its own derivative
-        if reaches(eqn) and not own and any(holds(body) for body in subjaxprs(eqn)):
+        if keeps_derivatives(eqn) and any(holds(body) for body in subjaxprs(eqn)):
             return rebuild(eqn, values, run)
         return None
 

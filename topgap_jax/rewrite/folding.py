@@ -8,8 +8,6 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.extend.core.primitives import (
     add_p,
     conv_general_dilated_p,
-    custom_jvp_call_p,
-    custom_vjp_call_p,
     div_p,
     mul_p,
     name_p,
@@ -18,7 +16,16 @@ from jax.extend.core.primitives import (
 )
 
 from topgap_jax.engine import forward_p
-from topgap_jax.rewrite.interpreter import bind, channel_vector, evaluate, reaches, rebuild, subjaxprs, trace, users
+from topgap_jax.rewrite.interpreter import (
+    bind,
+    channel_vector,
+    evaluate,
+    keeps_derivatives,
+    rebuild,
+    subjaxprs,
+    trace,
+    users,
+)
 from topgap_jax.rewrite.names import NAMING
 
 # (equation, position of the convolution's values) -> (scale, shift) after it, of (scale, shift) before it and the other operand.
@@ -51,7 +58,8 @@ def fold_batch_norm(f: Callable) -> Callable:
     Sums, products and quotients in a row, each with one value per channel (or one in all), directly behind a convolution, become
     v * a + b, whose gradient takes fewer passes over memory. Where nothing else uses the convolution's result, as in eval mode,
     conv(x, w) * a + b becomes conv(x, w * a) + b. Under `tap`, `read` and the like every name keeps its value, so that named
-    convolutions stay as they are. Equal up to rounding; derivatives of any order, by parameters too; under jit, remat and loops.
+    convolutions stay as they are; a `jax.checkpoint` around all this must not go by names, which are gone otherwise. Equal up to
+    rounding; derivatives of any order, by parameters too; under jit, remat and loops.
     """
 
     def folded(*args, **kwargs):
@@ -77,8 +85,7 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], named: bool) 
             return [None]  # nobody else reads it
         if id(eqn) in ends:
             return [_folded(ends[id(eqn)], read)]
-        own = eqn.primitive in (custom_jvp_call_p, custom_vjp_call_p)  # entered, it would lose its own derivative
-        if reaches(eqn) and not own and any(map(_holds, subjaxprs(eqn))):
+        if keeps_derivatives(eqn) and any(map(_holds, subjaxprs(eqn))):
             inner = named or eqn.primitive is remat_p  # whose policy may go by names
             return rebuild(eqn, values, lambda body, consts, args: _run(body, consts, args, inner))
         return None
@@ -113,34 +120,37 @@ def _folded(chain: Chain, read: Callable) -> Any:
 
 
 def _chains(jaxpr: Jaxpr) -> list[Chain]:
-    used, chains = users(jaxpr), []
+    used, chains, taken = users(jaxpr), [], set()
     made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     for eqn in jaxpr.eqns:
         if eqn.primitive not in (conv_general_dilated_p, forward_p):
+            continue
+        if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
             continue
         starts, axis = [eqn.outvars[0]], _channel_axes(eqn)[0]
         starts += [user.outvars[0] for user in used[starts[0]] if user is not None and user.primitive is name_p]
         while starts:
             value = starts.pop()
-            alone = len(used[value]) == 1 and value is eqn.outvars[0]
-            for first in [step for user in used[value] if (step := _step(user, value, axis, made_by))]:
+            alone = len(used[value]) == 1 and value is eqn.outvars[0] and eqn.invars[1].aval.dtype == value.aval.dtype
+            for first in [step for user in used[value] if (step := _step(user, value, axis, made_by, taken))]:
                 steps = [first]
                 while len(used[last := steps[-1][0].outvars[0]]) == 1:
-                    following = _step(used[last][0], last, axis, made_by)
+                    following = _step(used[last][0], last, axis, made_by, taken)
                     if following is None:
                         break
                     steps.append(following)
                 scaled = any(step.primitive in (mul_p, div_p) for step, _, _ in steps)
                 if scaled and (alone or len(steps) > 1):
                     chains.append(Chain(value, axis, steps, eqn if alone else None))
+                    taken.update(id(step) for step, _, _ in steps)
                 elif not scaled:
                     starts.append(last)  # behind a bias, say
     return chains
 
 
-def _step(eqn: JaxprEqn | None, value: Any, axis: int, made_by: dict) -> tuple[JaxprEqn, int, Any] | None:
-    """The equation as a step of a chain; None if it is none."""
-    if eqn is None or not any(value is v for v in eqn.invars):
+def _step(eqn: JaxprEqn | None, value: Any, axis: int, made_by: dict, taken: set) -> tuple[JaxprEqn, int, Any] | None:
+    """The equation as a step of a chain; None if it is none, or another chain's."""
+    if eqn is None or id(eqn) in taken or not any(value is v for v in eqn.invars):
         return None
     position = 0 if eqn.invars[0] is value else 1
     if (eqn.primitive, position) not in STEPS or eqn.outvars[0].aval.dtype != value.aval.dtype:

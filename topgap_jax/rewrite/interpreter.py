@@ -119,6 +119,11 @@ def reaches(eqn: JaxprEqn) -> bool:
     return enters(eqn) or eqn.primitive in (scan_p, while_p, cond_p, custom_jvp_call_p, custom_vjp_call_p)
 
 
+def keeps_derivatives(eqn: JaxprEqn) -> bool:
+    """Whether `rebuild` goes into the equation and what comes out has its derivatives: not a function with ones of its own."""
+    return reaches(eqn) and eqn.primitive not in (custom_jvp_call_p, custom_vjp_call_p)
+
+
 def rebuild(eqn: JaxprEqn, values: Sequence[Any], run: Callable[[Jaxpr, Sequence[Any], Sequence[Any]], Any]) -> Any:
     """`run(body, consts, values)` inside the same `jax.checkpoint`, loop or branches as the equation's body.
 
@@ -126,6 +131,11 @@ def rebuild(eqn: JaxprEqn, values: Sequence[Any], run: Callable[[Jaxpr, Sequence
     """
     params = eqn.params
     within = lambda closed: lambda *args: run(closed.jaxpr, closed.consts, args)
+    if eqn.primitive is remat_p and params["differentiated"]:
+        # What is computed again must stay apart from what was computed before, which a new `jax.checkpoint` would not ask for.
+        closed = jax.make_jaxpr(lambda *args: run(params["jaxpr"], (), args))(*values)
+        body = closed.jaxpr.replace(constvars=[], invars=[*closed.jaxpr.constvars, *closed.jaxpr.invars])
+        return remat_p.bind(*closed.consts, *values, **(params | {"jaxpr": body}))
     if eqn.primitive is remat_p:
         again = lambda *args: run(params["jaxpr"], (), args)
         return jax.checkpoint(again, prevent_cse=params["prevent_cse"], policy=params["policy"])(*values)

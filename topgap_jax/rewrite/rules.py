@@ -157,7 +157,7 @@ def _match(eqn: JaxprEqn, zeros: set, bare: bool) -> tuple[str | None, Callable 
     if eqn.primitive is custom_jvp_call_p:
         body = eqn.params["call_jaxpr"].jaxpr
         function, primitives = RELUS.get(body.debug_info.func_name, (None, None))
-        if function and _primitives(body) == primitives:
+        if function and _primitives(body) == primitives and len(body.invars) == 1 and _has_zero_maximum(body):
             return "relu", function
     elif eqn.primitive is max_p and bare:
         z, zero = eqn.invars
@@ -166,6 +166,16 @@ def _match(eqn: JaxprEqn, zeros: set, bare: bool) -> tuple[str | None, Callable 
     elif eqn.primitive is reduce_window_max_p:
         return "max_pool", lambda z: bind(eqn, [z])[0]
     return None, None
+
+
+def _has_zero_maximum(jaxpr: Jaxpr) -> bool:
+    """Whether the jaxpr, or a `jit` in it, takes the maximum with 0."""
+    zeros = zeros_of(jaxpr)
+    return any(
+        (eqn.primitive is max_p and any(is_zero(v, zeros) for v in eqn.invars))
+        or any(map(_has_zero_maximum, subjaxprs(eqn)))
+        for eqn in jaxpr.eqns
+    )
 
 
 def relu_of(eqn: JaxprEqn, zeros: set) -> bool:
