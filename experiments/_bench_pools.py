@@ -62,33 +62,27 @@ def by_maxima(values, k):
     return lax.fori_loop(0, k, following, (jnp.full_like(start, jnp.inf), jnp.full_like(start, k, jnp.int32)))[0]
 
 
-def by_bisection_16(values, k):
-    """Bisection of the high 16 bits, then of the low 16 bits among those that share them; counts in int16."""
+def by_bisection(values, k):
+    """32 halvings of the interval of ordered bit patterns."""
     bits = lax.bitcast_convert_type(values, jnp.int32)
     ordered = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    high = (ordered >> 16).astype(jnp.int16)
 
-    def bisect(halves, count):
-        def halve(_, bounds):
-            low, up = bounds
-            gap = low ^ up
-            middle = (low & up) + (gap >> 1) + (gap & 1)
-            enough = (halves >= middle).sum(1, keepdims=True, dtype=jnp.int16) >= count
-            return jnp.where(enough, middle, low), jnp.where(enough, up, middle - 1)
+    def halve(_, bounds):
+        low, high = bounds
+        gap = low ^ high
+        middle = (low & high) + (gap >> 1) + (gap & 1)
+        enough = (ordered >= middle).sum(1, keepdims=True, dtype=jnp.int32) >= k
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
 
-        return lax.fori_loop(0, 16, halve, (halves.min(1, keepdims=True), halves.max(1, keepdims=True)))[0]
-
-    top = bisect(high, jnp.int16(k))
-    more = (high > top).sum(1, keepdims=True, dtype=jnp.int16)
-    lower = jnp.where(high == top, (ordered & 0xFFFF) - 2**15, -(2**15)).astype(jnp.int16)
-    threshold = (top.astype(jnp.int32) << 16) | (bisect(lower, jnp.int16(k) - more).astype(jnp.int32) + 2**15)
+    start = ordered.min(1, keepdims=True), ordered.max(1, keepdims=True)
+    threshold, _ = lax.fori_loop(0, 32, halve, start)
     return lax.bitcast_convert_type(jnp.where(threshold < 0, threshold ^ 0x7FFFFFFF, threshold), jnp.float32)
 
 
 WAYS = {
     "gap": lambda k: tg.pool.gap(),
     "top_gap (ours)": tg.pool.top_gap,
-    "bisection in 16 bits": weighted(by_bisection_16),
+    "bisection in 32 bits": weighted(by_bisection),
     "maximum, k times": weighted(by_maxima),
     "lax.top_k, own gradient": own_gradient,
     "lax.top_k, threshold": weighted(by_top_k),

@@ -73,9 +73,21 @@ def everything(f, x, w, dy, dx, dw):
     return y, back(dy), jax.jvp(f, (x, w), (dx, dw))[1], jax.vjp(gradients, x, w, dy)[1]((dx, dw))
 
 
+@settings(max_examples=10)
 @given(geometries())
 def test_numbers(geometry):
     """Kernel 1 to 7, stride 1 to 3, any padding, 1 to 64 channels, batch 1 to 130: first and second derivatives as of lax."""
+    check_numbers(geometry)
+
+
+@pytest.mark.slow
+@settings(max_examples=150)
+@given(geometries())
+def test_many_numbers(geometry):
+    check_numbers(geometry)
+
+
+def check_numbers(geometry):
     images, kernel, strides, pads = geometry
     f, g = (functools.partial(f, strides=strides, pads=pads) for f in (ours, by_lax))
     x, w, dx, dw = draw(images, kernel, images, kernel)
@@ -84,7 +96,7 @@ def test_numbers(geometry):
     assert_close(*values)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(geometries())
 def test_numbers_of_the_other_path(geometry):
     """The same of the forms that XLA compiles, one by one."""

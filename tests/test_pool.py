@@ -288,3 +288,13 @@ def test_errors():
         with pytest.raises(UserError) as raised:
             make()
         assert str(raised.value) == text
+
+
+def test_kth_largest_of_many_and_of_close_values():
+    """More positions than int16 counts, and values that share their high 16 bits; against NumPy's sort."""
+    random = np.random.default_rng(0)
+    many = random.standard_normal((1, 40000, 2)).astype(np.float32)
+    close = (1 + random.integers(-50, 50, (2, 60, 3)) * 2.0**-23).astype(np.float32)
+    for values, counts in ((many, (1, 7, 39999, 40000)), (close, (1, 3, 30, 60)), (-close, (1, 3, 30, 60))):
+        for k in counts:
+            np.testing.assert_array_equal(pool.kth_largest(jnp.asarray(values), k), np.sort(values, 1)[:, -k])
