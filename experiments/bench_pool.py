@@ -22,7 +22,7 @@ SHAPES = {(128, 8, 8, 10): 16, (128, 8, 8, 64): 16, (128, 16, 16, 64): 64}
 WAYS = [
     "gap",
     "top_gap (ours)",
-    "bisection in 16 bits",
+    "bisection in 32 bits",
     "maximum, k times",
     "lax.top_k, own gradient",
     "lax.top_k, threshold",
