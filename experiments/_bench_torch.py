@@ -93,7 +93,7 @@ def pgd(model, images, labels, steps):
     return x
 
 
-def prepare(path, network, images, labels, weights, k, engine=None):
+def prepare(path, network, images, labels, weights, k):
     """`weights` is read; if the file is not there, random ones are written to it, for the other processes."""
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

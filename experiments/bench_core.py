@@ -96,7 +96,7 @@ def measure(title, options, folder):
     for name in options.ours:
         processes[name] = driver.start("_bench_ours.py", environment=driver.NO_CACHE | OURS[name][0])
     answers = {
-        name: driver.ask(process, "prepare", **task, engine=OURS.get(name, ({}, None))[1])
+        name: driver.ask(process, "prepare", **task, **({"engine": OURS[name][1]} if name in OURS else {}))
         for name, process in processes.items()
     }
     times = driver.interleave(processes, options.rounds, options.seconds)

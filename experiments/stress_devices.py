@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.mesh import data_mesh, replicated, split
-from topgap_jax.models import linen
+from topgap_jax.models import fast, linen
 from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.run.fit import Parts, State, make_step
 from topgap_jax.run.progress import write_text
@@ -53,7 +53,7 @@ def train(devices: int, steps: int) -> None:
     random = np.random.default_rng(0)
     label = random.integers(CLASSES, size=EXAMPLES).astype(np.int32)
     image = (random.integers(0, 100, (EXAMPLES, SIZE, SIZE, 3)) + 40 * label[:, None, None, None]).astype(np.uint8)
-    model, optimizer = linen(Net()), sgd(0.01)
+    model, optimizer = fast(linen(Net())), sgd(0.01)  # with the engine, as `topgap train` has it
     parts = Parts(
         model=model, objective=standard(), augments=(), optimizer=optimizer, train={"image": image, "label": label},
         validation=None, examples=EXAMPLES, batch=BATCH, epochs=1, seed=0, ema=0.0, image_shape=(SIZE, SIZE, 3),
@@ -96,7 +96,7 @@ def measure(devices: int, steps: int, seconds: float) -> dict:
         "aborted": code != 0,
         "exit_code": code,  # None: stopped after the time limit
         "seconds": round(time.perf_counter() - start, 1),
-        "setting": error.splitlines()[0] if error else "",
+        "setting": error.splitlines()[0].replace(str(Path.home()), "~") if error else "",
         "last_words": "" if code == 0 else error[-1500:],
         "busy_processes": len(load),
     }

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topgap_jax.engine import convolution, onednn
+from topgap_jax.engine import convolution, library, onednn
 
 pytestmark = pytest.mark.skipif(not onednn.available(), reason=f"no oneDNN here: {onednn.reason()}")
 
@@ -23,7 +23,7 @@ PROGRAM = """
     logging.getLogger("jax").setLevel(logging.ERROR)
     import jax, jax.numpy as jnp
     from jax import lax
-    from topgap_jax.engine import convolution, onednn, explain, status
+    from topgap_jax.engine import convolution, onednn, library, explain, status
     {before}
     x, w = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
     f = lambda x, w: (convolution(x, w, (2, 2), ((1, 1), (1, 1))) ** 2).sum()
@@ -53,8 +53,11 @@ CASES = {  # what is done before, and what the line in the log says
     ),
     "broken library": ("import os; os.environ['TOPGAP_ONEDNN'] = __file__", "OSError: "),
     "another library": ("import os; os.environ['TOPGAP_ONEDNN'] = 'libm.so.6'", "AttributeError: "),
-    "wrong numbers": ("onednn.Ready.run = lambda self, pointers: None", "result of kind 1 is not the definition's"),
-    "failing calls": ("onednn.INFERENCE = 7", "dnnl_convolution_forward_primitive_desc_create gives status"),
+    "wrong numbers": (
+        "library.Ready.run = lambda self, pointers: None",
+        "result of kind 1 with Fused(bias=False, residual=False, relu=False, mask=False) is not the definition's",
+    ),
+    "failing calls": ("library.INFERENCE = 7", "dnnl_convolution_forward_primitive_desc_create gives status"),
     "off": ("import os; os.environ['TOPGAP_ONEDNN'] = 'off'", "it is switched off by TOPGAP_ONEDNN"),
 }
 
@@ -75,11 +78,9 @@ def test_without_it_everything_works(case, tmp_path):
 def test_errors_are_errors_of_xla():
     """A call that oneDNN refuses raises, and the next one works."""
     x, w = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2))
-    wrong = jax.jit(lambda x, w: onednn.call(onednn.FORWARD, (x, w), (1, 9, 9, 2), (1, 1), ((0, 0), (0, 0))))
+    wrong = jax.jit(lambda x, w: onednn.call(library.FORWARD, (x, w), (1, 9, 9, 2), (1, 1), ((0, 0), (0, 0))))
     for _ in range(2):
-        with pytest.raises(
-            jax.errors.JaxRuntimeError, match="topgap_jax, oneDNN: RuntimeError: dnnl_convolution_forward"
-        ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="topgap_onednn: RuntimeError: dnnl_convolution_forward"):
             wrong(x, w).block_until_ready()
     np.testing.assert_allclose(convolution(x, w, (1, 1), ((0, 0), (0, 0))), 18)
 
@@ -90,7 +91,7 @@ def test_an_interrupt_is_an_error(monkeypatch):
     def interrupted(self, pointers):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(onednn.Ready, "run", interrupted)
+    monkeypatch.setattr(library.Ready, "run", interrupted)
     with pytest.raises(jax.errors.JaxRuntimeError, match="KeyboardInterrupt"):
         one((1, 6, 6, 2), 3).block_until_ready()
     monkeypatch.undo()
@@ -116,7 +117,7 @@ def test_first_use_by_many_threads(tmp_path):
             print(set(pool.map(lambda _: onednn.reason(), range(8))), len(onednn.KEPT))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
-    assert done.stdout.strip() == "{''} 2", done.stderr
+    assert done.stdout.strip() == "{''} 1", done.stderr
 
 
 def test_threads():
@@ -129,10 +130,10 @@ def test_threads():
 
 def test_memory_is_bounded(monkeypatch):
     """10,000 calls over 200 shapes: what is kept is what the shapes need, or the limit; memory does not grow."""
-    (library,) = [kept for kept in onednn.KEPT if isinstance(kept, onednn.Library)]
+    (loaded,) = onednn.KEPT
     wanted = list(dict.fromkeys(shapes(400)))[:200]
     assert len(wanted) == 200
-    alive = lambda: sum(map(len, library.ready.values()))
+    alive = lambda: sum(map(len, loaded.ready.values()))
     resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
     for pair in wanted:
         one(*pair)
@@ -142,10 +143,10 @@ def test_memory_is_bounded(monkeypatch):
             one(*pair)
     # A second thread of XLA may have needed some of them at the same time as a first.
     assert before <= alive() <= 2 * before and resident() - memory < 30
-    monkeypatch.setattr(onednn, "LIMIT", 50)
+    monkeypatch.setattr(library, "LIMIT", 50)
     for pair in wanted[:120]:
         np.testing.assert_array_equal(one(*pair), 18 * pair[0][3])
-    assert len(library.ready) == 50
+    assert len(loaded.ready) == 50
 
 
 CACHED = """

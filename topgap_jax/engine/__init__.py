@@ -2,7 +2,8 @@
 
 from topgap_jax.engine.convolution import KINDS, Geometry, convolution, forward_p, input_gradient_p
 from topgap_jax.engine.fused import fused_convolution
-from topgap_jax.engine.onednn import FORWARD, INPUT_GRADIENT, Fused, available, found, status
+from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, Fused
+from topgap_jax.engine.onednn import available, found, status
 from topgap_jax.engine.paths import Convolution, explain, refusal
 
 __all__ = [

@@ -18,14 +18,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src import dispatch
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from topgap_jax.engine import onednn
-from topgap_jax.engine.onednn import Fused
+from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, NOTHING, WEIGHT_GRADIENT, Fused
 from topgap_jax.errors import UserError
 from topgap_jax.types import Array
 
@@ -114,9 +113,9 @@ def _weight_gradient(x: Array, dy: Array, *, geometry: Geometry) -> Array:
 
 
 FORMS = {
-    onednn.FORWARD: (_forward_type, _forward),
-    onednn.INPUT_GRADIENT: (_input_gradient_type, _input_gradient),
-    onednn.WEIGHT_GRADIENT: (_weight_gradient_type, _weight_gradient),
+    FORWARD: (_forward_type, _forward),
+    INPUT_GRADIENT: (_input_gradient_type, _input_gradient),
+    WEIGHT_GRADIENT: (_weight_gradient_type, _weight_gradient),
 }
 """Of each kind: the type of its result, and what computes it where no custom call does."""
 
@@ -137,7 +136,11 @@ def needs_devices(primitive: Primitive) -> None:
 
     JAX has this for itself alone; where it is not found, programs for several devices take XLA's form.
     """
-    getattr(dispatch, "prim_requires_devices_during_lowering", set()).add(primitive)
+    try:
+        from jax._src.dispatch import prim_requires_devices_during_lowering
+    except ImportError:
+        return
+    prim_requires_devices_during_lowering.add(primitive)
 
 
 def lowering(f: Callable) -> Callable:
@@ -153,7 +156,7 @@ def lowering(f: Callable) -> Callable:
 
 def _cpu_lowering(kind: int, by_lax: Callable) -> Callable:
     def lower(ctx, *operands, geometry):
-        f = custom_call(ctx, kind, geometry, Fused()) or functools.partial(by_lax, geometry=geometry)
+        f = custom_call(ctx, kind, geometry, NOTHING) or functools.partial(by_lax, geometry=geometry)
         return lowering(f)(ctx, *operands)
 
     return lower
@@ -183,9 +186,9 @@ def _devices(module) -> int:
 
 def _call(kind: int, geometry: Geometry, fused: Fused, *operands: Array) -> Array:
     (n, *_, channels), (_, _, c, o) = operands[0].shape, operands[1].shape
-    if kind == onednn.FORWARD:
+    if kind == FORWARD:
         shape = (n, *geometry.out, o)
-    elif kind == onednn.INPUT_GRADIENT:
+    elif kind == INPUT_GRADIENT:
         shape = (n, *geometry.size, c)
     else:
         shape = (*geometry.kernel, channels, o)
@@ -193,9 +196,9 @@ def _call(kind: int, geometry: Geometry, fused: Fused, *operands: Array) -> Arra
 
 
 RULES = {  # operands and result by axis; what is fused has the axes of the result
-    onednn.FORWARD: (["n h w c", "a b c o"], "n p q o"),
-    onednn.INPUT_GRADIENT: (["n p q o", "a b c o"], "n h w c"),
-    onednn.WEIGHT_GRADIENT: (["n h w c", "n p q o"], "a b c o"),
+    FORWARD: (["n h w c", "a b c o"], "n p q o"),
+    INPUT_GRADIENT: (["n p q o", "a b c o"], "n h w c"),
+    WEIGHT_GRADIENT: (["n h w c", "n p q o"], "a b c o"),
 }
 
 
@@ -206,7 +209,7 @@ def _partitioned(kind: int, geometry: Geometry, fused: Fused) -> Callable:
     operands, result = RULES[kind]
     extras = zip(fused, ("o", result, None, "n m"))
     operands = operands + [axes for present, axes in extras if present and axes]
-    split_result = kind != onednn.WEIGHT_GRADIENT
+    split_result = kind != WEIGHT_GRADIENT
 
     def partition(mesh, given, _):
         spec = given[0].sharding.spec
@@ -236,9 +239,9 @@ def _partitioned(kind: int, geometry: Geometry, fused: Fused) -> Callable:
     return call
 
 
-forward_p = _primitive("convolution", onednn.FORWARD)
-input_gradient_p = _primitive("convolution_input_gradient", onednn.INPUT_GRADIENT)
-weight_gradient_p = _primitive("convolution_weight_gradient", onednn.WEIGHT_GRADIENT)
+forward_p = _primitive("convolution", FORWARD)
+input_gradient_p = _primitive("convolution_input_gradient", INPUT_GRADIENT)
+weight_gradient_p = _primitive("convolution_weight_gradient", WEIGHT_GRADIENT)
 KINDS = {forward_p: "convolution", input_gradient_p: "input gradient", weight_gradient_p: "weight gradient"}
 
 ad.defbilinear(

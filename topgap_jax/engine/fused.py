@@ -8,7 +8,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
 
 from topgap_jax.engine.convolution import FORMS, Geometry, custom_call, lowering, needs_devices
-from topgap_jax.engine.onednn import Fused
+from topgap_jax.engine.library import Fused
 from topgap_jax.types import Array
 
 fused_p = Primitive("topgap_fused_convolution")

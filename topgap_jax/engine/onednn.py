@@ -1,12 +1,8 @@
-"""oneDNN's convolutions as custom calls of XLA: a library found on the machine, bound by ctypes, no compiler needed.
+"""oneDNN's convolutions as custom calls of XLA: whether there is a library that works, and the call.
 
-A call names its kind and geometry in one attribute of eight numbers; sizes are those of its buffers. The primitives that oneDNN
-builds for them are kept, and each is used by one thread at a time.
+A call names its kind, its geometry and what is fused with it in one attribute of eight numbers; sizes are those of its buffers.
 """
 
-import collections
-import contextlib
-import ctypes
 import functools
 import importlib.metadata
 import logging
@@ -15,128 +11,22 @@ import platform
 import sys
 import threading
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jaxlib
 import numpy as np
 
-FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = 1, 2, 3
+from topgap_jax.engine import interface
+from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, NOTHING, WEIGHT_GRADIENT, Fused, Library
+
 TARGET = "topgap_onednn"
-VERIFIED = ("0.10.", "0.12.")
-"""Lines of jaxlib whose foreign function interface was found to be the one below."""
-LIMIT = 1024
-"""Different calls that are kept ready; the least recently used go first."""
-
-# Constants of dnnl_types.h and dnnl_common_types.h, the same in oneDNN 3.2 to 3.13.
-CPU, IN_ORDER, FLOAT, BYTE, ANY = 1, 1, 3, 6, 1
-INFERENCE, CONVOLUTION, DECONVOLUTION = 96, 0x1, 0xA
-RELU, ADD, MULTIPLY = 0x20, 0x1FFF0, 0x1FFF1
-USER_SCRATCHPAD, EXECUTION_ARGUMENT = 1, 255
-SOURCE, SECOND, DESTINATION, WEIGHTS, BIAS, SCRATCHPAD, OUTPUT_GRADIENT, WEIGHT_RESULT = 1, 2, 17, 33, 41, 80, 145, 161
-AFTER_STEP = 32768
-ALLOCATE = c_void_p(-1)
-NOWHERE = c_void_p(0)
-
-
-class _Extension(ctypes.Structure):
-    _fields_ = [("struct_size", c_size_t), ("type", c_int32), ("next", c_void_p)]
-
-
-class _Version(ctypes.Structure):
-    _fields_ = [("struct_size", c_size_t), ("start", c_void_p), ("major", c_int32), ("minor", c_int32)]
-
-
-class _Metadata(ctypes.Structure):
-    _fields_ = [("struct_size", c_size_t), ("version", _Version), ("traits", ctypes.c_uint32), ("state_type", c_int64)]
-
-
-class _MetadataExtension(ctypes.Structure):
-    _fields_ = [("base", _Extension), ("metadata", POINTER(_Metadata))]
-
-
-class _Error(ctypes.Structure):
-    _fields_ = [("struct_size", c_size_t), ("start", c_void_p), ("message", c_char_p), ("code", c_int32)]
-
-
-_CreateError = ctypes.CFUNCTYPE(c_void_p, POINTER(_Error))
-
-
-class _Api(ctypes.Structure):
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("start", c_void_p),
-        ("version", _Version),
-        ("internal", c_void_p),
-        ("create_error", _CreateError),
-    ]
-
-
-class _Buffer(ctypes.Structure):
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("start", c_void_p),
-        ("dtype", c_int32),
-        ("data", c_void_p),
-        ("rank", c_int64),
-        ("dims", POINTER(c_int64)),
-    ]
-
-
-class _Buffers(ctypes.Structure):
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("start", c_void_p),
-        ("size", c_int64),
-        ("types", c_void_p),
-        ("values", POINTER(POINTER(_Buffer))),
-    ]
-
-
-class _Numbers(ctypes.Structure):
-    _fields_ = [("dtype", c_int32), ("size", c_size_t), ("data", c_void_p)]
-
-
-class _Attributes(ctypes.Structure):
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("start", c_void_p),
-        ("size", c_int64),
-        ("types", c_void_p),
-        ("names", c_void_p),
-        ("values", POINTER(POINTER(_Numbers))),
-    ]
-
-
-class _Frame(ctypes.Structure):
-    """XLA_FFI_CallFrame of xla/ffi/api/c_api.h."""
-
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("extension", POINTER(_Extension)),
-        ("api", POINTER(_Api)),
-        ("context", c_void_p),
-        ("stage", c_int32),
-        ("operands", _Buffers),
-        ("results", _Buffers),
-        ("attributes", _Attributes),
-    ]
-
-
-class _Argument(ctypes.Structure):
-    _fields_ = [("which", c_int), ("memory", c_void_p)]
-
-
-_Handler = ctypes.CFUNCTYPE(c_void_p, POINTER(_Frame))
-
 
 log = logging.getLogger(__name__)
 
 ONCE = threading.RLock()
 KEPT: list = []
-"""The library in use and what C code has pointers to."""
+"""The library in use."""
 
 
 def available() -> bool:
@@ -169,21 +59,6 @@ def _line(why: str) -> str:
     return f"convolutions: XLA's, not oneDNN's ({why})" if why else "convolutions: oneDNN's"
 
 
-class Fused(NamedTuple):
-    """What a call does besides the convolution, in this order: bias (o,) added, another array added, ReLU, times 0 or 1.
-
-    The bias is of a forward call alone. The mask is bool, flat from the second axis on: so XLA computes it five times faster.
-    """
-
-    bias: bool = False
-    residual: bool = False
-    relu: bool = False
-    mask: bool = False
-
-
-NOTHING = Fused()
-
-
 def call(
     kind: int,
     operands: Sequence[jax.Array],
@@ -210,7 +85,7 @@ def _unfit() -> str:
     """Why the library is not even looked for, or ""."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"it is for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
-    if not jaxlib.__version__.startswith(VERIFIED):
+    if not jaxlib.__version__.startswith(interface.VERIFIED):
         return f"jaxlib {jaxlib.__version__} is not among those it was tried with"
     if os.environ.get("TOPGAP_ONEDNN") == "off":
         return "it is switched off by TOPGAP_ONEDNN"
@@ -224,9 +99,8 @@ def _start() -> str:
     if path is None:
         return "it is not installed (pip install 'topgap-jax[cpu]')"
     library = Library(path)
-    handler = _Handler(functools.partial(_handle, library))
-    KEPT.extend((library, handler))
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu", api_version=1)
+    KEPT.append(library)
+    interface.register(TARGET, library.run)
     return _self_test()
 
 
@@ -243,11 +117,10 @@ def _find() -> Path | None:
 
 
 def _self_test() -> str:
-    """What is wrong with the three results at one small size, against sums written out; "" if nothing is."""
+    """What is wrong with its results at one small size, against sums written out; "" if nothing is."""
     random = np.random.default_rng(0)
-    x, w, dy = (
-        random.standard_normal(shape).astype(np.float32) for shape in ((2, 8, 8, 3), (3, 3, 3, 5), (2, 4, 4, 5))
-    )
+    draw = lambda *shape: random.standard_normal(shape).astype(np.float32)
+    x, w, dy, bias = draw(2, 8, 8, 3), draw(3, 3, 3, 5), draw(2, 4, 4, 5), draw(5)
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     y, dx, dw = np.zeros_like(dy), np.zeros_like(padded), np.zeros_like(w)
     for a, b in np.ndindex(3, 3):
@@ -255,215 +128,19 @@ def _self_test() -> str:
         y += padded[window] @ w[a, b]
         dx[window] += dy @ w[a, b].T
         dw[a, b] = np.tensordot(padded[window], dy, ((0, 1, 2), (0, 1, 2)))
-    expected = {FORWARD: (x, w, y), INPUT_GRADIENT: (dy, w, dx[:, 1:-1, 1:-1]), WEIGHT_GRADIENT: (x, dy, dw)}
+    dx, mask = dx[:, 1:-1, 1:-1], x > 0
+    everything, masked = Fused(bias=True, residual=True, relu=True), Fused(residual=True, mask=True)
+    cases = [
+        (FORWARD, (x, w), NOTHING, y),
+        (INPUT_GRADIENT, (dy, w), NOTHING, dx),
+        (WEIGHT_GRADIENT, (x, dy), NOTHING, dw),
+        (FORWARD, (x, w, bias, dy), everything, np.maximum(y + bias + dy, 0)),
+        (INPUT_GRADIENT, (dy, w, x, mask.reshape(2, -1)), masked, np.where(mask, dx + x, 0)),
+    ]
     # It may be asked for while another function is traced, and must not become a part of that.
     with jax.ensure_compile_time_eval():
-        for kind, (left, right, result) in expected.items():
-            run = lambda left, right: call(kind, (left, right), result.shape, (2, 2), ((1, 1), (1, 1)))
-            if not np.allclose(jax.jit(run)(left, right), result, rtol=1e-4, atol=1e-4):
-                return f"its result of kind {kind} is not the definition's"
+        for kind, operands, fused, result in cases:
+            run = lambda *operands: call(kind, operands, result.shape, (2, 2), ((1, 1), (1, 1)), fused)
+            if not np.allclose(jax.jit(run)(*operands), result, rtol=1e-4, atol=1e-4):
+                return f"its result of kind {kind} with {fused} is not the definition's"
     return ""
-
-
-def _handle(library: "Library", pointer) -> int | None:
-    """What XLA calls: NULL for success, else an error of XLA's. No exception may leave it."""
-    try:
-        frame = pointer.contents
-        if frame.extension:  # XLA asks which version of its interface this is: the one that it speaks itself
-            if frame.extension.contents.type == 1:
-                metadata = ctypes.cast(frame.extension, POINTER(_MetadataExtension)).contents.metadata.contents
-                metadata.version.major = frame.api.contents.version.major
-                metadata.version.minor = frame.api.contents.version.minor
-                metadata.traits, metadata.state_type = 0, 0
-            return None
-        buffers = [frame.operands.values[i].contents for i in range(frame.operands.size)]
-        buffers.append(frame.results.values[0].contents)
-        numbers = frame.attributes.values[0].contents
-        sizes = [ctypes.string_at(buffer.dims, 8 * buffer.rank) for buffer in buffers]
-        key = b"".join([ctypes.string_at(numbers.data, 8 * numbers.size), *sizes])
-        library.run(key, [buffer.data for buffer in buffers])
-        return None
-    except BaseException as error:  # a KeyboardInterrupt too: what leaves a callback is lost, and the result with it
-        message = f"topgap_jax, oneDNN: {type(error).__name__}: {error}".encode()
-        return pointer.contents.api.contents.create_error(byref(_Error(ctypes.sizeof(_Error), None, message, 13)))
-
-
-class Library:
-    """oneDNN's functions, its engine, and the calls that are ready."""
-
-    def __init__(self, path: Path):
-        given = os.environ.get("OMP_WAIT_POLICY")
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads would take the cores from XLA's own
-        try:
-            self.functions = ctypes.CDLL(str(path))  # libgomp reads the variable now
-        finally:
-            if given is None:
-                del os.environ["OMP_WAIT_POLICY"]
-        self.functions.dnnl_primitive_desc_query_md.restype = c_void_p
-        self.threads = max(1, len(os.sched_getaffinity(0)) // jax.local_device_count("cpu"))
-        self.engine = self.made("engine_create", CPU, c_size_t(0))
-        self.lock = threading.Lock()
-        self.ready: collections.OrderedDict[bytes, list[Ready]] = collections.OrderedDict()
-
-    def do(self, name: str, *args) -> None:
-        """`dnnl_name(*args)`; RuntimeError if it fails."""
-        status = getattr(self.functions, f"dnnl_{name}")(*args)
-        if status:
-            raise RuntimeError(f"dnnl_{name} gives status {status}")
-
-    def made(self, name: str, *args) -> c_void_p:
-        """The object that `dnnl_name` makes."""
-        pointer = c_void_p()
-        self.do(name, byref(pointer), *args)
-        return pointer
-
-    def run(self, key: bytes, pointers: list[int]) -> None:
-        """One call; `key`: its numbers and the sizes of its buffers, `pointers`: where they are."""
-        self.functions.omp_set_num_threads(self.threads)  # it is a setting of the thread that calls, any one of XLA's
-        with self.lock:
-            waiting = self.ready.get(key)
-            one = waiting.pop() if waiting else None
-        one = one or Ready(self, np.frombuffer(key, np.int64).tolist())
-        try:
-            one.run(pointers)
-        except BaseException:
-            one.close()
-            raise
-        with self.lock:
-            self.ready.setdefault(key, []).append(one)
-            self.ready.move_to_end(key)
-            dropped = []
-            while len(self.ready) > LIMIT:
-                dropped += self.ready.popitem(last=False)[1]
-        for old in dropped:
-            old.close()
-
-
-class Ready:
-    """A call that can be made: oneDNN's primitive with a memory for each buffer. For one thread at a time."""
-
-    def __init__(self, library: Library, numbers: list[int]):
-        self.library, self.steps = library, []
-        with contextlib.ExitStack() as self.kept, contextlib.ExitStack() as self.passing:
-            self.stream = self._object("stream", self.kept, "stream_create", library.engine, IN_ORDER)
-            self._build(*numbers[:7], Fused(*(bool(numbers[7] >> i & 1) for i in range(4))), numbers[8:])
-            self.kept = self.kept.pop_all()  # all went well
-
-    def _build(self, kind, down, along, top, bottom, near, far, fused, sizes):
-        geometry = [_numbers(pair) for pair in ((down, along), (0, 0), (top, near), (bottom, far))]
-        left, right, result = sizes[:4], sizes[4:8], sizes[-4:]
-        first, bias = self._images(left), self._layout(result[3:], (1,)) if fused.bias else None
-        same, zeros_and_ones = self._images(result), self._images(result, BYTE)
-        attributes = self._attributes(fused, same, zeros_and_ones)
-        if kind == WEIGHT_GRADIENT:
-            second, third, which = self._images(right), self._kernel(result), 2
-            free, names = self._kernel(result, order=False), (SOURCE, OUTPUT_GRADIENT, WEIGHT_RESULT)
-            forward = (INFERENCE, CONVOLUTION, first, free, None, second, *geometry, attributes)
-            hint = self._description("convolution_forward", *forward)
-            backward = (CONVOLUTION, first, free, None, second, *geometry, hint, attributes)
-            description = self._description("convolution_backward_weights", *backward)
-        else:
-            # An input gradient is a deconvolution: so oneDNN needs no flipped kernel at any stride, and takes few channels
-            # faster than its own backward pass does.
-            back = kind == INPUT_GRADIENT
-            second, third, which = self._kernel(right, back), same, 1
-            free, names = self._kernel(right, back, order=False), (SOURCE, WEIGHTS, DESTINATION)
-            name, algorithm = ("deconvolution", DECONVOLUTION) if back else ("convolution", CONVOLUTION)
-            forward = (INFERENCE, algorithm, first, free, bias, third, *geometry, attributes)
-            description = self._description(f"{name}_forward", *forward)
-        arguments = {name: self._memory(buffer, NOWHERE) for name, buffer in zip(names, (first, second, third))}
-        kernel, place = (first, second, third)[which], arguments[names[which]]
-        # In the order of the operands, the result last; what is fused stands where oneDNN looks for it: after-steps are numbered.
-        after = iter(range(1, 4))
-        extras = {BIAS: self._memory(bias, NOWHERE)} if fused.bias else {}
-        extras |= {next(after) * AFTER_STEP | SECOND: self._memory(same, NOWHERE)} if fused.residual else {}
-        _ = next(after) if fused.relu else None
-        extras |= {next(after) * AFTER_STEP | SECOND: self._memory(zeros_and_ones, NOWHERE)} if fused.mask else {}
-        self.memories = [*list(arguments.values())[:2], *extras.values(), arguments[names[2]]]
-        arguments |= extras
-        chosen = self._argument(description, names[which])
-        if self.library.functions.dnnl_memory_desc_equal(chosen, kernel):
-            self._step(description, arguments)
-            return
-        # oneDNN wants the kernel in an order of its own.
-        arguments[names[which]] = inner = self._memory(chosen, ALLOCATE)
-        engine, plain = self.library.engine, self._attributes(NOTHING, None, None)
-        if kind == WEIGHT_GRADIENT:
-            self._step(description, arguments)
-            reorder = self._description("reorder", chosen, engine, kernel, engine, plain)
-            self._step(reorder, {SOURCE: inner, DESTINATION: place})
-        else:
-            reorder = self._description("reorder", kernel, engine, chosen, engine, plain)
-            self._step(reorder, {SOURCE: place, DESTINATION: inner})
-            self._step(description, arguments)
-
-    def _attributes(self, fused, same, zeros_and_ones):
-        """Of a primitive: what is done after it, in the order of `Fused`."""
-        made = self._object("primitive_attr", self.passing, "primitive_attr_create")
-        # The library's own scratchpad belongs to the thread that builds a primitive; another one may run it.
-        self.library.do("primitive_attr_set_scratchpad_mode", made, USER_SCRATCHPAD)
-        steps = self._object("post_ops", self.passing, "post_ops_create")
-        if fused.residual:
-            self.library.do("post_ops_append_binary", steps, ADD, same)
-        if fused.relu:
-            self.library.do("post_ops_append_eltwise", steps, RELU, c_float(0), c_float(0))
-        if fused.mask:
-            self.library.do("post_ops_append_binary", steps, MULTIPLY, zeros_and_ones)
-        self.library.do("primitive_attr_set_post_ops", made, steps)
-        return made
-
-    def run(self, pointers: list[int]) -> None:
-        """The call on the buffers that are there."""
-        for memory, pointer in zip(self.memories, pointers):
-            self.library.do("memory_set_data_handle", memory, c_void_p(pointer))
-        for primitive, arguments in self.steps:
-            self.library.do("primitive_execute", primitive, self.stream, len(arguments), arguments)
-        self.library.do("stream_wait", self.stream)
-
-    def close(self) -> None:
-        """Give everything back to oneDNN."""
-        self.kept.close()
-
-    def _object(self, word, stack, name, *args):
-        made = self.library.made(name, *args)
-        stack.callback(self.library.do, f"{word}_destroy", made)
-        return made
-
-    def _description(self, name, *args):
-        engine = () if name == "reorder" else (self.library.engine,)
-        return self._object("primitive_desc", self.passing, f"{name}_primitive_desc_create", *engine, *args)
-
-    def _argument(self, description, which):
-        """How a primitive wants one of its arguments."""
-        return c_void_p(self.library.functions.dnnl_primitive_desc_query_md(description, EXECUTION_ARGUMENT, which))
-
-    def _memory(self, description, where):
-        return self._object("memory", self.kept, "memory_create", description, self.library.engine, where)
-
-    def _images(self, shape, kind=FLOAT):
-        """NHWC: oneDNN's sizes are (n, c, h, w), and the strides say how they lie."""
-        n, h, w, c = shape
-        return self._layout((n, c, h, w), (h * w * c, 1, w * c, c), kind)
-
-    def _kernel(self, shape, back=False, order=True):
-        """HWIO, or any order; oneDNN's sizes are (o, i, h, w), of a deconvolution (i, o, h, w)."""
-        h, w, i, o = shape
-        sizes, strides = ((i, o, h, w), (o, 1)) if back else ((o, i, h, w), (1, o))
-        return self._layout(sizes, (*strides, w * i * o, i * o) if order else None)
-
-    def _layout(self, sizes, strides, kind=FLOAT):
-        name, how = ("tag", ANY) if strides is None else ("strides", _numbers(strides))
-        create = f"memory_desc_create_with_{name}"
-        return self._object("memory_desc", self.passing, create, len(sizes), _numbers(sizes), kind, how)
-
-    def _step(self, description, arguments):
-        primitive = self._object("primitive", self.kept, "primitive_create", description)
-        scratchpad = self._argument(description, SCRATCHPAD)
-        arguments = {**arguments, SCRATCHPAD: self._memory(scratchpad, ALLOCATE)}
-        pairs = (_Argument * len(arguments))(*((which, memory) for which, memory in arguments.items()))
-        self.steps.append((primitive, pairs))
-
-
-def _numbers(values) -> ctypes.Array:
-    """dnnl_dims_t."""
-    return (c_int64 * 12)(*values)

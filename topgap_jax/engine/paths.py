@@ -11,8 +11,9 @@ from jax.extend.core.primitives import conv_general_dilated_p
 from topgap_jax.engine import onednn
 from topgap_jax.engine.convolution import KINDS, forward_p, input_gradient_p
 from topgap_jax.engine.fused import fused_p
+from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT
 
-FUSIBLE = {onednn.FORWARD: KINDS[forward_p], onednn.INPUT_GRADIENT: KINDS[input_gradient_p]}
+FUSIBLE = {FORWARD: KINDS[forward_p], INPUT_GRADIENT: KINDS[input_gradient_p]}
 CLOSED = ("custom_jvp_call", "custom_vjp_call", "shard_map")
 """What `fast_convs` does not go into."""
 

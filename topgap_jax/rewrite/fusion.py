@@ -74,7 +74,7 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list:
             return [_fused(plan.last[id(eqn)], read, plan.flat)]
         if id(eqn) in plan.positive:
             value = read(plan.positive[id(eqn)])
-            # XLA's CPU compares a flat array five times faster than one with few channels.
+            # XLA's CPU compares a flat array faster than one with few channels.
             flat = value.reshape(value.shape[0], -1) > 0
             return [flat if eqn.outvars[0] in plan.flat else flat.reshape(value.shape)]
         if reaches(eqn) and any(map(_holds, subjaxprs(eqn))):

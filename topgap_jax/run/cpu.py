@@ -25,8 +25,8 @@ THREADS_PER_DEVICE = 4
 COUNT_FLAG = "--xla_force_host_platform_device_count"
 COLLECTIVE_FLAG = "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
 
-# Without oneDNN: XLA's convolutions by Eigen and its sums by YNNPACK, not both by YNNPACK. On one processor that makes a
-# training step 1.4 times as fast, on another it changes nothing, so it is tried out. An unknown flag ends the process.
+# Without oneDNN: XLA's convolutions by Eigen and its sums by YNNPACK, not both by YNNPACK. Whether a training step is faster
+# so depends on the processor: it is tried out. An unknown flag ends the process.
 REDUCE_FLAG = "--xla_cpu_experimental_ynn_fusion_type=reduce"
 JAXLIBS = ("0.10.", "0.12.")
 TRIAL = """
@@ -53,7 +53,7 @@ def configure_cpu(devices: int = 1) -> str:
     Call it before the first array, since XLA reads its flags once. What the user has set wins: the variables MALLOC_*_,
     JAX_COMPILATION_CACHE_DIR (or the same in jax.config), NPROC, and any flag named in XLA_FLAGS. The cache is in
     `topgap_jax/xla` of the user's cache folder, which only the user can read. Whether the flag helps on this processor is
-    measured once, in processes of their own that take some 20 s, and the verdict kept beside the cache.
+    measured once, in processes of their own that take some 10 s, and the verdict kept beside the cache.
     """
     check_number("devices", devices, 1, whole=True)
     done = [_keep_freed_memory(), _cache_compilations(), _add_flag(), _add_devices(devices)]
