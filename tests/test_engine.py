@@ -12,8 +12,10 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from topgap_jax.engine import convolution, onednn
+from topgap_jax import engine
+from topgap_jax.engine import convolution, forms, onednn
 from topgap_jax.engine.convolution import KINDS, forward_p, input_gradient_p, weight_gradient_p
+from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 from topgap_jax.errors import UserError
 
 STRIDES, PADS = (2, 1), ((1, 1), (0, 2))
@@ -100,16 +102,35 @@ def check_numbers(geometry):
 @given(geometries())
 def test_numbers_of_the_other_path(geometry):
     """The same of the forms that XLA compiles, one by one."""
-    from topgap_jax.engine.convolution import Geometry, _forward, _input_gradient, _weight_gradient
+    check_forms(geometry, forms.ON_CPU)
 
+
+@pytest.mark.parametrize("form", [forms.ON_CPU, forms.BY_LAX], ids=["on CPU", "by lax"])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        ((3, 7, 12, 3), (3, 5, 3, 16), (1, 1), ((0, 2), (3, 1))),  # 4 columns at once, of images and of gradients
+        ((3, 7, 10, 16), (3, 3, 16, 9), (1, 1), ((1, 1), (1, 1))),  # 2
+        ((3, 9, 9, 2), (3, 3, 2, 5), (2, 2), ((1, 1), (1, 1))),  # an odd number of columns, and places of a stride
+        ((3, 9, 8, 2), (2, 5, 2, 5), (3, 2), ((1, 2), (3, 5))),
+        ((3, 4, 6, 2), (1, 1, 2, 5), (2, 3), ((0, 3), (2, 0))),  # rows and columns of padding alone
+        ((3, 9, 8, 17), (3, 3, 17, 5), (2, 1), ((1, 1), (1, 1))),  # many channels
+    ],
+)
+def test_forms(geometry, form):
+    check_forms(geometry, form)
+
+
+def check_forms(geometry, form):
     images, kernel, strides, pads = geometry
-    known = Geometry(images[1:3], kernel[:2], strides, pads)
+    known = engine.Geometry(images[1:3], kernel[:2], strides, pads)
     x, w = draw(images, kernel)
     y, back = jax.vjp(functools.partial(by_lax, strides=strides, pads=pads), x, w)
     (dy,) = draw(y.shape, seed=1)
     assert known.out == y.shape[1:3]
-    assert_close(_forward(x, w, geometry=known), y)
-    assert_close((_input_gradient(dy, w, geometry=known), _weight_gradient(x, dy, geometry=known)), back(dy))
+    assert_close(form[FORWARD](x, w, geometry=known), y)
+    gradients = form[INPUT_GRADIENT](dy, w, geometry=known), form[WEIGHT_GRADIENT](x, dy, geometry=known)
+    assert_close(gradients, back(dy))
 
 
 def test_definition(path):

@@ -293,9 +293,18 @@ def test_fused_hands_off():
     relu.defjvp(lambda primals, tangents: (relu(*primals), tangents[0]))
     other = lambda x: relu(convolve(x) + b)
     assert_same(jax.jit(fused(other))(IMAGES), jax.jit(other)(IMAGES), 1e-6)
-    relu = lambda x: jax.nn.relu(convolve(x) + b)
-    with pytest.raises(NotImplementedError, match="topgap_fused_convolution"):
-        jax.grad(lambda x: fused(relu)(x).sum())(IMAGES)
+
+
+@needs_onednn
+def test_derivatives_and_vmap_of_fused():
+    """They are those of the function, though nothing in them is fused."""
+    gradients = lambda f: lambda images: jax.grad(lambda images: (f(images) ** 2).sum())(images)
+    ours, theirs = (h(gradients(quick)) for h in (fused, lambda f: f))
+    assert "topgap_fused_convolution" in str(jax.make_jaxpr(ours)(IMAGES))
+    length = lambda f: lambda images: (f(images) ** 2).sum()
+    assert_same(jax.jit(jax.grad(length(ours)))(IMAGES), jax.jit(jax.grad(length(theirs)))(IMAGES))
+    two = jnp.stack([IMAGES, IMAGES[::-1] * 0.5])
+    assert_same(jax.jit(jax.vmap(ours))(two), jax.jit(jax.vmap(theirs))(two))
 
 
 @needs_onednn

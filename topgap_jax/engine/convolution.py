@@ -24,11 +24,10 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from topgap_jax.engine import onednn
+from topgap_jax.engine.forms import BY_LAX, ON_CPU
 from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, NOTHING, WEIGHT_GRADIENT, Fused
 from topgap_jax.errors import UserError
 from topgap_jax.types import Array
-
-DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
 class Geometry(NamedTuple):
@@ -61,10 +60,10 @@ def convolution(x: Array, w: Array, strides: tuple[int, int], pads: tuple[tuple[
         )
     if min(min(pair) for pair in geometry.pads) < 0 or min(geometry.out) < 1:
         raise UserError(f"convolution: pads {geometry.pads} give {geometry.size} images a result of {geometry.out}")
-    return _bind(forward_p, x, w, geometry)
+    return bind(forward_p, x, w, geometry)
 
 
-def _bind(primitive: Primitive, left: Array, right: Array, geometry: Geometry) -> Array:
+def bind(primitive: Primitive, left: Array, right: Array, geometry: Geometry) -> Array:
     """The primitive, with the operand that varies over fewer axes of a `shard_map` made to vary like the other."""
     first, second = (jax.typeof(operand).manual_axis_type.varying for operand in (left, right))
     if second - first:
@@ -92,41 +91,16 @@ def _weight_gradient_type(x, dy, *, geometry):
     return _like(x, (*geometry.kernel, x.shape[3], dy.shape[3]), batch=False)
 
 
-def _forward(x: Array, w: Array, *, geometry: Geometry) -> Array:
-    return lax.conv_general_dilated(x, w, geometry.strides, geometry.pads, dimension_numbers=DIMENSIONS)
-
-
-def _input_gradient(dy: Array, w: Array, *, geometry: Geometry) -> Array:
-    """As a convolution of dy with the flipped kernel, written out: in a loop, XLA's CPU has naive loops alone for lax's own form."""
-    sides = zip(geometry.size, geometry.out, geometry.kernel, geometry.strides, geometry.pads)
-    pads = [(k - 1 - low, size - (out - 1) * stride - 1 + low) for size, out, k, stride, (low, _) in sides]
-    flipped = jnp.flip(w, (0, 1)).swapaxes(2, 3)
-    return lax.conv_general_dilated(
-        dy, flipped, (1, 1), pads, lhs_dilation=geometry.strides, dimension_numbers=DIMENSIONS
-    )
-
-
-def _weight_gradient(x: Array, dy: Array, *, geometry: Geometry) -> Array:
-    """As lax has it: a convolution of the transposed x with a window as large as dy. None of the rewrites tried was faster."""
-    shape = jax.ShapeDtypeStruct((*geometry.kernel, x.shape[3], dy.shape[3]), x.dtype)
-    return jax.linear_transpose(lambda w: _forward(x, w, geometry=geometry), shape)(dy)[0]
-
-
-FORMS = {
-    FORWARD: (_forward_type, _forward),
-    INPUT_GRADIENT: (_input_gradient_type, _input_gradient),
-    WEIGHT_GRADIENT: (_weight_gradient_type, _weight_gradient),
-}
-"""Of each kind: the type of its result, and what computes it where no custom call does."""
+TYPES = {FORWARD: _forward_type, INPUT_GRADIENT: _input_gradient_type, WEIGHT_GRADIENT: _weight_gradient_type}
+"""Of each kind: the type of its result."""
 
 
 def _primitive(name: str, kind: int) -> Primitive:
-    type_of, by_lax = FORMS[kind]
     primitive = Primitive(f"topgap_{name}")
-    primitive.def_abstract_eval(type_of)
+    primitive.def_abstract_eval(TYPES[kind])
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
-    mlir.register_lowering(primitive, lowering(by_lax))
-    mlir.register_lowering(primitive, _cpu_lowering(kind, by_lax), platform="cpu")
+    mlir.register_lowering(primitive, lowering(BY_LAX[kind]))
+    mlir.register_lowering(primitive, _cpu_lowering(kind), platform="cpu")
     needs_devices(primitive)
     return primitive
 
@@ -154,9 +128,9 @@ def lowering(f: Callable) -> Callable:
     return lower
 
 
-def _cpu_lowering(kind: int, by_lax: Callable) -> Callable:
+def _cpu_lowering(kind: int) -> Callable:
     def lower(ctx, *operands, geometry):
-        f = custom_call(ctx, kind, geometry, NOTHING) or functools.partial(by_lax, geometry=geometry)
+        f = custom_call(ctx, kind, geometry, NOTHING) or functools.partial(ON_CPU[kind], geometry=geometry)
         return lowering(f)(ctx, *operands)
 
     return lower
@@ -246,18 +220,18 @@ KINDS = {forward_p: "convolution", input_gradient_p: "input gradient", weight_gr
 
 ad.defbilinear(
     forward_p,
-    lambda ct, x, w, *, geometry: _bind(input_gradient_p, ct, w, geometry),
-    lambda ct, x, w, *, geometry: _bind(weight_gradient_p, x, ct, geometry),
+    lambda ct, x, w, *, geometry: bind(input_gradient_p, ct, w, geometry),
+    lambda ct, x, w, *, geometry: bind(weight_gradient_p, x, ct, geometry),
 )
 ad.defbilinear(
     input_gradient_p,
-    lambda ct, dy, w, *, geometry: _bind(forward_p, ct, w, geometry),
-    lambda ct, dy, w, *, geometry: _bind(weight_gradient_p, ct, dy, geometry),
+    lambda ct, dy, w, *, geometry: bind(forward_p, ct, w, geometry),
+    lambda ct, dy, w, *, geometry: bind(weight_gradient_p, ct, dy, geometry),
 )
 ad.defbilinear(
     weight_gradient_p,
-    lambda ct, x, dy, *, geometry: _bind(input_gradient_p, dy, ct, geometry),
-    lambda ct, x, dy, *, geometry: _bind(forward_p, x, ct, geometry),
+    lambda ct, x, dy, *, geometry: bind(input_gradient_p, dy, ct, geometry),
+    lambda ct, x, dy, *, geometry: bind(forward_p, x, ct, geometry),
 )
 
 
@@ -272,12 +246,12 @@ def _batched(primitive: Primitive, operands, axes, *, geometry: Geometry):
     size = operands[which].shape[axes[which]]
     if all(mapped) or size == 0:
         rows = {i: jnp.moveaxis(operands[i], axes[i], 0) for i in range(2) if mapped[i]}
-        one = lambda row: _bind(primitive, *(row.get(i, operands[i]) for i in range(2)), geometry)
+        one = lambda row: bind(primitive, *(row.get(i, operands[i]) for i in range(2)), geometry)
         return lax.map(one, rows), 0
     into, out_of = FOLDS[primitive][which]
     folded = list(operands)
     folded[which] = _fold(operands[which], axes[which], into)
-    out = _bind(primitive, *folded, geometry)
+    out = bind(primitive, *folded, geometry)
     return out.reshape(*out.shape[:out_of], size, -1, *out.shape[out_of + 1 :]), out_of
 
 

@@ -3,13 +3,27 @@
 import functools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import mlir, xla
+from jax.interpreters import ad, batching, mlir, xla
 
-from topgap_jax.engine.convolution import FORMS, Geometry, custom_call, lowering, needs_devices
-from topgap_jax.engine.library import Fused
+from topgap_jax.engine.convolution import (
+    TYPES,
+    Geometry,
+    bind,
+    custom_call,
+    forward_p,
+    input_gradient_p,
+    lowering,
+    needs_devices,
+)
+from topgap_jax.engine.forms import BY_LAX, ON_CPU
+from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, Fused
 from topgap_jax.types import Array
+
+ALONE = {FORWARD: forward_p, INPUT_GRADIENT: input_gradient_p}
+"""The primitive of each kind to which something can be fused."""
 
 fused_p = Primitive("topgap_fused_convolution")
 
@@ -19,34 +33,54 @@ def fused_convolution(
 ) -> Array:
     """forward(x, w) + bias, or the input gradient of (dy, w); then + residual, ReLU, where(mask, ., 0), as `fused` says.
 
-    extras: bias (o,), residual (as the result) and mask (bool, n x (h w c)), those that there are, in this order. It has no
-    derivative: it is for functions that have been differentiated already.
+    extras: bias (o,), residual (as the result) and mask (bool, n x (h w c)), those that there are, in this order. It is for
+    functions that have been differentiated already: its derivatives and its `vmap` are right, and not fused.
     """
     return fused_p.bind(left, right, *extras, kind=kind, geometry=geometry, fused=fused)
 
 
 def _type(left, right, *extras, kind, geometry, fused):
-    type_of, _ = FORMS[kind]
-    return type_of(left, right, geometry=geometry)
+    return TYPES[kind](left, right, geometry=geometry)
 
 
-def _by_lax(left, right, *extras, kind, geometry, fused):
-    _, form = FORMS[kind]
-    out, rest = form(left, right, geometry=geometry), iter(extras)
+def _by(forms, left, right, *extras, kind, geometry, fused):
+    return _after(forms[kind](left, right, geometry=geometry), extras, fused)
+
+
+def _apart(left, right, *extras, kind, geometry, fused):
+    """The same as several equations, which have derivatives."""
+    return _after(bind(ALONE[kind], left, right, geometry), extras, fused)
+
+
+def _after(out, extras, fused):
+    rest = iter(extras)
     out = out + next(rest) if fused.bias else out
     out = out + next(rest) if fused.residual else out
-    out = jnp.maximum(out, 0) if fused.relu else out
+    out = jax.nn.relu(out) if fused.relu else out
     return jnp.where(next(rest).reshape(out.shape), out, 0) if fused.mask else out
 
 
 def _on_cpu(ctx, *operands, kind, geometry, fused):
     f = custom_call(ctx, kind, geometry, fused)
-    f = f or functools.partial(_by_lax, kind=kind, geometry=geometry, fused=fused)
+    f = f or functools.partial(_by, ON_CPU, kind=kind, geometry=geometry, fused=fused)
     return lowering(f)(ctx, *operands)
 
 
 fused_p.def_abstract_eval(_type)
 fused_p.def_impl(functools.partial(xla.apply_primitive, fused_p))
-mlir.register_lowering(fused_p, lowering(_by_lax))
+mlir.register_lowering(fused_p, lowering(functools.partial(_by, BY_LAX)))
 mlir.register_lowering(fused_p, _on_cpu, platform="cpu")
 needs_devices(fused_p)
+
+
+def _jvp(primals, tangents, **params):
+    tangents = tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
+    return jax.jvp(functools.partial(_apart, **params), tuple(primals), tangents)
+
+
+def _batched(operands, axes, **params):
+    return jax.vmap(functools.partial(_apart, **params), axes)(*operands), 0
+
+
+ad.primitive_jvps[fused_p] = _jvp
+batching.primitive_batchers[fused_p] = _batched

@@ -102,9 +102,9 @@ _Handler = ctypes.CFUNCTYPE(c_void_p, POINTER(_Frame))
 
 
 def register(target: str, run: Callable[[bytes, list[int]], None]) -> None:
-    """Make `run(key, pointers)` what the custom call `target` does on a CPU.
+    """Make `run(numbers, pointers)` what the custom call `target` does on a CPU.
 
-    key: the call's one attribute, int64 numbers, and the sizes of its buffers, operands first; pointers: where they lie.
+    numbers: the bytes of the call's one attribute, int64; pointers: where its operands and its result lie.
     """
     handler = _Handler(functools.partial(_handle, target, run))
     KEPT.append(handler)
@@ -122,12 +122,11 @@ def _handle(target: str, run: Callable, pointer) -> int | None:
                 metadata.version.minor = frame.api.contents.version.minor
                 metadata.traits, metadata.state_type = 0, 0
             return None
-        buffers = [frame.operands.values[i].contents for i in range(frame.operands.size)]
-        buffers.append(frame.results.values[0].contents)
+        operands = frame.operands
+        pointers = [operands.values[i].contents.data for i in range(operands.size)]
+        pointers.append(frame.results.values[0].contents.data)
         numbers = frame.attributes.values[0].contents
-        sizes = [ctypes.string_at(buffer.dims, 8 * buffer.rank) for buffer in buffers]
-        key = b"".join([ctypes.string_at(numbers.data, 8 * numbers.size), *sizes])
-        run(key, [buffer.data for buffer in buffers])
+        run(ctypes.string_at(numbers.data, 8 * numbers.size), pointers)
         return None
     except BaseException as error:  # a KeyboardInterrupt too: what leaves a callback is lost, and the result with it
         message = f"{target}: {type(error).__name__}: {error}".encode()

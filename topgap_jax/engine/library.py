@@ -57,6 +57,8 @@ class Library:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads would take the cores from XLA's own
         try:
             self.functions = ctypes.CDLL(str(path))  # libgomp reads the variable now
+            # For what takes no time: to let other threads of Python in, and wait for one's turn, would take longer.
+            self.quick = ctypes.PyDLL(str(path))
         finally:
             if given is None:
                 del os.environ["OMP_WAIT_POLICY"]
@@ -79,8 +81,7 @@ class Library:
         return pointer
 
     def run(self, key: bytes, pointers: list[int]) -> None:
-        """One call; `key`: its numbers and the sizes of its buffers, `pointers`: where they are."""
-        self.functions.omp_set_num_threads(self.threads)  # it is a setting of the thread that calls, any one of XLA's
+        """One call; `key`: its numbers, the sizes of its buffers among them, `pointers`: where they are."""
         with self.lock:
             waiting = self.ready.get(key)
             one = waiting.pop() if waiting else None
@@ -175,11 +176,16 @@ class Ready:
 
     def run(self, pointers: list[int]) -> None:
         """The call on the buffers that are there."""
+        quick, status = self.library.quick, 0
         for memory, pointer in zip(self.memories, pointers):
-            self.library.do("memory_set_data_handle", memory, c_void_p(pointer))
+            status |= quick.dnnl_memory_set_data_handle(memory, c_void_p(pointer))
+        if status:
+            raise RuntimeError("dnnl_memory_set_data_handle fails")
+        quick.omp_set_num_threads(self.library.threads)  # it is a setting of the thread that calls, any one of XLA's
         for primitive, arguments in self.steps:
             self.library.do("primitive_execute", primitive, self.stream, len(arguments), arguments)
-        self.library.do("stream_wait", self.stream)
+        if quick.dnnl_stream_wait(self.stream):  # there is nothing to wait for, unless somebody named a library of another kind
+            raise RuntimeError("dnnl_stream_wait fails")
 
     def close(self) -> None:
         """Give everything back to oneDNN."""

@@ -1,6 +1,6 @@
 """oneDNN's convolutions as custom calls of XLA: whether there is a library that works, and the call.
 
-A call names its kind, its geometry and what is fused with it in one attribute of eight numbers; sizes are those of its buffers.
+A call names its kind, its geometry, what is fused with it and the sizes of its buffers in the numbers of one attribute.
 """
 
 import functools
@@ -69,7 +69,8 @@ def call(
 ) -> jax.Array:
     """The custom call: (x, w), (dy, w) or (x, dy) and what is fused with it, float32; `shape` is the result's."""
     flags = sum(1 << i for i, one in enumerate(fused) if one)
-    numbers = np.array([kind, *strides, *pads[0], *pads[1], flags], np.int64)
+    sizes = [size for of in (*(x.shape for x in operands), shape) for size in of]
+    numbers = np.array([kind, *strides, *pads[0], *pads[1], flags, *sizes], np.int64)
     return jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, np.float32))(*operands, call=numbers)
 
 

@@ -9,11 +9,9 @@ from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 from jax.extend.core.primitives import conv_general_dilated_p
 
 from topgap_jax.engine import onednn
-from topgap_jax.engine.convolution import KINDS, forward_p, input_gradient_p
-from topgap_jax.engine.fused import fused_p
-from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT
+from topgap_jax.engine.convolution import KINDS
+from topgap_jax.engine.fused import ALONE, fused_p
 
-FUSIBLE = {FORWARD: KINDS[forward_p], INPUT_GRADIENT: KINDS[input_gradient_p]}
 CLOSED = ("custom_jvp_call", "custom_vjp_call", "shard_map")
 """What `fast_convs` does not go into."""
 
@@ -69,7 +67,7 @@ def _convolutions(jaxpr: Jaxpr, within: str = ""):
             path = "onednn" if onednn.available() and eqn.invars[0].aval.dtype == jnp.float32 else "xla"
             why = "" if path == "onednn" else onednn.reason() or f"type {eqn.invars[0].aval.dtype}"
             if eqn.primitive is fused_p:
-                kind = FUSIBLE[eqn.params["kind"]]
+                kind = KINDS[ALONE[eqn.params["kind"]]]
                 why = "fused with " + ", ".join(word for word, on in eqn.params["fused"]._asdict().items() if on)
             else:
                 kind = KINDS[eqn.primitive]
