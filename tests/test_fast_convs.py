@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from topgap_jax import attacks, balls, engine, explain, models, pool, rewrite
 from topgap_jax.engine import onednn
@@ -174,6 +175,26 @@ def test_loops_of_the_other_path(monkeypatch):
         test_loops()
     finally:
         jax.clear_caches()
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_inside_a_shard_map(check):
+    """Somebody's own per-device program: its convolutions are found, and the sums over devices stay."""
+    model, variables = linen_model()
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",), axis_types=(AxisType.Auto,))
+    batch, whole = PartitionSpec("data"), PartitionSpec()
+
+    def losses(params, images):
+        logits = models.bind(model, {**variables, "params": params})(images)
+        return logits, lax.psum((logits**2).sum(), "data")
+
+    f = jax.shard_map(losses, mesh=mesh, in_specs=(whole, batch), out_specs=(batch, whole), check_vma=check)
+    args = variables["params"], IMAGES
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(fast_convs(f))(*args))
+    gradients = lambda f: jax.jit(jax.grad(lambda *args: f(*args)[1], (0, 1)))
+    assert_same(jax.jit(fast_convs(f))(*args), jax.jit(f)(*args))
+    assert_same(gradients(fast_convs(f))(*args), gradients(f)(*args))
+    assert_same(jax.jit(rewrite.fused(rewrite.fold_batch_norm(fast_convs(f))))(*args), jax.jit(f)(*args))
 
 
 def test_explain_lists_paths_and_reasons(monkeypatch):

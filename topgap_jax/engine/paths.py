@@ -12,7 +12,7 @@ from topgap_jax.engine import onednn
 from topgap_jax.engine.convolution import KINDS
 from topgap_jax.engine.fused import ALONE, fused_p
 
-CLOSED = ("custom_jvp_call", "custom_vjp_call", "shard_map")
+CLOSED = ("custom_jvp_call", "custom_vjp_call")
 """What `fast_convs` does not go into."""
 
 

@@ -18,8 +18,8 @@ def fast_convs(f: Callable) -> Callable:
 
     Derivatives of any order, in loops too, are then made of fast convolutions: `jax.grad(fast_convs(predict))`. Around a
     gradient, `fast_convs(jax.grad(predict))`, the numbers are right but most of the gain is lost. What the engine does not take
-    (groups, dilation, other ranks) and what stands inside a function with derivatives of its own or a `shard_map` stays as it is;
-    `engine.explain(fast_convs(f), *args)` says which. Inside a `shard_map` it works like anywhere else.
+    (groups, dilation, other ranks) and what stands inside a function with derivatives of its own stays as it is;
+    `engine.explain(fast_convs(f), *args)` says which.
     """
 
     def fast(*args, **kwargs):

@@ -18,6 +18,9 @@ from jax.extend.core.primitives import (
     while_p,
 )
 
+SHARD_MAP = "shard_map"
+"""By name, for JAX keeps this primitive to itself."""
+
 
 def trace(f: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[ClosedJaxpr, list[Any], Callable]:
     """Jaxpr of f, its array arguments, and the function that puts results back into f's output tree.
@@ -115,8 +118,9 @@ def enters(eqn: JaxprEqn) -> bool:
 
 
 def reaches(eqn: JaxprEqn) -> bool:
-    """Whether `rebuild` can go into the equation: also loops, branches, and functions with derivatives of their own."""
-    return enters(eqn) or eqn.primitive in (scan_p, while_p, cond_p, custom_jvp_call_p, custom_vjp_call_p)
+    """Whether `rebuild` can go into the equation: also loops, branches, `shard_map`, functions with derivatives of their own."""
+    others = (scan_p, while_p, cond_p, custom_jvp_call_p, custom_vjp_call_p)
+    return enters(eqn) or eqn.primitive in others or eqn.primitive.name == SHARD_MAP
 
 
 def keeps_derivatives(eqn: JaxprEqn) -> bool:
@@ -125,7 +129,7 @@ def keeps_derivatives(eqn: JaxprEqn) -> bool:
 
 
 def rebuild(eqn: JaxprEqn, values: Sequence[Any], run: Callable[[Jaxpr, Sequence[Any], Sequence[Any]], Any]) -> Any:
-    """`run(body, consts, values)` inside the same `jax.checkpoint`, loop or branches as the equation's body.
+    """`run(body, consts, values)` inside the same `jax.checkpoint`, loop, branches or `shard_map` as the equation's body.
 
     A function with derivatives of its own gets those of what `run` does. In a loop or branch `run` returns a list of results.
     """
@@ -158,6 +162,10 @@ def rebuild(eqn: JaxprEqn, values: Sequence[Any], run: Callable[[Jaxpr, Sequence
         )
     if eqn.primitive is cond_p:
         return lax.switch(values[0], [within(branch) for branch in params["branches"]], *values[1:])
+    if eqn.primitive.name == SHARD_MAP:
+        options = {word: params[word] for word in ("mesh", "in_specs", "out_specs", "check_vma")}
+        each = lambda *args: tuple(run(params["jaxpr"], (), args))
+        return list(jax.shard_map(each, axis_names=params["newly_manual_axes"], **options)(*values))
     return within(params["jaxpr" if eqn.primitive is jit_p else "call_jaxpr"])(*values)
 
 
