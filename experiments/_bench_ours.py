@@ -1,4 +1,4 @@
-"""The JAX process of bench_core.py and bench_pool.py: the paths as `topgap train` and `topgap evaluate` run them.
+"""The JAX process of bench_core.py, bench_loops.py and bench_pool.py: the paths as `topgap train` and `topgap evaluate` run them.
 
 BENCH_DEVICES: over how many devices the batch is split; TOPGAP_ONEDNN=off: without the custom calls.
 """
@@ -98,6 +98,25 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
 
         return lambda: attacked(1), lambda: attacked(attack.steps)
 
+    def whole_attack(unrolled):
+        """Ten steps in one compiled program: as a loop, or written out."""
+        attack = tg.attacks.pgd(LINF, steps=10)
+        keys = jax.random.split(jax.random.key(0), len(y))
+
+        def attacked(variables, x):
+            predict = tg.models.bind(model, variables)
+            step = merged(lambda state: attack.step(predict, state))
+            state = attack.init(keys, predict, x, y, predict(x))
+            if not unrolled:
+                return jax.lax.fori_loop(0, attack.steps, lambda _, state: step(state), state).delta
+            for _ in range(attack.steps):
+                state = step(state)
+            return state.delta
+
+        attacked = compiled(attacked, variables, x)
+        run = lambda: jax.block_until_ready(attacked(variables, x))
+        return run, run
+
     def train(objective):
         nonlocal variables
         parts = Parts(
@@ -134,6 +153,8 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
         "forward": forward,
         "input_gradient": input_gradient,
         "pgd": pgd,
+        "attack in a loop": lambda: whole_attack(unrolled=False),
+        "attack unrolled": lambda: whole_attack(unrolled=True),
         "adversarial": lambda: train(objectives.adversarial(tg.attacks.pgd(LINF, steps=10))),
         "train": lambda: train(objectives.standard()),
     }[path]()
