@@ -184,7 +184,7 @@ class Ready:
         quick.omp_set_num_threads(self.library.threads)  # it is a setting of the thread that calls, any one of XLA's
         for primitive, arguments in self.steps:
             self.library.do("primitive_execute", primitive, self.stream, len(arguments), arguments)
-        if quick.dnnl_stream_wait(self.stream):  # there is nothing to wait for, unless somebody named a library of another kind
+        if quick.dnnl_stream_wait(self.stream):  # nothing to wait for, unless somebody named a library of another kind
             raise RuntimeError("dnnl_stream_wait fails")
 
     def close(self) -> None:
