@@ -504,8 +504,15 @@ def test_a_second_eager_call_compiles_nothing():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+def test_inside_a_shard_map():
+    mapped = jax.shard_map(relu, mesh=MESH, in_specs=SPEC, out_specs=SPEC)
+    z, weights = jnp.array([-1.0, 2, -3, 4, 5, -6, 7, 8]), jnp.array([1.0, -1, 1, 1, -1, -1, 1, 1])
+    gradient = lambda f: jax.jit(jax.grad(lambda z: (with_rules(f, **guided)(z) * weights).sum()))(z)
+    assert gradient(mapped).tolist() == gradient(relu).tolist() == [0, 0, 0, 1, 0, 0, 1, 1]
+
+
 def test_errors():
-    plain, shifted = lambda z: 2 * z, lambda z: jax.shard_map(relu, mesh=MESH, in_specs=SPEC, out_specs=SPEC)(z)
+    plain, closed = lambda z: 2 * z, lambda z: lax.custom_linear_solve(relu, z, solve=lambda _, z: z)
     assert message(with_rules(plain, **guided), Z) == (
         "with_rules: the function has no functions named relu or relu6 and maximum(x, 0), nor max pooling (reduce_window_max)"
     )
@@ -514,8 +521,8 @@ def test_errors():
         == "with_rules: the function has no max pooling (reduce_window_max)"
     )
     assert with_rules(relu, **guided)(Z).tolist() == relu(Z).tolist()  # one rule of several finds its operation
-    assert message(with_rules(shifted, **guided), jnp.ones(8)) == (
-        "with_rules: relu inside 'shard_map', which cannot be entered"
+    assert message(with_rules(closed, **guided), jnp.ones(8)) == (
+        "with_rules: relu inside 'custom_linear_solve', which cannot be entered"
     )
     assert message(with_rules, relu) == "with_rules: no rule is given, e.g. with_rules(predict, **guided)"
     assert (
