@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"
 
     config.batch = 128
-    config.epochs = 15
+    config.epochs = 4
     config.augment = "crop_flip()"
     config.objective = "standard()"
     config.optimizer = "sgd(warmup(cosine(0.1, 0, total_steps - 100), 100), weight_decay=5e-4)"
