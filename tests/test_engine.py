@@ -75,7 +75,7 @@ def everything(f, x, w, dy, dx, dw):
     return y, back(dy), jax.jvp(f, (x, w), (dx, dw))[1], jax.vjp(gradients, x, w, dy)[1]((dx, dw))
 
 
-@settings(max_examples=10)
+@settings(max_examples=7)
 @given(geometries())
 def test_numbers(geometry):
     """Kernel 1 to 7, stride 1 to 3, any padding, 1 to 64 channels, batch 1 to 130: first and second derivatives as of lax."""
@@ -98,7 +98,7 @@ def check_numbers(geometry):
     assert_close(*values)
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(geometries())
 def test_numbers_of_the_other_path(geometry):
     """The same of the forms that XLA compiles, one by one."""
