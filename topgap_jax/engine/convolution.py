@@ -13,7 +13,6 @@ weight gradient are the input gradient and forward. So every derivative of a net
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,25 +23,10 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from topgap_jax.engine import onednn
-from topgap_jax.engine.forms import BY_LAX, ON_CPU
+from topgap_jax.engine.forms import BY_LAX, ON_CPU, Geometry
 from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, NOTHING, WEIGHT_GRADIENT, Fused
 from topgap_jax.errors import UserError
 from topgap_jax.types import Array
-
-
-class Geometry(NamedTuple):
-    """What a convolution is, but for its batch and channels: shards and folded batches need no geometry of their own."""
-
-    size: tuple[int, int]
-    kernel: tuple[int, int]
-    strides: tuple[int, int]
-    pads: tuple[tuple[int, int], tuple[int, int]]
-
-    @property
-    def out(self) -> tuple[int, int]:
-        """Height and width of the result."""
-        sides = zip(self.size, self.kernel, self.strides, self.pads)
-        return tuple((size + low + high - kernel) // stride + 1 for size, kernel, stride, (low, high) in sides)
 
 
 def convolution(x: Array, w: Array, strides: tuple[int, int], pads: tuple[tuple[int, int], tuple[int, int]]) -> Array:

@@ -1,10 +1,11 @@
 """What XLA is given to compute a convolution and its two gradients: by lax, and in the forms that are fast on a CPU.
 
 XLA's CPU copies the window around each pixel of the result into a matrix and multiplies that by the kernel. With few channels it
-is the copying that takes the time, so `by_columns` has each window serve several pixels of a row: 2.2 times as fast from 3 to 16
-channels, 2.6 from 16 to 3, 1.2 from 16 to 16 (3x3, 32x32 pixels, batch 128, two cores). The weight gradient is lax's own: windows
-for several pixels, sums over parts of the batch, and products of shifted images with shifted gradients were none of them faster.
+is the copying that takes the time, so `by_columns` has each window serve several pixels of a row. The weight gradient is lax's
+own. `experiments/bench_forms.py` compares the two (results/bench_forms.json).
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,24 +17,39 @@ from topgap_jax.types import Array
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
-def forward(x: Array, w: Array, *, geometry) -> Array:
+class Geometry(NamedTuple):
+    """What a convolution is, but for its batch and channels: shards and folded batches need no geometry of their own."""
+
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    pads: tuple[tuple[int, int], tuple[int, int]]
+
+    @property
+    def out(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        sides = zip(self.size, self.kernel, self.strides, self.pads)
+        return tuple((size + low + high - kernel) // stride + 1 for size, kernel, stride, (low, high) in sides)
+
+
+def forward(x: Array, w: Array, *, geometry: Geometry) -> Array:
     """The convolution as lax has it."""
     return lax.conv_general_dilated(x, w, geometry.strides, geometry.pads, dimension_numbers=DIMENSIONS)
 
 
-def input_gradient(dy: Array, w: Array, *, geometry) -> Array:
+def input_gradient(dy: Array, w: Array, *, geometry: Geometry) -> Array:
     """Its transpose in x."""
     shape = jax.ShapeDtypeStruct((dy.shape[0], *geometry.size, w.shape[2]), dy.dtype)
     return jax.linear_transpose(lambda x: forward(x, w, geometry=geometry), shape)(dy)[0]
 
 
-def weight_gradient(x: Array, dy: Array, *, geometry) -> Array:
+def weight_gradient(x: Array, dy: Array, *, geometry: Geometry) -> Array:
     """Its transpose in w."""
     shape = jax.ShapeDtypeStruct((*geometry.kernel, x.shape[3], dy.shape[3]), x.dtype)
     return jax.linear_transpose(lambda w: forward(x, w, geometry=geometry), shape)(dy)[0]
 
 
-def by_columns(x: Array, w: Array, *, geometry) -> Array:
+def by_columns(x: Array, w: Array, *, geometry: Geometry) -> Array:
     """The convolution with `f` neighbouring columns of its result side by side as channels.
 
     A window that serves f columns is (f - 1) strides wider, and the kernel stands in it at f places: y[i, f j + r] is channel r
@@ -57,12 +73,12 @@ def _columns(c: int, o: int, width: int, columns: int) -> int:
     return next(f for f in (4, 2, 1) if f <= few and columns % f == 0 and (width > 1 or f == 1))
 
 
-def by_flipped_kernel(dy: Array, w: Array, *, geometry) -> Array:
+def by_flipped_kernel(dy: Array, w: Array, *, geometry: Geometry) -> Array:
     """The input gradient as a convolution of dy with the flipped kernel, written out.
 
     In a loop, XLA's CPU has nothing but naive loops for what lax writes. With strides dy stands among zeros, but for few
     channels: dx[s u + r - top] is the sum over b of dy[u - b] w[s b + r], so that each of the s x s places of r is a channel of a
-    convolution with a small kernel (1.7 times as fast from 32 to 16 channels, slower from 64 on).
+    convolution with a small kernel.
     """
     (kh, kw), (down, along) = geometry.kernel, geometry.strides
     (h, width), (p, q), ((top, _), (left, _)) = geometry.size, geometry.out, geometry.pads

@@ -69,7 +69,7 @@ def call(
 ) -> jax.Array:
     """The custom call: (x, w), (dy, w) or (x, dy) and what is fused with it, float32; `shape` is the result's."""
     flags = sum(1 << i for i, one in enumerate(fused) if one)
-    sizes = [size for of in (*(x.shape for x in operands), shape) for size in of]
+    sizes = [size for buffer in (*(x.shape for x in operands), shape) for size in buffer]
     numbers = np.array([kind, *strides, *pads[0], *pads[1], flags, *sizes], np.int64)
     return jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, np.float32))(*operands, call=numbers)
 
