@@ -1,4 +1,4 @@
-"""The JAX process of bench_core.py, bench_loops.py and bench_pool.py: the paths as `topgap train` and `topgap evaluate` run them.
+"""The JAX process of bench_core.py, bench_loops.py, bench_memory.py and bench_pool.py: the paths as `topgap train` and `topgap evaluate` run them.
 
 BENCH_DEVICES: over how many devices the batch is split; TOPGAP_ONEDNN=off: without the custom calls.
 """
@@ -45,14 +45,17 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
         x, y = jax.device_put((x, y), split(mesh))
         variables = jax.device_put(variables, replicated(mesh))
     logits = jax.jit(lambda variables, x: tg.models.bind(model, variables)(x))(variables, x)
-    compile_seconds = 0.0
+    compile_seconds, planned = 0.0, 0
 
     def compiled(function, *arguments, jitted=jax.jit):
         """The function compiled for these arguments; tracing and compiling are booked apart."""
-        nonlocal compile_seconds
+        nonlocal compile_seconds, planned
         start = time.perf_counter()
         executable = jitted(function).lower(*arguments).compile()
         compile_seconds += time.perf_counter() - start
+        plan = executable.memory_analysis()
+        outside = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+        planned = max(planned, outside + plan.temp_size_in_bytes)
         return executable
 
     def forward():
@@ -162,6 +165,7 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
         "framework": f"topgap_jax {tg.__version__}, JAX {jax.__version__}, Flax {flax.__version__}",
         "logits": np.asarray(logits).tolist(),
         "compile_seconds": compile_seconds,
+        "planned_mb": planned / 1e6,
     }
     first = run()
     if path == "input_gradient":

@@ -177,6 +177,31 @@ def test_loops_of_the_other_path(monkeypatch):
         jax.clear_caches()
 
 
+@pytest.mark.slow
+def test_no_program_needs_more_memory(monkeypatch):
+    """The buffers that XLA plans for an attack's gradient and for a training step of ResNet-20, on both paths, against plain JAX."""
+    model = models.classifier(
+        models.resnet20(), models.map_head(pool.gap()), classes=4, mean=(0.5,) * 3, std=(0.25,) * 3
+    )
+    images, labels = jnp.zeros((32, 32, 32, 3)), jnp.zeros(32, int)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def planned(model, train, merged):
+        def loss(variables, images):
+            output = model.apply(variables, images, train=train)
+            return cross_entropy(output.logits, labels).sum(), output.batch_stats
+
+        gradient = merged(jax.grad(loss, argnums=0 if train else 1, has_aux=True))
+        return jax.jit(gradient).lower(variables, images).compile().memory_analysis().temp_size_in_bytes
+
+    without = [planned(model, train, lambda f: f) for train in (False, True)]
+    assert np.less_equal([planned(models.fast(model), train, rewrite.fused) for train in (False, True)], without).all()
+    monkeypatch.setattr(onednn, "available", lambda: False)
+    jax.clear_caches()
+    assert np.less_equal([planned(models.fast(model), train, rewrite.fused) for train in (False, True)], without).all()
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("check", [True, False])
 def test_inside_a_shard_map(check):
     """Somebody's own per-device program: its convolutions are found, and the sums over devices stay."""

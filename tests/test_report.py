@@ -297,6 +297,26 @@ def test_comparison_marks_the_better_and_subtracts():
     assert labels([Path("/a/x"), Path("/b/x")]) == ["a/x", "b/x"] and number(float("inf")) == "inf"
 
 
+def test_runs_of_other_numbers_do_not_share_a_line(tmp_path):
+    """`robust(pgd(linf(eps)))` of eps 2/255 and of 8/255 are two measures; accuracy() is one."""
+    runs = [make_run(tmp_path / str(eps), eps=eps / 255, sheets=False, regions=False) for eps in (2, 8)]
+    read = read_runs(runs)
+    assert [[row["evaluator"] for row in run.rows][1] for run in read] == [f"{ROBUST} with eps={n}/255" for n in (2, 8)]
+    robust = [line for line in comparison([run.rows for run in read]) if line.name == "robust_accuracy"]
+    assert [[cell is None for cell in line.cells] for line in robust] == [[False, True], [True, False]] * 2
+    assert all(line.difference is None and line.best is None for line in robust)
+    assert {line.evaluator for line in comparison([run.rows for run in read]) if line.name == "accuracy"} == {
+        "accuracy()"
+    }
+    assert f"{ROBUST} with eps=8/255" in compare(runs)
+    # One run alone, and what the command line has said already, stay as they are.
+    assert read_runs(runs[:1])[0].rows[1]["evaluator"] == ROBUST
+    stored = json.loads((runs[0] / "evaluation.json").read_text())
+    stored["rows"][1]["evaluator"] = f"{ROBUST} with eps=4/255"
+    (runs[0] / "evaluation.json").write_text(json.dumps(stored))
+    assert read_runs(runs)[0].rows[1]["evaluator"] == f"{ROBUST} with eps=4/255"
+
+
 def test_compare_is_aligned_and_says_where_configs_differ(two_runs):
     text = compare(two_runs)
     lines = text.splitlines()

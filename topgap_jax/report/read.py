@@ -66,7 +66,7 @@ def read_runs(folders: Sequence[Path | str]) -> list[Run]:
     unique = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     if not unique:
         raise UserError("no run folder given; name one or more that `topgap train --workdir` wrote")
-    return [read_run(folder, label) for folder, label in zip(unique, labels(unique))]
+    return told_apart([read_run(folder, label) for folder, label in zip(unique, labels(unique))])
 
 
 def read_run(folder: Path, label: str) -> Run:
@@ -88,6 +88,45 @@ def read_run(folder: Path, label: str) -> Run:
         data=str(evaluation.get("data", "")),
         sheets=sorted(folder.glob("sheets/*.png")),
     )
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs; a row whose evaluator names a number that their configs differ in says it, `robust(pgd(linf(eps))) with eps=8/255`.
+
+    Rows of different runs are one line of a table only where they measure the same thing.
+    """
+    names = [key for key, _, differs in differing([run.config for run in runs]) if differs and key.isidentifier()]
+
+    def named(run: Run, row: dict[str, Any]) -> dict[str, Any]:
+        call, _, note = str(row.get("evaluator", "")).partition(" with ")
+        told = [f"{name}={fraction(run.config[name])}" for name in names if name in run.config and mentions(call, name)]
+        told = [words for words in told if f"{words.partition('=')[0]}=" not in note]
+        return row | {"evaluator": f"{call} with {', '.join([note] * bool(note) + told)}"} if told else row
+
+    return [run._replace(rows=[named(run, row) for row in run.rows]) for run in runs]
+
+
+def mentions(call: str, name: str) -> bool:
+    """Is `name` a value in this call, and neither a keyword nor a text?
+
+    >>> mentions("robust(pgd(linf(eps)))", "eps"), mentions("linf(eps=.1)", "eps"), mentions("layer('eps')", "eps")
+    (True, False, False)
+    """
+    call = re.sub(r"'[^']*'|\"[^\"]*\"", "", call)
+    return re.search(rf"\b{name}\b(?!\s*=)", call) is not None
+
+
+def fraction(text: str) -> str:
+    """A number of a config as people write it: 8/255 where it is one.
+
+    >>> fraction("0.03137254901960784"), fraction("0.1"), fraction("20")
+    ('8/255', '0.1', '20')
+    """
+    try:
+        value = float(text) * 255
+    except ValueError:
+        return text
+    return f"{value:.0f}/255" if len(text) > 8 and abs(value - round(value)) < 1e-9 else text
 
 
 def read_json(path: Path, needs: str | None = None) -> dict[str, Any]:
