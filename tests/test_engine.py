@@ -239,7 +239,8 @@ def test_a_batch_that_does_not_divide(path):
 
 def test_bad_operands():
     x, w = draw(*SHAPES)
-    for bad in ((x, w[:, :, :2]), (x, w.astype(bool)), (x.astype(jnp.bfloat16), w), (x[0], w)):
+    none = (x[..., :0], w[:, :, :0])
+    for bad in ((x, w[:, :, :2]), (x, w.astype(bool)), (x.astype(jnp.bfloat16), w), (x[0], w), none, (x, w[..., :0])):
         with pytest.raises(UserError, match=r"convolution: give images \(n, h, w, c\) and a kernel .*, got "):
             convolution(*bad, STRIDES, PADS)
     with pytest.raises(UserError, match="a result of"):
@@ -254,6 +255,8 @@ def test_types_of_results(path):
     assert not jax.eval_shape(ours, jnp.full(SHAPES[0], 0.5), w).weak_type
     empty = jax.jit(jax.vmap(ours, (0, None)))(jnp.ones((0, *SHAPES[0])), w)
     assert empty.shape == (0, 8, 5, 7, 4)
+    no_images = jax.vmap(ours, (None, 0))(jnp.ones((0, *SHAPES[0][1:])), jnp.stack([w, w]))
+    assert no_images.shape == (2, 0, 5, 7, 4)
 
 
 def test_per_device_programs(path):

@@ -222,6 +222,58 @@ def test_inside_a_shard_map(check):
     assert_same(jax.jit(rewrite.fused(rewrite.fold_batch_norm(fast_convs(f))))(*args), jax.jit(f)(*args))
 
 
+def test_arrays_without_a_mesh_and_the_old_partitioner():
+    """Programs for several devices in which nothing says how to divide a call: the numbers of one device."""
+    convolve = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    x, w = jnp.ones((4, 6, 6, 3)), jnp.ones((3, 3, 3, 4))
+    wanted = convolve(x, w)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        with jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",), axis_types=(kind,))):
+            assert_same(jax.jit(fast_convs(convolve))(x, w), wanted)
+            assert_same(fast_convs(convolve)(x, w), wanted)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",), axis_types=(AxisType.Auto,))
+    divided = jax.device_put(x, jax.sharding.NamedSharding(mesh, PartitionSpec("data")))
+    whole = jax.device_put(w, jax.sharding.NamedSharding(mesh, PartitionSpec()))
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        assert_same(jax.jit(fast_convs(convolve))(divided, whole), wanted)
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+
+
+def test_a_checkpoint_that_saves_convolutions_saves_these():
+    def count(f):
+        convolutions = ("conv_general_dilated", "topgap_convolution")
+        return sum(str(jax.make_jaxpr(f)(IMAGES)).count(f"{name}[") for name in convolutions)
+
+    def net(x):
+        for _ in range(2):
+            x = jnp.sin(
+                nn.Conv(3, (3, 3)).apply({"params": {"kernel": jnp.ones((3, 3, 3, 3)), "bias": jnp.ones(3)}}, x)
+            )
+        return x.sum()
+
+    kept = jax.checkpoint(net, policy=jax.checkpoint_policies.dots_saveable)
+    assert count(jax.grad(fast_convs(kept))) == count(jax.grad(fast_convs(net))) == 2
+    assert count(jax.grad(fast_convs(jax.checkpoint(net)))) > 2
+
+
+def test_explain_says_where_it_could_not_go():
+    convolve = lambda x: lax.conv_general_dilated(x, jnp.ones((1, 3, 3, 3)), (1, 1), "SAME")
+    images = jnp.ones((4, 3, 8, 8))
+    (closed,) = engine.explain(fast_convs(jax.custom_batching.sequential_vmap(convolve)), images)
+    assert (closed.path, closed.why) == ("lax", "inside custom_vmap_call")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    for names in ({"a"}, {"a", "b"}):
+        inside = jax.shard_map(
+            convolve, mesh=mesh, in_specs=PartitionSpec("a"), out_specs=PartitionSpec("a"), axis_names=names
+        )
+        (found,) = engine.explain(fast_convs(inside), images)
+        compiled = jax.jit(fast_convs(inside)).lower(images).compile().as_text()
+        assert (found.path == "onednn") == (onednn.TARGET in compiled)
+        assert found.why == (onednn.reason() or "inside a shard_map over some axes of its mesh" * (len(names) == 1))
+
+
 def test_explain_lists_paths_and_reasons(monkeypatch):
     found = engine.explain(fast_convs(plain), IMAGES)
     why = [(each.path, each.why) for each in found]

@@ -120,6 +120,45 @@ def test_first_use_by_many_threads(tmp_path):
     assert done.stdout.strip() == "{''} 1", done.stderr
 
 
+def test_an_interrupted_start_a_guard_and_a_number_of_threads():
+    """A start that was interrupted is made again; a transfer guard is not meant for the self-test; OMP_NUM_THREADS wins."""
+    program = """
+        import jax
+        from topgap_jax.engine import onednn
+        test, onednn._self_test = onednn._self_test, lambda: exec("raise KeyboardInterrupt")
+        try:
+            onednn.reason()
+        except KeyboardInterrupt:
+            print("interrupted")
+        onednn._self_test = test
+        with jax.transfer_guard("disallow"):
+            print(repr(onednn.reason()), [library.threads for library in onednn.KEPT])
+    """
+    words, environment = [sys.executable, "-c", textwrap.dedent(program)], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.stdout == "interrupted\n'' [1]\n", done.stderr
+
+
+@pytest.mark.parametrize("end", ["", "raise KeyboardInterrupt", "del y"])
+def test_the_end_waits_for_what_is_computed(end):
+    """A process may end, well or badly, while its last step is still computed, also if nobody holds the result."""
+    program = f"""
+        import jax, jax.numpy as jnp
+        from jax import lax
+        from topgap_jax.engine import convolution, onednn
+        assert onednn.available()
+        # Without the product XLA takes it for a small thing, and does not return before it is done.
+        step = lambda i, x: jnp.tanh(convolution(x, jnp.ones((3, 3, 16, 16)), (1, 1), ((1, 1), (1, 1)))) @ jnp.ones((16, 16))
+        f = jax.jit(lambda x: lax.fori_loop(0, 500, step, x)).lower(jnp.ones((8, 32, 32, 16))).compile()
+        y = f(jnp.ones((8, 32, 32, 16)))
+        print(y.is_ready())
+        {end}
+    """
+    words = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n" and done.returncode in ((0,) if "raise" not in end else (1, 130, -2)), done.stderr
+
+
 def test_threads():
     """Four Python threads at once, same and different shapes: every result right."""
     wanted = list(shapes(12)) * 20

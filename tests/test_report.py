@@ -312,9 +312,10 @@ def test_runs_of_other_numbers_do_not_share_a_line(tmp_path):
     # One run alone, and what the command line has said already, stay as they are.
     assert read_runs(runs[:1])[0].rows[1]["evaluator"] == ROBUST
     stored = json.loads((runs[0] / "evaluation.json").read_text())
-    stored["rows"][1]["evaluator"] = f"{ROBUST} with eps=4/255"
-    (runs[0] / "evaluation.json").write_text(json.dumps(stored))
-    assert read_runs(runs)[0].rows[1]["evaluator"] == f"{ROBUST} with eps=4/255"
+    for said, shown in (("eps=4/255", "eps=4/255"), ("train_eps=1/255", "train_eps=1/255, eps=2/255")):
+        stored["rows"][1]["evaluator"] = f"{ROBUST} with {said}"
+        (runs[0] / "evaluation.json").write_text(json.dumps(stored))
+        assert read_runs(runs)[0].rows[1]["evaluator"] == f"{ROBUST} with {shown}"
 
 
 def test_compare_is_aligned_and_says_where_configs_differ(two_runs):

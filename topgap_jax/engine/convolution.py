@@ -32,11 +32,13 @@ from topgap_jax.types import Array
 def convolution(x: Array, w: Array, strides: tuple[int, int], pads: tuple[tuple[int, int], tuple[int, int]]) -> Array:
     """x (n, h, w, c) with kernel w (kh, kw, c, o), both of one floating type: (n, p, q, o), of derivatives of any order.
 
-    Raises UserError for other types, for channels that differ, for negative pads and for a result without rows or columns.
+    Of finite numbers; without oneDNN an infinity can become NaN in columns beside those its kernel reaches, where a zero of the
+    rearranged kernel meets it. Raises UserError for other types, for channels that differ or that there are none of, for negative
+    pads and for a result without rows or columns.
     """
     x, w = jnp.asarray(x), jnp.asarray(w)
     geometry = Geometry(x.shape[1:3], w.shape[:2], tuple(strides), tuple(tuple(pair) for pair in pads))
-    fits = x.ndim == w.ndim == 4 and x.shape[3] == w.shape[2]
+    fits = x.ndim == w.ndim == 4 and x.shape[3] == w.shape[2] > 0 and w.shape[3] > 0
     if not fits or x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(
             "convolution: give images (n, h, w, c) and a kernel (kh, kw, c, o) of one floating type, "
@@ -92,8 +94,11 @@ def _primitive(name: str, kind: int) -> Primitive:
 def needs_devices(primitive: Primitive) -> None:
     """Have programs with the primitive name their devices while they are lowered, or a custom call cannot be partitioned.
 
-    JAX has this for itself alone; where it is not found, programs for several devices take XLA's form.
+    JAX has this for itself alone; where it is not found, programs for several devices take XLA's form. Such a program may not
+    name two meshes, which is a price that only those pay who have oneDNN.
     """
+    if not onednn.found():
+        return
     try:
         from jax._src.dispatch import prim_requires_devices_during_lowering
     except ImportError:
@@ -135,8 +140,11 @@ def _devices(module) -> int:
     context = module.axis_context
     if module.lowering_parameters.for_export:
         return 0
-    if hasattr(context, "num_devices"):  # jit
-        return context.num_devices if context.num_devices == 1 or context.device_assignment else 0
+    if hasattr(
+        context, "num_devices"
+    ):  # jit; without a mesh, or with the old partitioner, no rule says how to divide a call
+        divisible = context.device_assignment and context.abstract_mesh and jax.config.jax_use_shardy_partitioner
+        return context.num_devices if context.num_devices == 1 or divisible else 0
     if hasattr(context, "manual_axes"):  # shard_map: each device has its own part already, where all axes are manual
         return 1 if set(context.manual_axes) == set(context.mesh.axis_names) else 0
     return 1  # pmap
@@ -236,13 +244,15 @@ def _batched(primitive: Primitive, operands, axes, *, geometry: Geometry):
     folded = list(operands)
     folded[which] = _fold(operands[which], axes[which], into)
     out = bind(primitive, *folded, geometry)
-    return out.reshape(*out.shape[:out_of], size, -1, *out.shape[out_of + 1 :]), out_of
+    return out.reshape(*out.shape[:out_of], size, out.shape[out_of] // size, *out.shape[out_of + 1 :]), out_of
 
 
 def _fold(operand: Array, axis: int, into: int) -> Array:
     """The mapped axis before axis `into` of the rest, the two made one."""
     operand = jnp.moveaxis(operand, axis, into)
-    return operand.reshape(*operand.shape[:into], -1, *operand.shape[into + 2 :])
+    return operand.reshape(
+        *operand.shape[:into], operand.shape[into] * operand.shape[into + 1], *operand.shape[into + 2 :]
+    )
 
 
 for _each in FOLDS:

@@ -54,7 +54,7 @@ def _apart(left, right, *extras, kind, geometry, fused):
 
 def _after(out, extras, fused):
     rest = iter(extras)
-    out = out + next(rest) if fused.bias else out
+    out = out + next(rest).reshape(1, 1, 1, -1) if fused.bias else out
     out = out + next(rest) if fused.residual else out
     out = jax.nn.relu(out) if fused.relu else out
     return jnp.where(next(rest).reshape(out.shape), out, 0) if fused.mask else out

@@ -63,7 +63,9 @@ class Library:
             if given is None:
                 del os.environ["OMP_WAIT_POLICY"]
         self.functions.dnnl_primitive_desc_query_md.restype = c_void_p
-        self.threads = max(1, len(os.sched_getaffinity(0)) // jax.local_device_count("cpu"))
+        wanted = os.environ.get("OMP_NUM_THREADS", "")
+        share = len(os.sched_getaffinity(0)) // jax.local_device_count("cpu")
+        self.threads = max(1, int(wanted) if wanted.isdecimal() else share)
         self.engine = self.made("engine_create", CPU, c_size_t(0))
         self.lock = threading.Lock()
         self.ready: collections.OrderedDict[bytes, list[Ready]] = collections.OrderedDict()

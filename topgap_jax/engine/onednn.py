@@ -3,6 +3,8 @@
 A call names its kind, its geometry, what is fused with it and the sizes of its buffers in the numbers of one attribute.
 """
 
+import atexit
+import contextlib
 import functools
 import importlib.metadata
 import logging
@@ -99,10 +101,22 @@ def _start() -> str:
     path = _find()
     if path is None:
         return "it is not installed (pip install 'topgap-jax[cpu]')"
-    library = Library(path)
-    KEPT.append(library)
-    interface.register(TARGET, library.run)
+    if not KEPT:  # an interrupt may have ended a first try
+        library = Library(path)
+        interface.register(TARGET, library.run)
+        KEPT.append(library)
+        atexit.register(_finish)
     return _self_test()
+
+
+def _finish() -> None:
+    """Wait for what is being computed. When Python ends, JAX waits for its threads, and they would wait for ever to enter Python."""
+    for array in jax.live_arrays("cpu"):
+        with contextlib.suppress(Exception):  # its computation failed, or it is deleted
+            array.block_until_ready()
+    for device in jax.local_devices(backend="cpu"):  # behind computations whose results nobody holds
+        with contextlib.suppress(Exception):
+            jax.jit(lambda x: x + 1)(jax.device_put(1.0, device)).block_until_ready()
 
 
 def _find() -> Path | None:
@@ -138,8 +152,8 @@ def _self_test() -> str:
         (FORWARD, (x, w, bias, dy), everything, np.maximum(y + bias + dy, 0)),
         (INPUT_GRADIENT, (dy, w, x, mask.reshape(2, -1)), masked, np.where(mask, dx + x, 0)),
     ]
-    # It may be asked for while another function is traced, and must not become a part of that.
-    with jax.ensure_compile_time_eval():
+    # It may be asked for while another function is traced, and must not become a part of that, nor obey a guard meant for it.
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
         for kind, operands, fused, result in cases:
             run = lambda *operands: call(kind, operands, result.shape, (2, 2), ((1, 1), (1, 1)), fused)
             if not np.allclose(jax.jit(run)(*operands), result, rtol=1e-4, atol=1e-4):

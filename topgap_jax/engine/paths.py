@@ -6,14 +6,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
-from jax.extend.core.primitives import conv_general_dilated_p
+from jax.extend.core.primitives import cond_p, conv_general_dilated_p, jit_p, remat_p, scan_p, while_p
 
 from topgap_jax.engine import onednn
 from topgap_jax.engine.convolution import KINDS
 from topgap_jax.engine.fused import ALONE, fused_p
 
-CLOSED = ("custom_jvp_call", "custom_vjp_call")
-"""What `fast_convs` does not go into."""
+SHARD_MAP = "shard_map"
+OPEN = {jit_p.name, remat_p.name, scan_p.name, while_p.name, cond_p.name, SHARD_MAP}
+"""What `fast_convs` goes into."""
 
 
 class Convolution(NamedTuple):
@@ -32,7 +33,8 @@ class Convolution(NamedTuple):
 def explain(f: Callable, *args) -> list[Convolution]:
     """Every convolution of f(*args), in order, those inside loops and branches once: `print(*explain(f, images), sep="\\n")`.
 
-    path: "onednn" (a custom call), "xla" (the engine's form, compiled by XLA), or "lax" (as it was written).
+    path: "onednn" (a custom call), "xla" (the engine's form, compiled by XLA), or "lax" (as it was written). Not seen from the
+    function alone: programs that `jax.export` writes, and those for several devices whose arrays name no mesh, take "xla".
     """
     return list(_convolutions(jax.make_jaxpr(f)(*args).jaxpr))
 
@@ -57,21 +59,25 @@ def refusal(eqn: JaxprEqn) -> str:
     return ""
 
 
-def _convolutions(jaxpr: Jaxpr, within: str = ""):
+def _convolutions(jaxpr: Jaxpr, within: str = "", partly: bool = False):
+    """within: what `fast_convs` does not go into; partly: inside a `shard_map` over some axes of its mesh only."""
     for eqn in jaxpr.eqns:
         shapes = tuple(v.aval.shape for v in eqn.invars)
         if eqn.primitive is conv_general_dilated_p:
             outside = f"inside {within}" if within else "not under fast_convs"
             yield Convolution("convolution", shapes, "lax", refusal(eqn) or outside)
         elif eqn.primitive in KINDS or eqn.primitive is fused_p:
-            path = "onednn" if onednn.available() and eqn.invars[0].aval.dtype == jnp.float32 else "xla"
-            why = "" if path == "onednn" else onednn.reason() or f"type {eqn.invars[0].aval.dtype}"
+            dtype = eqn.invars[0].aval.dtype
+            why = onednn.reason() or f"type {dtype}" * (dtype != jnp.float32)
+            why = why or "inside a shard_map over some axes of its mesh" * partly
+            path = "xla" if why else "onednn"
             if eqn.primitive is fused_p:
                 kind = KINDS[ALONE[eqn.params["kind"]]]
                 why = "fused with " + ", ".join(word for word, on in eqn.params["fused"]._asdict().items() if on)
             else:
                 kind = KINDS[eqn.primitive]
             yield Convolution(kind, shapes, path, why)
-        closed = within or (eqn.primitive.name if eqn.primitive.name in CLOSED else "")
+        name = eqn.primitive.name
+        some = name == SHARD_MAP and set(eqn.params["newly_manual_axes"]) != set(eqn.params["mesh"].axis_names)
         for body in jaxprs_in_params(eqn.params):
-            yield from _convolutions(body, closed)
+            yield from _convolutions(body, within or name * (name not in OPEN), partly or some)

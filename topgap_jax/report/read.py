@@ -98,9 +98,12 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
     names = [key for key, _, differs in differing([run.config for run in runs]) if differs and key.isidentifier()]
 
     def named(run: Run, row: dict[str, Any]) -> dict[str, Any]:
-        call, _, note = str(row.get("evaluator", "")).partition(" with ")
+        text = str(row.get("evaluator", ""))
+        head, found, tail = text.rpartition(") with ")
+        call, note = (f"{head})", tail) if found else (text, "")
         told = [f"{name}={fraction(run.config[name])}" for name in names if name in run.config and mentions(call, name)]
-        told = [words for words in told if f"{words.partition('=')[0]}=" not in note]
+        said = {words.partition("=")[0] for words in note.split(", ")}
+        told = [words for words in told if words.partition("=")[0] not in said]
         return row | {"evaluator": f"{call} with {', '.join([note] * bool(note) + told)}"} if told else row
 
     return [run._replace(rows=[named(run, row) for row in run.rows]) for run in runs]

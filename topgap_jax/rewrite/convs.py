@@ -19,7 +19,7 @@ def fast_convs(f: Callable) -> Callable:
     Derivatives of any order, in loops too, are then made of fast convolutions: `jax.grad(fast_convs(predict))`. Around a
     gradient, `fast_convs(jax.grad(predict))`, the numbers are right but most of the gain is lost. What the engine does not take
     (groups, dilation, other ranks) and what stands inside a function with derivatives of its own stays as it is;
-    `engine.explain(fast_convs(f), *args)` says which.
+    `engine.explain(fast_convs(f), *args)` says which. The numbers are those of finite ones: see `engine.convolution`.
     """
 
     def fast(*args, **kwargs):

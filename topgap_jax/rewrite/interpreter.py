@@ -10,6 +10,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.extend.core.primitives import (
     broadcast_in_dim_p,
     cond_p,
+    conv_general_dilated_p,
     custom_jvp_call_p,
     custom_vjp_call_p,
     jit_p,
@@ -17,6 +18,8 @@ from jax.extend.core.primitives import (
     scan_p,
     while_p,
 )
+
+from topgap_jax import engine
 
 SHARD_MAP = "shard_map"
 """By name, for JAX keeps this primitive to itself."""
@@ -142,7 +145,8 @@ def rebuild(eqn: JaxprEqn, values: Sequence[Any], run: Callable[[Jaxpr, Sequence
         return remat_p.bind(*closed.consts, *values, **(params | {"jaxpr": body}))
     if eqn.primitive is remat_p:
         again = lambda *args: run(params["jaxpr"], (), args)
-        return jax.checkpoint(again, prevent_cse=params["prevent_cse"], policy=params["policy"])(*values)
+        policy = params["policy"] and _policy(params["policy"])
+        return jax.checkpoint(again, prevent_cse=params["prevent_cse"], policy=policy)(*values)
     if eqn.primitive is scan_p:
         body, (constants, start, inputs) = within(params["jaxpr"]), _scanned(params, values)
 
@@ -167,6 +171,13 @@ def rebuild(eqn: JaxprEqn, values: Sequence[Any], run: Callable[[Jaxpr, Sequence
         each = lambda *args: tuple(run(params["jaxpr"], (), args))
         return list(jax.shard_map(each, axis_names=params["newly_manual_axes"], **options)(*values))
     return within(params["jaxpr" if eqn.primitive is jit_p else "call_jaxpr"])(*values)
+
+
+def _policy(policy: Callable) -> Callable:
+    """The same `jax.checkpoint` policy, to which the engine's convolutions are convolutions."""
+    return lambda primitive, *args, **params: policy(
+        conv_general_dilated_p if primitive in engine.KINDS else primitive, *args, **params
+    )
 
 
 def _scanned(params: dict[str, Any], values: Sequence[Any]) -> list[list[Any]]:

@@ -92,13 +92,18 @@ def _cache_folder() -> Path:
 
 def _add_flag() -> str:
     name, given = REDUCE_FLAG.partition("=")[0], os.environ.get("XLA_FLAGS", "")
-    if engine.found() or name in given or not jaxlib.__version__.startswith(JAXLIBS):
+    if engine.found() or name in given or _is_file(given) or not jaxlib.__version__.startswith(JAXLIBS):
         return ""
     gain = _measured_gain()
     if gain < 1.05:
         return ""
     os.environ["XLA_FLAGS"] = f"{given} {REDUCE_FLAG}".strip()
     return f"{name}=reduce, {gain:.2f} times as fast here"
+
+
+def _is_file(flags: str) -> bool:
+    """XLA_FLAGS may be the name of a file with flags, to which nothing can be added."""
+    return bool(flags.strip()) and not flags.lstrip().startswith("--")
 
 
 def _measured_gain() -> float:
@@ -138,6 +143,8 @@ def _measured_gain() -> float:
 def _add_devices(devices: int) -> str:
     if devices == 1:
         return ""
+    if _is_file(os.environ.get("XLA_FLAGS", "")):
+        return "as many devices as the file in XLA_FLAGS says"
     flags = os.environ.get("XLA_FLAGS", "").split()
     for flag in (f"{COUNT_FLAG}={devices}", COLLECTIVE_FLAG):
         name = flag.partition("=")[0]
@@ -148,5 +155,5 @@ def _add_devices(devices: int) -> str:
         # Where a batch is split, the engine's calls hold an address, and with it no later process would find them in the cache.
         jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
     count = next(flag.partition("=")[2] for flag in flags if flag.startswith(COUNT_FLAG))
-    os.environ.setdefault("NPROC", str(max(THREADS_PER_DEVICE * devices, os.cpu_count() or 1)))
+    os.environ.setdefault("NPROC", str(max(THREADS_PER_DEVICE * int(count), os.cpu_count() or 1)))
     return f"{count} devices, NPROC={os.environ['NPROC']}"
