@@ -3,8 +3,11 @@
 import os
 
 # Both are read when JAX starts. NPROC sizes XLA's thread pool: with fewer threads than devices need, a collective can starve.
+# Small programs that run a few times: LLVM at level 0 halves the time of the tests, and XLA's own passes are the same.
 os.environ["XLA_FLAGS"] = " ".join(
     [
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_cpu_collective_call_terminate_timeout_seconds=1200",

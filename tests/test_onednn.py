@@ -167,8 +167,9 @@ def test_threads():
             assert result.shape == (shape[0], shape[1] - 2, shape[2] - 2, out) and (result == 18 * shape[3]).all()
 
 
-def test_memory_is_bounded(monkeypatch):
-    """10,000 calls over 200 shapes: what is kept is what the shapes need, or the limit; memory does not grow."""
+@pytest.mark.parametrize("rounds", [9, pytest.param(49, marks=pytest.mark.slow)])
+def test_memory_is_bounded(monkeypatch, rounds):
+    """10,000 calls (in make test 2,000) over 200 shapes: what is kept is what they need, or the limit; memory does not grow."""
     (loaded,) = onednn.KEPT
     wanted = list(dict.fromkeys(shapes(400)))[:200]
     assert len(wanted) == 200
@@ -177,7 +178,7 @@ def test_memory_is_bounded(monkeypatch):
     for pair in wanted:
         one(*pair)
     before, memory = alive(), resident()
-    for _ in range(49):
+    for _ in range(rounds):
         for pair in wanted:
             one(*pair)
     # A second thread of XLA may have needed some of them at the same time as a first.
@@ -203,7 +204,7 @@ CACHED = """
 """
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_persistent_compilation_cache(devices, tmp_path):
     """A second process compiles nothing and finds the same numbers; one without the library neither profits nor suffers."""
     script, cache = tmp_path / "program.py", tmp_path / "cache"

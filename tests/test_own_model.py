@@ -81,7 +81,7 @@ def test_in_python(kind, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["linen", pytest.param("nnx", marks=pytest.mark.slow)])
 def test_by_command(kind, tmp_path, monkeypatch):
     patch(monkeypatch)
     text, _, layer = MODELS[kind]
