@@ -6,8 +6,8 @@ topgap train --config configs/art.py --workdir runs/art_attack --config.objectiv
 topgap train --config configs/art.py --workdir runs/art_pgd --config.objective='adversarial(pgd(linf(eps), steps=7))'
 
 The controls: plain training, the same attack without the alignment loss, and adversarial training. A net of 3 MMAC and 300
-steps, since a step takes many times as long as a plain one (README, Speed). A gradient that shows the image whatever the class is aligned too: look
-at cosine_true beside cosine_wrong in metrics.jsonl.
+steps, since a step takes many times as long as a plain one (README, Speed). A gradient that shows the image whatever the class is
+aligned too: look at cosine_true beside cosine_wrong in metrics.jsonl.
 """
 
 from ml_collections import ConfigDict

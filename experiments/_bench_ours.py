@@ -6,6 +6,7 @@ BENCH_DEVICES: over how many devices the batch is split; TOPGAP_ONEDNN=off: with
 import functools
 import os
 import time
+from pathlib import Path
 
 import flax
 import jax
@@ -31,12 +32,13 @@ LINF = tg.balls.linf(8 / 255)
 
 
 def prepare(path, network, k, images, labels, weights=None, head="maps", classes=10, engine=True):
-    """k: of `top_gap`, None for `gap`. images, labels: .npy files, uint8 and int32. weights: random if None. engine: or plain JAX."""
+    """k: of `top_gap`, None for `gap`. images, labels: .npy files, uint8 and int32. weights: random if there is no such file. engine: or plain JAX."""
     pool = tg.pool.gap() if k is None else tg.pool.top_gap(k=k)
     model = tg.models.classifier(BACKBONES[network](), HEADS[head](pool), classes=classes, **IMAGENET)
     pixels, labels = np.load(images), np.load(labels)
     x, y = jnp.asarray(pixels, jnp.float32) / 255, jnp.asarray(labels)
-    variables = pretrained.load(weights, model) if weights else jax.jit(model.init)(jax.random.key(0), x[:1])
+    known = weights and Path(weights).exists()  # peers, where there are any, have written it
+    variables = pretrained.load(weights, model) if known else jax.jit(model.init)(jax.random.key(0), x[:1])
     if engine:
         model = tg.models.fast(model)
     merged = fused if engine else lambda f: f

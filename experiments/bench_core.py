@@ -74,18 +74,7 @@ def main():
 
 def measure(title, options, folder):
     """One path: start its processes, compare what they compute, time them in turn."""
-    path, network, k = PATHS[title]
-    generator = np.random.default_rng(0)
-    np.save(folder / "images.npy", generator.integers(0, 256, (options.batch, 32, 32, 3), np.uint8))
-    np.save(folder / "labels.npy", generator.integers(0, 10, options.batch, np.int32))
-    task = {
-        "path": path,
-        "network": network,
-        "k": k,
-        "images": str(folder / "images.npy"),
-        "labels": str(folder / "labels.npy"),
-        "weights": weights(network, folder),
-    }
+    task = make_task(*PATHS[title], folder, options.batch)
     processes = {  # the peers first: they write the weights if there are none
         name: driver.start("_bench_torch.py", options.peer_python, driver.KEEP_MEMORY | environment)
         for name, environment in PEERS.items()
@@ -122,6 +111,15 @@ def measure(title, options, folder):
         "agreement": agreement,
         "settings": settings,
     }
+
+
+def make_task(path, network, k, folder, batch=128):
+    """What every process of a path is asked to prepare, on images and labels that are drawn into the folder."""
+    generator = np.random.default_rng(0)
+    np.save(folder / "images.npy", generator.integers(0, 256, (batch, 32, 32, 3), np.uint8))
+    np.save(folder / "labels.npy", generator.integers(0, 10, batch, np.int32))
+    files = {name: str(folder / f"{name}.npy") for name in ("images", "labels")}
+    return {"path": path, "network": network, "k": k, "weights": weights(network, folder), **files}
 
 
 def weights(network, folder):

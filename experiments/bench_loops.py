@@ -11,8 +11,7 @@ import tempfile
 from pathlib import Path
 
 import _bench_driver as driver
-import numpy as np
-from bench_core import OURS, weights
+from bench_core import OURS, make_task
 
 WAYS = ("attack in a loop", "attack unrolled")
 SETTINGS = ("oneDNN", "XLA", "plain JAX")
@@ -33,23 +32,14 @@ def main():
 
 def measure(name, options, folder):
     """Both ways in one setting, timed in turn."""
-    generator = np.random.default_rng(0)
-    np.save(folder / "images.npy", generator.integers(0, 256, (128, 32, 32, 3), np.uint8))
-    np.save(folder / "labels.npy", generator.integers(0, 10, 128, np.int32))
-    known = weights("resnet20", folder)
-    task = {
-        "network": "resnet20",
-        "k": None,
-        "images": str(folder / "images.npy"),
-        "labels": str(folder / "labels.npy"),
-        "weights": known if Path(known).exists() else None,
-        "engine": OURS[name][1],
-    }
-    environment = driver.NO_CACHE | OURS[name][0]
+    environment, engine = driver.NO_CACHE | OURS[name][0], OURS[name][1]
     processes = {way: driver.start("_bench_ours.py", environment=environment) for way in WAYS}
-    answers = {way: driver.ask(process, "prepare", path=way, **task) for way, process in processes.items()}
+    answers = {
+        way: driver.ask(process, "prepare", engine=engine, **make_task(way, "resnet20", None, folder))
+        for way, process in processes.items()
+    }
     # A naive loop takes minutes for what the others do in seconds: once is enough to see it.
-    times = driver.interleave(processes, options.rounds if OURS[name][1] else 1, 0)
+    times = driver.interleave(processes, options.rounds if engine else 1, 0)
     row = {way: {"compile_seconds": answers[way]["compile_seconds"], **driver.figures(times[way])} for way in WAYS}
     driver.stop(processes)
     return row | {"ratio": driver.ratios(*(times[way] for way in WAYS))}

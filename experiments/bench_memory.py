@@ -13,8 +13,7 @@ import tempfile
 from pathlib import Path
 
 import _bench_driver as driver
-import numpy as np
-from bench_core import OURS, PATHS, weights
+from bench_core import OURS, PATHS, make_task
 
 SETTINGS = ("oneDNN", "XLA", "plain JAX")
 
@@ -34,27 +33,14 @@ def main():
 
 def measure(title, count, folder):
     """{setting: {"planned_mb", "peaks_mb"}} of one path."""
-    path, network, k = PATHS[title]
-    generator = np.random.default_rng(0)
-    np.save(folder / "images.npy", generator.integers(0, 256, (128, 32, 32, 3), np.uint8))
-    np.save(folder / "labels.npy", generator.integers(0, 10, 128, np.int32))
-    known = weights(network, folder)
-    task = {
-        "path": path,
-        "network": network,
-        "k": k,
-        "images": str(folder / "images.npy"),
-        "labels": str(folder / "labels.npy"),
-        "weights": known if Path(known).exists() else None,
-    }
-    row = {}
+    task, row = make_task(*PATHS[title], folder), {}
     for name in SETTINGS:
         environment, engine = OURS[name]
         peaks = []
         for _ in range(count):
             process = driver.start("_bench_ours.py", environment=driver.NO_CACHE | environment)
             answer = driver.ask(process, "prepare", **task, engine=engine)
-            driver.ask(process, "time", calls=10 if path == "forward" else 3)
+            driver.ask(process, "time", calls=10 if task["path"] == "forward" else 3)
             peaks.append(driver.ask(process, "memory")["peak_mb"])
             driver.stop({name: process})
         row[name] = {"planned_mb": answer["planned_mb"], "peaks_mb": peaks}

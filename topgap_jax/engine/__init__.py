@@ -4,12 +4,14 @@ from topgap_jax.engine.convolution import KINDS, Geometry, convolution, forward_
 from topgap_jax.engine.fused import fused_convolution
 from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, Fused
 from topgap_jax.engine.onednn import available, found, status
-from topgap_jax.engine.paths import Convolution, explain, refusal
+from topgap_jax.engine.paths import ENTERED, SHARD_MAP, Convolution, explain, refusal
 
 __all__ = [
+    "ENTERED",
     "FORWARD",
     "INPUT_GRADIENT",
     "KINDS",
+    "SHARD_MAP",
     "Convolution",
     "Fused",
     "Geometry",

@@ -140,9 +140,8 @@ def _devices(module) -> int:
     context = module.axis_context
     if module.lowering_parameters.for_export:
         return 0
-    if hasattr(
-        context, "num_devices"
-    ):  # jit; without a mesh, or with the old partitioner, no rule says how to divide a call
+    if hasattr(context, "num_devices"):  # jit
+        # Without a mesh, or with the old partitioner, nothing says how a call is divided.
         divisible = context.device_assignment and context.abstract_mesh and jax.config.jax_use_shardy_partitioner
         return context.num_devices if context.num_devices == 1 or divisible else 0
     if hasattr(context, "manual_axes"):  # shard_map: each device has its own part already, where all axes are manual

@@ -13,8 +13,10 @@ from topgap_jax.engine.convolution import KINDS
 from topgap_jax.engine.fused import ALONE, fused_p
 
 SHARD_MAP = "shard_map"
-OPEN = {jit_p.name, remat_p.name, scan_p.name, while_p.name, cond_p.name, SHARD_MAP}
-"""What `fast_convs` goes into."""
+"""By name, for JAX keeps this primitive to itself."""
+
+ENTERED = {jit_p.name, remat_p.name, scan_p.name, while_p.name, cond_p.name, SHARD_MAP}
+"""Names of the equations whose bodies `fast_convs` goes into."""
 
 
 class Convolution(NamedTuple):
@@ -80,4 +82,4 @@ def _convolutions(jaxpr: Jaxpr, within: str = "", partly: bool = False):
         name = eqn.primitive.name
         some = name == SHARD_MAP and set(eqn.params["newly_manual_axes"]) != set(eqn.params["mesh"].axis_names)
         for body in jaxprs_in_params(eqn.params):
-            yield from _convolutions(body, within or name * (name not in OPEN), partly or some)
+            yield from _convolutions(body, within or name * (name not in ENTERED), partly or some)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from topgap_jax.errors import UserError
+from topgap_jax.run.config import mentions
 from topgap_jax.run.progress import read_metrics
 
 HEADLINES = (
@@ -107,16 +108,6 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
         return row | {"evaluator": f"{call} with {', '.join([note] * bool(note) + told)}"} if told else row
 
     return [run._replace(rows=[named(run, row) for row in run.rows]) for run in runs]
-
-
-def mentions(call: str, name: str) -> bool:
-    """Is `name` a value in this call, and neither a keyword nor a text?
-
-    >>> mentions("robust(pgd(linf(eps)))", "eps"), mentions("linf(eps=.1)", "eps"), mentions("layer('eps')", "eps")
-    (True, False, False)
-    """
-    call = re.sub(r"'[^']*'|\"[^\"]*\"", "", call)
-    return re.search(rf"\b{name}\b(?!\s*=)", call) is not None
 
 
 def fraction(text: str) -> str:

@@ -20,9 +20,7 @@ from jax.extend.core.primitives import (
 )
 
 from topgap_jax import engine
-
-SHARD_MAP = "shard_map"
-"""By name, for JAX keeps this primitive to itself."""
+from topgap_jax.engine import SHARD_MAP
 
 
 def trace(f: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[ClosedJaxpr, list[Any], Callable]:
@@ -122,13 +120,12 @@ def enters(eqn: JaxprEqn) -> bool:
 
 def reaches(eqn: JaxprEqn) -> bool:
     """Whether `rebuild` can go into the equation: also loops, branches, `shard_map`, functions with derivatives of their own."""
-    others = (scan_p, while_p, cond_p, custom_jvp_call_p, custom_vjp_call_p)
-    return enters(eqn) or eqn.primitive in others or eqn.primitive.name == SHARD_MAP
+    return keeps_derivatives(eqn) or eqn.primitive in (custom_jvp_call_p, custom_vjp_call_p)
 
 
 def keeps_derivatives(eqn: JaxprEqn) -> bool:
     """Whether `rebuild` goes into the equation and what comes out has its derivatives: not a function with ones of its own."""
-    return reaches(eqn) and eqn.primitive not in (custom_jvp_call_p, custom_vjp_call_p)
+    return eqn.primitive.name in engine.ENTERED
 
 
 def rebuild(eqn: JaxprEqn, values: Sequence[Any], run: Callable[[Jaxpr, Sequence[Any], Sequence[Any]], Any]) -> Any:

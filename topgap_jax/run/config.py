@@ -207,6 +207,19 @@ def split_list(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+def mentions(call: str, name: str) -> bool:
+    """Is `name` a value in this call, and neither a keyword nor a text?
+
+    >>> mentions("robust(pgd(linf(eps)))", "eps"), mentions("linf(eps=.1)", "eps"), mentions("layer('eps')", "eps")
+    (True, False, False)
+    """
+    return re.search(rf"\b{name}\b(?!\s*=)", _unquoted(call)) is not None
+
+
+def _unquoted(text: str) -> str:
+    return re.sub(r"'[^']*'|\"[^\"]*\"", "", text)
+
+
 def _value(config: ConfigDict, key: str, text: str, where: str, methods: Table, known: Mapping[str, Any]) -> Any:
     """The value of `text`, checked to be what `key` stands for."""
     role = ROLES[key]
@@ -248,7 +261,7 @@ def _stored(path: Path) -> Loaded:
         raise UserError(f"{path} is not the config.json of a run") from None
     if file is not None and Path(file).is_file():
         return Loaded(config, _run(Path(file))[1], file)
-    calls = " ".join(re.sub(r"'[^']*'|\"[^\"]*\"", "", str(config.get(key, ""))) for key in ROLES)
+    calls = " ".join(_unquoted(str(config.get(key, ""))) for key in ROLES)
     own = [name for name in re.findall(r"(\w+)\s*\(", calls) if name not in TABLE]
     if own and file is not None:
         raise UserError(

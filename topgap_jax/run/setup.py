@@ -168,7 +168,7 @@ def evaluate(
     if not configs.split_list(text):
         raise UserError("nothing to evaluate: neither config.evaluators nor --evaluators names an evaluator")
     _evaluators(chosen, evaluators, STAND_INS)  # a mistake shows itself before anything is read
-    known = {name: make(chosen) for name, make in (("bank", bank), ("centre", centre)) if _mentions(text, name)}
+    known = {name: make(chosen) for name, make in (("bank", bank), ("centre", centre)) if configs.mentions(text, name)}
     built = _evaluators(chosen, evaluators, known)
     mesh = data_mesh()
     mesh = mesh if mesh.size > 1 else None
@@ -275,10 +275,6 @@ def _note(loaded: Loaded, evaluator: str) -> str:
     told = [
         f"{key}={text}"
         for key, text in loaded.changes
-        if key in DECISIVE or any(_mentions(each, key) for each in texts)
+        if key in DECISIVE or any(configs.mentions(each, key) for each in texts)
     ]
     return f" with {', '.join(told)}" if told else ""
-
-
-def _mentions(text: str, name: str) -> bool:
-    return re.search(rf"\b{name}\b(?!\s*=)", text) is not None
