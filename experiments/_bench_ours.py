@@ -15,9 +15,9 @@ import numpy as np
 from _bench_worker import serve
 
 import topgap_jax as tg
+from topgap_jax import pretrained
 from topgap_jax.mesh import data_mesh, replicated, split
 from topgap_jax.rewrite import fused
-from topgap_jax.run import pretrained
 from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.run.fit import Parts, State, make_step
 from topgap_jax.training import objectives, optimizers
@@ -74,7 +74,7 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
         return run, run
 
     def pgd():
-        """As `run.robust` does it: one jitted step at a time, and the host asks each time whether any is unbroken."""
+        """As `measure.robust` does it: one jitted step at a time, and the host asks each time whether any is unbroken."""
         attack = tg.attacks.pgd(LINF, steps=20)
         keys = jax.random.split(jax.random.key(0), len(y))
 

@@ -12,12 +12,13 @@ import re
 import sys
 from pathlib import Path
 
-from topgap_jax.run import checkpoint, setup
+from topgap_jax import setup
+from topgap_jax.progress import write_text
+from topgap_jax.run import checkpoint
 from topgap_jax.run.cpu import configure_cpu
-from topgap_jax.run.experiment import total_steps
 from topgap_jax.run.fit import fit
-from topgap_jax.run.progress import write_text
 from topgap_jax.run.provenance import provenance
+from topgap_jax.setup.assembly import total_steps
 
 ROOT = Path(__file__).parent.parent
 

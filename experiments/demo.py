@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+from topgap_jax import setup
 from topgap_jax.report.compare import demo_table
 from topgap_jax.report.page import report
 from topgap_jax.report.sheets import sheet
-from topgap_jax.run import setup
 from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.run.fit import fit
 

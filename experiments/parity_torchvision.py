@@ -17,9 +17,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from topgap_jax import models, pool
+from topgap_jax import models, pool, pretrained
 from topgap_jax.build import build
-from topgap_jax.run import pretrained
 from topgap_jax.run.provenance import provenance
 
 HERE = Path(__file__).parent

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from _study import cpu_seconds, paired
 
-from topgap_jax.run import setup
+from topgap_jax import setup
+from topgap_jax.progress import write_text
 from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.run.fit import fit
-from topgap_jax.run.progress import write_text
 from topgap_jax.run.provenance import provenance
 
 CONFIG = Path(__file__).parent.parent / "configs" / "shapes.py"

@@ -21,9 +21,9 @@ import numpy as np
 
 from topgap_jax.mesh import data_mesh, replicated, split
 from topgap_jax.models import fast, linen
+from topgap_jax.progress import write_text
 from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.run.fit import Parts, State, make_step
-from topgap_jax.run.progress import write_text
 from topgap_jax.run.provenance import provenance
 from topgap_jax.training.objectives import standard
 from topgap_jax.training.optimizers import sgd

@@ -24,11 +24,12 @@ import numpy as np
 import shapes
 from _study import cpu_seconds, paired
 
+from topgap_jax import setup
+from topgap_jax.progress import write_text
 from topgap_jax.report import sheets
-from topgap_jax.run import checkpoint, setup
+from topgap_jax.run import checkpoint
 from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.run.fit import fit
-from topgap_jax.run.progress import write_text
 from topgap_jax.run.provenance import provenance
 
 ROOT = Path(__file__).parent.parent

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from jax import lax
 
-from topgap_jax import attacks, balls, explain, pool, rewrite
+from topgap_jax import attacks, balls, explain, pool, rules
 from topgap_jax.attacks.explanation import _mass
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.metrics.ranks import topk_intersection
-from topgap_jax.rewrite import canonical_convs, guided_backprop, name, softplus
+from topgap_jax.rewrite import canonical_convs, name
+from topgap_jax.rules import guided_backprop, softplus
 from topgap_jax.types import Cost
 
 B, CLASSES, EPS, K = 6, 3, 0.05, 6
@@ -40,7 +41,7 @@ ROWS = ["gradient()", "cam()", "grad_cam()"]
 
 def make(row, eps=EPS, **options):
     options = {"k": K, "steps": 4, "step_size": eps / 3, "restarts": 2} | options
-    return attacks.topk_attack(build(row, {**explain.TABLE, **rewrite.TABLE}), balls.linf(eps), **options)
+    return attacks.topk_attack(build(row, {**explain.TABLE, **rules.TABLE}), balls.linf(eps), **options)
 
 
 def run(attack, keys=KEYS, images=IMAGES, labels=LABELS):

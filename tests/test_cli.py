@@ -18,11 +18,11 @@ import pytest
 from PIL import Image
 
 from tests.test_setup import store
-from topgap_jax import cli, engine
+from topgap_jax import cli, engine, setup
 from topgap_jax.mesh import data_mesh
-from topgap_jax.run import experiment, setup
+from topgap_jax.progress import read_metrics
 from topgap_jax.run import fit as fit_module
-from topgap_jax.run.progress import read_metrics
+from topgap_jax.setup import assembly
 
 ROOT = Path(__file__).parent.parent
 TINY = str(Path(__file__).parent / "tiny_config.py")
@@ -36,7 +36,7 @@ def one_device(monkeypatch):
 
 
 def patch(monkeypatch):
-    for module in (fit_module, experiment, setup):
+    for module in (fit_module, assembly, setup.commands):
         monkeypatch.setattr(module, "data_mesh", lambda: data_mesh(jax.devices()[:1]))
     monkeypatch.setattr(cli, "_configure", lambda arguments: "CPU: as it is")
 
@@ -164,7 +164,7 @@ def test_compare_and_report(run, tmp_path):
 
 
 def test_evaluate_weights_of_a_file(tmp_path):
-    variables = experiment.init(setup.experiment(TINY))
+    variables = assembly.init(setup.experiment(TINY))
     store(tmp_path / "net.safetensors", variables, {})
     words = ("--weights", tmp_path / "net.safetensors", "--evaluators", "accuracy()")
     code, out, _ = topgap("evaluate", "--config", TINY, *words)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from topgap_jax.errors import UserError
-from topgap_jax.run import config as configs
+from topgap_jax.setup import config as configs
 from topgap_jax.types import Evaluator
 
 CONFIGS = Path(__file__).parent.parent / "configs"

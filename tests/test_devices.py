@@ -17,9 +17,9 @@ from tests import tiny_fit
 from tests.tiny_fit import CONFIG, flat, parts
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import check_batch, data_mesh, replicated, split
+from topgap_jax.progress import read_metrics
 from topgap_jax.run import checkpoint
 from topgap_jax.run.fit import fit
-from topgap_jax.run.progress import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from topgap_jax.data import Source
 from topgap_jax.errors import UserError
 from topgap_jax.evaluators import accuracy, attributional_robustness, coverage, localisation, measures, robust
 from topgap_jax.explain import cam
+from topgap_jax.measure.evaluate import evaluate, evaluation_variables, measure_split
+from topgap_jax.measure.robust import attack_split
+from topgap_jax.measure.splits import Split, resident_split, streamed_split
+from topgap_jax.measure.verdicts import Log, fingerprint
 from topgap_jax.mesh import data_mesh
 from topgap_jax.metrics import deletion, gini
 from topgap_jax.rewrite import name
-from topgap_jax.run.evaluate import evaluate, evaluation_variables, measure_split
-from topgap_jax.run.robust import attack_split
-from topgap_jax.run.splits import Split, resident_split, streamed_split
-from topgap_jax.run.verdicts import Log, fingerprint
 from topgap_jax.types import Cost, Model, Output
 
 N, BATCH = 21, 8

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from topgap_jax import explain, pool, rewrite
+from topgap_jax import explain, pool, rules
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import data_mesh, split
@@ -60,7 +60,7 @@ PREDICT = network(parameters(1))
 
 
 def make(row):
-    return build(row, {**explain.TABLE, **rewrite.TABLE}, rewrite.VALUES)
+    return build(row, {**explain.TABLE, **rules.TABLE}, rules.VALUES)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from topgap_jax import explain, models, pool
 from topgap_jax.errors import UserError
 from topgap_jax.explain.gradient import quadrature
 from topgap_jax.mesh import data_mesh, split
-from topgap_jax.rewrite import canonical_convs, guided, softplus, zero_images
+from topgap_jax.rewrite import canonical_convs, zero_images
+from topgap_jax.rules import guided, softplus
 from topgap_jax.types import Cost
 
 random = np.random.default_rng(0)

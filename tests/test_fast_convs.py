@@ -9,7 +9,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from topgap_jax import attacks, balls, engine, explain, models, pool, rewrite
+from topgap_jax import attacks, balls, engine, explain, models, pool, rewrite, rules
 from topgap_jax.engine import onednn
 from topgap_jax.rewrite import fast_convs
 from topgap_jax.scores import cross_entropy
@@ -129,7 +129,7 @@ def test_other_rewrites_work_through_it():
     outside = rewrite.with_pool(model._replace(apply=fast_convs(model.apply)), dense="head", pool=pool.top_gap(k=3))
     inside = pooled._replace(apply=fast_convs(pooled.apply))
     expected = models.bind(pooled, variables)
-    ruled = lambda f: rewrite.with_rules(f, **rewrite.guided)
+    ruled = lambda f: rewrite.with_rules(f, **rules.guided)
     for other in (outside, inside):
         assert_same(models.bind(other, variables)(IMAGES), expected(IMAGES))
         cam = lambda f: explain.cam()(KEYS, f, IMAGES, LABELS)

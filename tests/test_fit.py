@@ -18,10 +18,10 @@ from tests.tiny_fit import CONFIG, STEPS, flat, parts
 from topgap_jax.data import Source, epoch_ids, stream
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import data_mesh
+from topgap_jax.progress import read_metrics
 from topgap_jax.run import checkpoint
 from topgap_jax.run import fit as fit_module
 from topgap_jax.run.fit import Stopped, fit
-from topgap_jax.run.progress import read_metrics
 from topgap_jax.training.objectives import standard
 from topgap_jax.training.optimizers import sgd
 

@@ -11,17 +11,17 @@ import pytest
 from tests import own_models
 from tests.test_cli import patch, topgap
 from tests.tiny_fit import flat
-from topgap_jax import data, explain, models
+from topgap_jax import data, explain, models, setup
 from topgap_jax.evaluators import accuracy
+from topgap_jax.measure.evaluate import evaluate
+from topgap_jax.measure.splits import resident_split
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.pool import top_gap
+from topgap_jax.progress import read_metrics
 from topgap_jax.rewrite import read, with_pool
-from topgap_jax.run import checkpoint, setup
-from topgap_jax.run.evaluate import evaluate
+from topgap_jax.run import checkpoint
 from topgap_jax.run.fit import Parts, fit
-from topgap_jax.run.progress import read_metrics
-from topgap_jax.run.splits import resident_split
 from topgap_jax.training.objectives import standard
 from topgap_jax.training.optimizers import adamw
 

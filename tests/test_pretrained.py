@@ -7,10 +7,9 @@ import pytest
 from jax import ShapeDtypeStruct
 from safetensors.numpy import save_file
 
-from topgap_jax import models, pool
+from topgap_jax import models, pool, pretrained
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
-from topgap_jax.run import pretrained
 
 RGB = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
 

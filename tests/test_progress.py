@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from topgap_jax.run import progress
-from topgap_jax.run.progress import Metrics, bar, read_metrics, write_text
+from topgap_jax import progress
+from topgap_jax.progress import Metrics, bar, read_metrics, write_text
 
 
 class Terminal:

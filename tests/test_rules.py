@@ -14,17 +14,8 @@ from topgap_jax import explain, models, pool
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import data_mesh
-from topgap_jax.rewrite import (
-    VALUES,
-    guided,
-    guided_backprop,
-    guided_upsampled,
-    name,
-    read,
-    softplus,
-    tap,
-    with_rules,
-)
+from topgap_jax.rewrite import name, read, tap, with_rules
+from topgap_jax.rules import VALUES, guided, guided_backprop, guided_upsampled, softplus
 from topgap_jax.types import Rule
 
 MESH, SPEC = data_mesh(), PartitionSpec("data")

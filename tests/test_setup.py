@@ -10,14 +10,13 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from topgap_jax import data, rewrite
+from topgap_jax import data, pretrained, rewrite, setup
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
-from topgap_jax.run import experiment as experiment_module
 from topgap_jax.run import fit as fit_module
-from topgap_jax.run import pretrained, setup
 from topgap_jax.run.fit import fit
+from topgap_jax.setup import assembly
 
 TINY = Path(__file__).parent / "tiny_config.py"
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -26,7 +25,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Of the eight that tests have: 20 examples cannot be split over eight."""
-    for module in (fit_module, experiment_module, setup):
+    for module in (fit_module, assembly, setup.commands):
         monkeypatch.setattr(module, "data_mesh", lambda: data_mesh(jax.devices()[:1]))
 
 
@@ -64,19 +63,19 @@ def error(function, *args, **kwargs) -> str:
 def test_an_experiment_knows_its_classes_and_steps():
     chosen = setup.experiment(TINY, [("train", "train[:50]"), ("pool", "top_gap(k=linear(64, 8, total_steps))")])
     assert chosen.classes == ("disc", "square", "triangle", "cross", "ring", "star")
-    assert experiment_module.total_steps(chosen.config, chosen.source) == 2 * 2
+    assert assembly.total_steps(chosen.config, chosen.source) == 2 * 2
     few = setup.experiment(TINY, [("train", "train[:5]"), ("epochs", "7")])
-    assert experiment_module.total_steps(few.config, few.source) == 7, "one batch that repeats its rows"
+    assert assembly.total_steps(few.config, few.source) == 7, "one batch that repeats its rows"
 
 
 def test_a_command_reads_each_split_once(reads):
     chosen = setup.experiment(TINY)
     parts = setup.parts(chosen)
     assert set(parts.train) == set(parts.validation) == {"image", "label"}
-    assert experiment_module.bank(chosen).shape == (6, 32, 32, 32, 3)
-    height, width = experiment_module.centre(chosen)
+    assert assembly.bank(chosen).shape == (6, 32, 32, 32, 3)
+    height, width = assembly.centre(chosen)
     assert 0.2 < height < 0.8 and 0.2 < width < 0.8
-    experiment_module.open_split(chosen, "train", 20)
+    assembly.open_split(chosen, "train", 20)
     assert reads == ["train", "validation"]
     arrays = setup.read(chosen, "train")
     assert arrays["image"].shape == (60, 32, 32, 3) and set(arrays) == {"image", "label", "box", "region", "group"}
@@ -84,17 +83,17 @@ def test_a_command_reads_each_split_once(reads):
 
 def test_a_large_set_streams_the_same(monkeypatch, reads):
     small = setup.experiment(TINY)
-    expected = next(iter(experiment_module.open_split(small, "test", 20).batches(None)))
-    monkeypatch.setattr(experiment_module, "RESIDENT_BYTES", 60_000)
+    expected = next(iter(assembly.open_split(small, "test", 20).batches(None)))
+    monkeypatch.setattr(assembly, "RESIDENT_BYTES", 60_000)
     large = setup.experiment(TINY)
     reads.clear()
     with setup.parts(large).train as stream:
         assert next(stream)["image"].shape == (20, 32, 32, 3)
     split = setup.parts(large).validation
-    found = next(iter(experiment_module.open_split(large, "test", 20).batches(None)))
+    found = next(iter(assembly.open_split(large, "test", 20).batches(None)))
     jax.tree.map(np.testing.assert_array_equal, dict(found[1]), dict(expected[1]))
     assert split.examples == 20 and reads == []
-    arrays = experiment_module._sample(large, "bank")
+    arrays = assembly._sample(large, "bank")
     n = len(arrays["label"])
     assert 5 < n < 20 and arrays["image"].nbytes < 60_000
     np.testing.assert_array_equal(arrays["image"][-1], setup.read(small, "train")["image"][-1])
@@ -127,10 +126,10 @@ def test_evaluation_of_a_run(run, reads):
 def test_what_the_command_line_changed_stands_in_the_row(run):
     """Else a robust accuracy at another epsilon would pass for the one of the config."""
     loaded = setup.from_workdir(run[0], [("eps", "4/255"), ("evaluators", "accuracy()")])
-    assert setup._note(loaded, "robust(pgd(linf(eps)))") == " with eps=4/255"
-    assert setup._note(loaded, "robust(pgd(linf(8/255), steps=3))") == ""
+    assert setup.commands._note(loaded, "robust(pgd(linf(eps)))") == " with eps=4/255"
+    assert setup.commands._note(loaded, "robust(pgd(linf(8/255), steps=3))") == ""
     loaded = setup.from_workdir(run[0], [("eps", "4/255"), ("pool", "top_gap(fraction=eps)")])
-    assert setup._note(loaded, "accuracy()") == " with eps=4/255, pool=top_gap(fraction=eps)"
+    assert setup.commands._note(loaded, "accuracy()") == " with eps=4/255, pool=top_gap(fraction=eps)"
     (row,) = setup.evaluate(loaded, evaluators="accuracy()", splits="test[:5]")
     assert row["evaluator"] == "accuracy() with eps=4/255, pool=top_gap(fraction=eps)" and row["examples"] == 5
 
@@ -138,7 +137,7 @@ def test_what_the_command_line_changed_stands_in_the_row(run):
 def test_weights_from_a_file(tmp_path, capsys, reads):
     """A file in PyTorch naming; what it says of its normalisation goes before the config, and the command line before that."""
     chosen = setup.experiment(TINY)
-    variables = experiment_module.init(chosen)
+    variables = assembly.init(chosen)
     path = tmp_path / "net.safetensors"
     store(path, variables, {"mean": "0.4,0.4,0.4"})
     loaded = setup.from_weights(TINY, [], path)
@@ -227,7 +226,7 @@ def pictures_only(folder):
 def test_evaluators_that_need_what_a_set_does_not_offer(tmp_path):
     pictures_only(tmp_path)
     chosen = setup.experiment(TINY, [("source", f"folder('{tmp_path}')"), ("validation", ""), ("batch", "2")])
-    loaded = setup.Loaded(chosen, experiment_module.init(chosen), "random", None)
+    loaded = setup.Loaded(chosen, assembly.init(chosen), "random", None)
     source = f"folder('{tmp_path}')"
     assert error(setup.evaluate, loaded) == f"regions(bank): {source} offers no regions"
     text = error(setup.evaluate, loaded, evaluators="localisation(cam(), centre=centre)")
@@ -257,7 +256,7 @@ def test_the_configs_of_the_repository_are_whole(path, request, monkeypatch):
         parts = setup.parts(chosen)
         shapes = jax.eval_shape(parts.model.init, jax.random.key(0), jnp.zeros((1, *parts.image_shape)))
         assert shapes["params"] and parts.examples >= parts.batch and parts.classes == len(chosen.classes)
-    for split in experiment_module.configs.split_list(chosen.config.test):
+    for split in assembly.configs.split_list(chosen.config.test):
         assert len(chosen.source(split)) > 0
     _, default = setup.layers(chosen)
     assert default == "maps"

@@ -17,10 +17,10 @@ from topgap_jax import drops, models, pool
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import data_mesh, replicated, split
+from topgap_jax.progress import read_metrics
 from topgap_jax.rewrite import layers, name, read, tap, with_drop, with_pool
-from topgap_jax.run import config as configs
 from topgap_jax.run.fit import _averaged, fit
-from topgap_jax.run.progress import read_metrics
+from topgap_jax.setup import config as configs
 from topgap_jax.training import objectives
 from topgap_jax.types import Output
 

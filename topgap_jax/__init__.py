@@ -1,7 +1,8 @@
 """Image classifiers that look at the right pixels, and the tools that prove it, in JAX and Flax.
 
-Rooms, from the ground up: `types`, `build`, `pool`, `scores`, `balls`, `penalties`, `mesh`, `rewrite`; `models`, `attacks`, `explain`, `drops`, `metrics`;
-`training`, `evaluators`; `data`, `run`, `report`. Everything that can be chosen is a small function that returns a value of
+Rooms, from the ground up: `types`, `build`; `engine`, `norms`, `order`, `keys`, `mesh`, `pool`, `scores`, `balls`, `penalties`,
+`rewrite`; `metrics`, `drops`, `rules`, `explain`, `attacks`, `models`; `evaluators`, `training`; `progress`, `data`, `pretrained`,
+`measure`, `run`, `setup`; `report`. Everything that can be chosen is a small function that returns a value of
 one of the types in `topgap_jax.types`.
 
 >>> import topgap_jax as tg
@@ -16,8 +17,9 @@ from topgap_jax.errors import UserError
 __version__ = "0.1.0"
 
 ROOMS = (
-    "types", "build", "pool", "scores", "balls", "penalties", "mesh", "rewrite", "models", "attacks", "explain", "drops", "metrics", "training",
-    "evaluators", "data", "run", "report",
+    "types", "build", "engine", "norms", "order", "keys", "mesh", "pool", "scores", "balls", "penalties", "rewrite",
+    "metrics", "drops", "rules", "explain", "attacks", "models", "evaluators", "training",
+    "progress", "data", "pretrained", "measure", "run", "setup", "report",
 )  # fmt: skip
 __all__ = ["UserError", *ROOMS]
 

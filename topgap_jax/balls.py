@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from topgap_jax.build import check_number
-from topgap_jax.types import Array, Ball
+from topgap_jax.build import check_number, table
+from topgap_jax.norms import direction_and_length
+from topgap_jax.types import Ball
 
 AXES = (1, 2, 3)
 
@@ -53,16 +54,6 @@ def l2(eps: float) -> Ball:
     )
 
 
-def direction_and_length(values: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """Unit vectors and lengths over `axes`, which stay with length 1; of zeros, zeros, also in the derivative."""
-    # By the largest entry first: the squares of a confident image's gradient (1e-25) are 0 in float32.
-    largest = jnp.abs(values).max(axes, keepdims=True)
-    empty = largest == 0
-    scaled = values / jnp.where(empty, 1.0, largest)
-    length = jnp.sqrt(jnp.where(empty, 1.0, (scaled * scaled).sum(axes, keepdims=True)))
-    return scaled / length, jnp.where(empty, 0.0, largest * length)
-
-
 def _box(images, delta):
     return jnp.clip(images + delta, 0.0, 1.0) - images
 
@@ -71,4 +62,4 @@ def _norm(values):
     return jnp.sqrt((values * values).sum(AXES, keepdims=True))
 
 
-TABLE = {"linf": linf, "l2": l2}
+TABLE = table(linf, l2)

@@ -53,6 +53,25 @@ def build(text: str, table: Mapping[str, Callable], values: Mapping[str, Any] | 
         raise UserError(f"{_at(where)}{_short(text)} cannot be read: {_line(error)}") from None
 
 
+def table(*functions: Callable) -> dict[str, Callable]:
+    """{name: function} of functions by their own names: the rows that a family of methods adds to its room's table."""
+    return merged(*({function.__name__: function} for function in functions))
+
+
+def merged(*tables: Mapping[str, Any]) -> dict[str, Any]:
+    """One table of several; a name that stands in two of them is a ValueError.
+
+    >>> merged({"a": 1}, {"b": 2})
+    {'a': 1, 'b': 2}
+    """
+    rows: dict[str, Any] = {}
+    for row in tables:
+        if twice := sorted(set(rows) & set(row)):
+            raise ValueError(f"two functions are named '{twice[0]}'; every name stands for one thing")
+        rows |= row
+    return rows
+
+
 def signature(name: str, function: Any) -> str:
     """`pgd(ball, *, score=cross_entropy, steps=20)`, without annotations, defaults by their name."""
     try:

@@ -187,7 +187,7 @@ def _configure(arguments):
 
 def _loaded(arguments, overrides):
     """The model that --workdir, or --config with --weights, means."""
-    from topgap_jax.run import setup
+    from topgap_jax import setup
 
     _check_model(arguments)
     if arguments.config and not arguments.weights:
@@ -208,8 +208,7 @@ def _check_model(arguments):
 
 
 def _train(arguments, overrides):
-    from topgap_jax import engine
-    from topgap_jax.run import setup
+    from topgap_jax import engine, setup
     from topgap_jax.run.fit import Stopped, fit
 
     print(_configure(arguments), engine.status(), sep="; ", file=sys.stderr)
@@ -226,7 +225,7 @@ def _train(arguments, overrides):
 
 
 def _evaluate(arguments, overrides):
-    from topgap_jax.run import setup
+    from topgap_jax import setup
 
     loaded = _loaded(arguments, overrides)
     rows = setup.evaluate(loaded, splits=arguments.split, evaluators=arguments.evaluators, batch=arguments.batch)
@@ -234,8 +233,8 @@ def _evaluate(arguments, overrides):
 
 
 def _explain(arguments, overrides):
+    from topgap_jax import setup
     from topgap_jax.report.sheets import sheet
-    from topgap_jax.run import setup
 
     loaded = _loaded(arguments, overrides)
     pictures = setup.explain(
@@ -251,8 +250,8 @@ def _explain(arguments, overrides):
 
 
 def _layers(arguments, overrides):
+    from topgap_jax import setup
     from topgap_jax.report.compare import aligned
-    from topgap_jax.run import setup
 
     _check_model(arguments)
     _configure(arguments)
@@ -287,7 +286,7 @@ def _report(arguments, overrides):
 
 def _help(arguments, overrides):
     from topgap_jax.build import signature
-    from topgap_jax.run.config import KEYS, NAMED, ROLES, ROOMS, TABLE, VALUES
+    from topgap_jax.setup.config import KEYS, NAMED, ROLES, ROOMS, TABLE, VALUES
 
     name, known = arguments.name, {**TABLE, **VALUES}
     if name is None:

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
-from topgap_jax.pool import LAST, kth_largest
+from topgap_jax.order import kth_largest
+from topgap_jax.pool import LAST
 from topgap_jax.types import Array, Drop
 
 GRANULARITIES = ("element", "location", "channel")
@@ -130,4 +131,4 @@ def _check_rate(rate):
         check_number("rate", rate, 0, 1)
 
 
-TABLE = {"dropout": dropout, "sgdrop": sgdrop, "random_matched": random_matched}
+TABLE = table(dropout, sgdrop, random_matched)

@@ -9,9 +9,9 @@ import math
 
 import jax.numpy as jnp
 
-from topgap_jax.balls import direction_and_length
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
+from topgap_jax.norms import direction_and_length
 from topgap_jax.types import Penalty
 
 AXES = (1, 2, 3)
@@ -121,4 +121,4 @@ def _inside(size, eps, entries):
     return jnp.where(size <= eps + max(eps * SLACK, ROUNDING * math.sqrt(entries)), 0.0, jnp.inf)
 
 
-TABLE = {"l1_norm": l1_norm, "l2_norm": l2_norm, "elastic": elastic, "group_norm": group_norm}
+TABLE = table(l1_norm, l2_norm, elastic, group_norm)

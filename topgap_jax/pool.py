@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
+from topgap_jax.order import kth_largest
 from topgap_jax.types import Array, Pool
 
 LAST = 2**30  # a step beyond every schedule's end
@@ -104,42 +105,4 @@ def top_weights(maps: Array, k: int | Array) -> Array:
     return (jnp.where(above, 1.0, jnp.where(ties, rest, 0.0)) / k).reshape(b, h, w, c)
 
 
-@jax.jit  # called eagerly, the loop below would be compiled anew each time
-def kth_largest(values: Array, k: int | Array) -> Array:
-    """The ceil(k)-th largest of values (b, n, c) along axis 1: (b, c), exact; k may be traced.
-
-    The bit patterns are ordered like the floats: first their high 16 bits are found by 16 halvings, then the low ones among
-    those that share them. On a CPU up to 17 times as fast as a sort, 1.2 to 5.6 times as `lax.top_k`, and with 256 positions
-    1.6 times as 32 halvings of all bits (results/bench_pool.json).
-    """
-    bits = lax.bitcast_convert_type(values, jnp.int32)
-    ordered = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers, in the order of the floats
-    count = jnp.ceil(k).astype(jnp.int32)
-    high = (ordered >> 16).astype(jnp.int16)
-    top = _kth_largest_short(high, count)
-    level = high == top[:, None, :]
-    low = jnp.where(level, (ordered & 0xFFFF) - 2**15, -(2**15)).astype(jnp.int16)
-    rest = _kth_largest_short(low, count - (high > top[:, None, :]).sum(1, dtype=jnp.int32))
-    threshold = (top.astype(jnp.int32) << 16) | (rest.astype(jnp.int32) + 2**15)
-    return lax.bitcast_convert_type(jnp.where(threshold < 0, threshold ^ 0x7FFFFFFF, threshold), jnp.float32)
-
-
-def _kth_largest_short(values: Array, count: Array) -> Array:
-    """The count-th largest of int16 values (b, n, c) along axis 1, count a number or (b, c): the largest m with count values >= m.
-
-    The bounds come from the data, so that the loop's carry keeps sharding and varying axes.
-    """
-    number = jnp.int16 if values.shape[1] < 2**15 else jnp.int32
-    count = count.astype(number)
-
-    def halve(_, bounds):
-        low, high = bounds
-        gap = low ^ high
-        middle = (low & high) + (gap >> 1) + (gap & 1)  # ceil((low + high) / 2) without overflow
-        enough = (values >= middle[:, None, :]).sum(1, dtype=number) >= count
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
-
-    return lax.fori_loop(0, 16, halve, (values.min(1), values.max(1)))[0]
-
-
-TABLE = {"gap": gap, "gmp": gmp, "lse": lse, "top_gap": top_gap}
+TABLE = table(gap, gmp, lse, top_gap)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from topgap_jax.build import table
 from topgap_jax.errors import UserError
 from topgap_jax.types import Array
 
@@ -59,4 +60,4 @@ def _pick(logits, labels):
     return jnp.take_along_axis(logits.astype(jnp.float32), labels[..., None], -1)[..., 0]
 
 
-TABLE = {f.__name__: f for f in (logit, cross_entropy, margin, dlr, targeted_dlr)}
+TABLE = table(logit, cross_entropy, margin, dlr, targeted_dlr)

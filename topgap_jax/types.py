@@ -204,7 +204,7 @@ class Evaluator(NamedTuple):
 
 
 class Robustness(NamedTuple):
-    """Plain data that `run.robust` executes: the runs, one after the other on what is still unbroken."""
+    """Plain data that `measure.robust` executes: the runs, one after the other on what is still unbroken."""
 
     runs: Runs
 

@@ -1,20 +1,9 @@
 """Attacks: searches for an adversarial example inside a ball, as pairs (init, step)."""
 
-from topgap_jax.attacks.explanation import MapState, topk_attack
-from topgap_jax.attacks.gradient import State, as_runs, attack, fgsm, finish, misclassified, pgd, r_fgsm
+from topgap_jax.attacks import explanation, gradient
+from topgap_jax.attacks.explanation import MapState
+from topgap_jax.attacks.gradient import State, as_runs, attack, finish, misclassified
+from topgap_jax.build import merged
 
-__all__ = [
-    "TABLE",
-    "MapState",
-    "State",
-    "as_runs",
-    "attack",
-    "fgsm",
-    "finish",
-    "misclassified",
-    "pgd",
-    "r_fgsm",
-    "topk_attack",
-]
-
-TABLE = {"fgsm": fgsm, "pgd": pgd, "r_fgsm": r_fgsm, "topk_attack": topk_attack}
+TABLE = merged(explanation.TABLE, gradient.TABLE)
+globals().update(TABLE)  # the methods, also where a file has the name of one

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from topgap_jax import rewrite
 from topgap_jax.attacks.gradient import misclassified
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
-from topgap_jax.metrics.ranks import top_mask
+from topgap_jax.order import top_mask
+from topgap_jax.rules import softplus
 from topgap_jax.types import Array, Attack, Ball, Cost, Explain, Keys
 
 
@@ -82,7 +83,7 @@ def topk_attack(
         return MapState(images, labels, top, right, delta, images, zeros + count, lowest, zeros, keys)
 
     def step(predict, state):
-        twin = predict if beta is None else rewrite.with_rules(predict, **rewrite.softplus(beta))
+        twin = predict if beta is None else rewrite.with_rules(predict, **softplus(beta))
         map_keys, start_keys = _split(state.keys)
 
         def on_top(points):
@@ -139,3 +140,6 @@ def _mass(maps, top):
 
 def _where(chosen, a, b):
     return jnp.where(chosen[:, None, None, None], a, b)
+
+
+TABLE = table(topk_attack)

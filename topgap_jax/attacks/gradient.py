@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.scores import cross_entropy
 from topgap_jax.types import Array, Attack, Ball, Cost, Keys, Predict, Score
@@ -144,3 +144,6 @@ def as_runs(runs: Any) -> tuple[Attack, ...]:
     if not isinstance(runs, tuple | list):
         raise UserError(f"expected attacks like pgd(linf(8/255)), got {runs!r}")
     return tuple(attack for item in runs for attack in as_runs(item))
+
+
+TABLE = table(fgsm, r_fgsm, pgd)

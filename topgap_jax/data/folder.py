@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from topgap_jax.build import table
 from topgap_jax.data.source import Record, Source, Splits, slice_split
 from topgap_jax.errors import UserError
 
@@ -80,3 +81,6 @@ def _folders(top: Path) -> list[Path]:
 
 def _pictures(top: Path) -> list[Path]:
     return sorted(each for each in top.iterdir() if each.suffix.lower() in SUFFIXES and not each.name.startswith("."))
+
+
+TABLE = table(folder)

@@ -6,7 +6,7 @@ drawn evenly in test_shifted. The texture's strength varies from image to image,
 
 import numpy as np
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.data.source import Record, Source, Splits, slice_split
 
 CLASSES = ("disc", "square", "triangle", "cross", "ring", "star")
@@ -140,3 +140,6 @@ def _star(x, y, outer):
 
 def _log_uniform(random: np.random.Generator, low: float, high: float) -> float:
     return float(np.exp(random.uniform(np.log(low), np.log(high))))
+
+
+TABLE = table(shapes)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from topgap_jax.build import table
 from topgap_jax.data.source import Record, Source, Splits, choices
 from topgap_jax.errors import UserError
 
@@ -164,3 +165,6 @@ def _region(mask, region_values) -> np.ndarray:
     if unknown.any():
         raise UserError(f"its mask holds {mask[unknown][0]}, which is none of region_values={tuple(region_values)}")
     return np.where(inside, 1, np.where(unsure, 2, 0)).astype(np.uint8)
+
+
+TABLE = table(tfds)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.attacks import misclassified
+from topgap_jax.build import table
 from topgap_jax.metrics.calibration import calibration, wilson
 from topgap_jax.models import bind
 from topgap_jax.types import Cost, Evaluator
@@ -41,3 +42,6 @@ def accuracy() -> Evaluator:
         return values | {"calibration": curve}
 
     return Evaluator(rows, summary, Cost(1, 0))
+
+
+TABLE = table(accuracy)

@@ -5,6 +5,7 @@ import numpy as np
 from jax import lax
 
 from topgap_jax.attacks import misclassified
+from topgap_jax.build import table
 from topgap_jax.errors import UserError
 from topgap_jax.metrics.calibration import mean_interval
 from topgap_jax.metrics.ranks import cosine, kendall_tau_b, topk_intersection
@@ -68,3 +69,6 @@ def attributional_robustness(explain: Explain, attack: Attack) -> Evaluator:
         2 * own.gradients + attack.steps * attack.cost.gradients,
     )
     return Evaluator(rows, summary, cost)
+
+
+TABLE = table(attributional_robustness)

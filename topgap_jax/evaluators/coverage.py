@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.models import bind
 from topgap_jax.rewrite import read
@@ -66,3 +66,6 @@ def neurons(value: Array) -> Array:
     low, high = value.min(axes, keepdims=True), value.max(axes, keepdims=True)
     scaled = jnp.where(high > low, (value - low) / jnp.where(high > low, high - low, 1), 0)
     return scaled.mean(axes[:-1]) if value.ndim == 4 else scaled
+
+
+TABLE = table(coverage)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.explain.field import fields, pixel
 from topgap_jax.metrics import field as measures
 from topgap_jax.metrics.calibration import mean_interval
@@ -62,3 +62,6 @@ def receptive_field(layer: str = "maps", *, k: int = 1) -> Evaluator:
         return values | {"empty_fields": int((rows["centre"] == 0).sum())}
 
     return Evaluator(rows, summary, Cost(0, 5 + k))
+
+
+TABLE = table(receptive_field)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.metrics import in_region, iou_curve
 from topgap_jax.metrics.boxes import TAUS, box_accuracy, box_iou, centred_boxes, level_boxes, pixel_boxes, region_boxes
@@ -90,3 +90,6 @@ def localisation(
 
     more = 1 if labels == "predicted" else 0
     return Evaluator(rows, summary, cost._replace(forwards=cost.forwards + more), host if boxes else None)
+
+
+TABLE = table(localisation)

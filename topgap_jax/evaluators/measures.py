@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from topgap_jax.build import table
 from topgap_jax.errors import UserError
 from topgap_jax.metrics.calibration import mean_interval
 from topgap_jax.models import bind
@@ -51,3 +52,6 @@ def measures(explain: Explain, *metrics: Metric, labels: str = "true") -> Evalua
     more = 1 if labels == "predicted" else 0
     total = Cost(sum(cost.forwards for cost in costs) + more, sum(cost.gradients for cost in costs))
     return Evaluator(rows, summary, total)
+
+
+TABLE = table(measures)

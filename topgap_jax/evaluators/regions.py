@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.attacks import misclassified
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.metrics.calibration import wilson
 from topgap_jax.models import bind
@@ -127,3 +127,6 @@ def _backgrounds(bank, keys, labels):
 
     own, other = jax.vmap(draw)(keys, labels)
     return own.astype(jnp.float32) / 255, other.astype(jnp.float32) / 255
+
+
+TABLE = table(regions)

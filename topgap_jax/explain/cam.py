@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from topgap_jax.build import table
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite import default_layer, read, tap
 from topgap_jax.scores import logit
@@ -44,3 +45,6 @@ def grad_cam(layer: str | None = None) -> Explain:
 
     explain.cost = Cost(1, 1)
     return explain
+
+
+TABLE = table(cam, grad_cam)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite import read
 from topgap_jax.types import Array, Cost, Explain, Predict
@@ -116,3 +116,6 @@ def _indices(position, scores, shape, k):
             raise UserError(f"field: position {position} lies outside the {h}x{w} maps")
         places = [row * w + column]
     return jnp.broadcast_to(jnp.asarray(places)[:, None], (len(places), b))
+
+
+TABLE = table(field)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite import canonical_convs, with_rules, zero_images
 from topgap_jax.rewrite.rules import checked
@@ -166,3 +166,6 @@ def _broadcast(baseline: Any, images: Array) -> Array:
         raise UserError(
             f"integrated: baseline must be a number, one per channel or an array for images of shape {images.shape}, got {what}"
         ) from None
+
+
+TABLE = table(gradient, integrated, smooth)

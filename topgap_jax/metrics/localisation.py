@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.types import Array, Batch, Metric
 
@@ -101,3 +101,6 @@ def energy() -> Metric:
         return {"energy": share, "energy_lift": jnp.where(area > 0, share / area, jnp.nan)}
 
     return metric
+
+
+TABLE = table(iou, iou_curve, in_region, energy)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from scipy.ndimage import gaussian_filter1d
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite import zero_images
 from topgap_jax.types import Array, Cost, Metric
@@ -104,3 +104,6 @@ def _band(n):
     """(n, n): row i holds the kernel around i, cut at the ends."""
     kernel = blur_kernel()
     return jnp.asarray(sum(weight * np.eye(n, k=i - BLUR // 2) for i, weight in enumerate(kernel)), jnp.float32)
+
+
+TABLE = table(deletion, insertion)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from topgap_jax.balls import direction_and_length
 from topgap_jax.build import check_number
 from topgap_jax.errors import UserError
+from topgap_jax.norms import direction_and_length
+from topgap_jax.order import average_ranks, top_mask
 from topgap_jax.types import Array
 
 BLOCK = 128  # rows of the n x n comparison that are held at a time
@@ -23,13 +24,6 @@ def topk_intersection(a: Array, b: Array, k: int | Array) -> Array:
     return (top_mask(a, k) & top_mask(b, k)).sum(1) / k
 
 
-def top_mask(values: Array, k: int | Array) -> Array:
-    """Whether a value is among the k largest of its example: (b, ...) -> bool (b, ...); of equal ones the first count."""
-    order = jnp.argsort(values.reshape(values.shape[0], -1), axis=1, stable=True, descending=True)
-    chosen = jnp.broadcast_to(jnp.arange(order.shape[1]) < jnp.reshape(jnp.asarray(k), (-1, 1)), order.shape)
-    return jax.vmap(lambda row, index: jnp.zeros_like(row).at[index].set(row))(chosen, order).reshape(values.shape)
-
-
 def kendall_tau_b(a: Array, b: Array) -> Array:
     """Kendall's tau-b, (C - D) / sqrt((n0 - ties of a)(n0 - ties of b)) over all n0 pairs of the n values (b,).
 
@@ -40,7 +34,7 @@ def kendall_tau_b(a: Array, b: Array) -> Array:
 
 def spearman(a: Array, b: Array) -> Array:
     """Pearson's correlation of the average ranks (b,)."""
-    return _pearson(*(jax.vmap(_average_ranks)(values) for values in _flat(a, b)))
+    return _pearson(*(jax.vmap(average_ranks)(values) for values in _flat(a, b)))
 
 
 def cosine(a: Array, b: Array) -> Array:
@@ -61,12 +55,6 @@ def _kendall(pair):
     sums = lax.map(row, (a, b), batch_size=min(BLOCK, len(a)))
     both, untied_a, untied_b = (values.astype(jnp.float32).sum() for values in sums)
     return both / (jnp.sqrt(untied_a) * jnp.sqrt(untied_b))
-
-
-def _average_ranks(values):
-    ascending = jnp.sort(values)
-    below, up_to = (jnp.searchsorted(ascending, values, side=side) for side in ("left", "right"))
-    return (below + up_to + 1).astype(jnp.float32) / 2
 
 
 def _pearson(a, b):

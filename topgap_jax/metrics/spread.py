@@ -7,6 +7,7 @@ positive value has no shape and is NaN, which evaluators leave out and count. (`
 import jax
 import jax.numpy as jnp
 
+from topgap_jax.build import table
 from topgap_jax.types import Array, Metric
 
 
@@ -57,3 +58,6 @@ def _shares(maps: Array) -> Array:
     # By the largest first: the sum of values near float32's ends is 0 or infinite.
     scaled = positive / positive.max(1, keepdims=True)
     return scaled / scaled.sum(1, keepdims=True)
+
+
+TABLE = table(gini, extent)

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.models.model import linen
 from topgap_jax.types import Array, Model
@@ -67,3 +67,6 @@ def channels(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 def _with_dtype(module, dtype):
     return module.clone(dtype=jnp.dtype(dtype)) if hasattr(module, "dtype") else module
+
+
+TABLE = table(classifier)

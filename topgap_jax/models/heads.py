@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.models.layers import batch_norm, convolution, he_normal
 from topgap_jax.rewrite import name
@@ -175,3 +175,6 @@ def _class_maps(x, classes):
 def _check_pool(head, pool):
     if not callable(pool):
         raise UserError(f"{head} needs a pool such as gap() or top_gap(k=4), got {pool!r}")
+
+
+TABLE = table(map_head, pyramid_head, vgg_head)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx as flax_nnx
 
+from topgap_jax.build import table
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite import fast_convs, fold_batch_norm
 from topgap_jax.rewrite.names import NAMING, name_tree
@@ -190,3 +191,6 @@ def _naming_class(original, label):
         return name_tree(original.__call__(self, *args, **kwargs), label)
 
     return type(original.__name__, (original,), {"__call__": __call__})
+
+
+TABLE = table(linen, nnx)

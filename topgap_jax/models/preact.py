@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from topgap_jax.build import table
 from topgap_jax.models.layers import batch_norm, convolution
 from topgap_jax.types import Array
 
@@ -85,3 +86,6 @@ def preact_resnet18() -> PreActResNet:
 def wrn28_10() -> PreActResNet:
     """WRN-28-10: 160 / 320 / 640 channels at stride 1 / 2 / 4, 36.5 million parameters, no dropout."""
     return PreActResNet((160, 320, 640), 4, 16)
+
+
+TABLE = table(preact_resnet18, wrn28_10)

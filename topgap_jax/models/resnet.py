@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.models.layers import batch_norm, convolution
 from topgap_jax.types import Array
@@ -181,3 +181,6 @@ def _stem(kind):
     if kind not in ("cifar", "imagenet"):
         raise UserError(f"stem must be 'cifar' or 'imagenet', got {kind!r}")
     return (64, 7, 2, True) if kind == "imagenet" else (64, 3, 1, False)
+
+
+TABLE = table(small_resnet, resnet20, resnet32, resnet44, resnet56, resnet18, resnet34, resnet50)

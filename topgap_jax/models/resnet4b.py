@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.models.classifier import channels, normalise
 from topgap_jax.models.layers import convolution, he_normal
@@ -68,3 +68,6 @@ def resnet4b(classes: int = 10, *, mean: Sequence[float], std: Sequence[float]) 
     """
     check_number("classes", classes, 2, whole=True)
     return linen(ResNet4B(classes, *channels(mean, std)))
+
+
+TABLE = table(resnet4b)

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from topgap_jax.build import table
 from topgap_jax.errors import UserError
 from topgap_jax.models.layers import batch_norm, convolution
 from topgap_jax.types import Array
@@ -56,3 +57,6 @@ def vgg11() -> VGG:
 def vgg16() -> VGG:
     """VGG-16 with batch norm, without its dense layers: 64 / 128 / 256 / 512 / 512 channels at stride 2 / 4 / 8 / 16 / 32."""
     return VGG((2, 2, 3, 3, 3))
+
+
+TABLE = table(vgg11, vgg16)

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from topgap_jax.errors import UserError
+from topgap_jax.progress import write_text
 from topgap_jax.report.figures import SERIES, Series, line_chart
 from topgap_jax.report.read import (
     Run,
@@ -35,7 +36,6 @@ from topgap_jax.report.read import (
     number,
     read_runs,
 )
-from topgap_jax.run.progress import write_text
 
 HERE = Path(__file__).parent
 PICTURE_BYTES = 10_000_000  # of all contact sheets on a page, as they stand in it

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from topgap_jax.errors import UserError
-from topgap_jax.run.config import mentions
-from topgap_jax.run.progress import read_metrics
+from topgap_jax.progress import read_metrics
+from topgap_jax.setup.config import mentions
 
 HEADLINES = (
     "accuracy", "generalisation_gap", "worst_group_accuracy", "robust_accuracy", "foreground_sensitivity", "background_gap",

@@ -8,26 +8,20 @@ from topgap_jax.rewrite.names import Layer, default_layer, layers, name, naming,
 from topgap_jax.rewrite.normalisation import zero_images
 from topgap_jax.rewrite.pooling import with_pool
 from topgap_jax.rewrite.precision import in_float32
-from topgap_jax.rewrite.rules import TABLE, VALUES, guided, guided_backprop, guided_upsampled, softplus, with_rules
+from topgap_jax.rewrite.rules import with_rules
 
 __all__ = [
-    "TABLE",
-    "VALUES",
     "Layer",
     "canonical_convs",
     "default_layer",
     "fast_convs",
     "fold_batch_norm",
     "fused",
-    "guided",
-    "guided_backprop",
-    "guided_upsampled",
     "in_float32",
     "layers",
     "name",
     "naming",
     "read",
-    "softplus",
     "tap",
     "with_drop",
     "with_pool",

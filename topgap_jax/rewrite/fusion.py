@@ -18,7 +18,7 @@ from topgap_jax.engine import (
     input_gradient_p,
 )
 from topgap_jax.rewrite.interpreter import channel_vector, evaluate, reaches, rebuild, subjaxprs, trace, users
-from topgap_jax.rewrite.rules import is_zero, relu_of, zeros_of
+from topgap_jax.rewrite.operations import is_zero, relu_of, zeros_of
 
 CONVOLUTIONS = {forward_p: FORWARD, input_gradient_p: INPUT_GRADIENT}
 

@@ -1,1 +1,5 @@
-"""Everything that touches the disk or the terminal: configs, training, evaluation, checkpoints, progress."""
+"""A run on the disk: the training loop, checkpoints, the folder, where it came from, the CPU's settings."""
+
+from topgap_jax.run import checkpoint, cpu, fit, provenance, workdir
+
+__all__ = ["checkpoint", "cpu", "fit", "provenance", "workdir"]

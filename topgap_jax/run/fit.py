@@ -24,12 +24,13 @@ from jax.sharding import Mesh, NamedSharding
 from topgap_jax.data import Stream, as_batch, epoch_ids, gather
 from topgap_jax.errors import UserError
 from topgap_jax.evaluators import accuracy
+from topgap_jax.keys import example_keys
+from topgap_jax.measure.evaluate import evaluation_variables, measure_split
+from topgap_jax.measure.splits import Split, resident_split
 from topgap_jax.mesh import check_batch, data_mesh, replicated, split
 from topgap_jax.models import bind
+from topgap_jax.progress import Metrics, bar
 from topgap_jax.run import checkpoint
-from topgap_jax.run.evaluate import evaluation_variables, example_keys, measure_split
-from topgap_jax.run.progress import Metrics, bar
-from topgap_jax.run.splits import Split, resident_split
 from topgap_jax.run.workdir import claim, record_versions
 from topgap_jax.types import Array, Augment, Model, Objective, Variables
 

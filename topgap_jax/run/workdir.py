@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from topgap_jax.errors import UserError
-from topgap_jax.run.progress import write_text
+from topgap_jax.progress import write_text
 from topgap_jax.run.provenance import provenance
 
 

@@ -1,1 +1,5 @@
-"""How a method meets a batch: objectives, augmentation, schedules, optimisers."""
+"""How a network is trained: objectives, augmentation, optimizers, schedules."""
+
+from topgap_jax.training import augment, objectives, optimizers, schedules
+
+__all__ = ["augment", "objectives", "optimizers", "schedules"]

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
 
-from topgap_jax import rewrite
+from topgap_jax import rewrite, rules
 from topgap_jax.balls import linf
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.engine import KINDS
 from topgap_jax.errors import UserError
 from topgap_jax.models import bind
 from topgap_jax.models.classifier import channels, normalise
-from topgap_jax.pool import kth_largest, positions
+from topgap_jax.order import kth_largest
+from topgap_jax.pool import positions
 from topgap_jax.training.standard import standard
 from topgap_jax.types import Array, Objective, Predict
 
@@ -144,7 +145,7 @@ def alignment(vectors: Vectors, predict: Predict, points: Array, labels: Array, 
 
 def softened(predict: Predict, beta: float | None) -> Predict:
     """The network with softplus(beta x) / beta for relu, whose second derivative is not 0; itself for beta=None."""
-    return predict if beta is None else rewrite.with_rules(predict, **rewrite.softplus(beta))
+    return predict if beta is None else rewrite.with_rules(predict, **rules.softplus(beta))
 
 
 def class_gradients(
@@ -193,3 +194,6 @@ def _length(values):
 def _is_product(primitive, *_, **__):
     """A policy of `jax.checkpoint`."""
     return primitive in (conv_general_dilated_p, dot_general_p, *KINDS)
+
+
+TABLE = table(art)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.types import Array, Augment, Batch, Keys
 
@@ -196,12 +196,4 @@ def _check_range(name: str, bounds, low: float, high: float) -> None:
         raise UserError(f"{name} must be two numbers (smallest, largest) in [{low:g}, {high:g}], got {bounds}")
 
 
-TABLE = {
-    "flip": flip,
-    "crop_flip": crop_flip,
-    "random_resized_crop": random_resized_crop,
-    "cutout": cutout,
-    "colour_jitter": colour_jitter,
-    "mixup": mixup,
-    "cutmix": cutmix,
-}
+TABLE = table(flip, crop_flip, random_resized_crop, cutout, colour_jitter, mixup, cutmix)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.models import bind
 from topgap_jax.rewrite import fast_convs, fused
@@ -73,3 +73,6 @@ def perturbation(
     delta = ascend(jnp.zeros_like(images), first)
     climb = lambda _, delta: ascend(delta, penalty.maximiser(gradient_at(images + delta)))
     return lax.fori_loop(1, steps, climb, delta)
+
+
+TABLE = table(norm_regularised)

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.types import Schedule
 
 
@@ -63,4 +63,4 @@ def _check(learning_rate, weight_decay, clip):
         check_number("clip", clip, 1e-12)
 
 
-TABLE = {"sgd": sgd, "adamw": adamw}
+TABLE = table(sgd, adamw)

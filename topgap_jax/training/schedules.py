@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import optax
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.types import Schedule
 
 
@@ -91,11 +91,4 @@ def _between(start: float, end: float, steps: int, hold: int, value: Callable) -
     return lambda step: value(jnp.clip((step - hold) / steps, 0.0, 1.0))
 
 
-TABLE = {
-    "linear": linear,
-    "cosine": cosine,
-    "geometric": geometric,
-    "piecewise": piecewise,
-    "cyclic": cyclic,
-    "warmup": warmup,
-}
+TABLE = table(linear, cosine, geometric, piecewise, cyclic, warmup)

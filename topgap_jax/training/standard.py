@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from topgap_jax.build import check_number
+from topgap_jax.build import check_number, table
 from topgap_jax.models import bind
 from topgap_jax.rewrite import fast_convs, fused
 from topgap_jax.types import Attack, Objective
@@ -44,3 +44,6 @@ def adversarial(attack: Attack, *, label_smoothing: float = 0.0) -> Objective:
 
 def _right(logits, batch):
     return (logits.argmax(-1) == batch["label"]).astype(jnp.float32)
+
+
+TABLE = table(standard, adversarial)

@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 from topgap_jax import data
 from topgap_jax.errors import UserError
 from topgap_jax.evaluators import background_bank
+from topgap_jax.measure.splits import Split, resident_split, streamed_split
 from topgap_jax.mesh import data_mesh
 from topgap_jax.metrics.boxes import mean_box_sides, region_boxes
 from topgap_jax.models import fast
-from topgap_jax.run import config as configs
-from topgap_jax.run.progress import bar
-from topgap_jax.run.splits import Split, resident_split, streamed_split
+from topgap_jax.progress import bar
+from topgap_jax.setup import config as configs
 from topgap_jax.types import Model, Table, Variables
 
 RESIDENT_BYTES = 2 * 2**30  # decoded splits up to this size live on the device, larger ones stream

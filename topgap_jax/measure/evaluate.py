@@ -14,13 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from topgap_jax.errors import UserError
+from topgap_jax.keys import example_keys
+from topgap_jax.measure.robust import attack_split
+from topgap_jax.measure.splits import Split
+from topgap_jax.measure.verdicts import Log, fingerprint
 from topgap_jax.mesh import replicated
 from topgap_jax.mesh import split as divided
+from topgap_jax.progress import bar, write_text
 from topgap_jax.rewrite import fused
-from topgap_jax.run.progress import bar, write_text
-from topgap_jax.run.robust import attack_split
-from topgap_jax.run.splits import Split
-from topgap_jax.run.verdicts import Log, fingerprint
 from topgap_jax.types import Cost, Evaluator, Model, Robustness, Variables
 
 FILE = "evaluation.json"
@@ -97,11 +98,6 @@ def evaluation_variables(variables: Variables) -> Variables:
     """What is evaluated: the averaged parameters ("ema") where training kept them, else the parameters themselves."""
     chosen = variables.get("ema") or variables
     return {"params": chosen["params"], "batch_stats": chosen.get("batch_stats", {})}
-
-
-def example_keys(key: jax.Array, ids: jax.Array) -> jax.Array:
-    """One key per example (b,), from its row of the split: the result does not depend on the batch it is in."""
-    return jax.vmap(lambda index: jax.random.fold_in(key, index))(ids)
 
 
 def _check_finite(variables, weights):

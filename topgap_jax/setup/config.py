@@ -28,17 +28,17 @@ from topgap_jax import (
     models,
     penalties,
     pool,
-    rewrite,
+    rules,
     scores,
 )
-from topgap_jax.build import build
+from topgap_jax.build import build, merged, table
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite import with_drop, with_pool
 from topgap_jax.training import augment, objectives, optimizers, schedules
 from topgap_jax.types import Evaluator, Model, Robustness, Table
 
 ROOMS: dict[str, Table] = {
-    "models": {**models.TABLE, "with_pool": with_pool, "with_drop": with_drop},
+    "models": merged(models.TABLE, table(with_pool, with_drop)),
     "pools": pool.TABLE,
     "drops": drops.TABLE,
     "data": data.TABLE,
@@ -50,13 +50,13 @@ ROOMS: dict[str, Table] = {
     "penalties": penalties.TABLE,
     "attacks": attacks.TABLE,
     "explanations": explain.TABLE,
-    "rules": rewrite.TABLE,
+    "rules": rules.TABLE,
     "metrics": metrics.TABLE,
     "evaluators": evaluators.TABLE,
 }
-TABLE: Table = {name: function for table in ROOMS.values() for name, function in table.items()}
-NAMED: dict[str, Mapping[str, Any]] = {"scores": scores.TABLE, "rules": rewrite.VALUES}
-VALUES: Mapping[str, Any] = {name: value for table in NAMED.values() for name, value in table.items()}
+TABLE: Table = merged(*ROOMS.values())
+NAMED: dict[str, Mapping[str, Any]] = {"scores": scores.TABLE, "rules": rules.VALUES}
+VALUES: Mapping[str, Any] = merged(*NAMED.values())
 """What a string may name without a call, beside the config's numbers and what the run knows."""
 
 
@@ -228,7 +228,9 @@ def _value(config: ConfigDict, key: str, text: str, where: str, methods: Table, 
     if call and name.strip().isidentifier() and name.strip() not in choices:
         near = difflib.get_close_matches(name, choices, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
-        raise UserError(f"{where}: '{name.strip()}' is not {role.words}; {hint}choose from {', '.join(choices)}")
+        raise UserError(
+            f"{where}: '{name.strip()}' is not {role.words}; {hint}choose from {', '.join(sorted(choices))}"
+        )
     value = build(text, {**TABLE, **methods}, {**VALUES, **known, **_names(config)}, where)
     if not role.fits(value):
         kind = type(value).__name__

@@ -14,13 +14,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from topgap_jax.attacks import finish, misclassified
+from topgap_jax.measure.splits import Split
+from topgap_jax.measure.verdicts import Log
 from topgap_jax.mesh import replicated, split
 from topgap_jax.metrics.calibration import wilson
 from topgap_jax.models import bind
+from topgap_jax.progress import bar
 from topgap_jax.rewrite import fused
-from topgap_jax.run.progress import bar
-from topgap_jax.run.splits import Split
-from topgap_jax.run.verdicts import Log
 from topgap_jax.types import Attack, Cost, Model, Robustness, Variables
 
 RUNNING = 0

@@ -10,16 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topgap_jax import data, rewrite
+from topgap_jax import data, pretrained, rewrite
 from topgap_jax.build import check_number
 from topgap_jax.errors import UserError
+from topgap_jax.keys import example_keys
+from topgap_jax.measure.evaluate import FILE, evaluation_variables
+from topgap_jax.measure.evaluate import evaluate as run_evaluators
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
-from topgap_jax.run import checkpoint, pretrained
-from topgap_jax.run import config as configs
-from topgap_jax.run.evaluate import FILE, evaluation_variables, example_keys
-from topgap_jax.run.evaluate import evaluate as run_evaluators
-from topgap_jax.run.experiment import (
+from topgap_jax.run import checkpoint
+from topgap_jax.run.fit import Parts
+from topgap_jax.setup import config as configs
+from topgap_jax.setup.assembly import (
     Experiment,
     assemble,
     bank,
@@ -28,30 +30,12 @@ from topgap_jax.run.experiment import (
     first,
     init,
     open_split,
-    read,
     template,
     total_steps,
     training,
     validation,
 )
-from topgap_jax.run.fit import Parts
 from topgap_jax.types import Variables
-
-__all__ = [
-    "Experiment",
-    "Loaded",
-    "Pictures",
-    "evaluate",
-    "experiment",
-    "explain",
-    "from_weights",
-    "from_workdir",
-    "layers",
-    "parts",
-    "read",
-    "restored",
-    "stored",
-]
 
 STAND_INS = {"bank": np.zeros((2, 1, 1, 1, 3), np.uint8), "centre": (0.5, 0.5)}
 """In place of what is made of the training split, to see whether a text can be built."""

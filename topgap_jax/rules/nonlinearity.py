@@ -1,0 +1,55 @@
+"""Other passes through ReLU and max pooling: guided backprop, guided non-linearity, the softplus twin. For `rewrite.with_rules`."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from topgap_jax.build import check_number
+from topgap_jax.types import Array, Rule, Rules
+
+
+def softplus(beta: float) -> Rules:
+    """ReLU replaced by log(1 + exp(beta z)) / beta, forward and backward: a twin with derivatives of any order.
+
+    It differs from ReLU by log(2) / beta at most, at 0 (Dombrowski et al. 2019, arXiv 1906.07983). Max pooling stays.
+    """
+    check_number("beta", beta, 1e-6)
+
+    @jax.custom_jvp  # the derivatives of logaddexp hold more operations, which in a second derivative cost a tenth of the time
+    def forward(z):
+        return jnp.maximum(z, 0) + jnp.log1p(jnp.exp(-beta * jnp.abs(z))) / beta
+
+    forward.defjvp(lambda primals, tangents: (forward(*primals), jax.nn.sigmoid(beta * primals[0]) * tangents[0]))
+    return {"relu": Rule(forward=lambda relu, z: forward(z))}
+
+
+def clip(operation: Callable, gradient: Array, z: Array) -> Array:
+    """[phi'(z) g]_+: only what is positive after the ordinary backward pass goes on (Springenberg et al. 2015, arXiv 1412.6806)."""
+    (back,) = jax.vjp(operation, z)[1](gradient)
+    return jax.nn.relu(back)
+
+
+def route(operation: Callable, gradient: Array, z: Array) -> Array:
+    """[g]_+ sent to the maximum of each window, the first of several: the positive part before the ordinary backward pass."""
+    (back,) = jax.vjp(operation, z)[1](jax.nn.relu(gradient))
+    return back
+
+
+def upsampled_mask(operation: Callable, gradient: Array, z: Array) -> Array:
+    """g sent to the maximum of each window, times 1[g > 0] enlarged by nearest neighbours to the size of the input.
+
+    What the official code of guided non-linearity does (hjkwonispl/gnl): with windows that overlap it can drop a positive
+    part, or let a negative sum through; without, it equals `route`.
+    """
+    (back,) = jax.vjp(operation, z)[1](gradient)
+    mask = gradient > 0
+    for axis, (size, pooled) in enumerate(zip(z.shape, gradient.shape)):
+        if size != pooled:
+            mask = jnp.take(mask, jnp.arange(size) * pooled // size, axis)
+    return jnp.where(mask, back, 0)
+
+
+guided_backprop: Rules = {"relu": Rule(backward=clip)}
+guided: Rules = {"relu": Rule(backward=clip), "max_pool": Rule(backward=route)}
+guided_upsampled: Rules = {"relu": Rule(backward=clip), "max_pool": Rule(backward=upsampled_mask)}
