@@ -297,7 +297,7 @@ def test_a_mistake_is_answered_by_one_line(line, words, run, tmp_path, monkeypat
 
 
 def test_a_batch_that_the_devices_do_not_divide(run, tmp_path, monkeypatch):
-    for module in (fit_module, setup):
+    for module in (fit_module, setup.commands):
         monkeypatch.setattr(module, "data_mesh", data_mesh)
     text = "topgap: batch=20 cannot be split evenly over 8 devices; take 16 or 24"
     for line in (("train", "--config", TINY, "--workdir", tmp_path / "new"), ("evaluate", "--workdir", run[0])):

@@ -249,8 +249,8 @@ def test_layers_are_found_without_compiling_anything(caplog):
 def test_the_configs_of_the_repository_are_whole(path, request, monkeypatch):
     if path.stem != "shapes":
         request.getfixturevalue("topgap_data")
-    monkeypatch.setattr(setup, "training", lambda chosen: None)
-    monkeypatch.setattr(setup, "validation", lambda chosen: None)
+    monkeypatch.setattr(setup.commands, "training", lambda chosen: None)
+    monkeypatch.setattr(setup.commands, "validation", lambda chosen: None)
     for pool in ("gap()", "top_gap(fraction=.25)"):
         chosen = setup.experiment(path, [("pool", pool)])
         parts = setup.parts(chosen)
