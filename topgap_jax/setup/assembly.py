@@ -12,11 +12,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from topgap_jax import data
-from topgap_jax.errors import UserError
-from topgap_jax.evaluators import background_bank
 from topgap_jax.measure.splits import Split, resident_split, streamed_split
 from topgap_jax.mesh import data_mesh
-from topgap_jax.metrics.boxes import mean_box_sides, region_boxes
 from topgap_jax.models import fast
 from topgap_jax.progress import bar
 from topgap_jax.setup import config as configs
@@ -95,22 +92,6 @@ def open_split(chosen: Experiment, split: str, batch: int, mesh: Mesh | None = N
     return streamed_split(source, config.image_size, config.resize, classes=classes, batch=batch, mesh=mesh)
 
 
-def bank(chosen: Experiment) -> np.ndarray:
-    """Backgrounds of the training split for `regions(bank)`."""
-    arrays = _sample(chosen, "bank")
-    if "region" not in arrays:
-        raise UserError(f"regions(bank): {chosen.config.source} offers no regions")
-    return background_bank(arrays["image"], arrays["region"], arrays["label"], len(chosen.classes))
-
-
-def centre(chosen: Experiment) -> tuple[float, float]:
-    """(height, width) of the mean training box, as shares of the image, for `localisation(..., centre=centre)`."""
-    arrays = _sample(chosen, "centre")
-    if "box" not in arrays and "region" not in arrays:
-        raise UserError(f"localisation(centre=centre): {chosen.config.source} offers neither boxes nor regions")
-    return mean_box_sides(arrays["box"] if "box" in arrays else region_boxes(arrays["region"]))
-
-
 def init(chosen: Experiment) -> Variables:
     """Fresh variables, from the config's seed."""
     images = jnp.zeros((1, *chosen.config.image_size, 3))
@@ -127,11 +108,11 @@ def _is_small(chosen: Experiment, source: data.Source) -> bool:
     return data.memory(source, chosen.config.image_size) <= RESIDENT_BYTES
 
 
-def _sample(chosen: Experiment, name: str) -> dict[str, np.ndarray]:
-    """The training split decoded; of a large one, as many evenly spaced examples as may live in memory."""
+def sample(chosen: Experiment) -> dict[str, np.ndarray] | None:
+    """The training split decoded, None where the config names none; of a large one as many evenly spaced examples as fit."""
     split = chosen.config.train
     if not split:
-        raise UserError(f"'{name}' is made of the training split, and config.train names none")
+        return None
     source = chosen.source(split)
     if _is_small(chosen, source):
         return read(chosen, split)

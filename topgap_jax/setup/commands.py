@@ -1,6 +1,6 @@
 """What the commands do with an experiment: parts for `fit`, a model with its weights, evaluation, pictures, layers."""
 
-import json
+import functools
 import re
 import sys
 from pathlib import Path
@@ -14,8 +14,10 @@ from topgap_jax import data, pretrained, rewrite
 from topgap_jax.build import check_number
 from topgap_jax.errors import UserError
 from topgap_jax.keys import example_keys
-from topgap_jax.measure.evaluate import FILE, evaluation_variables
+from topgap_jax.measure import results
 from topgap_jax.measure.evaluate import evaluate as run_evaluators
+from topgap_jax.measure.evaluate import evaluation_variables
+from topgap_jax.measure.results import Row
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.run import checkpoint
@@ -24,21 +26,17 @@ from topgap_jax.setup import config as configs
 from topgap_jax.setup.assembly import (
     Experiment,
     assemble,
-    bank,
-    centre,
     experiment,
     first,
     init,
     open_split,
+    sample,
     template,
     total_steps,
     training,
     validation,
 )
 from topgap_jax.types import Variables
-
-STAND_INS = {"bank": np.zeros((2, 1, 1, 1, 3), np.uint8), "centre": (0.5, 0.5)}
-"""In place of what is made of the training split, to see whether a text can be built."""
 
 DECISIVE = ("seed", "source", "train", "image_size", "resize", "mean", "std", "pool", "model")
 """Keys on which every result of an evaluation depends."""
@@ -82,7 +80,7 @@ def parts(chosen: Experiment) -> Parts:
     if not config.train:
         raise UserError("config.train names no split to train on")
     known = {"total_steps": total_steps(config, chosen.source), "classes": len(chosen.classes)}
-    _evaluators(chosen, None, STAND_INS)
+    _evaluators(chosen, None)
     configs.choices(config, "explain", methods, **known)
     return Parts(
         model=chosen.model,
@@ -138,10 +136,10 @@ def from_weights(path: str | Path, overrides, weights: str | Path) -> Loaded:
 
 def evaluate(
     loaded: Loaded, *, splits: str | None = None, evaluators: str | None = None, batch: int | None = None
-) -> list[dict]:
+) -> list[Row]:
     """Run evaluators over splits (the config's, unless given) and write evaluation.json where there is a workdir.
 
-    What the command line changed in a run's config stands in the name of the row: `robust(pgd(linf(eps))) with eps=4/255`.
+    What the command line changed in a run's config, and a result depends on, are the row's overrides.
     """
     chosen = loaded.experiment
     config = chosen.config
@@ -151,19 +149,21 @@ def evaluate(
         raise UserError("nothing to evaluate: neither config.test nor --split names a split")
     if not configs.split_list(text):
         raise UserError("nothing to evaluate: neither config.evaluators nor --evaluators names an evaluator")
-    _evaluators(chosen, evaluators, STAND_INS)  # a mistake shows itself before anything is read
-    known = {name: make(chosen) for name, make in (("bank", bank), ("centre", centre)) if configs.mentions(text, name)}
-    built = _evaluators(chosen, evaluators, known)
+    built = _evaluators(chosen, evaluators)
     mesh = data_mesh()
     mesh = mesh if mesh.size > 1 else None
+    training = functools.cache(lambda: sample(chosen))
     rows = []
     for split in names:
         rows += run_evaluators(
             chosen.model,
             loaded.variables,
             open_split(chosen, split, config.batch if batch is None else batch, mesh),
-            {text + _note(loaded, text): evaluator for text, evaluator in built.items()},
+            built,
             split=split,
+            classes=len(chosen.classes),
+            training=training,
+            overrides=lambda text: _overrides(loaded, text),
             workdir=loaded.workdir,
             weights=loaded.weights,
             source=config.source,
@@ -173,16 +173,13 @@ def evaluate(
     return rows
 
 
-def stored(loaded: Loaded) -> list[dict] | None:
+def stored(loaded: Loaded) -> list[Row] | None:
     """The rows of evaluation.json that the config asks for; None unless all of them are there, for these weights."""
-    config, path = loaded.experiment.config, loaded.workdir / FILE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        rows = {(row["split"], row["evaluator"]): row for row in found["rows"] if found["weights"] == loaded.weights}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    pairs = [(s, e) for s in configs.split_list(config.test) for e in configs.split_list(config.evaluators)]
-    return [rows[pair] for pair in pairs] if all(pair in rows for pair in pairs) else None
+    config = loaded.experiment.config
+    rows, weights, _ = results.read(loaded.workdir / results.FILE)
+    by_key = {row.key: row for row in rows if weights == loaded.weights}
+    keys = [(s, e, ()) for s in configs.split_list(config.test) for e in configs.split_list(config.evaluators)]
+    return [by_key[key] for key in keys] if all(key in by_key for key in keys) else None
 
 
 def explain(
@@ -247,18 +244,15 @@ def _names(chosen: Experiment, record: data.Record, predicted: int) -> tuple[str
     return "", f"{record['name']}: {chosen.classes[predicted]}"
 
 
-def _evaluators(chosen: Experiment, text: str | None, known: dict[str, Any]) -> dict[str, Any]:
-    known = {"classes": len(chosen.classes), **known}
-    return configs.choices(chosen.config, "evaluators", chosen.methods, text, "--evaluators", **known)
+def _evaluators(chosen: Experiment, text: str | None) -> dict[str, Any]:
+    return configs.choices(
+        chosen.config, "evaluators", chosen.methods, text, "--evaluators", classes=len(chosen.classes)
+    )
 
 
-def _note(loaded: Loaded, evaluator: str) -> str:
-    """` with eps=4/255` where a result depends on a key that the command line changed: evaluation.json keeps both apart."""
+def _overrides(loaded: Loaded, evaluator: str) -> dict[str, str]:
+    """The keys, with their texts, that the command line changed in a run's config and on which a result depends."""
     config = loaded.experiment.config
     texts = [evaluator, *(config[key] for key in ("source", "pool", "model"))]
-    told = [
-        f"{key}={text}"
-        for key, text in loaded.changes
-        if key in DECISIVE or any(configs.mentions(each, key) for each in texts)
-    ]
-    return f" with {', '.join(told)}" if told else ""
+    depends = lambda key: key in DECISIVE or any(configs.mentions(each, key) for each in texts)
+    return {key: text for key, text in loaded.changes if depends(key)}
