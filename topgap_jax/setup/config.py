@@ -48,6 +48,7 @@ ROOMS: dict[str, Table] = {
     "schedules": schedules.TABLE,
     "balls": balls.TABLE,
     "penalties": penalties.TABLE,
+    "scores": scores.TABLE,
     "attacks": attacks.TABLE,
     "explanations": explain.TABLE,
     "rules": rules.TABLE,
@@ -55,7 +56,7 @@ ROOMS: dict[str, Table] = {
     "evaluators": evaluators.TABLE,
 }
 TABLE: Table = merged(*ROOMS.values())
-NAMED: dict[str, Mapping[str, Any]] = {"scores": scores.TABLE, "rules": rules.VALUES}
+NAMED: dict[str, Mapping[str, Any]] = {"scores": scores.VALUES, "rules": rules.VALUES}
 VALUES: Mapping[str, Any] = merged(*NAMED.values())
 """What a string may name without a call, beside the config's numbers and what the run knows."""
 
