@@ -31,7 +31,7 @@ def predict(images, keys=None):
         x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     features = jax.nn.relu(convolve(jax.nn.relu(convolve(images - 0.5, FIRST, 1)), SECOND, 2))
-    return pool.gap()(name(features @ LAST, "maps"))
+    return pool.gap()(name(name(features, "features") @ LAST, "maps"))
 
 
 # The last image is misclassified from the start.

@@ -6,12 +6,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
-from jax.extend.core.primitives import custom_jvp_call_p, jit_p, max_p, reduce_window_max_p
+from jax.extend.core.primitives import (
+    conv_general_dilated_p,
+    convert_element_type_p,
+    copy_p,
+    custom_jvp_call_p,
+    jit_p,
+    max_p,
+    name_p,
+    reduce_window_max_p,
+)
+from jax.lax import ConvDimensionNumbers
 
+from topgap_jax.engine import forward_p
 from topgap_jax.rewrite.interpreter import bind, subjaxprs
 
 WHOLE = ("clip", "celu", "hard_sigmoid", "hard_silu")  # functions under `jit` whose maximum or relu6 is no ReLU
 RELUS = {"relu": (jax.nn.relu, ["max"]), "relu6": (jax.nn.relu6, ["max", "min"])}
+SAME = (name_p, copy_p, convert_element_type_p)  # up to the precision, the value they are given
 SPREADING = ("broadcast_in_dim", "convert_element_type", "pcast", "pvary")
 
 
@@ -60,6 +72,16 @@ def _has_zero_maximum(jaxpr: Jaxpr) -> bool:
 def relu_of(eqn: JaxprEqn, zeros: set) -> bool:
     """Whether the equation is a ReLU: `jax.nn.relu`, or a bare maximum(x, 0)."""
     return match(eqn, zeros, bare=True)[1] is jax.nn.relu
+
+
+def convolution_axes(eqn: JaxprEqn) -> ConvDimensionNumbers | None:
+    """Which axes of images, kernel and result are which, of a convolution by JAX or by the engine; None for another equation.
+
+    (batch, channels, *space) of images and result, (channels out, channels in, *space) of the kernel.
+    """
+    if eqn.primitive is conv_general_dilated_p:
+        return eqn.params["dimension_numbers"]
+    return ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)) if eqn.primitive is forward_p else None
 
 
 def zeros_of(jaxpr: Jaxpr) -> set:

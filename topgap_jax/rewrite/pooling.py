@@ -10,7 +10,6 @@ from jax.extend.core.primitives import (
     add_p,
     broadcast_in_dim_p,
     convert_element_type_p,
-    copy_p,
     div_p,
     dot_general_p,
     mul_p,
@@ -25,9 +24,9 @@ from jax.extend.core.primitives import (
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite.interpreter import bind, evaluate, inline, subjaxprs, trace
 from topgap_jax.rewrite.names import _layers, name, naming, resolve
+from topgap_jax.rewrite.operations import SAME
 from topgap_jax.types import Model, Pool
 
-SAME = (name_p, copy_p, convert_element_type_p)
 SHAPE = (reshape_p, squeeze_p, broadcast_in_dim_p)
 SCALE = (mul_p, div_p, select_n_p)
 
