@@ -237,6 +237,45 @@ def test_a_batch_that_does_not_divide(path):
     assert_close(jax.device_get(jax.jit(jax.grad(loss(ours), (0, 1)))(split, w)), jax.device_get(expected))
 
 
+def test_what_is_not_finite_stays_so(path):
+    """NaN and infinity among images, gradients and weights are in every result that lax has them in, fused or not."""
+    (x, w, bias), geometry = (
+        draw((2, 6, 8, 3), (3, 3, 3, 3), (3,)),
+        engine.Geometry((6, 8), (3, 3), (1, 1), ((1, 1), (1, 1))),
+    )
+    same = dict(strides=(1, 1), pads=geometry.pads)
+    mask = x.reshape(2, -1) > 0
+
+    def plain(x, w, dy):
+        y, back = jax.vjp(functools.partial(by_lax, **same), x, w)
+        dx, dw = back(dy)
+        return y, dx, dw, jax.nn.relu(y + bias), jax.nn.relu(y + bias + x), jnp.where(mask.reshape(x.shape), dx + x, 0)
+
+    def engines(x, w, dy):
+        y, back = jax.vjp(functools.partial(ours, **same), x, w)
+        fuse = functools.partial(engine.fused_convolution, geometry=geometry)
+        return (
+            y,
+            *back(dy),
+            fuse(FORWARD, x, w, (bias,), fused=engine.Fused(bias=True, relu=True)),
+            fuse(FORWARD, x, w, (bias, x), fused=engine.Fused(bias=True, residual=True, relu=True)),
+            fuse(INPUT_GRADIENT, dy, w, (x, mask), fused=engine.Fused(residual=True, mask=True)),
+        )
+
+    f, g = jax.jit(engines), jax.jit(plain)
+    assert_close(f(x, w, x), g(x, w, x))
+    spoilt = lambda a, value: a.at[0, 1, 2, 1].set(value)
+    for value in (jnp.nan, jnp.inf):
+        for images, kernel in ((spoilt(x, value), w), (x, spoilt(w, value))):
+            results = list(zip(f(images, kernel, images), g(images, kernel, images)))
+            assert sum(bool(jnp.isfinite(expected).all()) for _, expected in results) <= 1  # dw, of a bad kernel
+            for got, expected in results:
+                if kernel is not w:  # where it meets the padding lax makes NaN of the zeros, oneDNN does not look there
+                    got, expected = (np.asarray(a)[:, 1:-1, 1:-1] for a in (got, expected))
+                assert not (np.isfinite(got) & ~np.isfinite(expected)).any()
+                assert np.isnan(got)[np.isnan(expected)].all()
+
+
 def test_bad_operands():
     x, w = draw(*SHAPES)
     none = (x[..., :0], w[:, :, :0])

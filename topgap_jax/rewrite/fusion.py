@@ -51,8 +51,8 @@ def fused(f: Callable) -> Callable:
     """f with the engine's convolutions, and their input gradients, fused with the bias, sum, ReLU or ReLU mask behind them.
 
     For a whole attack step or explanation in eval mode, outermost under `jit`, after differentiation: what it returns has no
-    derivative. It needs oneDNN, and is f itself without. Best on `fold_batch_norm(fast_convs(predict))`. Equal up to rounding,
-    for finite numbers: oneDNN's ReLU of NaN is 0, so that networks with NaN among their weights are for `jax.jit` alone.
+    derivative. It needs oneDNN, and is f itself without. Best on `fold_batch_norm(fast_convs(predict))`. Equal up to rounding
+    for finite numbers; what is not finite stays so (see `engine.fused_convolution`).
     """
 
     def merged(*args, **kwargs):
