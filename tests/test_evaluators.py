@@ -296,9 +296,9 @@ def test_regions_of_models_that_read_one_side():
 
 
 def test_regions_leave_out_what_has_no_two_sides():
-    evaluator = evaluators.regions()
-    assert measured(evaluator, batch_of(np.arange(N)))["left_out"] == 1
-    empty = evaluator.summary(rows_of(evaluator, batch_of(np.array([3]))))
+    evaluator = MADE["regions"]
+    assert measured(evaluator, batch_of(np.arange(4)))["left_out"] == 1
+    empty = evaluator.summary(rows_of(evaluator, batch_of(np.array([3]), 4)))
     for measure in ("foreground_sensitivity", "foreground_accuracy", "background_accuracy", "background_gap"):
         assert empty[measure] == empty[measure]._replace(value=None, n=0, reason="every region is empty or full")
 
@@ -452,7 +452,8 @@ def test_attributional_robustness_is_that_of_its_attack():
     attack, batch = topk_attack(cam(), linf(0.1), k=2, steps=3, step_size=0.05, restarts=2), batch_of(np.arange(N))
     batch["label"] = jnp.argmax(laws.PREDICT(batch["image"]), -1).astype(jnp.int32)
     evaluator = evaluators.attributional_robustness(cam(), attack, k=2)
-    state = attacked(attack, keys_of(batch), laws.PREDICT, batch["image"], batch["label"])
+    run = jax.jit(lambda *arrays: attacked(attack, arrays[0], laws.PREDICT, *arrays[1:]))
+    state = run(keys_of(batch), batch["image"], batch["label"])
     assert (np.asarray(state.search.overlap) < 2).any()
     found = measured(evaluator, batch)
     assert found["topk_intersection"] == pytest.approx(float(state.search.overlap.mean() / 2))
