@@ -19,6 +19,7 @@ from jax.extend.core.primitives import (
     custom_jvp_call_p,
     div_p,
     dot_general_p,
+    gt_p,
     jit_p,
     max_p,
     mul_p,
@@ -123,9 +124,9 @@ def dense(eqn: JaxprEqn, operand: int) -> Dense | None:
     value, kernel, (out,) = eqn.invars[operand], eqn.invars[1 - operand], eqn.outvars
     if numbers is None:
         contracted, batch = eqn.params["dimension_numbers"]
-        (channels, *more), (rows, *_) = contracted[operand], contracted[1 - operand]
-        if more or batch[0] or kernel.aval.ndim != 2:
+        if len(contracted[0]) != 1 or batch[0] or kernel.aval.ndim != 2:
             return None
+        (channels,), (rows,) = contracted[operand], contracted[1 - operand]
         first = 0 if operand == 0 else 1  # the axes of the left operand come first
         free = [i for i in range(value.aval.ndim) if i != channels]
         axes = {i: first + place for place, i in enumerate(free)}
@@ -134,8 +135,9 @@ def dense(eqn: JaxprEqn, operand: int) -> Dense | None:
         return None
     axes = {i: j for i, j in zip(numbers.lhs_spec, numbers.out_spec) if i != numbers.lhs_spec[1]}
     channels_in = value.aval.shape[numbers.lhs_spec[1]]
-    if any(value.aval.shape[i] != out.aval.shape[j] for i, j in axes.items()):
-        return None  # strided or padded
+    strides = eqn.params["geometry"].strides if eqn.primitive is forward_p else eqn.params["window_strides"]
+    if set(strides) != {1} or any(value.aval.shape[i] != out.aval.shape[j] for i, j in axes.items()):
+        return None
     if kernel.aval.shape[numbers.rhs_spec[1]] != channels_in or eqn.params.get("batch_group_count", 1) != 1:
         return None  # in groups
     matrix = lambda kernel: kernel.transpose(numbers.rhs_spec[1], numbers.rhs_spec[0], *numbers.rhs_spec[2:]).reshape(
@@ -157,9 +159,26 @@ def is_whole(eqn: JaxprEqn) -> bool:
     """Whether a sum is over the whole of its axes: any sum, and an average pool with one full window."""
     if eqn.primitive is reduce_sum_p:
         return True
-    shape, window = eqn.invars[0].aval.shape, eqn.params["window_dimensions"]
-    padded = any(tuple(pad) != (0, 0) for pad in eqn.params["padding"])
-    return not padded and all(size in (1, length) for size, length in zip(window, shape))
+    params, shape, out = eqn.params, eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if any(tuple(pad) != (0, 0) for pad in params["padding"]) or set(params["base_dilation"]) != {1}:
+        return False
+    return all(
+        (size, pooled) in ((length, 1), (1, length))
+        for size, pooled, length in zip(params["window_dimensions"], out, shape)
+    )
+
+
+def is_positive(eqn: JaxprEqn, zeros: set) -> bool:
+    """Whether the equation is value > 0."""
+    return eqn.primitive is gt_p and is_zero(eqn.invars[1], zeros)
+
+
+def is_masked(eqn: JaxprEqn, value: Any, zeros: set) -> bool:
+    """Whether the equation is where(mask, value, 0) element by element, as a ReLU's derivative is."""
+    if eqn.primitive is not select_n_p or len(eqn.invars) != 3:
+        return False
+    mask, otherwise, kept = eqn.invars
+    return kept is value and is_zero(otherwise, zeros) and mask.aval.shape == value.aval.shape
 
 
 def zeros_of(jaxpr: Jaxpr) -> set:
