@@ -1,6 +1,6 @@
 """Line charts as inline SVG, whose colours are the page's own: they follow its light and dark scheme.
 
-No text of a user stands in a chart (legends are HTML), so nothing here needs escaping.
+No text stands in a chart but numbers (legends and names of axes are HTML), so nothing here needs escaping.
 """
 
 import io
@@ -43,7 +43,7 @@ class Series(NamedTuple):
     points: bool = False
 
 
-def line_chart(series: Sequence[Series], *, own: str, x_name: str = "", diagonal: bool = False) -> str:
+def line_chart(series: Sequence[Series], *, own: str, diagonal: bool = False) -> str:
     """The lines as an SVG element; `diagonal` adds y = x. Values that are not finite are left out.
 
     own: what its ids begin with, different for every chart of a page.
@@ -61,7 +61,6 @@ def line_chart(series: Sequence[Series], *, own: str, x_name: str = "", diagonal
             axes.plot(x, y, color=stand_in(line.colour), dashes=dashes(line.colour), solid_capstyle="round", **marks)
         if all(float(value).is_integer() for line in series for value in line.x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel(x_name)
         axes.margins(x=0.02)
         text = io.StringIO()
         figure.savefig(
