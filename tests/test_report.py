@@ -58,16 +58,16 @@ def rows_of(seed, *, regions=True, splits=(("test", 0.91), ("test_shifted", 0.52
             row(split, "localisation(cam())", {
                 "iou": near(0.41 + seed / 50, "IoU of the map", better="higher"),
                 "centre_iou": near(0.3, "IoU of the centred box"),
-                "lift": Measure(n=0, label="lift of the map in the object", unit="times chance", reason="no map is positive"),
-                "iou_curve": Curve(x.tolist(), (0.5 - (x - 0.4) ** 2).tolist(), ("threshold", "IoU"), "IoU by threshold"),
+                "lift": Measure(n=0, label="lift of the map", unit="times chance", reason="no map is positive"),
+                "iou_curve": Curve(x.tolist(), (0.5 - (x - 0.4) ** 2).tolist(), ("threshold", "IoU"), "IoU curve"),
             }),
         ]  # fmt: skip
         if regions:
             rows.append(row(split, "regions()", {
-                "foreground_sensitivity": Measure(0.12 + seed / 100, n=990, better="higher", label="foreground sensitivity"),
+                "foreground_sensitivity": Measure(0.12 + seed / 100, n=990, better="higher", label="sensitivity"),
                 "foreground_accuracy": near(0.6, "accuracy, object alone", half=0.03, better="higher"),
                 "background_gap": Measure(0.22, n=1000, better="lower", label="background gap"),
-                "sensitivity_curve": Curve([0.1, 0.2, 0.4], [0.1, 0.12, 0.2], ("noise norm", "foreground sensitivity"), "by noise"),
+                "sensitivity_curve": Curve([0.1, 0.2, 0.4], [0.1, 0.12, 0.2], ("noise", "sensitivity"), "by noise"),
             }, forward_passes=10.0))  # fmt: skip
     return rows
 
@@ -107,9 +107,16 @@ def make_run(
         for name in ("test", "test_shifted"):
             images = np.clip(random.random((3, 64, 64, 3)) * 0.2 + np.stack([x, y, 1 - x], -1)[None] * 0.8, 0, 1)
             maps = np.exp(-30 * ((y - 0.5) ** 2 + (x - random.random((3, 1, 1))) ** 2))
-            sheet(folder / "sheets" / f"{name}.png", images, names=[("disc", "disc"), ("star", "ring"), ("cross", "cross")],
-                  maps={"cam()": maps[:, ::4, ::4], "grad_cam()": maps}, boxes=np.array([[0.2, 0.3, 0.7, 0.8]] * 3),
-                  regions=((y - 0.5) ** 2 + (x - 0.5) ** 2 < 0.05)[None].repeat(3, 0), title=f"{name}: {pool}")  # fmt: skip
+            inside = (y - 0.5) ** 2 + (x - 0.5) ** 2 < 0.05
+            sheet(
+                folder / "sheets" / f"{name}.png",
+                images,
+                names=[("disc", "disc"), ("star", "ring"), ("cross", "cross")],
+                maps={"cam()": maps[:, ::4, ::4], "grad_cam()": maps},
+                boxes=np.array([[0.2, 0.3, 0.7, 0.8]] * 3),
+                regions=inside[None].repeat(3, 0),
+                title=f"{name}: {pool}",
+            )
     return folder
 
 
@@ -247,6 +254,7 @@ def test_everything_a_user_supplies_is_escaped(tmp_path):
         "b": {"n": 0, "reason": EVIL + '"', "label": "b"},
     }
     rows[0]["measures"]["c"] = {"x": [0, 1, 2], "y": [0, 1, 2], "axes": [EVIL, EVIL], "label": EVIL}
+    rows[0]["measures"]["d"] = {"x": [0, 1, 2], "y": [0, None, 2], "axes": []}
     rows[0]["cost"]["device"] = EVIL
     store(evil, rows, weights=EVIL, data=EVIL)
     with (evil / "metrics.jsonl").open("a") as file:
@@ -265,8 +273,15 @@ def test_what_is_missing_is_said(tmp_path):
     run = make_run(tmp_path / "young", evaluated=False, trained=False, sheets=False)
     (run / "versions.json").unlink()
     words = Reader(report([run], tmp_path / "young.html").read_text()).words
-    for text in ("has not been evaluated yet", "There are no results yet", "no training metrics", "There are no contact sheets",
-                 "No versions are recorded", "Robustness has not been measured", "No evaluation has stored a curve"):  # fmt: skip
+    for text in (
+        "young has not been evaluated yet.",
+        "There are no results yet",
+        "no training metrics",
+        "There are no contact sheets",
+        "No versions are recorded",
+        "Robustness has not been measured",
+        "No evaluation has stored a curve",
+    ):
         assert text in words
     assert "young: no evaluation yet; topgap evaluate --workdir" in compare([run])
 
@@ -287,7 +302,7 @@ def test_a_measure_without_a_value_says_why(tmp_path):
     said = compare([run]).splitlines()
     assert [line.split() for line in said].count(["accuracy", "undefined"]) == 2
     assert "undefined: accuracy: no image" in said and "undefined: NLL, accuracy: its value is no finite number" in said
-    assert sum(line == "undefined: lift of the map in the object: no map is positive" for line in said) == 1
+    assert sum(line == "undefined: lift of the map: no map is positive" for line in said) == 1
     assert verdict(read_runs([run]))[0].startswith(
         "odd: accuracy on test is undefined (no image); accuracy on test_shifted is 0.5"
     )
@@ -357,7 +372,7 @@ def test_a_run_of_version_0_1_0_is_shown_beside_one_of_today(tmp_path):
     robust = {"clean_accuracy": 0.5, "robust_accuracy": 0.2, "robust_low": 0.18, "robust_high": 0.23}
     curves = {"calibration": {"x": [0, 0.5, 1], "y": [0, 0.4, 0.9]}}
     store(old, [
-        {**common, "evaluator": "accuracy()", "values": {**interval, "nll": 1.25}, "curves": curves},
+        {**common, "evaluator": "accuracy()", "values": {**interval, "nll": 1.25, "worst_group_accuracy": 0.25}, "curves": curves},
         {**common, "evaluator": f"{ROBUST} with eps=4/255", "values": robust},
         {**common, "evaluator": "regions(bank)", "values": {"foreground_sensitivity": 0.1}},
     ])  # fmt: skip
@@ -367,7 +382,7 @@ def test_a_run_of_version_0_1_0_is_shown_beside_one_of_today(tmp_path):
     assert (
         accuracy.cells[0][:3] == (0.5, 0.47, 0.53) and accuracy.best == 1
     )  # the side is the one that today's row says
-    assert lines["NLL (nats)", "accuracy()"].best == 1 and lines["foreground sensitivity", "regions()"].difference > 0
+    assert lines["NLL (nats)", "accuracy()"].best == 1 and lines["sensitivity", "regions()"].difference > 0
     attacked = lines["robust accuracy", f"{ROBUST} with eps=4/255"]
     assert (
         attacked.rows[0].overrides == {"eps": "4/255"} and attacked.audits == ["not audited"] and not attacked.cells[1]
@@ -381,6 +396,8 @@ def test_a_run_of_version_0_1_0_is_shown_beside_one_of_today(tmp_path):
     assert verdict(read_runs([old]))[0] == (
         "old: accuracy on test is 0.500 [0.470, 0.530]; robust accuracy on test is 0.200 [0.180, 0.230], not audited."
     )
+    # Which of today's images the worst group has is told, of the old row nothing is known.
+    assert "  worst-group accuracy, 104 of 1,000 images for new  " in text
     words = Reader(report([old, new], tmp_path / "r.html").read_text()).words
     assert "0.5000 [0.4700, 0.5300]" in words and "Calibration, test" in words.replace("calibration", "Calibration")
 
@@ -408,7 +425,7 @@ def test_runs_of_other_numbers_do_not_share_a_line(tmp_path):
     assert all(line.difference is None and line.best is None for line in robust)
     assert {line.evaluator for line in lines if line.about.label == "accuracy"} == {"accuracy()"}
     assert f"test: {ROBUST} with eps=8/255" in compare(runs).splitlines()
-    assert "accuracy under pgd-20, linf(0.007843) on test: 2 0.457, 8 not measured, not audited" in verdict(read)[0]
+    assert f" by {ROBUST} with eps=8/255: 8 0.457, 2 not measured, not audited." in verdict(read)[0]
     # One run alone stays as it is; what the command line changed counts before the run's own config.
     assert read_runs(runs[:1])[0].rows[1].overrides == {}
     for said, both in (({"eps": "4/255"}, {"eps": "4/255"}), ({"seed": "1"}, {"eps": "2/255", "seed": "1"})):
@@ -426,7 +443,7 @@ def test_the_verdict_claims_no_more_than_the_intervals(tmp_path):
     )
     values = iter(range(100))
 
-    def told(*evaluations):
+    def of(*evaluations):
         folders = [
             make_run(tmp_path / str(next(values)) / name, evaluated=False, sheets=False)
             for name in "abc"[: len(evaluations)]
@@ -435,31 +452,38 @@ def test_the_verdict_claims_no_more_than_the_intervals(tmp_path):
             store(folder, rows)
         return verdict(read_runs(folders))
 
-    assert told([accuracy(0.5)], [accuracy(0.54)]) == [
+    assert of([accuracy(0.5)], [accuracy(0.54)]) == [
         "Accuracy on test does not differ measurably (a 0.500, b 0.540, intervals overlap)."
     ]
-    assert told([accuracy(0.5)], [accuracy(0.55)]) == [
+    assert of([accuracy(0.5)], [accuracy(0.55)]) == [
         "Accuracy on test is measurably higher for b (0.550) than for a (0.500)."
     ]
-    assert told([accuracy(0.5)], [accuracy(0.7)], [accuracy(0.6)]) == [
+    assert of([accuracy(0.5)], [accuracy(0.7)], [accuracy(0.6)]) == [
         "Accuracy on test is measurably higher for b (0.700) than for a (0.500) (c 0.600)."
     ]
-    assert told([accuracy(0.5), sensitivity(0.1)], [accuracy(0.6)]) == [
+    assert of([accuracy(0.5), sensitivity(0.1)], [accuracy(0.6)]) == [
         "Accuracy on test is measurably higher for b (0.600) than for a (0.500).",
         "Sensitivity on test by regions(): a 0.100, b not measured, over 990 of 1,000 images.",
     ]
-    assert told([accuracy(0.5)], []) == ["Accuracy on test: a 0.500, b not measured.", "b has not been evaluated yet."]
-    assert told([accuracy(0.5)._replace(split="train[:100]")]) == []  # images it was trained on say nothing
+    assert of([accuracy(0.5)], []) == ["Accuracy on test: a 0.500, b not measured.", "b has not been evaluated yet."]
+    attack = lambda text: row("test", text, {"r": near(0.1, "robust accuracy")}, audit="not audited")
+    assert of(
+        [attack("robust(a)"), attack("robust(b)")]
+    ) == [  # as in rows of version 0.1.0, whose label names no attack
+        "a: robust accuracy on test by robust(a) is 0.100 [0.080, 0.120], not audited; "
+        "robust accuracy on test by robust(b) is 0.100 [0.080, 0.120], not audited."
+    ]
+    assert of([accuracy(0.5)._replace(split="train[:100]")]) == []  # images it was trained on say nothing
 
 
 def test_the_verdict_of_two_whole_runs(two_runs):
     assert verdict(read_runs(two_runs)) == [
-        "Accuracy on test does not differ measurably (gap 0.914, top_gap 0.920, intervals overlap); accuracy on test_shifted does "
-        "not differ measurably (gap 0.501, top_gap 0.521, intervals overlap); accuracy under pgd-20, linf(0.007843) on test does "
-        "not differ measurably (gap 0.457, top_gap 0.460, intervals overlap), not audited.",
-        "IoU of the map on test by localisation(cam()) does not differ measurably (gap 0.410, top_gap 0.430, intervals overlap), "
-        "IoU of the centred box 0.300; foreground sensitivity on test by regions(): gap 0.120, top_gap 0.130, over 990 of 1,000 "
-        "images.",
+        "Accuracy on test does not differ measurably (gap 0.914, top_gap 0.920, intervals overlap); accuracy on "
+        "test_shifted does not differ measurably (gap 0.501, top_gap 0.521, intervals overlap); accuracy under pgd-20, "
+        "linf(0.007843) on test does not differ measurably (gap 0.457, top_gap 0.460, intervals overlap), not audited.",
+        "IoU of the map on test by localisation(cam()) does not differ measurably (gap 0.410, top_gap 0.430, intervals "
+        "overlap), IoU of the centred box 0.300; sensitivity on test by regions(): gap 0.120, top_gap 0.130, over 990 "
+        "of 1,000 images.",
     ]
 
 
@@ -486,14 +510,14 @@ def test_table_shows_costs_and_what_is_not_measured():
     words = r"^  accuracy under pgd-20, linf\(0\.007843\) +0\.4569 \[0\.4269, 0\.4869\] +1,000 +1 +20 +81\.7$"
     assert re.search(rf"^test: {re.escape(ROBUST)}$", text, re.MULTILINE) and re.search(words, text, re.MULTILINE)
     assert f"{ROBUST} on test: not audited; not measured beside it: regions()" in text.splitlines()
-    assert "undefined: lift of the map in the object: no map is positive" in text.splitlines() and text.isascii()
+    assert "undefined: lift of the map: no map is positive" in text.splitlines() and text.isascii()
 
 
 def test_charts_drop_what_is_not_finite_and_thin_long_curves():
     x, y = thin(range(1000), [float(i) for i in range(999)] + [float("nan")])
     assert len(x) == 300 and np.isclose(y[0], np.mean(range(4))) and np.isfinite(y).all()
     assert thin([1, 2, 3], [None, 1.0, float("inf")])[1].tolist() == [1.0]
-    assert "var(--series-1)" in line_chart([Series([0, 1], [1, None], 1), Series([0], [2], 9)], own="a-")
+    assert "var(--series-1)" in line_chart([Series([0, 1], [1, None], 1), Series([0], [2], 9)], prefix="a-")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from topgap_jax.measure.results import Row
-from topgap_jax.report.lines import Line, amount, comparison, evaluator_text, fewer, interval, number, reason
+from topgap_jax.report.lines import Line, all_fewer, amount, comparison, evaluator_text, fewer, interval, number, reason
 from topgap_jax.report.read import beside, differing, finite, read_runs
 from topgap_jax.types import Measure
 
@@ -30,8 +30,7 @@ def compare(workdirs: Sequence[Path | str]) -> str:
     rows = []
     for (line, heading), *values in zip(headed(lines), *columns):
         change = ["" if line.difference is None else number(line.difference, sign=True)] * several
-        counts = dict.fromkeys(filter(None, map(fewer, line.cells, line.rows)))
-        rows += [*heading, [label(line, "; ".join(counts)), *values, *change]]
+        rows += [*heading, [label(line, all_fewer(line, names)), *values, *change]]
     parts = []
     if rows:
         head = ["", *(f"{name}  " for name in names), *["difference"] * several]
@@ -52,12 +51,12 @@ def compare(workdirs: Sequence[Path | str]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The main measures of one evaluation, with what they cost an image; every robust number has a line with its audit."""
+    """The main measures of one evaluation with their cost an image; every robust number has a line with its audit."""
     head = ["", "value", "images", "forwards", "gradients", "seconds"]
     body, lines = [], [line for line in comparison([rows]) if line.about.main]
     for (line, heading), value in zip(headed(lines), cells([line.cells[0] for line in lines])):
         [measure], [row] = line.cells, line.rows
-        images = fewer(measure, row)
+        images = fewer(measure, row).removesuffix(" images")
         costs = [amount(row.cost.get(key)) for key in ("forward_passes", "gradient_evaluations", "seconds")]
         body += heading
         first = [images or number(row.examples), *costs]
@@ -77,12 +76,12 @@ def headed(lines: Iterable[Line]) -> Iterable[tuple[Line, list[list[str]]]]:
 
 def label(line: Line, images: str = "") -> str:
     """The measure's words, indented, and over how many images it is, if not over all."""
-    more = f", {images} images" if images else ""
+    more = f", {images}" if images else ""
     return "  " + textwrap.shorten(line.label, max(LABEL - len(more), 20), placeholder="...") + more
 
 
 def cells(measures: Sequence[Measure | None], *, best: Sequence[bool] = (), brief: bool = False) -> list[str]:
-    """A column of measures, `-` where a run has none: numbers below numbers, intervals below intervals, * at the best."""
+    """A column of measures, `-` where a run has none, * at the best; intervals stand below intervals."""
     parts = [("-" if measure is None else interval(measure)).partition(" ") for measure in measures]
     width = max((len(bounds) for _, _, bounds in parts), default=0)
     texts = [value if brief or not width else f"{value} {bounds:{width}}" for value, _, bounds in parts]
@@ -128,7 +127,7 @@ def printable(text: str) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    """Rows of cells as columns, the first row underlined; a row of one cell is a heading. What cannot be printed is `?`.
+    """Rows of cells as columns, the first underlined; a row of one cell is a heading. What cannot be printed is `?`.
 
     >>> print(aligned([["name", "value"], ["a", "1"], ["bb", "10"]], right=[1]))
     name  value

@@ -11,11 +11,11 @@ from topgap_jax.types import Measure
 class Line(NamedTuple):
     """One line of a comparison of runs.
 
-    about                                                        the measure, without a value: label, unit, better, main
-    cells, rows                                                  each run's measure and the row it stands in, None where absent
-    headline                                                     whether it stands for its evaluator
-    best                                                         index of the best run, None: no side is better, or all are equal
-    difference                                                   last run minus first
+    about          the measure without a value: label, unit, better, main
+    cells, rows    each run's measure and the row it stands in, None where absent
+    headline       whether it stands for its evaluator
+    best           index of the best run, None: no side is better, or all are equal
+    difference     last run minus first
     """
 
     split: str
@@ -69,8 +69,9 @@ def comparison(tables: Sequence[Sequence[Row]]) -> list[Line]:
 
 
 def describing(name: str, measures: Sequence[Measure]) -> Measure:
-    """What a name stands for: the words of the measure that says most, as those of version 0.1.0 say nothing of sides."""
-    about = min(measures, key=lambda measure: (measure.better is None, measure.main))
+    """What a name stands for, in the words of the measure that says most: those of version 0.1.0 say little."""
+    bare = name.replace("_", " ")
+    about = min(measures, key=lambda measure: (measure.better is None, measure.main, measure.label == bare))
     return Measure(better=about.better, label=str(about.label or name), unit=str(about.unit), main=about.main)
 
 
@@ -134,17 +135,25 @@ def interval(measure: Measure) -> str:
 
 
 def fewer(measure: Measure | None, row: Row | None) -> str:
-    """`104 of 1,000` where a measure is over fewer images than its evaluation, else "".
+    """`104 of 1,000 images` where a measure is over fewer images than its evaluation, else "".
 
     >>> row = Row("test", "accuracy()", {}, 1000, {}, {}, None)
     >>> fewer(Measure(0.5, n=104), row), fewer(Measure(0.5, n=1000), row)
-    ('104 of 1,000', '')
+    ('104 of 1,000 images', '')
     """
     if measure is None or row is None or not finite(measure.value) or not measure.n or measure.n >= row.examples:
         return ""
-    return f"{measure.n:,} of {row.examples:,}"
+    return f"{measure.n:,} of {row.examples:,} images"
+
+
+def all_fewer(line: Line, names: Sequence[str]) -> str:
+    """The same of all runs: `104 of 1,000 images` where they agree, else `104 of 1,000 images for gap`."""
+    texts = {n: fewer(cell, row) for n, cell, row in zip(names, line.cells, line.rows) if cell and finite(cell.value)}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return ", ".join(f"{text} for {name}" for name, text in texts.items() if text)
 
 
 def reason(measure: Measure) -> str:
     """Why a measure has no value."""
-    return measure.reason or "its value is no finite number"
+    return str(measure.reason or "its value is no finite number")

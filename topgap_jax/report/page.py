@@ -1,7 +1,7 @@
 """The report: one HTML page about one or several runs that needs nothing but itself.
 
-Everything a user supplies (names, paths, config values, numbers) goes through Jinja's autoescape; charts hold no such text.
-A content security policy allows the page's own script only and no request at all.
+Everything a user supplies (names, paths, config values, numbers) goes through Jinja's autoescape; charts hold no such
+text. A content security policy allows the page's own script only and no request at all.
 """
 
 import base64
@@ -37,7 +37,7 @@ WIDEST = 1600
 def report(workdirs: Sequence[Path | str], out: Path, *, title: str = "Top-GAP report") -> Path:
     """Write the page about the runs in `workdirs` to `out` and return it.
 
-    What a run does not have yet (an evaluation, metrics, sheets) is said on the page; a folder that is no run is a UserError.
+    What a run does not have yet (an evaluation, metrics, sheets) is said on the page. UserError: a folder is no run.
     """
     runs, out = read_runs(workdirs), Path(out)
     if out.is_dir():
@@ -81,14 +81,14 @@ def report(workdirs: Sequence[Path | str], out: Path, *, title: str = "Top-GAP r
 
 def environment() -> Environment:
     """Jinja with autoescape, and the few words the template needs."""
-    made = Environment(
+    jinja = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     typeset = lambda value, sign=False: number(value, sign=sign).replace("-", "−")
     sortable = lambda value: repr(float(value)) if finite(value) else ""
-    made.filters |= {"number": typeset, "sortable": sortable, "amount": lambda value: amount(value) or "–"}
-    made.filters["shell"] = lambda path: shlex.quote(str(path))
-    made.globals |= {
+    jinja.filters |= {"number": typeset, "sortable": sortable, "amount": lambda value: amount(value) or "–"}
+    jinja.filters["shell"] = lambda path: shlex.quote(str(path))
+    jinja.globals |= {
         "fewer": fewer,
         "finite": finite,
         "has_interval": has_interval,
@@ -96,7 +96,7 @@ def environment() -> Environment:
         "evaluator_text": evaluator_text,
         "colours": SERIES,
     }
-    return made
+    return jinja
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
@@ -113,7 +113,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 
 def robust_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every robust number with its audit, and what belongs beside it; without `accuracy()` the accuracy before the attack."""
+    """Every robust number with its audit and what belongs beside it, at least the accuracy before the attack."""
     rows = []
     for i, run in enumerate(runs):
         for row in run.rows:
@@ -127,7 +127,7 @@ def robust_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def training(runs: Sequence[Run], ids: Iterator[str]) -> list[dict[str, Any]]:
-    """A chart for every number in metrics.jsonl, loss and accuracy first: thin lines in training, points in validation."""
+    """A chart for every number in metrics.jsonl, loss and accuracy first: thin lines training, points validation."""
     names = dict.fromkeys(["loss", "accuracy"])
     names |= dict.fromkeys(
         name for run in runs for row in run.metrics for name in row if name not in ("step", "epoch", "kind")
@@ -142,7 +142,7 @@ def training(runs: Sequence[Run], ids: Iterator[str]) -> list[dict[str, Any]]:
                     steps, values = [row["step"] for row in rows], [row[name] for row in rows]
                     series.append(Series(steps, values, i, points=kind == "validation"))
         if series:
-            charts.append({"name": name.replace("_", " "), "svg": Markup(line_chart(series, own=next(ids)))})
+            charts.append({"name": name.replace("_", " "), "svg": Markup(line_chart(series, prefix=next(ids)))})
     return charts
 
 
@@ -158,8 +158,9 @@ def curves(runs: Sequence[Run], ids: Iterator[str]) -> list[dict[str, Any]]:
                     series.append(Series(curve.x, curve.y, i, points=len(curve.x) <= 30))
     drawn = []
     for (name, evaluator, split), (curve, _, series) in sorted(charts.items(), key=lambda item: not item[1][1]):
-        svg = Markup(line_chart(series, own=next(ids), diagonal=name == "calibration"))
-        about = {"label": curve.label or name, "axes": curve.axes, "evaluator": evaluator, "split": split}
+        svg = Markup(line_chart(series, prefix=next(ids), diagonal=name == "calibration"))
+        axes = (*curve.axes, "", "")[:2]
+        about = {"label": curve.label or name, "axes": axes, "evaluator": evaluator, "split": split}
         drawn.append(about | {"svg": svg})
     return drawn
 
@@ -170,7 +171,7 @@ def sheets(runs: Sequence[Run]) -> tuple[dict[str, list[dict[str, Any] | None]],
     The space goes round the runs, so that no run crowds out another.
     """
     names = sorted({path.name for run in runs for path in run.sheets})
-    found: dict[str, list[dict[str, Any] | None]] = {name: [None] * len(runs) for name in names}
+    pictures: dict[str, list[dict[str, Any] | None]] = {name: [None] * len(runs) for name in names}
     left_out, used = [], 0
     for i, path in (
         pair
@@ -187,12 +188,12 @@ def sheets(runs: Sequence[Run]) -> tuple[dict[str, list[dict[str, Any] | None]],
             )
         else:
             used += len(picture["source"])
-            found[path.name][i] = picture
-    return {name.removesuffix(".png"): places for name, places in found.items() if any(places)}, left_out
+            pictures[path.name][i] = picture
+    return {name.removesuffix(".png"): places for name, places in pictures.items() if any(places)}, left_out
 
 
 def embedded(path: Path) -> dict[str, Any] | None:
-    """A picture as data URI with its size; a large one is made smaller and stored as JPEG. None if it cannot be read."""
+    """A picture as data URI with its size, a large one made smaller and as JPEG; None if it cannot be read."""
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content), formats=["PNG"]) as opened:

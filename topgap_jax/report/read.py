@@ -175,8 +175,8 @@ def _of_network(row: Row) -> dict[str, str]:
 
 
 def with_gaps(rows: Sequence[Row], train: str) -> list[Row]:
-    """The rows, where every `accuracy()` of other images than the training split's has `generalisation_gap`: the accuracy on
-    a part of the training split, such as "train[:1000]", minus its own. Without a row of such a part nothing is added.
+    """The rows, where `accuracy()` of images outside the training split has `generalisation_gap`: the accuracy on a
+    part of the training split, such as "train[:1000]", minus its own. Without a row of such a part nothing is added.
     """
     accuracy = lambda row: row.measures["accuracy"].value if "accuracy" in row.measures else None
     rows = list(rows)
