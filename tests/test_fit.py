@@ -184,13 +184,17 @@ def test_a_finished_run_is_left_as_it_is(whole):
 
 def test_another_config_is_refused(whole, tmp_path):
     workdir, _ = whole
-    text = f"'{workdir}' holds a run with another config: log_every is 2 there and 3 here; take another workdir"
-    for config in ({**CONFIG, "log_every": 3}, ConfigDict({**CONFIG, "log_every": 3})):
+    text = f"'{workdir}' holds a run with another config: seed is 3 there and 4 here; take another workdir"
+    for config in ({**CONFIG, "seed": 4}, ConfigDict({**CONFIG, "seed": 4})):
         with pytest.raises(UserError) as error:
             train(workdir, config)
         assert str(error.value) == text
-    with pytest.raises(UserError, match="another config: new is absent there and 1 here"):
-        train(workdir, {**CONFIG, "new": 1})
+    with pytest.raises(UserError, match=f"another config: batch is {CONFIG['batch']} there and absent here"):
+        train(workdir, {"seed": 3})
+    # What only concerns looking at a run, and a key that is younger than the run, may differ; config.json follows.
+    for changed in ({**CONFIG, "log_every": 3, "test": "other"}, CONFIG, {**CONFIG, "new": 1}):
+        train(workdir, changed)
+        assert json.loads((workdir / "config.json").read_text())["config"] == {**changed, "sizes": [6, 6]}
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is not the config of a run; take another workdir, or move"):
         train(tmp_path)

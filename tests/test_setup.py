@@ -72,8 +72,9 @@ def test_a_command_reads_each_split_once(reads):
     chosen = setup.experiment(TINY)
     parts = setup.parts(chosen)
     assert set(parts.train) == set(parts.validation) == {"image", "label"}
-    assert assembly.bank(chosen).shape == (6, 32, 32, 32, 3)
-    height, width = assembly.centre(chosen)
+    made = assembly.of_training(chosen, "regions(bank), localisation(cam(), centre=centre)")
+    assert made["bank"].shape == (6, 32, 32, 32, 3)
+    height, width = made["centre"]
     assert 0.2 < height < 0.8 and 0.2 < width < 0.8
     assembly.open_split(chosen, "train", 20)
     assert reads == ["train", "validation"]
@@ -112,8 +113,8 @@ def test_evaluation_of_a_run(run, reads):
     loaded = setup.from_workdir(workdir)
     assert setup.stored(loaded) is None
     rows = setup.evaluate(loaded)
-    assert [row["evaluator"] for row in rows] == ["accuracy()", "regions(bank, fill=mean)"]
-    assert reads == ["train", "test"]
+    assert [row["evaluator"] for row in rows] == ["accuracy()", "regions(fill=mean)"]
+    assert reads == ["test"]
     assert setup.stored(loaded) == rows == json.loads((workdir / "evaluation.json").read_text())["rows"]
     arrays = setup.read(loaded.experiment, "test")
     logits = bind(loaded.experiment.model, loaded.variables)(jnp.asarray(arrays["image"] / np.float32(255)))
@@ -212,8 +213,23 @@ def test_mistakes(run, tmp_path):
 
 
 def test_a_mistake_in_the_evaluators_is_told_before_the_training(reads):
-    for key, text in (("evaluators", "accuracy(), regions(bnk)"), ("explain", "cam(), grad_cam(3, 4)")):
-        assert error(setup.parts, setup.experiment(TINY, [(key, text)])).startswith(f"config.{key}: ")
+    for key, text, words in (
+        ("evaluators", "accuracy(), regions(bnk)", "unknown name 'bnk'; "),
+        ("evaluators", "receptive_field('nope')", "receptive_field('nope'): no layer 'nope'; layers: "),
+        ("explain", "cam(), grad_cam(3, 4)", "grad_cam: too many positional arguments; "),
+        ("explain", "cam(), grad_cam('nope')", "grad_cam('nope'): no layer 'nope'; layers: "),
+        ("model", "with_drop(network, 'nope', dropout(.1))", "no layer 'nope'; layers: "),
+        ("augment", "cutmicks()", "'cutmicks' is not an augmentation; did you mean 'cutmix'?"),
+        (
+            "optimizer",
+            "sgd(cosine(.1, 0, total_steps, warmup=100))",
+            "cosine: warmup=100 leaves nothing of a schedule of 6",
+        ),
+    ):
+        chosen = setup.experiment(TINY, [(key, text)])
+        assert error(setup.parts, chosen).startswith(f"config.{key}: {words}")
+    for key, text in (("validation", "vali"), ("test", "test, tset"), ("train", "train[:0]")):
+        assert "shapes() " in error(lambda key=key, text=text: setup.parts(setup.experiment(TINY, [(key, text)])))
     assert reads == []
 
 
@@ -225,14 +241,18 @@ def pictures_only(folder):
 
 def test_evaluators_that_need_what_a_set_does_not_offer(tmp_path):
     pictures_only(tmp_path)
-    chosen = setup.experiment(TINY, [("source", f"folder('{tmp_path}')"), ("validation", ""), ("batch", "2")])
+    overrides = [("source", f"folder('{tmp_path}')"), ("validation", ""), ("batch", "2")]
+    chosen = setup.experiment(TINY, overrides)
     loaded = setup.Loaded(chosen, assembly.init(chosen), "random", None)
-    source = f"folder('{tmp_path}')"
-    assert error(setup.evaluate, loaded) == f"regions(bank): {source} offers no regions"
-    text = error(setup.evaluate, loaded, evaluators="localisation(cam(), centre=centre)")
-    assert text == f"localisation(centre=centre): {source} offers neither boxes nor regions"
-    text = error(setup.evaluate, loaded, evaluators="regions()")
-    assert text == "regions needs a data set with 'region' (a mask of the object); this one offers none"
+    needs = "regions needs a data set with 'region' (a mask of the object); this one offers none"
+    for text, words in {
+        "regions()": needs,
+        "regions(bank)": needs,
+        "localisation(cam(), centre=centre)": "localis",
+    }.items():
+        assert error(setup.evaluate, loaded, evaluators=text).startswith(f"--evaluators: {text}: {words}")
+        other = setup.experiment(TINY, [*overrides, ("evaluators", text)])
+        assert error(setup.parts, other).startswith(f"config.evaluators: {text}: {words}")
 
 
 def test_layers_are_found_without_compiling_anything(caplog):

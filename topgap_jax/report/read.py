@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from topgap_jax.build import names as names_of
 from topgap_jax.errors import UserError
 from topgap_jax.progress import read_metrics
-from topgap_jax.setup.config import mentions
 
 HEADLINES = (
     "accuracy", "generalisation_gap", "worst_group_accuracy", "robust_accuracy", "foreground_sensitivity", "background_gap",
@@ -102,7 +102,9 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
         text = str(row.get("evaluator", ""))
         head, found, tail = text.rpartition(") with ")
         call, note = (f"{head})", tail) if found else (text, "")
-        told = [f"{name}={fraction(run.config[name])}" for name in names if name in run.config and mentions(call, name)]
+        told = [
+            f"{name}={fraction(run.config[name])}" for name in names if name in run.config and name in names_of(call)
+        ]
         said = {words.partition("=")[0] for words in note.split(", ")}
         told = [words for words in told if words.partition("=")[0] not in said]
         return row | {"evaluator": f"{call} with {', '.join([note] * bool(note) + told)}"} if told else row

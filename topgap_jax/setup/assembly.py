@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from topgap_jax import data
+from topgap_jax.build import names
 from topgap_jax.errors import UserError
 from topgap_jax.evaluators import background_bank
 from topgap_jax.measure.splits import Split, resident_split, streamed_split
@@ -28,32 +30,38 @@ RESIDENT_BYTES = 2 * 2**30  # decoded splits up to this size live on the device,
 class Experiment(NamedTuple):
     """A config with its data set and its model: the names of the classes, `source(split)`, and the model itself.
 
-    file: the Python file that config and methods are from; arrays: the splits that `read` has decoded, by name.
+    file: the Python file that config and methods are from; stated: the keys that are not left at their default; arrays: the
+    splits that `read` has decoded, by name.
     """
 
     config: ConfigDict
     methods: Table
     file: str | None
+    stated: frozenset[str]
     source: data.Splits
     classes: tuple[str, ...]
     model: Model
     arrays: dict[str, dict[str, np.ndarray]]
 
 
-def experiment(path: str | Path, overrides=()) -> Experiment:
-    """The experiment of a config file (or of a run's config.json)."""
-    return assemble(configs.load(path, overrides))
+def experiment(path: str | Path, overrides: Sequence[tuple[str, str]] = (), arm: str = "") -> Experiment:
+    """The experiment of a config file (or of a run's config.json), of one of its arms, with `(key, text)` overrides."""
+    return assemble(configs.load(path, overrides, arm))
 
 
 def assemble(loaded: configs.Loaded) -> Experiment:
     """The experiment of a config: its classes are those of the first split of the data that it names."""
-    config, methods, file = loaded
+    config, methods = loaded.config, loaded.methods
     source = functools.cache(configs.choice(config, "source", methods))
     classes = source(first(config.train) or first(config.test)).classes
-    steps = total_steps(config, source)
-    pool = configs.choice(config, "pool", methods, total_steps=steps)
-    model = configs.choice(config, "model", methods, pool=pool, classes=len(classes), total_steps=steps)
-    return Experiment(config, methods, file, source, classes, fast(model), {})
+    context = {"classes": len(classes), "total_steps": total_steps(config, source)}
+    model = fast(configs.choice(config, "model", methods, **context))
+    return Experiment(config, methods, loaded.file, loaded.stated, source, classes, model, {})
+
+
+def context(chosen: Experiment) -> dict[str, int]:
+    """What the texts of a config may name beside its keys: the number of classes, the training steps in all."""
+    return {"classes": len(chosen.classes), "total_steps": total_steps(chosen.config, chosen.source)}
 
 
 def total_steps(config: ConfigDict, source: data.Splits) -> int:
@@ -95,20 +103,25 @@ def open_split(chosen: Experiment, split: str, batch: int, mesh: Mesh | None = N
     return streamed_split(source, config.image_size, config.resize, classes=classes, batch=batch, mesh=mesh)
 
 
-def bank(chosen: Experiment) -> np.ndarray:
-    """Backgrounds of the training split for `regions(bank)`."""
-    arrays = _sample(chosen, "bank")
-    if "region" not in arrays:
-        raise UserError(f"regions(bank): {chosen.config.source} offers no regions")
-    return background_bank(arrays["image"], arrays["region"], arrays["label"], len(chosen.classes))
+def of_training(chosen: Experiment, text: str, stand_in: bool = False) -> dict[str, Any]:
+    """The names `bank` and `centre` of the evaluators in `text`, made of the training split; stand_in: of their shape only.
 
-
-def centre(chosen: Experiment) -> tuple[float, float]:
-    """(height, width) of the mean training box, as shares of the image, for `localisation(..., centre=centre)`."""
-    arrays = _sample(chosen, "centre")
-    if "box" not in arrays and "region" not in arrays:
-        raise UserError(f"localisation(centre=centre): {chosen.config.source} offers neither boxes nor regions")
-    return mean_box_sides(arrays["box"] if "box" in arrays else region_boxes(arrays["region"]))
+    bank: backgrounds for `regions(bank)`; centre: (height, width) of the mean box, as shares of the image.
+    """
+    offered = {"bank": ("region",), "centre": ("box", "region")}
+    needed = [name for name in offered if name in names(text)]
+    if stand_in or not needed:
+        stand_ins = {"bank": np.zeros((2, 1, 1, 1, 3), np.uint8), "centre": (0.5, 0.5)}
+        return {name: stand_ins[name] for name in needed}
+    arrays, made = _sample(chosen, needed[0]), {}
+    for name in needed:
+        if not any(field in arrays for field in offered[name]):
+            raise UserError(f"'{name}': {chosen.config.source} offers no {' or '.join(offered[name])}")
+    if "bank" in needed:
+        made["bank"] = background_bank(arrays["image"], arrays["region"], arrays["label"], len(chosen.classes))
+    if "centre" in needed:
+        made["centre"] = mean_box_sides(arrays["box"] if "box" in arrays else region_boxes(arrays["region"]))
+    return made
 
 
 def init(chosen: Experiment) -> Variables:
