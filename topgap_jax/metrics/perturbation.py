@@ -6,8 +6,8 @@ Both reward what is adversarial: a few high-contrast pixels that upset the netwo
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy  # scipy.ndimage is imported when it is first used
 from jax import lax
-from scipy.ndimage import gaussian_filter1d
 
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
@@ -47,7 +47,7 @@ def blur_kernel() -> np.ndarray:
     back (RISE's kernel is their outer product: nearly flat, sum 1)."""
     pulse = np.zeros(BLUR)
     pulse[BLUR // 2] = 1
-    return gaussian_filter1d(pulse, SIGMA)
+    return scipy.ndimage.gaussian_filter1d(pulse, SIGMA)
 
 
 def blurred(images: Array, outside: float | Array = 0.0) -> Array:
