@@ -1,6 +1,5 @@
 """From a config to what runs: each split read once, small sets like large ones, weights from a run or a file, pictures."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -12,6 +11,7 @@ from safetensors.numpy import save_file
 
 from topgap_jax import data, pretrained, rewrite, setup
 from topgap_jax.errors import UserError
+from topgap_jax.measure import results
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.run import fit as fit_module
@@ -72,10 +72,7 @@ def test_a_command_reads_each_split_once(reads):
     chosen = setup.experiment(TINY)
     parts = setup.parts(chosen)
     assert set(parts.train) == set(parts.validation) == {"image", "label"}
-    made = assembly.of_training(chosen, "regions(bank), localisation(cam(), centre=centre)")
-    assert made["bank"].shape == (6, 32, 32, 32, 3)
-    height, width = made["centre"]
-    assert 0.2 < height < 0.8 and 0.2 < width < 0.8
+    assert set(assembly.sample(chosen)) == {"image", "label", "box", "region", "group"}
     assembly.open_split(chosen, "train", 20)
     assert reads == ["train", "validation"]
     arrays = setup.read(chosen, "train")
@@ -94,7 +91,7 @@ def test_a_large_set_streams_the_same(monkeypatch, reads):
     found = next(iter(assembly.open_split(large, "test", 20).batches(None)))
     jax.tree.map(np.testing.assert_array_equal, dict(found[1]), dict(expected[1]))
     assert split.examples == 20 and reads == []
-    arrays = assembly._sample(large, "bank")
+    arrays = assembly.sample(large)
     n = len(arrays["label"])
     assert 5 < n < 20 and arrays["image"].nbytes < 60_000
     np.testing.assert_array_equal(arrays["image"][-1], setup.read(small, "train")["image"][-1])
@@ -113,12 +110,13 @@ def test_evaluation_of_a_run(run, reads):
     loaded = setup.from_workdir(workdir)
     assert setup.stored(loaded) is None
     rows = setup.evaluate(loaded)
-    assert [row["evaluator"] for row in rows] == ["accuracy()", "regions(fill=mean)"]
-    assert reads == ["test"]
-    assert setup.stored(loaded) == rows == json.loads((workdir / "evaluation.json").read_text())["rows"]
+    assert [row.evaluator for row in rows] == ["accuracy()", "regions(fill=mean)"]
+    assert reads == ["test", "train"], "the training split for the backgrounds, once"
+    assert setup.stored(loaded) == rows == results.read(workdir / "evaluation.json").rows
+    assert "background_gap" in rows[1].measures
     arrays = setup.read(loaded.experiment, "test")
     logits = bind(loaded.experiment.model, loaded.variables)(jnp.asarray(arrays["image"] / np.float32(255)))
-    assert rows[0]["values"]["accuracy"] == pytest.approx(np.mean(np.argmax(logits, -1) == arrays["label"]))
+    assert rows[0].measures["accuracy"].value == pytest.approx(np.mean(np.argmax(logits, -1) == arrays["label"]))
     other = setup.from_workdir(workdir, [("test", "test, validation")])
     assert setup.stored(other) is None, "the other split is not there"
     assert setup.stored(loaded._replace(weights="checkpoint last, step 9")) is None
@@ -127,12 +125,13 @@ def test_evaluation_of_a_run(run, reads):
 def test_what_the_command_line_changed_stands_in_the_row(run):
     """Else a robust accuracy at another epsilon would pass for the one of the config."""
     loaded = setup.from_workdir(run[0], [("eps", "4/255"), ("evaluators", "accuracy()")])
-    assert setup.commands._note(loaded, "robust(pgd(linf(eps)))") == " with eps=4/255"
-    assert setup.commands._note(loaded, "robust(pgd(linf(8/255), steps=3))") == ""
+    assert setup.commands._overrides(loaded, "robust(pgd(linf(eps)))") == {"eps": "4/255"}
+    assert setup.commands._overrides(loaded, "robust(pgd(linf(8/255), steps=3))") == {}
     loaded = setup.from_workdir(run[0], [("eps", "4/255"), ("pool", "top_gap(fraction=eps)")])
-    assert setup.commands._note(loaded, "accuracy()") == " with eps=4/255, pool=top_gap(fraction=eps)"
+    changes = {"eps": "4/255", "pool": "top_gap(fraction=eps)"}
+    assert setup.commands._overrides(loaded, "accuracy()") == changes
     (row,) = setup.evaluate(loaded, evaluators="accuracy()", splits="test[:5]")
-    assert row["evaluator"] == "accuracy() with eps=4/255, pool=top_gap(fraction=eps)" and row["examples"] == 5
+    assert (row.evaluator, row.overrides, row.examples) == ("accuracy()", changes, 5)
 
 
 def test_weights_from_a_file(tmp_path, capsys, reads):
@@ -204,8 +203,8 @@ def test_mistakes(run, tmp_path):
     assert error(setup.explain, loaded, methods="").startswith("nothing to explain with: neither config.explain nor")
     assert error(setup.explain, loaded, count=0) == "--count must be a whole number of at least 1, got 0"
     empty = setup.from_workdir(workdir, [("train", ""), ("pool", "gap()")])
-    text = error(setup.evaluate, empty, evaluators="regions(bank)")
-    assert text == "'bank' is made of the training split, and config.train names none"
+    (row,) = setup.evaluate(empty, evaluators="regions()", splits="test[:5]")
+    assert "background_gap" not in row.numbers or row.measures["background_gap"].value is None
     assert error(setup.parts, empty.experiment) == "config.train names no split to train on"
     assert error(setup.experiment, TINY, [("train", ""), ("test", "")]).startswith(
         "shapes() has no split ''; choose from"
@@ -245,11 +244,7 @@ def test_evaluators_that_need_what_a_set_does_not_offer(tmp_path):
     chosen = setup.experiment(TINY, overrides)
     loaded = setup.Loaded(chosen, assembly.init(chosen), "random", None)
     needs = "regions needs a data set with 'region' (a mask of the object); this one offers none"
-    for text, words in {
-        "regions()": needs,
-        "regions(bank)": needs,
-        "localisation(cam(), centre=centre)": "localis",
-    }.items():
+    for text, words in {"regions()": needs, "localisation(cam())": "localis"}.items():
         assert error(setup.evaluate, loaded, evaluators=text).startswith(f"--evaluators: {text}: {words}")
         other = setup.experiment(TINY, [*overrides, ("evaluators", text)])
         assert error(setup.parts, other).startswith(f"config.evaluators: {text}: {words}")

@@ -1,4 +1,7 @@
-"""The perturbations an attack may use: `linf(8/255)`, `l2(0.5)`, cut by the pixel box [0, 1] (`papers`: attacks 3 and 4)."""
+"""The perturbations an attack may use: `linf(8/255)`, `l2(0.5)`, cut by the pixel box [0, 1] (`papers`: attacks 3 and 4).
+
+eps (b,) is each example's own radius, so that a curve over radii is one program; the ball's number is the default.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +14,25 @@ AXES = (1, 2, 3)
 
 
 def linf(eps: float) -> Ball:
-    """No pixel value moves by more than `eps` (pixels in [0, 1]): ascent is the sign of the gradient, start uniform in the cube."""
+    """No pixel value moves by more than `eps` (pixels in [0, 1]): ascent is the gradient's sign, start uniform in the cube."""
     check_number("eps", eps, 0)
+
+    def start(keys, images, eps):
+        draw = lambda key, image, eps: jax.random.uniform(key, image.shape, image.dtype, -eps, eps)
+        return jax.vmap(draw)(keys, images, eps)
+
+    def project(images, delta, eps):
+        eps = _wide(eps)
+        return _box(images, jnp.clip(delta, -eps, eps))
+
     return Ball(
         name=f"linf({eps:.4g})",
         eps=eps,
-        start=lambda key, image: jax.random.uniform(key, image.shape, image.dtype, -eps, eps),
-        project=lambda images, delta: _box(images, jnp.clip(delta, -eps, eps)),
+        start=start,
+        project=project,
         ascent=jnp.sign,
         dual_norm=lambda gradient: jnp.abs(gradient).sum(AXES),
         size=lambda delta: jnp.abs(delta).max(AXES),
-        scaled=lambda factor: linf(eps * factor),
     )
 
 
@@ -33,14 +44,17 @@ def l2(eps: float) -> Ball:
     """
     check_number("eps", eps, 0)
 
-    def start(key, image):
-        direction, radius = jax.random.split(key)
-        noise = jax.random.normal(direction, image.shape, image.dtype)
-        length = jax.random.uniform(radius, (), image.dtype) ** (1 / image.size)
-        return eps * length * noise / (jnp.linalg.norm(noise) + 1e-12)
+    def start(keys, images, eps):
+        def draw(key, image, eps):
+            direction, radius = jax.random.split(key)
+            noise = jax.random.normal(direction, image.shape, image.dtype)
+            length = jax.random.uniform(radius, (), image.dtype) ** (1 / image.size)
+            return eps * length * noise / (jnp.linalg.norm(noise) + 1e-12)
 
-    def project(images, delta):
-        return _box(images, delta * jnp.minimum(1.0, eps / (_norm(delta) + 1e-12)))
+        return jax.vmap(draw)(keys, images, eps)
+
+    def project(images, delta, eps):
+        return _box(images, delta * jnp.minimum(1.0, _wide(eps) / (_norm(delta) + 1e-12)))
 
     return Ball(
         name=f"l2({eps:.4g})",
@@ -50,7 +64,6 @@ def l2(eps: float) -> Ball:
         ascent=lambda gradient: direction_and_length(gradient, AXES)[0],
         dual_norm=lambda gradient: direction_and_length(gradient, AXES)[1][:, 0, 0, 0],
         size=lambda delta: _norm(delta)[:, 0, 0, 0],
-        scaled=lambda factor: l2(eps * factor),
     )
 
 
@@ -60,6 +73,10 @@ def _box(images, delta):
 
 def _norm(values):
     return jnp.sqrt((values * values).sum(AXES, keepdims=True))
+
+
+def _wide(eps):
+    return eps[:, None, None, None]
 
 
 TABLE = table(linf, l2)

@@ -251,6 +251,7 @@ def _check_model(arguments):
 
 def _train(arguments, overrides):
     from topgap_jax import engine, setup
+    from topgap_jax.measure import results
     from topgap_jax.run import workdir
     from topgap_jax.run.fit import Stopped, fit
 
@@ -259,7 +260,7 @@ def _train(arguments, overrides):
     workdir.check(arguments.workdir, experiment.config)
     evaluates = experiment.config.evaluators and experiment.config.test and not arguments.no_evaluate
     if evaluates:
-        setup.commands.check_table(arguments.workdir)
+        results.read(Path(arguments.workdir) / results.FILE)  # a damaged one is told before the training
     try:
         fit(experiment.config, arguments.workdir, parts=setup.parts(experiment), file=experiment.file)
     except Stopped as stopped:

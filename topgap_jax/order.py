@@ -1,9 +1,12 @@
 """Order among values: the k-th largest, who is among the k largest, average ranks."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from topgap_jax.errors import UserError
 from topgap_jax.types import Array
 
 
@@ -57,3 +60,16 @@ def average_ranks(values: Array) -> Array:
     ascending = jnp.sort(values)
     below, up_to = (jnp.searchsorted(ascending, values, side=side) for side in ("left", "right"))
     return (below + up_to + 1).astype(jnp.float32) / 2
+
+
+def top_count(k: int | None, n: int) -> int:
+    """How many of a map's n positions are its top: k, or by default 100, above 64x64 positions 1000, at most a tenth of them.
+
+    >>> top_count(None, 1024), top_count(None, 64), top_count(5, 64)
+    (100, 7, 5)
+    """
+    if k is None:
+        return min(100 if n <= 64 * 64 else 1000, math.ceil(n / 10))
+    if k > n:
+        raise UserError(f"k={k} is more than the {n} positions of the map; give k <= {n}")
+    return k

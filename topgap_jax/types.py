@@ -4,10 +4,15 @@ A method with options is a function that returns one of these. Images are float3
 the model, so an epsilon means what it says. Scores, losses and maps are per example; a mean is taken once, at the end.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
+import jax.numpy as jnp
+
+from topgap_jax.edges import check_examples
+from topgap_jax.errors import UserError
 
 Array: TypeAlias = jax.Array
 Keys: TypeAlias = Array  # (b,) typed keys
@@ -44,30 +49,32 @@ class Predict(Protocol):
 
 
 class Score(Protocol):
-    """What an attack raises: logits (b, k), labels (b,) -> (b,). `targets` (b,) is a class fixed from the clean logits."""
+    """What an attack raises: logits (b, k), labels (b,) -> (b,). `clean` (b, k) are the logits of the clean image.
 
-    def __call__(self, logits: Array, labels: Array, targets: Array | None = None) -> Array: ...
+    A targeted score takes its class from `clean`, a divergence its reference; the others ignore it.
+    """
+
+    def __call__(self, logits: Array, labels: Array, clean: Array | None = None) -> Array: ...
 
 
 class Ball(NamedTuple):
-    """The perturbations an attack may use: a norm ball of radius `eps`, cut by the pixel box [0, 1].
+    """The perturbations an attack may use: a norm ball, cut by the pixel box [0, 1]. eps (b,) is each example's radius.
 
-    start(key, image (h, w, c)) -> delta (h, w, c)               a random start inside the ball
-    project(images, delta) -> delta                              nearest allowed perturbation, (b, h, w, c) each
+    name, eps                                                    `linf(0.03137)`, and the default radius
+    start(keys (b,), images, eps) -> delta                       a random start inside the ball, (b, h, w, c)
+    project(images, delta, eps) -> delta                         nearest allowed perturbation, (b, h, w, c) each
     ascent(gradient) -> direction                                steepest ascent of unit norm, (b, h, w, c)
     dual_norm(gradient) -> (b,)                                  sup of <gradient, d> over unit d
     size(delta) -> (b,)                                          the ball's own norm
-    scaled(factor) -> Ball                                       the same ball with radius factor * eps
     """
 
     name: str
     eps: float
-    start: Callable[[Array, Array], Array]
-    project: Callable[[Array, Array], Array]
+    start: Callable[[Keys, Array, Array], Array]
+    project: Callable[[Array, Array, Array], Array]
     ascent: Callable[[Array], Array]
     dual_norm: Callable[[Array], Array]
     size: Callable[[Array], Array]
-    scaled: Callable[[float], "Ball"]
 
 
 class Penalty(NamedTuple):
@@ -99,42 +106,88 @@ class Pool(Protocol):
 
 
 class Cost(NamedTuple):
-    """What a method asks of the network per image: forward passes, and gradient evaluations (one forward and one backward each)."""
+    """What a method asks of the network per image: forward passes, and gradient evaluations (one forward and one backward each).
 
-    forwards: float
-    gradients: float
+    Costs add up and can be multiplied by a number: `steps * attack.cost(predict, images) + Cost(1, 0)`.
+    """
+
+    forwards: float = 0
+    gradients: float = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.forwards + other.forwards, self.gradients + other.gradients)
+
+    def __rmul__(self, times: float) -> "Cost":
+        return Cost(times * self.forwards, times * self.gradients)
+
+
+Costs: TypeAlias = Callable[[Predict, Any], Cost]
+"""cost(predict, images (b, h, w, c), arrays or their shapes) -> Cost, from shapes alone: it may trace `predict`, never run it."""
 
 
 class Attack(NamedTuple):
     """A search for an adversarial example, as a pair like an optax optimiser.
 
-    init(keys, predict, images, labels, logits (clean)) -> state
+    init(keys, predict, images, labels, logits (clean), *, run=None, eps=None) -> state
     step(predict, state) -> state                                evaluates the iterate, books it, then moves it
     steps                                                        how often `step` is to be called
-    cost                                                         of one step
+    cost(predict, images) -> Cost                                of one step
     aim                                                          what it changes: the "label", or the "map" of an explanation
+    runs                                                         restarts x targets: values of `run`, below which it stays
 
-    Every leaf of `state` has the leading axis b. `attacks.finish` books the last iterate of an attack on the label.
+    The state is `attacks.state.State`, every leaf of which has the leading axis b. `run` (b,) numbers restart and target of each
+    example, 0 if not given; `eps` (b,) is its radius, the ball's own if not given. `attacks.finish` books the last iterate of
+    an attack on the label.
     """
 
     init: Callable[..., Any]
     step: Callable[..., Any]
     steps: int
-    cost: Cost
+    cost: Costs
     name: str
     aim: str = "label"
+    runs: int = 1
 
 
 Runs: TypeAlias = tuple[Attack, ...]
 """Attacks worked through in turn on the examples that are still unbroken; one attack is one run."""
 
 
-class Explain(Protocol):
-    """Where the network looks: -> maps (b, h', w') at the method's own resolution. Its attribute `cost` is a `Cost`."""
+@dataclasses.dataclass(frozen=True)
+class Explain:
+    """Where the network looks: a hashable record that is called, explain(keys (b,), predict, images, labels (b,)) -> maps.
 
-    def __call__(
-        self, keys: Keys, predict: Predict, images: Array, labels: Array, segments: Array | None = None
-    ) -> Array: ...
+    maps(keys, predict, images, labels) -> (b, h', w')           at the method's own resolution; of a family one array a name
+    cost(predict, images) -> Cost                                of one map
+    pixels(keys, predict, images, labels) -> (b, h, w, c)        the values of every channel, where the method has them
+    reduce((b, h, w, c)) -> (b, h, w)                            what makes the map of them
+    signed                                                       what a negative value means; None: no value is negative
+    rules                                                        the backward or forward rules it uses, as (operation, Rule)
+    names                                                        (): one map; else a family, whose maps come in this order
+
+    A call checks keys, images and labels where they are not traced (UserError); `maps` does not.
+    """
+
+    maps: Callable[..., Array]
+    cost: Costs
+    pixels: Callable[..., Array] | None = None
+    reduce: Callable[[Array], Array] | None = None
+    signed: str | None = None
+    rules: tuple[tuple[str, "Rule"], ...] = ()
+    names: tuple[str, ...] = ()
+
+    def __call__(self, keys: Keys, predict: Predict, images: Array, labels: Array) -> Any:
+        check_examples("explain", keys, predict, images, labels)
+        return self.maps(keys, predict, images, labels)
+
+    @staticmethod
+    def single(where: str, explain: Any) -> "Explain":
+        """`explain`, if it is an explanation that gives one map; else a UserError of the method `where`."""
+        if not isinstance(explain, Explain):
+            raise UserError(f"{where}: give an explanation such as gradient(), got {explain!r}")
+        if explain.names:
+            raise UserError(f"{where}: the explanation is a family of {len(explain.names)} maps; give one of them")
+        return explain
 
 
 class Drop(NamedTuple):
@@ -183,24 +236,77 @@ class Objective(Protocol):
     ) -> tuple[Array, Mapping[str, Array], Any]: ...
 
 
-class Metric(Protocol):
-    """A measure of maps (b, h', w'): -> {name: (b, ...)}."""
+class Measure(NamedTuple):
+    """One number of a result with all that a table needs.
 
-    def __call__(self, keys: Keys, predict: Predict, maps: Array, batch: Batch) -> Mapping[str, Array]: ...
+    value                                                        None: no image defines it, and `reason` says why
+    low, high                                                    its 95 % interval, None where none is known
+    n                                                            how many images it is over
+    better                                                       "higher", "lower", or None where neither side is
+    label, unit                                                  in words: "worst-group accuracy", "pixels"
+    main                                                         whether a short table shows it
+    """
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    better: str | None = None
+    label: str = ""
+    unit: str = ""
+    main: bool = True
+    reason: str = ""
+
+
+class Curve(NamedTuple):
+    """A line of a result: x and y (n,), what its axes are in words, and `label`, what it shows."""
+
+    x: Sequence[float]
+    y: Sequence[float | None] = ()
+    axes: tuple[str, str] = ("", "")
+    label: str = ""
+
+
+class Metric(NamedTuple):
+    """A measure of maps that is called: metric(keys, predict, maps (b, h', w'), batch) -> {name: (b, ...)}.
+
+    NaN where a measure is undefined; an image whose map is not finite has none.
+
+    measures                                                     what each name is: a Measure, or a Curve for rows (b, x)
+    cost(predict, images) -> Cost
+    """
+
+    rows: Callable[..., Mapping[str, Array]]
+    measures: Mapping[str, "Measure | Curve"]
+    cost: Costs
+
+    def __call__(self, keys: Keys, predict: Predict, maps: Array, batch: Batch) -> Mapping[str, Array]:
+        defined = jnp.isfinite(maps).all(tuple(range(1, maps.ndim)))
+        rows = self.rows(keys, predict, maps, batch)
+        return {
+            name: jnp.where(jnp.expand_dims(defined, range(1, row.ndim)), row, jnp.nan) for name, row in rows.items()
+        }
 
 
 class Evaluator(NamedTuple):
     """A measure of a model over a split.
 
-    rows(keys, model, variables, batch) -> {name: (b, ...)}      pure, on the device
-    summary({name: (n, ...)} of the whole split, NumPy) -> {name: number or curve}; a curve is {"x": [...], "y": [...]}
+    rows(keys, model, variables, batch, prepared) -> {name: (b, ...)}          pure, on the device
+    summary({name: (n, ...)} of the whole split, NumPy) -> {name: Measure or Curve}
+    cost(predict, images) -> Cost
     host({name: (b, ...)}, NumPy) -> {name: (b, ...)}            optional, work that is not arithmetic on arrays
+    prepare(training, classes) -> prepared                       optional: what the rows need of the training split
+
+    training: {"image" (m, h, w, c) uint8, "label", "box"?, "region"?}, NumPy, or None where there is none to be had: then rows
+    that need one are absent, and the summary says why. `prepared` is a tree of arrays ({} without `prepare`), an argument of
+    the jitted rows and no constant in them.
     """
 
     rows: Callable[..., Mapping[str, Array]]
-    summary: Callable[[Mapping[str, Any]], Mapping[str, Any]]
-    cost: Cost
+    summary: Callable[[Mapping[str, Any]], Mapping[str, "Measure | Curve"]]
+    cost: Costs
     host: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    prepare: Callable[..., Any] | None = None
 
 
 class Robustness(NamedTuple):

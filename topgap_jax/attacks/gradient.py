@@ -1,63 +1,61 @@
-"""Attacks that follow the gradient: `fgsm`, `r_fgsm` and `pgd`, each a pair (init, step) whose state is per example."""
-
-from typing import Any, NamedTuple
+"""Attacks that follow the gradient: `fgsm`, `r_fgsm` and `pgd`."""
 
 import jax
 import jax.numpy as jnp
 
+from topgap_jax.attacks import state as states
+from topgap_jax.attacks.state import evaluate, move
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
+from topgap_jax.keys import fold_in
 from topgap_jax.scores import cross_entropy
-from topgap_jax.types import Array, Attack, Ball, Cost, Keys, Predict, Score
+from topgap_jax.types import Attack, Ball, Cost, Score
 
-RUNNING, BROKEN = 0, 1
-
-
-class State(NamedTuple):
-    """Per example: the clean image, its label, the perturbation (iterate), the best point and its score, and what is known of it."""
-
-    images: Array  # (b, h, w, c)
-    labels: Array  # (b,)
-    delta: Array  # (b, h, w, c): the iterate is images + delta
-    best: Array  # (b, h, w, c): the first iterate that breaks, else the clean image
-    score: Array  # (b,): highest score that a step has met before the break, the breaking one included
-    status: Array  # (b,) int32: 0 running, 1 broken (misclassified)
-    steps: Array  # (b,) int32: steps taken
-    keys: Keys  # (b,)
+STARTS = ("random", None)
 
 
-def pgd(ball: Ball, *, score: Score = cross_entropy, steps: int = 20, step_size: float | None = None) -> Attack:
-    """Projected steepest ascent of `score` inside `ball`, from a random start (Madry et al. 2018, arXiv 1706.06083).
+def pgd(
+    ball: Ball,
+    *,
+    score: Score = cross_entropy,
+    steps: int = 20,
+    step_size: float | None = None,
+    start: str | None = "random",
+) -> Attack:
+    """Projected steepest ascent of `score` inside `ball` (Madry et al. 2018, arXiv 1706.06083).
 
-    x <- P(x + step_size * ascent(gradient)); `step_size` is in the ball's own norm, 2.5 eps / steps if not given. An example
-    that is misclassified when clean is returned unchanged.
+    x <- P(x + step_size * ascent(gradient)); `step_size` is in the ball's own norm, 2.5 eps / steps if not given. `start` is a
+    "random" point of the ball, or None, the clean image. An example that is misclassified when clean is returned unchanged.
     """
     check_number("steps", steps, 1, whole=True)
-    size = 2.5 * ball.eps / steps if step_size is None else step_size
-    check_number("step_size", size, 0)
+    if step_size is not None:
+        check_number("step_size", step_size, 0)
+    begin = starting(ball, start)
 
-    def init(keys, predict, images, labels, logits):
-        delta = ball.project(images, jax.vmap(ball.start)(keys, images))
-        return start_state(keys, images, labels, logits, delta)
+    def init(keys, predict, images, labels, logits, *, run=None, eps=None):
+        return begin(keys, images, labels, logits, run, eps)
 
     def step(predict, state):
-        state, gradient = ascend(predict, score, state)
-        return move(state, ball.project(state.images, state.delta + size * ball.ascent(gradient)))
+        state, gradient = evaluate(predict, score, state)
+        size = 2.5 * state.eps[:, None, None, None] / steps if step_size is None else step_size
+        return move(state, ball.project(state.images, state.delta + size * ball.ascent(gradient), state.eps))
 
-    return Attack(init, step, steps, Cost(0, 1), f"pgd-{steps}, {ball.name}")
+    return Attack(init, step, steps, lambda predict, images: Cost(0, 1), f"pgd-{steps}, {ball.name}")
 
 
 def fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
     """One full step from the clean image: x + eps * ascent(gradient) (Goodfellow et al. 2015, arXiv 1412.6572)."""
+    begin = starting(ball, None)
 
-    def init(keys, predict, images, labels, logits):
-        return start_state(keys, images, labels, logits, jnp.zeros_like(images))
+    def init(keys, predict, images, labels, logits, *, run=None, eps=None):
+        return begin(keys, images, labels, logits, run, eps)
 
     def step(predict, state):
-        state, gradient = ascend(predict, score, state)
-        return move(state, ball.project(state.images, ball.eps * ball.ascent(gradient)))
+        state, gradient = evaluate(predict, score, state)
+        full = state.eps[:, None, None, None] * ball.ascent(gradient)
+        return move(state, ball.project(state.images, full, state.eps))
 
-    return Attack(init, step, 1, Cost(0, 1), f"fgsm, {ball.name}")
+    return Attack(init, step, 1, lambda predict, images: Cost(0, 1), f"fgsm, {ball.name}")
 
 
 def r_fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
@@ -67,83 +65,40 @@ def r_fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
     steps never leave the ball.
     """
 
-    def init(keys, predict, images, labels, logits):
-        noise = jax.vmap(lambda key, image: jax.random.normal(key, image.shape, image.dtype))(keys, images)
-        delta = ball.project(images, 0.5 * ball.eps * ball.ascent(noise))
-        return start_state(keys, images, labels, logits, delta)
+    def init(keys, predict, images, labels, logits, *, run=None, eps=None):
+        state = states.start(keys, images, labels, logits, eps=ball.eps if eps is None else eps, run=run)
+        noise = jax.vmap(lambda key, image: jax.random.normal(key, image.shape, image.dtype))(run_keys(state), images)
+        return state._replace(delta=ball.project(images, half(state) * ball.ascent(noise), state.eps))
 
     def step(predict, state):
-        state, gradient = ascend(predict, score, state)
-        return move(state, ball.project(state.images, state.delta + 0.5 * ball.eps * ball.ascent(gradient)))
+        state, gradient = evaluate(predict, score, state)
+        delta = state.delta + half(state) * ball.ascent(gradient)
+        return move(state, ball.project(state.images, delta, state.eps))
 
-    return Attack(init, step, 1, Cost(0, 1), f"r+fgsm, {ball.name}")
+    half = lambda state: 0.5 * state.eps[:, None, None, None]
+    return Attack(init, step, 1, lambda predict, images: Cost(0, 1), f"r+fgsm, {ball.name}")
 
 
-def attack(chosen: Attack, keys: Keys, predict: Predict, images: Array, labels: Array) -> Any:
-    """The whole attack in one call, unrolled: for training steps and notebooks. Its state: `State`, or its own (`MapState`).
+def starting(ball: Ball, where: str | None):
+    """(keys, images, labels, logits, run, eps) -> the state at a "random" point of the ball, or (None) at the clean image.
 
-    >>> # adversarial = attack(pgd(linf(8 / 255)), jax.random.split(key, b), predict, images, labels).best
+    Every run draws from keys of its own; the first from the examples' keys themselves.
     """
-    state = chosen.init(keys, predict, images, labels, predict(images))
-    for _ in range(chosen.steps):
-        state = chosen.step(predict, state)
-    # An attack on maps books the point that it has moved to, so nothing is left to book.
-    return finish(predict, state) if chosen.aim == "label" else state
+    if where not in STARTS:
+        raise UserError(f"start must be 'random' or None (the clean image), got {where!r}")
+
+    def begin(keys, images, labels, logits, run, eps):
+        state = states.start(keys, images, labels, logits, eps=ball.eps if eps is None else eps, run=run)
+        if where is None:
+            return state
+        return state._replace(delta=ball.project(images, ball.start(run_keys(state), images, state.eps), state.eps))
+
+    return begin
 
 
-def start_state(keys: Keys, images: Array, labels: Array, logits: Array, delta: Array) -> State:
-    """State before the first step; what is misclassified when clean is broken with the clean image."""
-    status = jnp.where(misclassified(logits, labels), BROKEN, RUNNING).astype(jnp.int32)
-    score = jnp.full_like(
-        logits[:, 0], -jnp.inf, jnp.float32
-    )  # made like the logits, so that it is split over devices as they are
-    return State(images, labels, delta, images, score, status, jnp.zeros_like(status), keys)
-
-
-def ascend(predict: Predict, score: Score, state: State) -> tuple[State, Array]:
-    """Evaluate the iterate and book it; its gradient (b, h, w, c)."""
-
-    def summed(points):
-        logits = predict(points)
-        values = score(logits, state.labels)
-        return values.sum(), (values, logits)
-
-    (_, (values, logits)), gradient = jax.value_and_grad(summed, has_aux=True)(state.images + state.delta)
-    return book(state, values, logits), gradient
-
-
-def book(state: State, values: Array, logits: Array) -> State:
-    """Keep the first iterate that breaks, and the highest score."""
-    newly = misclassified(logits, state.labels) & (state.status == RUNNING)
-    return state._replace(
-        best=jnp.where(newly[:, None, None, None], state.images + state.delta, state.best),
-        score=jnp.where(state.status == RUNNING, jnp.maximum(state.score, values), state.score),
-        status=jnp.where(newly, BROKEN, state.status),
-    )
-
-
-def move(state: State, delta: Array) -> State:
-    """The next iterate. A broken example moves on too: training uses the last iterate, its verdict is already booked."""
-    return state._replace(delta=delta, steps=state.steps + (state.status == RUNNING))
-
-
-def finish(predict: Predict, state: State) -> State:
-    """Evaluate the last iterate and book its verdict: every driver ends with this one forward pass."""
-    return book(state, state.score, predict(state.images + state.delta))
-
-
-def misclassified(logits: Array, labels: Array) -> Array:
-    """Whether the first maximal logit is another class's; NaN logits count as broken. (b, k), (b,) -> (b,) bool."""
-    return (jnp.argmax(logits, -1) != labels) | jnp.isnan(logits).any(-1)
-
-
-def as_runs(runs: Any) -> tuple[Attack, ...]:
-    """An attack, or a tuple of attacks and tuples, as one flat tuple."""
-    if isinstance(runs, Attack):
-        return (runs,)
-    if not isinstance(runs, tuple | list):
-        raise UserError(f"expected attacks like pgd(linf(8/255)), got {runs!r}")
-    return tuple(attack for item in runs for attack in as_runs(item))
+def run_keys(state):
+    """The keys (b,) of each example's run."""
+    return jnp.where(state.run == 0, state.keys, fold_in(state.keys, state.run))
 
 
 TABLE = table(fgsm, r_fgsm, pgd)

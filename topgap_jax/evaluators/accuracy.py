@@ -6,9 +6,11 @@ import numpy as np
 
 from topgap_jax.attacks import misclassified
 from topgap_jax.build import table
-from topgap_jax.metrics.calibration import calibration, wilson
+from topgap_jax.metrics.summaries import average, calibration, share
 from topgap_jax.models import bind
-from topgap_jax.types import Cost, Evaluator
+from topgap_jax.types import Cost, Evaluator, Measure
+
+ACCURACY = Measure(better="higher", label="accuracy")
 
 
 def accuracy() -> Evaluator:
@@ -17,7 +19,7 @@ def accuracy() -> Evaluator:
     Where the data have groups: accuracy and size of each group, and the worst group's accuracy.
     """
 
-    def rows(keys, model, variables, batch):
+    def rows(keys, model, variables, batch, prepared):
         logits = bind(model, variables)(batch["image"]).astype(jnp.float32)
         log_probabilities = jax.nn.log_softmax(logits)
         out = {
@@ -28,20 +30,22 @@ def accuracy() -> Evaluator:
         return out | ({"group": batch["group"]} if "group" in batch else {})
 
     def summary(rows):
-        correct, n = rows["correct"], len(rows["correct"])
-        low, high = wilson(correct.sum(), n)
+        correct = rows["correct"]
         error, curve = calibration(rows["confidence"], correct)
-        values = {"accuracy": float(correct.mean()), "accuracy_low": low, "accuracy_high": high}
-        values |= {"nll": float(rows["nll"].mean(dtype=np.float64)), "calibration_error": error}
+        measures = {
+            "accuracy": share(correct, ACCURACY),
+            "nll": average(rows["nll"], Measure(better="lower", label="NLL", unit="nats")),
+            "calibration_error": Measure(error, n=len(correct), better="lower", label="calibration error"),
+        }
         if "group" in rows:
-            groups = np.unique(rows["group"])
-            shares = [float(correct[rows["group"] == group].mean()) for group in groups]
-            values["worst_group_accuracy"] = min(shares)
-            values |= {f"group_{group}_accuracy": share for group, share in zip(groups, shares)}
-            values |= {f"group_{group}_examples": int((rows["group"] == group).sum()) for group in groups}
-        return values | {"calibration": curve}
+            about = lambda group: ACCURACY._replace(label=f"accuracy of group {group}", main=False)
+            groups = {group: share(correct[rows["group"] == group], about(group)) for group in np.unique(rows["group"])}
+            worst = min(groups.values(), key=lambda measure: measure.value)
+            measures["worst_group_accuracy"] = worst._replace(label="worst-group accuracy", main=True)
+            measures |= {f"group_{group}_accuracy": measure for group, measure in groups.items()}
+        return measures | {"calibration": curve}
 
-    return Evaluator(rows, summary, Cost(1, 0))
+    return Evaluator(rows, summary, lambda predict, images: Cost(1, 0))
 
 
 TABLE = table(accuracy)

@@ -9,9 +9,10 @@ from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.models import bind
 from topgap_jax.rewrite import read
-from topgap_jax.types import Array, Cost, Evaluator
+from topgap_jax.types import Array, Cost, Curve, Evaluator, Measure
 
 GRID = (0.0, 0.25, 0.5, 0.75)
+NAMES = {"neuron_coverage": "neuron coverage by the split", "image_coverage": "neuron coverage by one image"}
 
 
 def coverage(*layers: str, threshold: float = 0.25) -> Evaluator:
@@ -34,11 +35,11 @@ def coverage(*layers: str, threshold: float = 0.25) -> Evaluator:
     check_number("threshold", threshold, 0, 1)
     thresholds = sorted({*GRID, threshold})
 
-    def rows(keys, model, variables, batch):
-        found = functools.reduce(read, layers, bind(model, variables))(batch["image"])
+    def rows(keys, model, variables, batch, prepared):
+        nested = functools.reduce(read, layers, bind(model, variables))(batch["image"])
         values = []
         for layer in reversed(layers):
-            found, value = found
+            nested, value = nested
             if value.ndim not in (2, 4):
                 raise UserError(f"coverage: layer '{layer}' has shape {value.shape}; (b, h, w, c) or (b, c) is needed")
             values.insert(0, neurons(value))
@@ -50,13 +51,14 @@ def coverage(*layers: str, threshold: float = 0.25) -> Evaluator:
         passed, shares = rows["passed"], {}
         for level, t in enumerate(thresholds, 1):
             shares[t] = float((passed.max(0) >= level).mean()), float((passed >= level).mean(dtype=np.float64))
-        values, curves = {}, {}
-        for place, name in enumerate(("neuron_coverage", "image_coverage")):
-            values[name] = shares[threshold][place]
-            curves[f"{name}_curve"] = {"x": list(GRID), "y": [shares[t][place] for t in GRID]}
-        return values | {"neurons": passed.shape[1]} | curves
+        measures, curves, n = {}, {}, len(passed)
+        for place, (name, label) in enumerate(NAMES.items()):
+            measures[name] = Measure(shares[threshold][place], n=n, label=label)
+            curves[f"{name}_curve"] = Curve(list(GRID), [shares[t][place] for t in GRID], ("threshold", "share"), label)
+        neurons = Measure(passed.shape[1], n=n, label="neurons", main=False)
+        return measures | {"neurons": neurons} | curves
 
-    return Evaluator(rows, summary, Cost(1, 0))
+    return Evaluator(rows, summary, lambda predict, images: Cost(1, 0))
 
 
 def neurons(value: Array) -> Array:

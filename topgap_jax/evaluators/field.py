@@ -6,13 +6,21 @@ import numpy as np
 from topgap_jax.build import check_number, table
 from topgap_jax.explain.field import fields, pixel
 from topgap_jax.metrics import field as measures
-from topgap_jax.metrics.calibration import mean_interval
 from topgap_jax.metrics.localisation import object_masks
+from topgap_jax.metrics.summaries import average
 from topgap_jax.models import bind
 from topgap_jax.rewrite import read
-from topgap_jax.types import Cost, Evaluator
+from topgap_jax.types import Cost, Evaluator, Measure
 
-MEANS = ("rms_radius", "luo_size", "effective_area", "share_inside", "lift", "top_share_inside", "top_lift")
+MEANS = {
+    "rms_radius": Measure(label="ERF radius", unit="pixels"),
+    "luo_size": Measure(label="ERF size by Luo", unit="pixels", main=False),
+    "effective_area": Measure(label="ERF effective area", unit="pixels", main=False),
+    "share_inside": Measure(better="higher", label="share of the ERF in the object", main=False),
+    "lift": Measure(better="higher", label="lift of the ERF in the object", unit="times chance", main=False),
+    "top_share_inside": Measure(better="higher", label="share of the top position's ERF in the object", main=False),
+    "top_lift": Measure(better="higher", label="lift of the top position's ERF", unit="times chance"),
+}
 
 
 def receptive_field(layer: str = "maps", *, k: int = 1) -> Evaluator:
@@ -25,11 +33,11 @@ def receptive_field(layer: str = "maps", *, k: int = 1) -> Evaluator:
     """
     check_number("k", k, 1, whole=True)
 
-    def rows(keys, model, variables, batch):
+    def rows(keys, model, variables, batch, prepared):
         predict, images = bind(model, variables), batch["image"]
         _, value = read(predict, layer)(images[:1])
-        found = fields(predict, images, batch["label"], ["centre", "corner", "top"], layer=layer, k=k)
-        centre, corners, top = found[0], found[1:5], found[5:].mean(0)
+        maps = fields(predict, images, batch["label"], ["centre", "corner", "top"], layer=layer, k=k)
+        centre, corners, top = maps[0], maps[1:5], maps[5:].mean(0)
         place = pixel("centre", value.shape[1:3], images.shape[1:3])
         out = {
             "centre": centre.sum((1, 2)),
@@ -49,19 +57,26 @@ def receptive_field(layer: str = "maps", *, k: int = 1) -> Evaluator:
         return out
 
     def summary(rows):
-        values = {}
-        for name in MEANS:
-            if name not in rows:
-                continue
-            finite = rows[name][np.isfinite(rows[name])]
-            values[name], low, high = mean_interval(finite) if len(finite) else (0.0, 0.0, 0.0)
-            values |= {f"{name}_low": low, f"{name}_high": high}
+        empty = "every field is 0 everywhere"
+        measures = {}
+        for name, about in MEANS.items():
+            if name in rows:
+                values = np.where(np.isfinite(rows[name]), rows[name], np.nan)
+                measures[name] = average(values, about, empty)
+            elif name.endswith(("share_inside", "lift")):
+                measures[name] = about._replace(n=0, reason="the data have neither regions nor boxes")
         # Of the sums, not the mean of ratios: one corner that is nearly 0 would decide the mean.
-        corner = float(rows["corner"].mean(dtype=np.float64))
-        values["centre_corner_ratio"] = float(rows["centre"].mean(dtype=np.float64)) / corner if corner > 0 else 0.0
-        return values | {"empty_fields": int((rows["centre"] == 0).sum())}
+        centre, corner = (float(rows[name].mean(dtype=np.float64)) for name in ("centre", "corner"))
+        ratio = Measure(label="ERF centre / corner", n=len(rows["centre"]))
+        measures["centre_corner_ratio"] = (
+            ratio._replace(value=centre / corner)
+            if corner > 0
+            else ratio._replace(n=0, reason="the corners' fields are 0")
+        )
+        count = int((rows["centre"] == 0).sum())
+        return measures | {"empty_fields": Measure(count, n=len(rows["centre"]), label="fields that are 0", main=False)}
 
-    return Evaluator(rows, summary, Cost(0, 5 + k))
+    return Evaluator(rows, summary, lambda predict, images: Cost(0, 5 + k))
 
 
 TABLE = table(receptive_field)

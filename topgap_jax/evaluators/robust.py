@@ -12,15 +12,15 @@ def robust(*runs: Attack | Runs) -> Robustness:
     With its 95 % interval, and the clean accuracy beside it. An attack finds an upper bound of the true robust accuracy: a
     stronger one may break more. robust(pgd(linf(8/255)), fgsm(linf(8/255))) runs two, one after the other.
     """
-    chosen = as_runs(runs)
-    if not chosen:
+    attacks = as_runs(runs)
+    if not attacks:
         raise UserError("robust: give one or more attacks, such as robust(pgd(linf(8/255)))")
-    for attack in chosen:
+    for attack in attacks:
         if attack.aim != "label":
             raise UserError(
                 f"robust: '{attack.name}' keeps the label; give it to attributional_robustness(explain, attack)"
             )
-    return Robustness(chosen)
+    return Robustness(attacks)
 
 
 TABLE = table(robust)

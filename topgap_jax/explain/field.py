@@ -27,11 +27,10 @@ def field(
     check_position(position)
     check_number("k", k, 1, whole=True)
 
-    def explain(keys, predict, images, labels, segments=None):
+    def maps(keys, predict, images, labels):
         return fields(predict, images, labels, [position], layer=layer, channel=channel, k=k).mean(0)
 
-    explain.cost = Cost(0, COUNTS.get(position, k if position == "top" else 1))
-    return explain
+    return Explain(maps, lambda predict, images: Cost(0, COUNTS.get(position, k if position == "top" else 1)))
 
 
 def fields(

@@ -1,28 +1,30 @@
 """Explanations from the gradient with respect to the pixels: `gradient`, `integrated` along a path, `smooth` over noise."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
-from topgap_jax.rewrite import canonical_convs, with_rules, zero_images
+from topgap_jax.keys import fold_in, split
+from topgap_jax.rewrite import with_rules, zero_images
 from topgap_jax.rewrite.rules import checked
+from topgap_jax.rewrite.speed import sum_over
 from topgap_jax.scores import logit
 from topgap_jax.types import Array, Cost, Explain, Rules
 
-REDUCTIONS: dict[str, Callable[[Array], Array]] = {
-    "max_abs": lambda values: jnp.abs(values).max(-1),
-    "sum": lambda values: values.sum(-1),
-    "sum_abs": lambda values: jnp.abs(values.sum(-1)),
-    "abs_sum": lambda values: jnp.abs(values).sum(-1),
-    "sum_relu": lambda values: jax.nn.relu(values.sum(-1)),
+REDUCTIONS: dict[str, tuple[Callable[[Array], Array], str | None]] = {
+    "max_abs": (lambda values: jnp.abs(values).max(-1), None),
+    "sum": (lambda values: values.sum(-1), "lowers the class's logit"),
+    "sum_abs": (lambda values: jnp.abs(values.sum(-1)), None),
+    "abs_sum": (lambda values: jnp.abs(values).sum(-1), None),
+    "sum_relu": (lambda values: jax.nn.relu(values.sum(-1)), None),
 }
-"""(b, h, w, c) -> (b, h, w), named in the order of the operations: "sum_abs" is the absolute value of the sum over channels."""
+"""(b, h, w, c) -> (b, h, w), and what a negative value means; named in the order of the operations: "sum_abs" is |sum|."""
 
 
 def gradient(*, rules: Rules | None = None, reduce: str = "max_abs") -> Explain:
@@ -34,10 +36,10 @@ def gradient(*, rules: Rules | None = None, reduce: str = "max_abs") -> Explain:
     """
     checked(rules)
 
-    def pixels(keys, predict, images, labels, segments=None):
+    def pixels(keys, predict, images, labels):
         return _gradient(_ruled(predict, rules), images, labels)
 
-    return _explanation(pixels, reduce, Cost(0, 1), rules)
+    return _explanation(pixels, reduce, 1, rules)
 
 
 def integrated(
@@ -66,14 +68,14 @@ def integrated(
     checked(rules)
     nodes, weights = quadrature(rule, steps)
 
-    def pixels(keys, predict, images, labels, segments=None):
+    def pixels(keys, predict, images, labels):
         start = zero_images(predict, images) if baseline is None else _broadcast(baseline, images)
         f = _ruled(predict, rules)
         at = lambda node, weight: weight * _gradient(f, start + node * (images - start), labels)
-        mean = _sum(at, (nodes, weights), images)
+        mean = sum_over(at, (nodes, weights), images)
         return (images - start) * mean if multiply_by_inputs else mean
 
-    return _explanation(pixels, reduce, Cost(0, steps), rules)
+    return _explanation(pixels, reduce, steps, rules)
 
 
 def smooth(explain: Explain, *, samples: int = 32, sigma: float = 0.15) -> Explain:
@@ -83,26 +85,27 @@ def smooth(explain: Explain, *, samples: int = 32, sigma: float = 0.15) -> Expla
     `smooth(integrated())` average the signed values of every channel and reduce them after that. The samples run one after
     another. Noise comes from the example's own key.
     """
-    if not callable(explain):
-        raise UserError(f"smooth: give an explanation such as gradient(), got {explain!r}")
+    Explain.single("smooth", explain)
     check_number("samples", samples, 1, whole=True)
     check_number("sigma", sigma, 0)
-    one = getattr(explain, "pixels", explain)
-    reduce = getattr(explain, "reduce", lambda maps: maps)
+    one = explain.pixels or explain.maps
 
-    def smoothed(keys, predict, images, labels, segments=None):
+    def mean(keys, predict, images, labels):
         spread = sigma * jnp.ptp(images, (1, 2, 3), keepdims=True)
 
         def at(sample):
-            pairs = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, sample)))(keys)
-            noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(pairs[:, 0])
-            return one(pairs[:, 1], predict, images + spread * noise, labels, segments) / samples
+            noise_keys, map_keys = split(fold_in(keys, sample))
+            noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(noise_keys)
+            return one(map_keys, predict, images + spread * noise, labels) / samples
 
-        return reduce(_sum(at, (np.arange(samples),), images))
+        return sum_over(at, (np.arange(samples),), images)
 
-    smoothed.cost = Cost(*(samples * number for number in getattr(explain, "cost", Cost(1, 0))))
-    smoothed.rules = getattr(explain, "rules", None)
-    return smoothed
+    if explain.pixels is None:
+        maps, pixels = mean, None
+    else:
+        maps, pixels = (lambda *arguments: explain.reduce(mean(*arguments))), mean
+    cost = lambda predict, images: samples * explain.cost(predict, images)
+    return dataclasses.replace(explain, maps=maps, pixels=pixels, cost=cost)
 
 
 def quadrature(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -126,16 +129,19 @@ def quadrature(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     return np.float32(nodes), np.float32(weights)
 
 
-def _explanation(pixels: Callable, reduce: str, cost: Cost, rules: Rules | None) -> Explain:
+def _explanation(pixels: Callable, reduce: str, gradients: int, rules: Rules | None) -> Explain:
     """The explanation whose maps are the reduced values (b, h, w, c) of `pixels`."""
     if reduce not in REDUCTIONS:
         raise UserError(f"reduce must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduce!r}")
-
-    def explain(keys, predict, images, labels, segments=None):
-        return REDUCTIONS[reduce](pixels(keys, predict, images, labels, segments))
-
-    explain.cost, explain.pixels, explain.reduce, explain.rules = cost, pixels, REDUCTIONS[reduce], rules
-    return explain
+    to_map, signed = REDUCTIONS[reduce]
+    return Explain(
+        maps=lambda *arguments: to_map(pixels(*arguments)),
+        cost=lambda predict, images: Cost(0, gradients),
+        pixels=pixels,
+        reduce=to_map,
+        signed=signed,
+        rules=tuple((rules or {}).items()),
+    )
 
 
 def _ruled(predict, rules):
@@ -145,16 +151,6 @@ def _ruled(predict, rules):
 def _gradient(f: Callable, images: Array, labels: Array) -> Array:
     """d z_y / d x, (b, h, w, c). The sum over the batch is of examples that do not see each other."""
     return jax.grad(lambda points: logit(f(points), labels).sum())(images)
-
-
-def _sum(f: Callable, rows: tuple, images: Array) -> Array:
-    """The sum of f(*row) over rows, one after another."""
-    f, rows = canonical_convs(f), [jnp.asarray(row) for row in rows]
-    shape = jax.eval_shape(f, *(row[0] for row in rows)).shape
-    # Made like the images, so that it is split over devices as they are.
-    zeros = jnp.zeros_like(images[:, 0, 0, 0], jnp.float32)
-    start = jnp.broadcast_to(zeros.reshape(-1, *(1,) * (len(shape) - 1)), shape)
-    return lax.scan(lambda total, row: (total + f(*row), None), start, rows)[0]
 
 
 def _broadcast(baseline: Any, images: Array) -> Array:

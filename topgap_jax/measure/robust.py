@@ -14,16 +14,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from topgap_jax.attacks import finish, misclassified
+from topgap_jax.attacks.state import RUNNING
+from topgap_jax.keys import example_keys
+from topgap_jax.measure.costs import cost_of
 from topgap_jax.measure.splits import Split
 from topgap_jax.measure.verdicts import Log
 from topgap_jax.mesh import replicated, split
-from topgap_jax.metrics.calibration import wilson
+from topgap_jax.metrics.summaries import share
 from topgap_jax.models import bind
 from topgap_jax.progress import bar
 from topgap_jax.rewrite import fused
-from topgap_jax.types import Attack, Cost, Model, Robustness, Variables
+from topgap_jax.types import Attack, Cost, Curve, Measure, Model, Robustness, Variables
 
-RUNNING = 0
 FRAGILE = 1e-4  # of the logits' range: a margin below this may change its sign with the batch width or the device
 
 
@@ -48,7 +50,7 @@ def attack_split(
     text: str = "robust",
     progress: bool | None = None,
     log: Log | None = None,
-) -> tuple[dict[str, Any], Cost, float]:
+) -> tuple[dict[str, Measure | Curve], Cost, float]:
     """(summary, cost per image of the split, seconds without compilation).
 
     Examples that are misclassified when clean are broken and never attacked. `robust_accuracy` is the share that no run
@@ -59,7 +61,7 @@ def attack_split(
     logits, labels, seconds = _clean(model, variables, data, mesh, f"{text}: clean", progress)
     n = len(labels)
     broken, fragile = _verdicts(logits, labels)
-    attacked, shares, entries = int((~broken).sum()), [1 - broken.mean()], []
+    right, attacked, shares, entries = ~broken, int((~broken).sum()), [1 - broken.mean()], []
     log = log or Log(None, {})
     for number, attack in enumerate(robustness.runs):
         alive = np.flatnonzero(~broken).astype(np.int32)
@@ -69,7 +71,7 @@ def attack_split(
         left = np.setdiff1d(alive, [index for entry in done for index in entry["ids"]])
         parts, key = _functions(attack, model, mesh), jax.random.fold_in(jax.random.key(seed), number)
         with bar(len(alive), f"{text}: {attack.name}", enabled=progress, done=len(alive) - len(left)) as shown:
-            for entry in _run(parts, attack, key, variables, data.batches(left), logits, labels, mesh):
+            for entry in _run(parts, attack, model, key, variables, data.batches(left), logits, labels, mesh):
                 done.append({"run": number, **entry})
                 log.append(done[-1])
                 shown.update(len(entry["ids"]))
@@ -79,26 +81,30 @@ def attack_split(
         entries += done
         shares.append(1 - broken.mean())
     total = lambda name: sum(entry[name] for entry in entries)
-    low, high = wilson((~broken).sum(), n)
-    values = {
-        "clean_accuracy": float(shares[0]),
-        "robust_accuracy": float(shares[-1]),
-        "robust_low": low,
-        "robust_high": high,
+    names = ", ".join(attack.name for attack in robustness.runs)
+    detail = lambda value, label, unit="": Measure(value, n=n, label=label, unit=unit, main=False)
+    measures = {
+        "robust_accuracy": share(~broken, Measure(better="higher", label=f"accuracy under {names}")),
+        "clean_accuracy": share(right, Measure(better="higher", label="clean accuracy", main=False)),
+        "attacked": detail(attacked, "images attacked"),
+        "mean_steps": detail(total("steps") / max(attacked, 1), "steps until the break", "steps"),
+        "unconfirmed": detail(total("unconfirmed"), "breaks that a forward pass did not confirm"),
+        "fragile": detail(int(fragile.sum()), "verdicts that floating point might change"),
+        "after_runs": Curve(
+            list(range(len(shares))), [float(y) for y in shares], ("runs done", "accuracy"), "accuracy by run"
+        ),
     }
-    values |= {"attacked": attacked, "mean_steps": total("steps") / max(attacked, 1)}
-    values |= {"unconfirmed": total("unconfirmed"), "fragile": int(fragile.sum())}
-    values["after_runs"] = {"x": list(range(len(shares))), "y": [float(share) for share in shares]}
     log.remove()
-    return values, Cost(1 + total("forwards") / n, total("gradients") / n), seconds + total("seconds")
+    return measures, Cost(1 + total("forwards") / n, total("gradients") / n), seconds + total("seconds")
 
 
-def _run(parts, attack, key, variables, batches, logits, labels, mesh):
+def _run(parts, attack, model, key, variables, batches, logits, labels, mesh):
     """One entry per batch: what became of its examples, and what that cost."""
     start = None
     for ids, batch in batches:
         state = parts.start(key, variables, batch, _placed(logits, ids, batch, mesh))
         if start is None:
+            cost = cost_of(attack.cost, model, variables, batch["image"])
             _compile(parts, variables, state, batch["mask"])
             start = time.perf_counter()
         state, count, booked = _attack(parts, attack, variables, state, batch["mask"])
@@ -112,8 +118,8 @@ def _run(parts, attack, key, variables, batches, logits, labels, mesh):
             "fragile": ids[fragile].tolist(),
             "unconfirmed": int(((status != RUNNING) & ~broken).sum()),
             "steps": int(steps.sum()),
-            "forwards": len(ids) * (count * attack.cost.forwards + booked + 1),
-            "gradients": len(ids) * count * attack.cost.gradients,
+            "forwards": len(ids) * (count * cost.forwards + booked + 1),
+            "gradients": len(ids) * count * cost.gradients,
             "seconds": now - start,
         }
         start = now
@@ -121,7 +127,7 @@ def _run(parts, attack, key, variables, batches, logits, labels, mesh):
 
 def _clean(model, variables, data, mesh, text, progress):
     """Logits (n, k) and labels (n,) of the split, by row, and the seconds."""
-    predict, start, parts = _logits(model, mesh), 0.0, []
+    predict, start, parts = clean_logits(model, mesh), 0.0, []
     with bar(data.examples, text, enabled=progress) as shown:
         for ids, batch in data.batches(None):
             if not parts:
@@ -155,8 +161,9 @@ def _compile(parts, variables, state, mask):
 def _functions(attack: Attack, model: Model, mesh: Mesh | None) -> Functions:
     @fused
     def start(key, variables, batch, logits):
-        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["id"])
-        return attack.init(keys, bind(model, variables), batch["image"], batch["label"], logits)
+        return attack.init(
+            example_keys(key, batch["id"]), bind(model, variables), batch["image"], batch["label"], logits
+        )
 
     @fused
     def step(variables, state, mask):
@@ -167,12 +174,12 @@ def _functions(attack: Attack, model: Model, mesh: Mesh | None) -> Functions:
     def book(variables, state):
         return finish(bind(model, variables), state)
 
-    facts = lambda state: (state.status, state.steps)
+    facts = lambda state: (state.status, jnp.where(state.status == RUNNING, state.count, state.broken_at))
     if mesh is None:
-        return Functions(_logits(model, None), jax.jit(start), jax.jit(step), jax.jit(book), jax.jit(facts))
+        return Functions(clean_logits(model, None), jax.jit(start), jax.jit(step), jax.jit(book), jax.jit(facts))
     whole, rows = replicated(mesh), split(mesh)
     return Functions(
-        _logits(model, mesh),
+        clean_logits(model, mesh),
         jax.jit(start, in_shardings=(None, whole, rows, rows), out_shardings=rows),
         jax.jit(step, in_shardings=(whole, rows, rows), out_shardings=(rows, whole)),
         jax.jit(book, in_shardings=(whole, rows), out_shardings=rows),
@@ -181,7 +188,8 @@ def _functions(attack: Attack, model: Model, mesh: Mesh | None) -> Functions:
 
 
 @functools.lru_cache(maxsize=32)
-def _logits(model, mesh):
+def clean_logits(model: Model, mesh: Mesh | None):
+    """The jitted (variables, images) -> logits (b, k) float32, readable by every process."""
     predict = fused(lambda variables, images: bind(model, variables)(images).astype(jnp.float32))
     if mesh is None:
         return jax.jit(predict)

@@ -18,12 +18,6 @@ def lift(maps: Array, inside: Array) -> Array:
     return share_inside(maps, inside) / inside.mean((1, 2))
 
 
-def density_ratio(maps: Array, inside: Array) -> Array:
-    """mean of E inside / mean of E outside: (b,)."""
-    outside = ~inside
-    return ((maps * inside).sum((1, 2)) / inside.sum((1, 2))) / ((maps * outside).sum((1, 2)) / outside.sum((1, 2)))
-
-
 def rms_radius(maps: Array, place: tuple[float, float]) -> Array:
     """sqrt(sum E d^2 / sum E) in pixels, d the distance from `place` = (row, column) in pixels: (b,)."""
     rows, columns = jnp.arange(maps.shape[1]) - place[0], jnp.arange(maps.shape[2]) - place[1]
@@ -44,11 +38,3 @@ def effective_area(maps: Array) -> Array:
     """(sum E)^2 / sum E^2 in pixels: (b,); n equal pixels count n."""
     scaled = maps / maps.sum((1, 2), keepdims=True)
     return 1 / (scaled**2).sum((1, 2))
-
-
-def mass_area(maps: Array, share: float) -> Array:
-    """The least number of pixels that hold `share` of the sum: (b,)."""
-    values = maps.reshape(maps.shape[0], -1)
-    held = jnp.cumsum(-jnp.sort(-values, axis=1), axis=1) / values.sum(1, keepdims=True)
-    count = (held < share).sum(1) + 1.0
-    return jnp.where(values.sum(1) > 0, count, jnp.nan)

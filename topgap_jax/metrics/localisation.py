@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
-from topgap_jax.types import Array, Batch, Metric
+from topgap_jax.types import Array, Batch, Cost, Curve, Measure, Metric
 
 
 def scaled(maps: Array, size: tuple[int, int]) -> Array:
-    """Maps at the image's size, in [0, 1]: (b, h', w') -> (b, h, w)."""
+    """Maps at the image's size, in [0, 1]: (b, h', w') -> (b, h, w). A constant map is 0."""
     full = jax.image.resize(maps.astype(jnp.float32), (maps.shape[0], *size), "bilinear", antialias=False)
     low, high = full.min((1, 2), keepdims=True), full.max((1, 2), keepdims=True)
     return jnp.where(high > low, (full - low) / jnp.where(high > low, high - low, 1), 0)
@@ -38,21 +38,22 @@ def object_masks(batch: Batch) -> tuple[Array, Array]:
     return inside, jnp.ones_like(inside)
 
 
-def mask_iou(found: Array, inside: Array, known: Array) -> Array:
-    """|found and inside| / |found or inside| over known pixels (b,); 0 where the union is empty."""
-    both, either = (found & inside & known).sum((1, 2)), ((found | inside) & known).sum((1, 2))
-    return both / jnp.maximum(either, 1)
+def mask_iou(mask: Array, inside: Array, known: Array) -> Array:
+    """|mask and inside| / |mask or inside| over known pixels (b,); NaN for an image without an object."""
+    both, either = (mask & inside & known).sum((1, 2)), ((mask | inside) & known).sum((1, 2))
+    return jnp.where((inside & known).any((1, 2)), both / jnp.maximum(either, 1), jnp.nan)
 
 
 def iou(tau: float = 0.5) -> Metric:
     """IoU of the pixels where the scaled map is >= tau with the object: {"iou": (b,)}."""
     check_number("tau", tau, 0, 1)
 
-    def metric(keys, predict, maps, batch):
+    def rows(keys, predict, maps, batch):
         inside, known = object_masks(batch)
         return {"iou": mask_iou(scaled(maps, inside.shape[1:]) >= tau, inside, known)}
 
-    return metric
+    about = Measure(better="higher", label=f"IoU at {tau:g}")
+    return Metric(rows, {"iou": about}, lambda predict, images: Cost())
 
 
 def iou_curve(taus: Sequence[float]) -> Metric:
@@ -60,28 +61,36 @@ def iou_curve(taus: Sequence[float]) -> Metric:
     for tau in taus:
         check_number("tau", tau, 0, 1)
 
-    def metric(keys, predict, maps, batch):
+    def rows(keys, predict, maps, batch):
         inside, known = object_masks(batch)
         full = scaled(maps, inside.shape[1:])
         return {"ious": jnp.stack([mask_iou(full >= tau, inside, known) for tau in taus], 1)}
 
-    return metric
+    return Metric(
+        rows,
+        {"ious": Curve(tuple(map(float, taus)), axes=("threshold", "IoU"), label="IoU by threshold")},
+        lambda predict, images: Cost(),
+    )
 
 
 def in_region() -> Metric:
     """Share of the scaled map's sum inside the object, and that over the object's share of the area (chance is 1).
 
-    {"in_region": (b,), "lift": (b,)}; a constant map has share 0, an empty object lift 0.
+    {"in_region": (b,), "lift": (b,)}; NaN for a constant map, and for an image without an object.
     """
 
-    def metric(keys, predict, maps, batch):
+    def rows(keys, predict, maps, batch):
         inside, known = object_masks(batch)
         full = scaled(maps, inside.shape[1:]) * known
         total, area = full.sum((1, 2)), inside.sum((1, 2)) / jnp.maximum(known.sum((1, 2)), 1)
-        share = jnp.where(total > 0, (full * inside).sum((1, 2)) / jnp.where(total > 0, total, 1), 0)
-        return {"in_region": share, "lift": jnp.where(area > 0, share / jnp.where(area > 0, area, 1), 0)}
+        share = jnp.where((total > 0) & (area > 0), (full * inside).sum((1, 2)) / total, jnp.nan)
+        return {"in_region": share, "lift": share / area}
 
-    return metric
+    about = {
+        "in_region": Measure(better="higher", label="share of the map in the object"),
+        "lift": Measure(better="higher", label="lift of the map in the object", unit="times chance"),
+    }
+    return Metric(rows, about, lambda predict, images: Cost())
 
 
 def energy() -> Metric:
@@ -92,7 +101,7 @@ def energy() -> Metric:
     value is NaN, and so is the lift of an image without an object.
     """
 
-    def metric(keys, predict, maps, batch):
+    def rows(keys, predict, maps, batch):
         inside, known = object_masks(batch)
         positive = jax.nn.relu(maps.astype(jnp.float32))
         full = jax.image.resize(positive, inside.shape, "bilinear", antialias=False) * known
@@ -100,7 +109,11 @@ def energy() -> Metric:
         area = inside.sum((1, 2)) / jnp.maximum(known.sum((1, 2)), 1)
         return {"energy": share, "energy_lift": jnp.where(area > 0, share / area, jnp.nan)}
 
-    return metric
+    about = {
+        "energy": Measure(better="higher", label="energy in the object"),
+        "energy_lift": Measure(better="higher", label="lift of the energy in the object", unit="times chance"),
+    }
+    return Metric(rows, about, lambda predict, images: Cost())
 
 
 TABLE = table(iou, iou_curve, in_region, energy)

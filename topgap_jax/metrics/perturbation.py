@@ -3,34 +3,43 @@
 Both reward what is adversarial: a few high-contrast pixels that upset the network score well without being the object.
 """
 
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy  # scipy.ndimage is imported when it is first used
-from jax import lax
 
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite import zero_images
-from topgap_jax.types import Array, Cost, Metric
+from topgap_jax.rewrite.speed import map_over
+from topgap_jax.types import Array, Cost, Curve, Measure, Metric
 
 BLUR, SIGMA = 11, 5.0
 
 
-def deletion(*, steps: int = 64, substrate: str | float | tuple[float, ...] = "mean") -> Metric:
+Substrate: TypeAlias = str | float | tuple[float, ...] | Array
+
+
+def deletion(*, steps: int = 64, substrate: Substrate = "mean") -> Metric:
     """{"deletion": (b,)}: area under the label's probability while pixels are replaced, most salient first; lower is better.
 
-    `steps` equal steps, steps + 1 scores with both ends (224 in RISE); area = (sum - first / 2 - last / 2) / steps. The
-    pixels of the map, resized to the image, are ordered by value; equal ones are shuffled by the example's key, since reading
-    order is not neutral. `substrate` is what takes their place: "mean" (what the network's normalisation maps to zero: the
-    mean colour; `rewrite.zero_images`), "blur" (11x11 Gaussian, sigma 5), or a colour in [0, 1].
+    Also {"deletion_curve": (b, steps + 1)}, that probability. `steps` equal steps, steps + 1 scores with both ends (224 in
+    RISE); area = (sum - first / 2 - last / 2) / steps. The pixels of the map, resized to the image, are ordered by value; equal
+    ones are shuffled by the example's key, since reading order is not neutral. `substrate` is what takes their place: "mean"
+    (what the network's normalisation maps to zero: the mean colour; `rewrite.zero_images`), "blur" (11x11 Gaussian, sigma 5), a
+    colour in [0, 1], or a picture (h, w, c) in [0, 1].
     """
-    return _changed("deletion", steps, substrate, lambda image, other, changed: jnp.where(changed, other, image))
+    return _changed("deletion", steps, substrate, "lower", lambda image, other, rows: jnp.where(rows, other, image))
 
 
-def insertion(*, steps: int = 64, substrate: str | float | tuple[float, ...] = "blur") -> Metric:
-    """{"insertion": (b,)}: the same area while pixels are put into the substrate, most salient first; higher is better."""
-    return _changed("insertion", steps, substrate, lambda image, other, changed: jnp.where(changed, image, other))
+def insertion(*, steps: int = 64, substrate: Substrate = "blur") -> Metric:
+    """{"insertion": (b,)}: the same area while pixels are put into the substrate, most salient first; higher is better.
+
+    Also {"insertion_curve": (b, steps + 1)}; options as in `deletion`.
+    """
+    return _changed("insertion", steps, substrate, "higher", lambda image, other, rows: jnp.where(rows, image, other))
 
 
 def area_under(scores: Array) -> Array:
@@ -57,29 +66,41 @@ def blurred(images: Array, outside: float | Array = 0.0) -> Array:
     return outside + jnp.einsum("ih,bhwc,jw->bijc", _band(h), images - outside, _band(w))
 
 
-def _changed(name, steps, substrate, change) -> Metric:
+def _changed(name, steps, substrate, better, change) -> Metric:
     check_number("steps", steps, 1, whole=True)
     if isinstance(substrate, str):
         if substrate not in ("mean", "blur"):
-            raise UserError(f"{name}: substrate must be 'mean', 'blur' or a colour in [0, 1], got {substrate!r}")
+            raise UserError(
+                f"{name}: substrate must be 'mean', 'blur', a colour or a picture in [0, 1], got {substrate!r}"
+            )
+        words = {"mean": "mean colour", "blur": "blurred"}[substrate]
     else:
-        for part in np.ravel(substrate):
-            check_number("substrate", float(part), 0, 1)
+        substrate = np.asarray(substrate, np.float32)
+        if substrate.ndim == 2 or not (substrate >= 0).all() or not (substrate <= 1).all():
+            raise UserError(f"{name}: substrate must be 'mean', 'blur', a colour or a picture (h, w, c) in [0, 1]")
+        words = (
+            "a picture" if substrate.ndim > 1 else f"colour {', '.join(f'{part:g}' for part in np.ravel(substrate))}"
+        )
 
-    def metric(keys, predict, maps, batch):
+    def rows(keys, predict, maps, batch):
         images, labels = batch["image"], batch["label"]
-        ranks, other = _ranks(keys, maps, images.shape[1:3]), _substrate(substrate, predict, images)
+        ranks, other = _ranks(keys, maps, images.shape[1:3]), _substrate(name, substrate, predict, images)
         counts = jnp.round(jnp.arange(steps + 1) * (ranks[0].size / steps)).astype(jnp.int32)
 
         def score(count):
             logits = predict(change(images, other, (ranks < count)[..., None]))
             return jnp.take_along_axis(jax.nn.softmax(logits.astype(jnp.float32)), labels[:, None], 1)[:, 0]
 
-        # A loop holds one batch of images at a time. Forward convolutions are as fast in it as outside.
-        return {name: area_under(lax.map(score, counts))}
+        scores = map_over(score, (counts,))  # one batch of images at a time
+        return {name: area_under(scores), f"{name}_curve": scores.T}
 
-    metric.cost = Cost(steps + 1, 0)
-    return metric
+    about = {
+        name: Measure(better=better, label=f"{name} ({words})"),
+        f"{name}_curve": Curve(
+            [i / steps for i in range(steps + 1)], axes=("share of pixels", "probability"), label=f"{name} ({words})"
+        ),
+    }
+    return Metric(rows, about, lambda predict, images: Cost(steps + 1, 0))
 
 
 def _ranks(keys, maps, size):
@@ -93,9 +114,14 @@ def _ranks(keys, maps, size):
     return jax.vmap(one)(keys, full.reshape(len(full), -1)).reshape(full.shape)
 
 
-def _substrate(substrate, predict, images):
+def _substrate(name, substrate, predict, images):
     if not isinstance(substrate, str):
-        return jnp.broadcast_to(jnp.asarray(substrate, images.dtype), images.shape)
+        try:
+            return jnp.broadcast_to(substrate.astype(images.dtype), images.shape)
+        except ValueError:
+            raise UserError(
+                f"{name}: a substrate of shape {substrate.shape} does not fit images of shape {images.shape[1:]}"
+            ) from None
     zero = zero_images(predict, images)
     return zero if substrate == "mean" else blurred(images, zero)
 

@@ -1,6 +1,7 @@
 """How far two maps agree: functions of maps a, b (b, h, w) -> (b,). All but `cosine` see only the order of the values.
 
-(`papers`: art 8.) A map whose values are all equal has no order: Kendall and Spearman are NaN, as SciPy's are.
+(`papers`: art 8.) A map whose values are all equal has no order: Kendall and Spearman are NaN, as SciPy's are; so is
+everything of a map that is not finite.
 """
 
 import jax
@@ -21,7 +22,7 @@ def topk_intersection(a: Array, b: Array, k: int | Array) -> Array:
     a, b = _flat(a, b)
     if isinstance(k, int):
         check_number("k", k, 1, a.shape[1], whole=True)
-    return (top_mask(a, k) & top_mask(b, k)).sum(1) / k
+    return _defined(a, b, (top_mask(a, k) & top_mask(b, k)).sum(1) / k)
 
 
 def kendall_tau_b(a: Array, b: Array) -> Array:
@@ -29,12 +30,14 @@ def kendall_tau_b(a: Array, b: Array) -> Array:
 
     All n^2 pairs are compared, in blocks that fit: a 64x64 map takes some 20 ms of one CPU core, a 224x224 map seconds.
     """
-    return lax.map(_kendall, _flat(a, b))
+    a, b = _flat(a, b)
+    return _defined(a, b, lax.map(_kendall, (a, b)))
 
 
 def spearman(a: Array, b: Array) -> Array:
     """Pearson's correlation of the average ranks (b,)."""
-    return _pearson(*(jax.vmap(average_ranks)(values) for values in _flat(a, b)))
+    a, b = _flat(a, b)
+    return _defined(a, b, _pearson(*(jax.vmap(average_ranks)(values) for values in (a, b))))
 
 
 def cosine(a: Array, b: Array) -> Array:
@@ -60,6 +63,11 @@ def _kendall(pair):
 def _pearson(a, b):
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
     return (a * b).sum(1) / (jnp.sqrt((a * a).sum(1)) * jnp.sqrt((b * b).sum(1)))
+
+
+def _defined(a, b, values):
+    """values (b,), NaN where a map is not finite: NaN sorts above every number and would agree with itself."""
+    return jnp.where((jnp.isfinite(a) & jnp.isfinite(b)).all(1), values, jnp.nan)
 
 
 def _flat(a, b):

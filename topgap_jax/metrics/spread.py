@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from topgap_jax.build import table
-from topgap_jax.types import Array, Metric
+from topgap_jax.types import Array, Cost, Measure, Metric
 
 
 def gini() -> Metric:
@@ -17,39 +17,49 @@ def gini() -> Metric:
     Sparse is not right: it rises just as well for a few cells of the background (Hurley & Rickard 2009, arXiv 0811.4706).
     """
 
-    def metric(keys, predict, maps, batch):
+    def rows(keys, predict, maps, batch):
         ascending = jnp.sort(_shares(maps), 1)
         n = ascending.shape[1]
         value = (ascending * (2 * jnp.arange(1, n + 1) - n - 1)).sum(1) / n
         return {"gini": jnp.maximum(value, 0)}  # of an even map it is 0 but for rounding
 
-    return metric
+    return Metric(rows, {"gini": Measure(label="Gini index of the map")}, lambda predict, images: Cost())
 
 
 def extent() -> Metric:
     """Four shares of the map's cells, each in (0, 1] and larger for a wider map, (b,) each.
 
-    effective_area exp(-sum p ln p) / N; area50 and area90 the fewest cells that hold .5 and .9 of the sum; above_half the
+    effective_share exp(-sum p ln p) / N; area50 and area90 the fewest cells that hold .5 and .9 of the sum; above_half the
     cells with at least half of the largest value.
     """
 
-    def metric(keys, predict, maps, batch):
+    def rows(keys, predict, maps, batch):
         shares = _shares(maps)
         n = shares.shape[1]
         # p ln p is 0 at 0, also where p stands in a product of gradients.
         entropy = -(shares * jnp.log(jnp.where(shares > 0, shares, 1))).sum(1)
-        held = jnp.cumsum(-jnp.sort(-shares, 1), 1)
-        # What is held is rounded: a sum of .1 nine times is not below .9.
-        cells = lambda share: jnp.where(jnp.isnan(entropy), jnp.nan, (held < share - 1e-6).sum(1) + 1.0)
+        cumulated = jnp.cumsum(-jnp.sort(-shares, 1), 1)
+        # Sums are rounded: a sum of .1 nine times is not below .9.
+        cells = lambda share: jnp.where(jnp.isnan(entropy), jnp.nan, (cumulated < share - 1e-6).sum(1) + 1.0)
         above = (shares >= 0.5 * shares.max(1, keepdims=True)).sum(1)
         return {
-            "effective_area": jnp.exp(entropy) / n,
+            "effective_share": jnp.exp(entropy) / n,
             "area50": cells(0.5) / n,
             "area90": cells(0.9) / n,
             "above_half": jnp.where(jnp.isnan(entropy), jnp.nan, above) / n,
         }
 
-    return metric
+    about = {
+        "effective_share": Measure(label="effective share of the cells"),
+        "area50": Measure(label="cells that hold half of the map"),
+        "area90": Measure(label="cells that hold nine tenths"),
+        "above_half": Measure(label="cells above half of the largest"),
+    }
+    return Metric(
+        rows,
+        {name: one._replace(unit="share of cells", main=name == "effective_share") for name, one in about.items()},
+        lambda predict, images: Cost(),
+    )
 
 
 def _shares(maps: Array) -> Array:

@@ -1,7 +1,6 @@
 """A backbone, a head, and the normalisation in front of them."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.models.model import linen
+from topgap_jax.rewrite.normalisation import channels, normalise
 from topgap_jax.types import Array, Model
 
 
@@ -48,21 +48,6 @@ def classifier(
     mean, std = channels(mean, std)
     head = _with_dtype(head.clone(classes=classes), dtype)
     return linen(Classifier(_with_dtype(backbone, dtype), head, mean, std))
-
-
-def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """(images - mean) / std per channel, in float32."""
-    if images.shape[-1] != len(mean):
-        raise UserError(f"the images have {images.shape[-1]} channels, mean and std have {len(mean)}; they must agree")
-    return (images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
-
-
-def channels(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """mean and std as tuples of floats, one number per channel each; every std positive."""
-    mean, std = tuple(float(x) for x in mean), tuple(float(x) for x in std)
-    if len(mean) != len(std) or not all(x > 0 for x in std):
-        raise UserError(f"mean and std need one number per channel each, every std above 0; got mean={mean}, std={std}")
-    return mean, std
 
 
 def _with_dtype(module, dtype):

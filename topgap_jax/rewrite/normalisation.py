@@ -1,11 +1,13 @@
-"""Where a network's normalisation maps to zero."""
+"""How images are normalised, and where a network's normalisation maps to zero."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.extend.core.primitives import add_p, convert_element_type_p, copy_p, div_p, mul_p, name_p, sub_p
 
+from topgap_jax.errors import UserError
 from topgap_jax.rewrite.interpreter import evaluate, inline, trace
 from topgap_jax.types import Array
 
@@ -26,6 +28,21 @@ INVERSES = {
     (div_p, 0): lambda y, c: y * c,
 }
 SAME = (convert_element_type_p, copy_p, name_p)
+
+
+def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+    """(images - mean) / std per channel, in float32."""
+    if images.shape[-1] != len(mean):
+        raise UserError(f"the images have {images.shape[-1]} channels, mean and std have {len(mean)}; they must agree")
+    return (images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+def channels(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """mean and std as tuples of floats, one number per channel each; every std positive."""
+    mean, std = tuple(float(x) for x in mean), tuple(float(x) for x in std)
+    if len(mean) != len(std) or not all(x > 0 for x in std):
+        raise UserError(f"mean and std need one number per channel each, every std above 0; got mean={mean}, std={std}")
+    return mean, std
 
 
 def zero_images(f: Callable, images: Array) -> Array:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from topgap_jax.data import Stream, as_batch, epoch_ids, gather
 from topgap_jax.errors import UserError
 from topgap_jax.evaluators import accuracy
-from topgap_jax.keys import example_keys
+from topgap_jax.keys import example_keys, fold_in
 from topgap_jax.measure.evaluate import evaluation_variables, measure_split
 from topgap_jax.measure.splits import Split, resident_split
 from topgap_jax.mesh import check_batch, data_mesh, replicated, split
@@ -83,8 +83,8 @@ def fit(
 ) -> Variables:
     """Train, or go on training, in the folder `workdir`; returns the final variables.
 
-    config: stored in the folder, which is refused to any other; `log_every` (steps), `checkpoint_every` and
-    `validate_every` (epochs) are read from it. mesh: all devices by default; they must divide the batch. Writes
+    config: stored in the folder, which is refused to any other; `log_every` (steps) and
+    `checkpoint_every` (epochs) are read from it. mesh: all devices by default; they must divide the batch. Writes
     metrics.jsonl, TensorBoard files, and checkpoints: last, and best by validation accuracy. Raises Stopped after SIGTERM
     or Ctrl-C, UserError when the loss is not finite.
     """
@@ -94,9 +94,7 @@ def fit(
     check_batch(parts.batch, mesh)
     claim(workdir, config, file)
     record_versions(workdir, mesh)
-    log_every, checkpoint_every, validate_every = (
-        config.get(f"{name}_every", default) for name, default in (("log", 50), ("checkpoint", 1), ("validate", 1))
-    )
+    log_every, checkpoint_every = config.get("log_every", 50), config.get("checkpoint_every", 1)
     per_epoch = max(1, parts.examples // parts.batch)
     total = per_epoch * parts.epochs
 
@@ -148,7 +146,7 @@ def fit(
             epoch, rest = divmod(step, per_epoch)
             if rest == 0:
                 book(0)  # before any save: a state that is not finite is never kept
-                if validate is not None and (epoch % validate_every == 0 or step == total):
+                if validate is not None:
                     numbers = validate(state.variables)
                     metrics.write(step, "validation", numbers, epoch=epoch)
                     if best is None or numbers["accuracy"] > best:
@@ -180,7 +178,7 @@ def make_step(parts: Parts, mesh: Mesh) -> Callable[[State, Mapping[str, Array],
         variables = state.variables
         batch = gather(held, rows["id"], rows["mask"], parts.classes) if held else as_batch(rows, parts.classes)
         keys = example_keys(jax.random.fold_in(jax.random.key(parts.seed), state.step), batch["id"])
-        part_keys = lambda number: jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+        part_keys = lambda number: fold_in(keys, number)
         for number, augment in enumerate(parts.augments):
             batch = augment(part_keys(number), batch, bind(parts.model, variables))
         differentiate = jax.value_and_grad(loss_of, has_aux=True)
@@ -290,10 +288,10 @@ def _validation(parts: Parts, mesh: Mesh) -> Callable[[Variables], dict[str, flo
 
     def validate(variables):
         chosen = evaluation_variables(variables)
-        values, _, _ = measure_split(
+        measures, _, _ = measure_split(
             parts.model, chosen, data, evaluator, seed=parts.seed, mesh=mesh, text="validation", progress=False
         )
-        return {"accuracy": values["accuracy"], "loss": values["nll"]}
+        return {"accuracy": measures["accuracy"].value, "loss": measures["nll"].value}
 
     return validate
 

@@ -13,12 +13,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from topgap_jax import data
-from topgap_jax.build import names
-from topgap_jax.errors import UserError
-from topgap_jax.evaluators import background_bank
 from topgap_jax.measure.splits import Split, resident_split, streamed_split
 from topgap_jax.mesh import data_mesh
-from topgap_jax.metrics.boxes import mean_box_sides, region_boxes
 from topgap_jax.models import fast
 from topgap_jax.progress import bar
 from topgap_jax.setup import config as configs
@@ -103,27 +99,6 @@ def open_split(chosen: Experiment, split: str, batch: int, mesh: Mesh | None = N
     return streamed_split(source, config.image_size, config.resize, classes=classes, batch=batch, mesh=mesh)
 
 
-def of_training(chosen: Experiment, text: str, stand_in: bool = False) -> dict[str, Any]:
-    """The names `bank` and `centre` of the evaluators in `text`, made of the training split; stand_in: of their shape only.
-
-    bank: backgrounds for `regions(bank)`; centre: (height, width) of the mean box, as shares of the image.
-    """
-    offered = {"bank": ("region",), "centre": ("box", "region")}
-    needed = [name for name in offered if name in names(text)]
-    if stand_in or not needed:
-        stand_ins = {"bank": np.zeros((2, 1, 1, 1, 3), np.uint8), "centre": (0.5, 0.5)}
-        return {name: stand_ins[name] for name in needed}
-    arrays, made = _sample(chosen, needed[0]), {}
-    for name in needed:
-        if not any(field in arrays for field in offered[name]):
-            raise UserError(f"'{name}': {chosen.config.source} offers no {' or '.join(offered[name])}")
-    if "bank" in needed:
-        made["bank"] = background_bank(arrays["image"], arrays["region"], arrays["label"], len(chosen.classes))
-    if "centre" in needed:
-        made["centre"] = mean_box_sides(arrays["box"] if "box" in arrays else region_boxes(arrays["region"]))
-    return made
-
-
 def init(chosen: Experiment) -> Variables:
     """Fresh variables, from the config's seed."""
     images = jnp.zeros((1, *chosen.config.image_size, 3))
@@ -140,11 +115,11 @@ def _is_small(chosen: Experiment, source: data.Source) -> bool:
     return data.memory(source, chosen.config.image_size) <= RESIDENT_BYTES
 
 
-def _sample(chosen: Experiment, name: str) -> dict[str, np.ndarray]:
-    """The training split decoded; of a large one, as many evenly spaced examples as may live in memory."""
+def sample(chosen: Experiment) -> dict[str, np.ndarray] | None:
+    """The training split decoded, None where the config names none; of a large one as many evenly spaced examples as fit."""
     split = chosen.config.train
     if not split:
-        raise UserError(f"'{name}' is made of the training split, and config.train names none")
+        return None
     source = chosen.source(split)
     if _is_small(chosen, source):
         return read(chosen, split)

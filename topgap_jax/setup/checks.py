@@ -88,7 +88,8 @@ def explanations(chosen: Experiment, built: Mapping[str, Explain], where: str) -
 
 
 def _rows(evaluator: Evaluator, chosen: Experiment, variables, batch):
-    return evaluator.rows(_keys(), chosen.model, variables, batch)
+    prepared = evaluator.prepare(None, len(chosen.classes)) if evaluator.prepare else {}
+    return evaluator.rows(_keys(), chosen.model, variables, batch, prepared)
 
 
 def _trace(where, function, *arguments):

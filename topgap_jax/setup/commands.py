@@ -1,6 +1,6 @@
 """What the commands do with an experiment: parts for `fit`, a model with its weights, evaluation, pictures, layers."""
 
-import json
+import functools
 import re
 import sys
 from collections.abc import Sequence
@@ -15,8 +15,10 @@ from topgap_jax import data, pretrained, rewrite
 from topgap_jax.build import check_number
 from topgap_jax.errors import UserError
 from topgap_jax.keys import example_keys
-from topgap_jax.measure.evaluate import FILE, evaluation_variables
+from topgap_jax.measure import results
 from topgap_jax.measure.evaluate import evaluate as run_evaluators
+from topgap_jax.measure.evaluate import evaluation_variables
+from topgap_jax.measure.results import Row
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.run import checkpoint
@@ -30,8 +32,8 @@ from topgap_jax.setup.assembly import (
     experiment,
     first,
     init,
-    of_training,
     open_split,
+    sample,
     template,
     training,
     validation,
@@ -145,10 +147,10 @@ def from_weights(path: str | Path, overrides, weights: str | Path) -> Loaded:
 
 def evaluate(
     loaded: Loaded, *, splits: str | None = None, evaluators: str | None = None, batch: int | None = None
-) -> list[dict]:
+) -> list[Row]:
     """Run evaluators over splits (the config's, unless given) and write evaluation.json where there is a workdir.
 
-    What the command line changed in a run's config stands in the name of the row: `robust(pgd(linf(eps))) with eps=4/255`.
+    What the command line changed in a run's config, and a result depends on, are the row's overrides.
     """
     chosen = loaded.experiment
     config = chosen.config
@@ -158,22 +160,24 @@ def evaluate(
         raise UserError("nothing to evaluate: neither config.test nor --split names a split")
     if not configs.split_list(text):
         raise UserError("nothing to evaluate: neither config.evaluators nor --evaluators names an evaluator")
-    if loaded.workdir is not None:
-        check_table(loaded.workdir)
     checks.model(chosen)
     built = _checked_evaluators(chosen, names, evaluators)
-    if training_names := of_training(chosen, text):
-        built = _evaluators(chosen, evaluators, training_names)
+    if loaded.workdir is not None:
+        results.read(loaded.workdir / results.FILE)  # a damaged one is told before anything is read
     mesh = data_mesh()
     mesh = mesh if mesh.size > 1 else None
+    training = functools.cache(lambda: sample(chosen))
     rows = []
     for split in names:
         rows += run_evaluators(
             chosen.model,
             loaded.variables,
             open_split(chosen, split, config.batch if batch is None else batch, mesh),
-            {text + _note(loaded, text): evaluator for text, evaluator in built.items()},
+            built,
             split=split,
+            classes=len(chosen.classes),
+            training=training,
+            overrides=lambda text: _overrides(loaded, text),
             workdir=loaded.workdir,
             weights=loaded.weights,
             source=config.source,
@@ -183,12 +187,13 @@ def evaluate(
     return rows
 
 
-def stored(loaded: Loaded) -> list[dict] | None:
+def stored(loaded: Loaded) -> list[Row] | None:
     """The rows of evaluation.json that the config asks for; None unless all of them are there, for these weights."""
-    config, table = loaded.experiment.config, check_table(loaded.workdir)
-    rows = {(row["split"], row["evaluator"]): row for row in table["rows"] if table.get("weights") == loaded.weights}
-    pairs = [(s, e) for s in configs.split_list(config.test) for e in configs.split_list(config.evaluators)]
-    return [rows[pair] for pair in pairs] if all(pair in rows for pair in pairs) else None
+    config = loaded.experiment.config
+    rows, weights, _ = results.read(loaded.workdir / results.FILE)
+    by_key = {row.key: row for row in rows if weights == loaded.weights}
+    keys = [(s, e, ()) for s in configs.split_list(config.test) for e in configs.split_list(config.evaluators)]
+    return [by_key[key] for key in keys] if all(key in by_key for key in keys) else None
 
 
 def explain(
@@ -257,8 +262,7 @@ def _names(chosen: Experiment, record: data.Record, predicted: int) -> tuple[str
 def _checked_evaluators(chosen: Experiment, splits: Sequence[str], text: str | None) -> dict[str, Any]:
     """The evaluators of config.evaluators, or of `text`, after a look at whether they fit the model and these splits."""
     sources = [chosen.source(split) for split in splits]
-    stand_ins = of_training(chosen, chosen.config.evaluators if text is None else text, stand_in=True)
-    built = _evaluators(chosen, text, stand_ins)
+    built = configs.choices(chosen.config, "evaluators", chosen.methods, text, "--evaluators", **context(chosen))
     checks.evaluators(chosen, sources, built, "config.evaluators" if text is None else "--evaluators")
     return built
 
@@ -270,26 +274,8 @@ def _checked_explanations(chosen: Experiment, text: str | None) -> dict[str, Any
     return built
 
 
-def _evaluators(chosen: Experiment, text: str | None, names: dict[str, Any]) -> dict[str, Any]:
-    return configs.choices(
-        chosen.config, "evaluators", chosen.methods, text, "--evaluators", **context(chosen), **names
-    )
-
-
-def check_table(workdir: str | Path) -> dict[str, Any]:
-    """evaluation.json, without rows where there is none; a damaged one is told before hours of work end at it."""
-    path = Path(workdir) / FILE
-    try:
-        table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
-        [(row["split"], row["evaluator"]) for row in table["rows"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged, or not of this program; move it away, and evaluate again") from None
-    return table
-
-
-def _note(loaded: Loaded, evaluator: str) -> str:
-    """` with eps=4/255` where a result depends on a key that the command line changed: evaluation.json keeps both apart."""
+def _overrides(loaded: Loaded, evaluator: str) -> dict[str, str]:
+    """The keys, with their texts, that the command line changed in a run's config and on which a result depends."""
     config = loaded.experiment.config
     read = set().union(*(configs.reads(config, text) for text in (evaluator, config.source, config.model)), DECISIVE)
-    notes = [f"{key}={text}" for key, text in loaded.changes if key in read]
-    return f" with {', '.join(notes)}" if notes else ""
+    return {key: text for key, text in loaded.changes if key in read}

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from topgap_jax.build import build, calls, did_you_mean, names
 from topgap_jax.errors import UserError
+from topgap_jax.measure.results import today
 from topgap_jax.setup.tables import ROOMS, TABLE, VALUES
 from topgap_jax.types import Evaluator, Model, Robustness, Table
 
@@ -281,6 +282,7 @@ def _stored(path: Path) -> Loaded:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         config = ConfigDict({key: _tuples(value) for key, value in stored["config"].items()})
+        config.evaluators = today(config.get("evaluators", ""))
         file = stored.get("file") and str(Path(stored["file"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not the config.json of a run") from None

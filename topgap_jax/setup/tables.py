@@ -34,6 +34,7 @@ ROOMS: dict[str, Table] = {
     "schedules": schedules.TABLE,
     "balls": balls.TABLE,
     "penalties": penalties.TABLE,
+    "scores": scores.TABLE,
     "attacks": attacks.TABLE,
     "explanations": explain.TABLE,
     "rules": rules.TABLE,
@@ -41,7 +42,7 @@ ROOMS: dict[str, Table] = {
     "evaluators": evaluators.TABLE,
 }
 TABLE: Table = merged(*ROOMS.values())
-NAMED: dict[str, Mapping[str, Any]] = {"scores": scores.TABLE, "rules": rules.VALUES}
+NAMED: dict[str, Mapping[str, Any]] = {"scores": scores.VALUES, "rules": rules.VALUES}
 VALUES: Mapping[str, Any] = merged(*NAMED.values())
 """What a text may name without a call, beside the keys of the config and what the run knows."""
 

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from topgap_jax.attacks import attack as run
 from topgap_jax.build import check_number, table
 from topgap_jax.models import bind
-from topgap_jax.rewrite import fast_convs, fused
 from topgap_jax.types import Attack, Objective
 
 
@@ -32,11 +32,9 @@ def adversarial(attack: Attack, *, label_smoothing: float = 0.0) -> Objective:
     inner = standard(label_smoothing=label_smoothing)
 
     def objective(keys, model, variables, batch, step):
-        predict = fast_convs(bind(model, lax.stop_gradient(variables), step=step))  # else a loop would be slow on a CPU
-        move = fused(lambda state: attack.step(predict, state))
+        predict = bind(model, lax.stop_gradient(variables), step=step)
         # The state's last iterate, not its first break: training wants the point of highest loss.
-        state = attack.init(keys, predict, batch["image"], batch["label"], predict(batch["image"]))
-        state = lax.fori_loop(0, attack.steps, lambda _, state: move(state), state)
+        state = run(attack, keys, predict, batch["image"], batch["label"])
         return inner(keys, model, variables, {**batch, "image": lax.stop_gradient(state.images + state.delta)}, step)
 
     return objective

@@ -1,0 +1,142 @@
+"""The one state of every attack, and what every attack does with it: start, evaluate, book, move, finish.
+
+Everything is per example: no number of one depends on its neighbours, which is what lets a queue refill, restarts and targets
+share a program (`run`), and a curve over radii compile once (`eps`).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from topgap_jax.edges import check_examples
+from topgap_jax.errors import UserError
+from topgap_jax.rewrite import fused, speed
+from topgap_jax.types import Array, Attack, Keys, Predict, Score
+
+RUNNING, BROKEN = 0, 1
+NEVER = -1
+
+
+class State(NamedTuple):
+    """What is known of each example. `search` belongs to the attack: a NamedTuple of arrays (b, ...), () where it has none."""
+
+    images: Array  # (b, h, w, c), clean
+    labels: Array  # (b,)
+    clean: Array  # (b, k): the logits of the clean images
+    delta: Array  # (b, h, w, c): the iterate is images + delta
+    best: Array  # (b, h, w, c): the first iterate that breaks (of an attack on maps the best one), else the clean image
+    score: Array  # (b,): highest score that a step has met before the break, the breaking one included
+    status: Array  # (b,) int32: RUNNING, or BROKEN (misclassified)
+    broken_at: Array  # (b,) int32: steps taken when it broke, NEVER if it has not
+    count: Array  # (b,) int32: steps taken; it runs on after the break
+    run: Array  # (b,) int32: which restart and target this is
+    target: Array  # (b,) int32: the class that a targeted attack aims at, NEVER if it has none
+    eps: Array  # (b,): the radius
+    keys: Keys  # (b,)
+    search: Any
+
+
+def start(
+    keys: Keys,
+    images: Array,
+    labels: Array,
+    logits: Array,
+    *,
+    eps: float | Array,
+    run: Array | None = None,
+    target: Array | None = None,
+    search: Any = (),
+) -> State:
+    """The state before the first step, at the clean images; what is misclassified there is broken with the clean image."""
+    # Made like the logits, so that it is split over devices as they are.
+    number = jnp.zeros_like(logits[:, 0], jnp.int32)
+    wrong = misclassified(logits, labels)
+    return State(
+        images=images,
+        labels=labels,
+        clean=logits,
+        delta=jnp.zeros_like(images),
+        best=images,
+        score=jnp.full_like(number, -jnp.inf, jnp.float32),
+        status=jnp.where(wrong, BROKEN, RUNNING).astype(jnp.int32),
+        broken_at=jnp.where(wrong, 0, NEVER).astype(jnp.int32),
+        count=number,
+        run=number if run is None else number + run,
+        target=number + (NEVER if target is None else target),
+        eps=number + jnp.asarray(eps, jnp.float32),
+        keys=keys,
+        search=search,
+    )
+
+
+def evaluate(predict: Predict, score: Score, state: State) -> tuple[State, Array]:
+    """Evaluate the iterate and book it: the state, and the gradient (b, h, w, c) of the score there."""
+
+    def summed(points):
+        logits = predict(points)
+        values = score(logits, state.labels, state.clean)
+        return values.sum(), (values, logits)
+
+    (_, (values, logits)), gradient = jax.value_and_grad(summed, has_aux=True)(state.images + state.delta)
+    return book(state, values, logits), gradient
+
+
+def book(state: State, values: Array, logits: Array, admissible: Array | bool = True) -> State:
+    """Keep the first admissible iterate that breaks, and the highest score; outside the ball an iterate is not admissible."""
+    newly = misclassified(logits, state.labels) & (state.status == RUNNING) & admissible
+    return state._replace(
+        best=where(newly, state.images + state.delta, state.best),
+        score=jnp.where((state.status == RUNNING) & admissible, jnp.maximum(state.score, values), state.score),
+        status=jnp.where(newly, BROKEN, state.status),
+        broken_at=jnp.where(newly, state.count, state.broken_at),
+    )
+
+
+def move(state: State, delta: Array, search: Any = None) -> State:
+    """The next iterate. A broken example moves on too: training uses the last iterate, its verdict is already booked."""
+    search = state.search if search is None else search
+    return state._replace(delta=delta, count=state.count + 1, search=search)
+
+
+def finish(predict: Predict, state: State) -> State:
+    """Evaluate the last iterate and book its verdict: every driver of an attack on the label ends with this forward pass."""
+    return book(state, state.score, predict(state.images + state.delta))
+
+
+def misclassified(logits: Array, labels: Array) -> Array:
+    """Whether the first maximal logit is another class's; NaN logits count as broken. (b, k), (b,) -> (b,) bool."""
+    return (jnp.argmax(logits, -1) != labels) | jnp.isnan(logits).any(-1)
+
+
+def where(rows: Array, a: Array, b: Array) -> Array:
+    """a (b, h, w, c) where rows (b,) is True, else b."""
+    return jnp.where(rows[:, None, None, None], a, b)
+
+
+def attack(attack: Attack, keys: Keys, predict: Predict, images: Array, labels: Array) -> State:
+    """The whole attack on a batch in one call, with a loop over its steps: the driver for notebooks, training and evaluators.
+
+    keys (b,), images (b, h, w, c) in [0, 1], labels (b,). `best` holds the adversarial images where `status` is BROKEN;
+    training takes the last iterate, images + delta. Raises UserError for arrays that are none of these; inside `jit`
+    nothing is checked. Eager calls compile the loop each time: use `jax.jit`.
+
+    >>> # adversarial = attack(pgd(linf(8 / 255)), jax.random.split(key, b), predict, images, labels).best
+    """
+    if not isinstance(attack, Attack):
+        raise UserError(f"attack: give one attack such as pgd(linf(8/255)), got {attack!r}")
+    check_examples("attack", keys, predict, images, labels)
+    predict = speed.fast(predict)
+    state = attack.init(keys, predict, images, labels, predict(images))
+    step = fused(lambda state: attack.step(predict, state))
+    state = speed.loop(step, attack.steps, state)
+    return finish(predict, state) if attack.aim == "label" else state
+
+
+def as_runs(runs: Any) -> tuple[Attack, ...]:
+    """An attack, or a tuple of attacks and tuples, as one flat tuple."""
+    if isinstance(runs, Attack):
+        return (runs,)
+    if not isinstance(runs, tuple | list):
+        raise UserError(f"expected attacks like pgd(linf(8/255)), got {runs!r}")
+    return tuple(attack for item in runs for attack in as_runs(item))

@@ -1,0 +1,168 @@
+"""`evaluation.json`: what was measured of a run, one row an evaluator and split, written row by row and read back.
+
+Also rows of version 0.1.0, whose measures were bare numbers with `name_low` and `name_high` beside them.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from topgap_jax.errors import UserError
+from topgap_jax.progress import write_text
+from topgap_jax.types import Curve, Measure
+
+FILE = "evaluation.json"
+NOT_AUDITED = "not audited"
+
+
+class Row(NamedTuple):
+    """One evaluator on one split.
+
+    evaluator is its text; overrides {key: text} what the command line changed in the run's config; measures {name: Measure or
+    Curve}, the one that stands for the row first; cost {"forward_passes", "gradient_evaluations", "seconds", "device"};
+    audit None for what needs none, of a robust number the verdict of its audit in words.
+    """
+
+    split: str
+    evaluator: str
+    overrides: Mapping[str, str]
+    examples: int
+    measures: Mapping[str, Measure | Curve]
+    cost: Mapping[str, Any]
+    audit: str | None
+
+    @property
+    def key(self) -> tuple[str, str, tuple[tuple[str, str], ...]]:
+        """What tells rows apart: split, evaluator and overrides."""
+        return self.split, self.evaluator, tuple(sorted(self.overrides.items()))
+
+    @property
+    def numbers(self) -> dict[str, Measure]:
+        """The measures without the curves."""
+        return {name: measure for name, measure in self.measures.items() if isinstance(measure, Measure)}
+
+
+class Evaluation(NamedTuple):
+    """The rows of a run, and of which weights and which data they are."""
+
+    rows: list[Row]
+    weights: str
+    data: str
+
+
+def read(path: Path) -> Evaluation:
+    """The evaluation in a file, without rows if there is no file; UserError for a file that is none."""
+    if not path.is_file():
+        return Evaluation([], "", "")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        rows = [from_json(row) for row in stored["rows"]]
+        return Evaluation(rows, str(stored.get("weights", "")), str(stored.get("data", "")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:100]
+        raise UserError(f"{path} is not an evaluation of this program ({why}); move it away") from None
+
+
+def write(path: Path, row: Row, weights: str, data: str) -> None:
+    """Put a row into the file, in place of the one with its key; rows of other weights or other data are dropped."""
+    before = read(path)
+    rows = before.rows if (before.weights, before.data) == (weights, data) else []
+    rows = [*(other for other in rows if other.key != row.key), row]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = {"rows": [to_json(row) for row in rows], "weights": weights, "data": data}
+    write_text(path, json.dumps(stored, indent=1) + "\n")
+
+
+def to_json(row: Row) -> dict[str, Any]:
+    """The row as JSON holds it; of a measure only what it says, NaN and infinity as null."""
+    return row._asdict() | {
+        "overrides": dict(row.overrides),
+        "measures": {name: _fields(measure) for name, measure in row.measures.items()},
+        "cost": dict(row.cost),
+    }
+
+
+def from_json(stored: Mapping[str, Any]) -> Row:
+    """The row that `to_json` wrote, or one of version 0.1.0."""
+    if "values" in stored:
+        stored = _from_0_1(stored)
+    measures = {str(name): _measure(fields) for name, fields in stored["measures"].items()}
+    overrides = {str(key): str(text) for key, text in stored["overrides"].items()}
+    return Row(
+        split=str(stored["split"]),
+        evaluator=str(stored["evaluator"]),
+        overrides=overrides,
+        examples=int(stored["examples"]),
+        measures=measures,
+        cost=dict(stored["cost"]),
+        audit=None if stored["audit"] is None else str(stored["audit"]),
+    )
+
+
+def _fields(measure: Measure | Curve) -> dict[str, Any]:
+    defaults = measure._field_defaults
+    said = {name: value for name, value in measure._asdict().items() if value != defaults.get(name, value is None)}
+    if isinstance(measure, Curve):
+        said |= {"x": [plain(value) for value in measure.x], "y": [plain(value) for value in measure.y]}
+        return said
+    return {name: plain(value) for name, value in said.items()}
+
+
+def _measure(fields: Mapping[str, Any]) -> Measure | Curve:
+    if "x" in fields:
+        curve = Curve(**fields)
+        return curve._replace(axes=tuple(curve.axes))
+    measure = Measure(**fields)
+    for number in (measure.value, measure.low, measure.high, measure.n):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+            raise ValueError(f"{number!r} is not a number")
+    return measure
+
+
+def plain(value: Any) -> Any:
+    """A value that JSON has: numbers of NumPy as Python's, NaN and infinity as None."""
+    number = value.item() if hasattr(value, "item") else value
+    return None if isinstance(number, float) and not math.isfinite(number) else number
+
+
+def _from_0_1(old: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of version 0.1.0 in today's form; nothing says there which side of a measure is better."""
+    call, _, note = old["evaluator"].partition(" with ")
+    call = today(call)
+    values, measures, bounds = dict(old["values"]), {}, {}
+    for stem in [name.removesuffix("_low") for name in values if name.endswith("_low")]:
+        owner = stem if stem in values else f"{stem}_accuracy"
+        if owner in values and f"{stem}_high" in values:
+            bounds[owner] = {"low": values.pop(f"{stem}_low"), "high": values.pop(f"{stem}_high")}
+    robust = call.startswith("robust(")
+    if robust:  # the number that stands for the row comes first
+        values = {"robust_accuracy": values.pop("robust_accuracy"), **values}
+    for name, value in values.items():
+        group = f"{name.removesuffix('_accuracy')}_examples"  # of groups alone
+        fields = {"value": value, "n": int(values.get(group, old["examples"])), **bounds.get(name, {})}
+        name = "effective_share" if name == "effective_area" and call.startswith("measures(") else name
+        if not name.endswith("_examples"):
+            measures[name] = {**fields, "label": name.replace("_", " ")}
+    curves = {name: {**curve, "label": name.replace("_", " ")} for name, curve in old.get("curves", {}).items()}
+    return {
+        "split": old["split"],
+        "evaluator": call,
+        "overrides": dict(part.split("=", 1) for part in note.split(", ") if "=" in part),
+        "examples": old["examples"],
+        "measures": measures | curves,
+        "cost": old.get("cost", {}),
+        "audit": old.get("audit") or (NOT_AUDITED if robust else None),
+    }
+
+
+def today(text: str) -> str:
+    """An evaluator's text of version 0.1.0 as it is written now: what is made of the training split is no argument any more.
+
+    >>> today("regions(bank, fill=mean), localisation(cam(), centre=centre, boxes=False)")
+    'regions(fill=mean), localisation(cam(), boxes=False)'
+    """
+    text = re.sub(r"\bregions\(\s*(bank\s*=\s*)?bank\s*(,\s*)?", "regions(", text)
+    return re.sub(r",\s*centre\s*=\s*centre\b", "", text)
