@@ -13,7 +13,7 @@ from topgap_jax.errors import UserError
 from topgap_jax.types import Attack
 
 TABLE = {**pool.TABLE, **balls.TABLE, **attacks.TABLE, "echo": lambda *args, **words: (args, words)}
-VALUES = {**scores.TABLE, "eps": 8 / 255, "steps": 7, "mean": (0.5, 0.5, 0.5)}
+VALUES = {**scores.VALUES, "eps": 8 / 255, "steps": 7, "mean": (0.5, 0.5, 0.5)}
 VALID = [
     "pgd(linf(8/255), score=margin, steps=20)",
     "top_gap(k=4)",
@@ -42,11 +42,13 @@ def test_values():
 
 
 def test_signature():
-    assert signature("pgd", attacks.pgd) == "pgd(ball, *, score=cross_entropy, steps=20, step_size=None)"
+    assert (
+        signature("pgd", attacks.pgd) == "pgd(ball, *, score=cross_entropy, steps=20, step_size=None, start='random')"
+    )
     assert signature("f", lambda a, *rest, b, **words: None) == "f(a, *rest, b, **words)"
 
 
-PGD = "usage: pgd(ball, *, score=cross_entropy, steps=20, step_size=None)"
+PGD = "usage: pgd(ball, *, score=cross_entropy, steps=20, step_size=None, start='random')"
 ERRORS = {
     "top_gapp(k=3)": "unknown name 'top_gapp'; did you mean 'top_gap'? 'topgap help' lists the names",
     "pgd(linf(epz))": "unknown name 'epz'; did you mean 'eps'? 'topgap help' lists the names",

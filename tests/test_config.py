@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from topgap_jax.errors import UserError
 from topgap_jax.setup import config as configs
+from topgap_jax.setup import tables
 from topgap_jax.types import Evaluator
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -47,6 +48,89 @@ def test_the_numbers_of_a_config_are_names_in_its_texts():
     (evaluator,) = configs.choices(config, "evaluators", {}, "accuracy()", "--evaluators").values()
     assert isinstance(evaluator, Evaluator)
     assert configs.choices(config, "augment", {}) == {}
+
+
+def test_expressions_are_names_of_each_other():
+    """Also under keys of one's own, through several steps; plain texts are given as they are; each is built once."""
+    config, built = configs.load(TINY)[0], []
+
+    def thing(*args):
+        built.append(args)
+        return lambda *_: args
+
+    config.rate, config.drop, config.pool = 0.5, "thing(rate, dtype)", "thing(drop, drop, train)"
+    value = configs.choice(config, "pool", {"thing": thing})()
+    assert value[0] is value[1] and value[0]() == (0.5, "float32") and value[2] == "train"
+    assert len(built) == 2, "drop was built once"
+    assert configs.reads(config, "f(pool)") == {"pool", "drop", "rate", "dtype", "train"}
+    assert configs.reads(config, "f('pool', pool=3, pool())") == set()
+    config.objective = "wrong("
+    assert configs.choice(config, "pool", {"thing": thing})(), "what is not named is not built"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head": "map_head(head)"}, "config.head needs its own value: head -> head; give one of these another text"),
+        ({"model": "with_drop(network, 'stage1', drop)", "drop": "random_matched(other)", "other": "sgdrop(rate=drop)"},
+         "config.drop needs its own value: drop -> other -> drop; give one of these another text"),
+        ({"backbone": "map_head(mode)", "mode": "fast"}, "config.mode: unknown name 'fast'; "),
+        ({"backbone": "smal_resnet()"}, "config.backbone: 'smal_resnet' is not a backbone; did you mean 'small_resnet'? choose from "),
+        ({"pool": "gapp"}, "config.pool: unknown name 'gapp'; did you mean 'gap'? 'topgap help' lists the names"),
+    ],
+)  # fmt: skip
+def test_a_mistake_behind_a_name(changes, words):
+    config = ConfigDict({**configs.load(TINY)[0], **changes})
+    assert error(configs.choice, config, "model", {}, classes=3, total_steps=6).startswith(words)
+
+
+def test_defaults_fill_what_a_file_leaves_out(tmp_path):
+    text = """\
+import ml_collections
+def get_config():
+    return ml_collections.ConfigDict({"source": "shapes()", "image_size": (64, 64), "epochs": 1, "optimizer": "sgd(.1)"})
+"""
+    loaded = configs.load(write(tmp_path / "mine.py", text), [("batch", "20")])
+    assert set(loaded.config) == set(configs.KEYS) and loaded.config.batch == 20
+    assert loaded.stated == {"source", "image_size", "epochs", "optimizer", "batch"}
+    defaults = {key: value.default for key, value in configs.KEYS.items() if key not in loaded.stated}
+    assert {key: loaded.config[key] for key in defaults} == defaults and None not in defaults.values()
+    for key in ("source", "optimizer", "model", "objective"):
+        assert configs.choice(loaded.config, key, {}, classes=6, total_steps=200)
+    for key in ("augment", "evaluators", "explain"):
+        assert len(configs.choices(loaded.config, key, {}, classes=6, total_steps=200)) == (key != "augment")
+
+
+def test_arms():
+    loaded = configs.load(TINY, [("batch", "10"), ("seed", "5")], "dropped")
+    assert loaded.config.model == "with_drop(network, 'stage1', dropout(.1))"
+    assert (loaded.config.batch, loaded.config.seed) == (10, 5), "the command line goes before the arm"
+    assert configs.load(TINY, arm="dropped").config.seed == 1 and {"seed", "model"} <= loaded.stated
+    assert configs.load(TINY, arm="plain").config == configs.load(TINY).config
+    words = f"{TINY} has no arm 'droped'; did you mean 'dropped'? its arms are plain, dropped"
+    assert error(configs.load, TINY, (), "droped") == words
+
+
+@pytest.mark.parametrize(
+    ("arms", "words"),
+    [
+        ("{'a': {'pol': 'gap()'}, 'b': {}}", "arm 'a': pol: there is no such key; did you mean 'pool'?"),
+        ("{'a': {'epochs': 'many'}, 'b': {}}", "arm 'a': epochs: expected a whole number like 2, got 'many'"),
+        ("{'a': {'epochs': 3}}", "arms() must return {name: {key: text}}, as --config.key=text gives them"),
+        ("[('a', 'b')]", "arms() must return {name: {key: text}}, as --config.key=text gives them"),
+    ],
+)
+def test_mistakes_in_arms(tmp_path, arms, words):
+    path = write(tmp_path / "mine.py", f"from tests.tiny_config import get_config\ndef arms():\n    return {arms}\n")
+    for arm in ("", "b"):
+        assert error(configs.load, path, (), arm).startswith(f"{path}: {words}")
+
+
+def test_every_name_stands_in_one_table():
+    assert len(tables.TABLE) == sum(map(len, tables.ROOMS.values()))
+    assert not set(tables.TABLE) & set(tables.VALUES)
+    for table in tables.PYTHON.values():
+        assert not set(table) & set(tables.TABLE)
 
 
 @pytest.mark.parametrize(

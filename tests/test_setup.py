@@ -1,5 +1,7 @@
 """From a config to what runs: each split read once, small sets like large ones, weights from a run or a file, pictures."""
 
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -17,6 +19,7 @@ from topgap_jax.models import bind
 from topgap_jax.run import fit as fit_module
 from topgap_jax.run.fit import fit
 from topgap_jax.setup import assembly
+from topgap_jax.types import Model
 
 TINY = Path(__file__).parent / "tiny_config.py"
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -230,6 +233,75 @@ def test_a_mistake_in_the_evaluators_is_told_before_the_training(reads):
     for key, text in (("validation", "vali"), ("test", "test, tset"), ("train", "train[:0]")):
         assert "shapes() " in error(lambda key=key, text=text: setup.parts(setup.experiment(TINY, [(key, text)])))
     assert reads == []
+
+
+def test_a_model_with_another_number_of_logits():
+    chosen = setup.experiment(TINY, [("network", "classifier(backbone, head, classes=2, mean=mean, std=std)")])
+    assert error(setup.parts, chosen) == (
+        "config.model: 'network' returns 2 logits an image, and shapes(train=60, validation=20, test=20) has 6 classes; "
+        "name `classes` in its text"
+    )
+
+
+def test_a_model_that_cannot_be_applied():
+    """What a user's own module raises is one line, which names it."""
+
+    def broken():
+        return Model(lambda key, images: {"params": {}, "batch_stats": {}}, lambda *_, **options: [] @ 3)
+
+    chosen = setup.assembly.assemble(
+        setup.config.load(TINY, [("model", "broken()")])._replace(methods={"broken": broken})
+    )
+    assert error(setup.parts, chosen).startswith(
+        "config.model: 'broken()' cannot be applied to images of 32 x 32 pixels: TypeError: unsupported operand"
+    )
+
+
+def test_what_is_set_and_not_read_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(setup.commands, "training", lambda chosen: None)
+    monkeypatch.setattr(setup.commands, "validation", lambda chosen: None)
+    model = ("model", "resnet4b(classes=classes, mean=(.5, .5, .5), std=(.2, .2, .2))")
+    quiet = ("evaluators", "accuracy()"), ("explain", "gradient()"), ("backbone", "resnet20()")
+    words = "topgap: config.{} set and has no effect: '" + model[1] + "' does not name it"
+    for stated, keys in (
+        (("mean", "(.4, .4, .4)"), "mean and config.backbone are"),
+        (("std", "(.2, .2, .2)"), "std and config.backbone are"),
+    ):
+        setup.parts(setup.experiment(TINY, [model, *quiet, stated]))
+        assert capsys.readouterr().err.splitlines() == [words.format(keys)]
+    setup.parts(setup.experiment(TINY, [("mean", "(.4, .4, .4)"), ("explain", "gradient()")]))
+    assert capsys.readouterr().err == "", "the network reads it"
+    mistake = setup.experiment(TINY, [model, *quiet, ("pool", "gap(3)")])
+    assert error(setup.parts, mistake).startswith("config.pool: gap: too many positional arguments")
+
+
+OLD = {
+    "seed": 1, "source": "shapes(train=60, validation=20, test=20)", "train": "train", "validation": "", "test": "test",
+    "image_size": [32, 32], "resize": "stretch", "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "pool": "gap()",
+    "model": "classifier(small_resnet(widths=(4,), stem=4, stem_kernel=3, stem_stride=4), map_head(pool), "
+             "classes=classes, mean=mean, std=std)",
+    "batch": 20, "epochs": 1, "augment": "", "objective": "standard()",
+    "optimizer": "sgd(warmup(cosine(0.01, 0, total_steps - 1), 1))", "ema": 0.5, "eps": 2 / 255,
+    "evaluators": "accuracy(), localisation(cam(), centre=centre, boxes=False), regions(bank, fill=mean)",
+    "explain": "cam(), grad_cam('stage1')", "log_every": 1, "checkpoint_every": 1,
+}  # fmt: skip
+"""config.json of a run of version 0.1.0: every key, none of those that came after it."""
+
+
+def test_a_run_of_version_0_1_0(run, tmp_path):
+    """It loads, is evaluated, explained and trained further; its evaluators' texts are read as they are written today."""
+    workdir = shutil.copytree(run[0], tmp_path / "old")
+    (workdir / "config.json").write_text(json.dumps({"config": OLD, "file": None}))
+    (workdir / "evaluation.json").unlink(missing_ok=True)
+    loaded = setup.from_workdir(workdir)
+    jax.tree.map(np.testing.assert_array_equal, dict(loaded.variables), dict(run[1]["ema"]))
+    rows = setup.evaluate(loaded)
+    assert [row.evaluator for row in rows] == ["accuracy()", "localisation(cam(), boxes=False)", "regions(fill=mean)"]
+    assert setup.stored(loaded) == rows and "background_gap" in rows[2].measures and "centre_iou" in rows[1].measures
+    assert list(setup.explain(loaded, count=2).maps) == ["cam()", "grad_cam('stage1')"]
+    chosen = setup.experiment(workdir / "config.json")
+    fit(chosen.config, workdir, parts=setup.parts(chosen), file=None, mesh=data_mesh(jax.devices()[:1]))
+    assert set(json.loads((workdir / "config.json").read_text())["config"]) == {*setup.config.KEYS, "eps"}
 
 
 def pictures_only(folder):
