@@ -6,7 +6,6 @@ import shapes as study
 import systems
 from scipy import stats
 
-from topgap_jax import setup
 from topgap_jax.setup import config as configs
 
 
@@ -64,8 +63,6 @@ def test_every_arm_of_the_systems_can_be_built(name, topgap_data):
         configs.choice(experiment.config, "objective", experiment.methods, classes=10, total_steps=100)
         for _, evaluator in system.evaluators:
             text = evaluator.replace("EXPLAIN", arm.explain)
-            assert configs.choices(
-                experiment.config, "evaluators", experiment.methods, text, "", **setup.commands.STAND_INS
-            )
+            assert configs.choices(experiment.config, "evaluators", experiment.methods, text, "")
     measured = {f"{split} | {evaluator}" for split, evaluator in system.evaluators}
     assert all(claim.measure.rsplit(" | ", 1)[0] in measured for claim in system.claims)

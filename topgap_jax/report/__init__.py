@@ -15,3 +15,7 @@ def __getattr__(name: str):
     if name in DRAWN:
         return getattr(importlib.import_module(f"topgap_jax.report.{DRAWN[name]}"), name)
     raise AttributeError(f"module 'topgap_jax.report' has no attribute '{name}'")
+
+
+def __dir__():
+    return sorted([*globals(), *DRAWN])

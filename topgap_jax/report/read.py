@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from topgap_jax.build import names as names_of
 from topgap_jax.errors import UserError
 from topgap_jax.measure import results
 from topgap_jax.measure.results import Row
 from topgap_jax.progress import read_metrics
-from topgap_jax.setup.config import mentions
 from topgap_jax.types import Measure
 
 BESIDE = ("accuracy", "regions")
@@ -87,7 +87,7 @@ def mentioned(text: str, config: Mapping[str, str]) -> set[str]:
     keys, texts = set(), [text]
     while texts:
         text = texts.pop()
-        new = {key for key in config if key.isidentifier() and mentions(text, key)} - keys
+        new = (set(names_of(text)) & set(config)) - keys
         keys |= new
         texts += [config[key] for key in new]
     return keys
@@ -171,7 +171,7 @@ def beside(rows: Iterable[Row], robust: Row) -> tuple[dict[str, Measure], list[s
 
 def _of_network(row: Row) -> dict[str, str]:
     """The overrides that concern the network or its data: those that are no number of the evaluator's own."""
-    return {key: text for key, text in row.overrides.items() if not mentions(row.evaluator, key)}
+    return {key: text for key, text in row.overrides.items() if key not in names_of(row.evaluator)}
 
 
 def with_gaps(rows: Sequence[Row], train: str) -> list[Row]:

@@ -14,8 +14,8 @@ from topgap_jax.rewrite.speed import fast
 from topgap_jax.types import Drop, Model
 
 
-def with_drop(model: Model, layer: str, drop: Drop) -> Model:
-    """The model with `drop` on the value named `layer` in training; in eval mode it is the model itself.
+def with_drop(model: Model, layer: str, drop: Drop | None) -> Model:
+    """The model with `drop` on the value named `layer` in training; in eval mode, and with None, it is the model itself.
 
     The drop gets the layer's value and the rest of the network in eval mode, of the weights in training or, for a drop with
     `teacher=True`, of their averages `variables["ema"]` on the same images. What leads to the layer is not computed again for
@@ -24,6 +24,8 @@ def with_drop(model: Model, layer: str, drop: Drop) -> Model:
     is logged as "drop_rate". A pass without targets (an attack or an explanation that uses batch statistics) drops nothing.
     Raises UserError for an unknown layer, and for a teacher without averages.
     """
+    if drop is None:  # a config whose `drop` is to be set on the command line
+        return model
     if not isinstance(drop, Drop):
         raise UserError(f"with_drop needs a drop such as sgdrop(), got {drop!r}; usage: with_drop(model, layer, drop)")
 
