@@ -18,32 +18,19 @@ def methods():
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.seed = 0
-
     config.source = "tfds('cifar10')"
     config.train = "train[:5000]"
-    config.validation = ""
-    config.test = "test"
     config.image_size = (32, 32)
-    config.resize = "stretch"
     config.mean = (0.4914, 0.4822, 0.4465)
     config.std = (0.2470, 0.2435, 0.2616)
 
-    config.pool = "gap()"
-    config.model = "classifier(pooled_resnet(), map_head(pool), classes=classes, mean=mean, std=std, dtype=dtype)"
-    config.dtype = "float32"
-
-    config.batch = 100
+    config.backbone = "pooled_resnet()"
     config.epochs = 20
     config.augment = "crop_flip()"
-    config.objective = "standard()"
-    config.optimizer = "sgd(warmup(cosine(0.1, 0, total_steps - 100), 100), weight_decay=5e-4)"
-    config.ema = 0.0
+    config.optimizer = "sgd(cosine(0.1, 0, total_steps, warmup=0.1), weight_decay=5e-4)"
 
     config.eps = 2 / 255
     config.evaluators = "accuracy(), measures(integrated(rules=guided), deletion(), insertion(), labels='predicted')"
     config.explain = "gradient(), integrated(), integrated(rules=guided)"
-
-    config.log_every = 10
     config.checkpoint_every = 5
     return config

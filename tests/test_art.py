@@ -10,12 +10,12 @@ from flax import nnx
 
 from tests.test_objectives import BATCH, CLASSES, KEYS, TARGETS, VARIABLES, B, Small
 from topgap_jax import balls, models, pool
+from topgap_jax.attacks.alignment import as_vectors, class_gradients, cosine, softened, triplet, triplet_of
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.models import bind
-from topgap_jax.training import art as module
 from topgap_jax.training import objectives
-from topgap_jax.training.art import alignment, art, as_vectors, class_gradients, cosine, softened, triplet
+from topgap_jax.training.art import art
 from topgap_jax.types import Model, Output
 
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.3)
@@ -84,14 +84,17 @@ def test_worked_linear_model(monkeypatch):
     a = x.reshape(1, 3)
     assert 1 - float(cosine(a, p.reshape(1, 3))[0]) == pytest.approx(1.0, abs=1e-6)
     assert 1 - float(cosine(a, n.reshape(1, 3))[0]) == pytest.approx(0.44567814, abs=1e-6)
-    loss = lambda points: alignment(PLAIN, predict, points, ONE["label"], jnp.ones(1), everything).sum()
-    value, rise = jax.value_and_grad(loss)(x)
+    loss = lambda points: triplet_of(PLAIN, predict, points, ONE["label"], jnp.ones(1), everything).sum()
+    value, rise = jax.jit(jax.value_and_grad(loss))(x)
     assert float(value) == pytest.approx(1.00823529, abs=1e-6)
     np.testing.assert_allclose(rise.ravel(), [-0.6780828, -0.5584669, 0.50081642], atol=1e-5)
 
-    monkeypatch.setattr(module, "linf", lambda eps: balls.linf(eps)._replace(start=lambda key, image: 0 * image))
+    monkeypatch.setattr(
+        "topgap_jax.training.art.linf", lambda eps: balls.linf(eps)._replace(start=lambda keys, images, eps: 0 * images)
+    )
     objective = art(mean=(0.0,), std=(1.0,), beta=None, steps=1, k=3)
-    _, _, attacked = objective(KEYS[:1], LINEAR, LINEAR_WEIGHTS, {**ONE, "image": x}, 0)
+    step = jax.jit(lambda batch: objective(KEYS[:1], LINEAR, LINEAR_WEIGHTS, batch, 0)[2])
+    attacked = step({**ONE, "image": x})
     np.testing.assert_allclose(attacked.ravel(), [0.48039216, 0.18039216, 0.91960784], atol=1e-6)
     assert float(loss(attacked)) == pytest.approx(1.04230744, abs=1e-6)
 
@@ -154,13 +157,13 @@ def test_worked_two_layers():
     np.testing.assert_allclose(p.ravel(), [0.50720984, -1.05550377], atol=1e-6)
     np.testing.assert_allclose(n.ravel(), [-0.32444519, 1.42103306], atol=1e-6)
     loss = lambda weights: triplet(x.reshape(1, 1, 2), *gradients(weights)).sum()
-    value, gradient = jax.value_and_grad(loss)(weights)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(weights)
     assert float(value) == pytest.approx(0.67887867, abs=1e-6)
     np.testing.assert_allclose(gradient["v"], [[-0.1348695, -0.269739], [0.17467255, 0.17467255]], atol=1e-5)
     np.testing.assert_allclose(gradient["w"], [[-0.6011448, -0.21483], [0.4772754, 0.15415303]], atol=1e-5)
 
     raised = lambda predict: jax.grad(
-        lambda points: alignment(PLAIN, predict, points, label, one, jnp.ones((1, 2))).sum()
+        lambda points: triplet_of(PLAIN, predict, points, label, one, jnp.ones((1, 2))).sum()
     )(x).ravel()
     np.testing.assert_allclose(raised(twin(weights)), [-0.59837294, 1.82749849], atol=1e-5)
     relu = network(weights)
@@ -169,6 +172,7 @@ def test_worked_two_layers():
     np.testing.assert_allclose(raised(relu), by_anchor, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_remat_keeps_less():
     """Of what a second differentiation needs; that it changes no gradient is tested below."""
 
@@ -220,7 +224,7 @@ def test_inside_ball_and_box_and_reproducible(run):
 def test_the_attack_raises_what_it_is_for(run):
     """The loss restricted to the entries that are largest at the start, written out here; from the start on, and above noise."""
     _, _, attacked = run()
-    start = jnp.clip(BATCH["image"] + jax.vmap(balls.linf(EPS).start)(KEYS, BATCH["image"][:]), 0, 1)
+    start = jnp.clip(BATCH["image"] + balls.linf(EPS).start(KEYS, BATCH["image"], jnp.full(B, EPS)), 0, 1)
     relu = bind(MODEL, VARIABLES, train=True)
     vectors = as_vectors(MEAN, STD)
     size = np.abs(vectors.gradients(relu, start, BATCH["label"], jnp.ones(B))[0])
@@ -228,7 +232,7 @@ def test_the_attack_raises_what_it_is_for(run):
     chosen = float32(size >= np.sort(size)[:, -count][:, None])
     assert (chosen.sum(1) == count).all()
     restricted = jax.jit(
-        lambda points: alignment(vectors, softened(relu, 50.0), points, BATCH["label"], jnp.ones(B), chosen)
+        lambda points: triplet_of(vectors, softened(relu, 50.0), points, BATCH["label"], jnp.ones(B), chosen)
     )
     before, after = restricted(start), restricted(attacked)
     assert after.mean() > before.mean() + 0.01
@@ -252,7 +256,10 @@ def by_hand(attacked, params, weight=0.5, variant="signed"):
     return entropy + weight * aligned, entropy, aligned, out.batch_stats
 
 
-@pytest.mark.parametrize("options", ["", ", variant='abs_mean', k=12, weight=2, remat=True"])
+OTHER = ", variant='abs_mean', k=12, weight=2, remat=True"
+
+
+@pytest.mark.parametrize("options", ["", pytest.param(OTHER, marks=pytest.mark.slow)])
 def test_the_loss_and_its_gradient(options):
     """Equal to the parts put together here with the attacked images held fixed; only the pass on these leaves statistics."""
     objective = make(f"art(mean=mean, std=std{options})")
@@ -278,6 +285,7 @@ def test_the_loss_and_its_gradient(options):
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 0.01
 
 
+@pytest.mark.slow
 def test_training_aligns():
     """40 steps on a fixed batch of noise: with the triplet loss, p ends nearer to the image than n by more than without it."""
 
@@ -304,6 +312,7 @@ def test_training_aligns():
     assert with_["cosine_true"] - with_["cosine_wrong"] > without["cosine_true"] - without["cosine_wrong"] + 0.02
 
 
+@pytest.mark.slow
 def test_jit_equals_eager_and_k_is_the_share(run):
     loss, metrics, attacked = art(mean=MEAN, std=STD, k=35)(KEYS, SPY, VARIABLES, BATCH, 0)
     np.testing.assert_allclose(loss, run()[0], atol=1e-4)
@@ -320,6 +329,7 @@ def test_no_steps_and_no_radius():
     np.testing.assert_array_equal(attacked(steps=0, eps=0), BATCH["image"])
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_only_the_cross_entropy():
     """The attacked images, alignment and cosines of a bf16 network are those of its float32 twin."""
     backbone = models.small_resnet(widths=(4,), stem=4, stem_kernel=3, stem_stride=1)
@@ -356,7 +366,13 @@ class NNXDropped(nnx.Module):
         return self.dense(self.dropout(nnx.relu(self.norm(self.conv(x))).mean((1, 2))))
 
 
-@pytest.mark.parametrize("make", [lambda rate: models.linen(Dropped(rate)), lambda rate: models.nnx(NNXDropped(rate))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rate: models.linen(Dropped(rate)),
+        pytest.param(lambda rate: models.nnx(NNXDropped(rate)), marks=pytest.mark.slow),
+    ],
+)
 def test_dropout_is_in_the_cross_entropy_only(make):
     """On modules that nobody wrote for this: attack and alignment are those of the module without dropout."""
     dropped, whole = make(0.5), make(0.0)
@@ -391,7 +407,7 @@ def test_errors():
     for call, text in {
         lambda: art(mean=MEAN, std=STD)(
             KEYS, one, {"params": {}, "batch_stats": {}}, BATCH, 0
-        ): "art needs a best wrong class, and the model has 1 class; give it two or more",
+        ): "alignment needs a best wrong class, and the model has 1 class; give it two or more",
         lambda: make("art(mean=mean)"): "art: missing a required argument: 'std'; usage: art(*, mean, std, weight=0.5,",
         lambda: make(
             "art(mean=mean, std=(1, 1))"
@@ -401,7 +417,7 @@ def test_errors():
         ): "the images have 3 channels, mean and std have 1; they must agree",
         lambda: make("art(mean=mean, std=std, k=200)")(
             KEYS, MODEL, VARIABLES, BATCH, 0
-        ): "art: k=200 is more than the 108 entries of an image's gradient",
+        ): "alignment: k=200 is more than the 108 entries of an image's gradient",
         lambda: make("art(mean=mean, std=std, k=0)"): "art: k must be a whole number of at least 1, got 0",
         lambda: make("art(mean=mean, std=std, fraction=2)"): "art: fraction must be a number in [1e-09, 1], got 2",
         lambda: make("art(mean=mean, std=std, eps=-1)"): "art: eps must be a number of at least 0, got -1",

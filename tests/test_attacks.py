@@ -1,18 +1,34 @@
 """Laws of every attack, the linear model whose answers are known, and what training and evaluation each take from the state."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import PartitionSpec
 
+from tests.laws import (
+    CLASSES,
+    IMAGES,
+    KEYS,
+    LABELS,
+    OTHERS,
+    PARAMS,
+    PREDICT,
+    SIZE,
+    B,
+    assert_transformed,
+    make,
+    network,
+)
 from topgap_jax import attacks, balls, scores
-from topgap_jax.build import build
+from topgap_jax.attacks.state import BROKEN, NEVER, RUNNING, State
 from topgap_jax.errors import UserError
-from topgap_jax.mesh import data_mesh, split
+from topgap_jax.types import Cost
 
-# One instance of every row of the table in every ball, and one with another score.
+EPS = {"linf": 0.06, "l2": 0.3}
+# One instance of every row of the table in every ball it has, and options that change the program.
 ROWS = [
     "fgsm(linf({}))",
     "fgsm(l2({}))",
@@ -20,37 +36,37 @@ ROWS = [
     "r_fgsm(l2({}))",
     "pgd(linf({}), steps=4)",
     "pgd(l2({}), steps=4)",
-    "pgd(linf({}), score=dlr, steps=4)",
+    "pgd(linf({}), score=dlr, steps=3, start=None)",
+    "pgd(linf({}), score=targeted_dlr(rank=1), steps=3, step_size=.02)",
+    "topk_attack(gradient(), linf({}), steps=3, restarts=2, k=6)",
+    "topk_attack(cam(), l2({}), steps=3, restarts=1, k=3, start=None)",
+    "alignment(linf({}), mean=(.5, .5, .5), std=(.25, .25, .25), steps=3, step_size=.02)",
 ]
-EPS = {"linf": 0.06, "l2": 0.3}
-B, SHAPE, CLASSES = 8, (4, 4, 3), 5
-random = np.random.default_rng(0)
-IMAGES = jnp.asarray(random.uniform(size=(B, *SHAPE)), jnp.float32)
-FIRST = jnp.asarray(random.normal(size=(48, 16)) / 4, jnp.float32)
-LAST = jnp.asarray(random.normal(size=(16, CLASSES)), jnp.float32)
-KEYS = jax.random.split(jax.random.key(0), B)
+rows = pytest.mark.parametrize("row", ROWS)
+ball_of = lambda row: "linf" if "linf" in row else "l2"
+attack_of = functools.cache(lambda row: make(row.format(EPS[ball_of(row)])))
+random = ("pgd", "r_fgsm", "topk", "alignment")
 
 
-def predict(images, keys=None):
-    """A small smooth network."""
-    return jnp.tanh((images.reshape(images.shape[0], -1) - 0.5) @ FIRST) @ LAST
+def steps_of(attack, keys, predict, images, labels, **options):
+    """(the states before each step, the last one booked): the attack as a loop that keeps them all."""
+    state = attack.init(keys, predict, images, labels, predict(images), **options)
+    last, states = lax.scan(lambda state, _: (attack.step(predict, state), state), state, None, length=attack.steps)
+    return states, attacks.finish(predict, last) if attack.aim == "label" else last
 
 
-# The last two are misclassified from the start.
-LABELS = jnp.argmax(predict(IMAGES), -1).at[-2:].add(1) % CLASSES
+@functools.cache
+def compiled(row):
+    """The one program of a row: (params, keys, images, labels, eps (b,)) -> states."""
+    run = lambda params, keys, images, labels, eps: steps_of(
+        attack_of(row), keys, network(params), images, labels, eps=eps
+    )
+    return jax.jit(run)
 
 
-def make(row, eps=None):
-    ball = "linf" if "linf" in row else "l2"
-    return build(row.format(EPS[ball] if eps is None else eps), {**attacks.TABLE, **balls.TABLE}, scores.TABLE)
-
-
-@pytest.fixture(scope="module", params=ROWS)
-def run(request):
-    """(attack, its result on the batch, the compiled function)."""
-    attack = make(request.param)
-    compiled = jax.jit(lambda keys, images, labels: attacks.attack(attack, keys, predict, images, labels))
-    return attack, compiled(KEYS, IMAGES, LABELS), compiled
+def run(row, keys=KEYS, images=IMAGES, labels=LABELS, eps=None):
+    eps = jnp.full(B, EPS[ball_of(row)]) if eps is None else eps
+    return compiled(row)(PARAMS, keys, images, labels, eps)
 
 
 def sizes(ball, delta):
@@ -59,89 +75,137 @@ def sizes(ball, delta):
 
 
 def test_every_row_and_ball_is_here():
-    """What changes the map and keeps the label has laws of its own: test_attack_on_explanations.py."""
-    assert {row.split("(")[0] for row in ROWS} == set(attacks.TABLE) - {"topk_attack"}
-    assert {row.split("(")[1] for row in ROWS} == set(balls.TABLE)
+    assert {row.split("(")[0] for row in ROWS} == set(attacks.TABLE)
+    assert {ball_of(row) for row in ROWS} == set(balls.TABLE)
 
 
-def test_inside_ball_and_box(run):
-    attack, state, _ = run
-    ball = "linf" if "linf" in attack.name else "l2"
+@rows
+def test_inside_ball_and_box(row):
+    _, state = run(row)
+    ball = ball_of(row)
     for delta in (state.delta, state.best - IMAGES):
         assert (sizes(ball, delta) <= EPS[ball] + 1e-6).all()
     for points in (state.images + state.delta, state.best):
         assert float(points.min()) >= 0 and float(points.max()) <= 1
-    assert sizes(ball, state.delta).max() > EPS[ball] / 2
+    assert sizes(ball, state.delta).max() > EPS[ball] / 4
 
 
-def test_the_verdict_is_true(run):
+@rows
+def test_the_state_says_what_happened(row):
+    """Every leaf is per example and keeps its type, counts count, nothing that never changes is changed."""
+    attack = attack_of(row)
+    states, state = run(row)
+    assert isinstance(state, State) and all(leaf.shape[0] == B for leaf in jax.tree.leaves(state))
+    first = jax.eval_shape(lambda: attack.init(KEYS, PREDICT, IMAGES, LABELS, PREDICT(IMAGES)))
+    types = lambda state: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
+    assert types(first) == types(state)
+    np.testing.assert_array_equal(state.images, IMAGES)
+    np.testing.assert_array_equal(state.labels, LABELS)
+    np.testing.assert_allclose(state.clean, PREDICT(IMAGES), atol=1e-5)
+    np.testing.assert_array_equal(state.count, attack.steps)
+    np.testing.assert_array_equal((state.run, state.target), ([0] * B, [NEVER] * B))
+    broken = np.asarray(state.status) == BROKEN
+    np.testing.assert_array_equal(np.asarray(state.broken_at) == NEVER, ~broken)
+    assert (np.asarray(states.score)[1:] >= np.asarray(states.score)[:-1]).all(), "the best score never falls"
+    assert (np.asarray(state.score) >= np.asarray(states.score)[-1]).all()
+    assert isinstance(attack.cost(PREDICT, IMAGES), Cost) and sum(attack.cost(PREDICT, IMAGES)) >= 1
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if attack_of(row).aim == "label"])
+def test_the_verdict_is_true(row):
     """Broken: the best point is misclassified. Not broken: the best point is the clean image. Misclassified images stay."""
-    _, state, _ = run
-    broken = np.asarray(state.status) == 1
+    states, state = run(row)
+    broken = np.asarray(state.status) == BROKEN
     assert broken[-2:].all() and 2 < broken.sum()
-    np.testing.assert_array_equal(attacks.misclassified(predict(state.best), LABELS), broken)
+    np.testing.assert_array_equal(attacks.misclassified(PREDICT(state.best), LABELS), broken)
     np.testing.assert_array_equal(state.best[~broken], IMAGES[~broken])
     np.testing.assert_array_equal(state.best[-2:], IMAGES[-2:])
-    np.testing.assert_array_equal(state.images, IMAGES)
-    assert (np.asarray(state.steps)[-2:] == 0).all()
+    assert (np.asarray(state.broken_at)[-2:] == 0).all()
+    # `best` is the first iterate that breaks, and no later step touches it.
+    points = np.concatenate([states.images + states.delta, (state.images + state.delta)[None]])
+    for i in np.flatnonzero(broken)[:-2]:
+        np.testing.assert_array_equal(state.best[i], points[int(state.broken_at[i]), i])
+    wrong = np.stack([attacks.misclassified(PREDICT(p), LABELS) for p in points])
+    first = np.where(wrong.any(0), wrong.argmax(0), NEVER)
+    np.testing.assert_array_equal(state.broken_at[:-2], first[:-2])
 
 
-def test_the_best_score_never_falls(run):
-    attack, final, _ = run
-    state = attack.init(KEYS, predict, IMAGES, LABELS, predict(IMAGES))
-    assert all(leaf.shape[0] == B for leaf in jax.tree.leaves(state))
-    step = jax.jit(lambda state: attack.step(predict, state))
-    for _ in range(attack.steps):
-        after = step(state)
-        assert (after.score >= state.score).all() and (after.status >= state.status).all()
-        np.testing.assert_array_equal(after.best[state.status == 1], state.best[state.status == 1])
-        # Nothing changes its type, or a loop could not carry the state.
-        assert list(map(jax.typeof, jax.tree.leaves(after))) == list(map(jax.typeof, jax.tree.leaves(state)))
-        state = after
-    np.testing.assert_allclose(attacks.finish(predict, state).score, final.score, atol=1e-5)
-
-
-def test_eps_zero_changes_nothing(run):
-    row = next(row for row in ROWS if make(row).name == run[0].name and ("dlr" not in row))
-    state = attacks.attack(make(row, 0), KEYS, predict, IMAGES, LABELS)
+@rows
+def test_eps_zero_changes_nothing(row):
+    _, state = run(row, eps=jnp.zeros(B))
     np.testing.assert_array_equal(state.best, IMAGES)
     assert not np.asarray(state.delta).any()
-    np.testing.assert_array_equal(state.status, [0] * (B - 2) + [1, 1])
 
 
-def test_neighbours_and_keys(run):
-    """Example 0 is the same, bit for bit, with any neighbours and at any place of a batch of this width; the key decides the rest."""
-    attack, state, compiled = run
-    again = compiled(KEYS, IMAGES, LABELS)
-    noise = compiled(
-        KEYS[::-1].at[0].set(KEYS[0]),
-        jnp.asarray(random.uniform(size=IMAGES.shape), jnp.float32).at[0].set(IMAGES[0]),
-        LABELS,
+@rows
+def test_each_example_by_itself(row):
+    """Example 0 is the same, bit for bit, with any neighbours, their labels and radii; the key decides the rest."""
+    _, state = run(row)
+    _, again = run(row)
+    eps = jnp.full(B, EPS[ball_of(row)])
+    _, among_others = run(
+        row,
+        keys=KEYS[::-1].at[0].set(KEYS[0]),
+        images=OTHERS.at[0].set(IMAGES[0]),
+        labels=LABELS[::-1].at[0].set(LABELS[0]),
+        eps=(eps / 3).at[0].set(eps[0]),
     )
-    for name in ("delta", "best", "score", "status", "steps"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(state, name))
-        np.testing.assert_array_equal(getattr(noise, name)[0], getattr(state, name)[0])
-    other = compiled(jax.random.split(jax.random.key(9), B), IMAGES, LABELS)
-    assert np.array_equal(other.delta, state.delta) == attack.name.startswith("fgsm")
+    for field in ("delta", "best", "score", "status", "broken_at", "search"):
+        for a, b, c in zip(*(jax.tree.leaves(getattr(s, field)) for s in (state, again, among_others))):
+            np.testing.assert_array_equal(a, b)
+            np.testing.assert_array_equal(a[0], c[0])
+    _, other = run(row, keys=jax.random.split(jax.random.key(9), B))
+    moves = row.startswith(random) and "start=None" not in row
+    assert np.array_equal(other.delta, state.delta) == (not moves)
 
 
-def test_jit_equals_eager(run):
-    attack, state, _ = run
-    eager = attacks.attack(attack, KEYS, predict, IMAGES, LABELS)
-    np.testing.assert_allclose(eager.delta, state.delta, atol=1e-5)
-    np.testing.assert_allclose(eager.score, state.score, atol=1e-5)
-    np.testing.assert_array_equal(eager.status, state.status)
+def test_runs_and_radii_are_arguments():
+    """`run` numbers restarts, each from keys of its own, the first from the example's; `eps` is per example: one program."""
+    attack = make("pgd(linf(.06), steps=2)")
+    call = jax.jit(lambda run, eps: steps_of(attack, KEYS, PREDICT, IMAGES, LABELS, run=run, eps=eps)[1])
+    number, eps = jnp.arange(B, dtype=jnp.int32) % 2, jnp.linspace(0.01, 0.08, B)
+    both, first, second = call(number, eps), call(0 * number, eps), call(0 * number + 1, eps)
+    for i in range(B):
+        same, other = (first, second) if i % 2 == 0 else (second, first)
+        np.testing.assert_array_equal(both.delta[i], same.delta[i])
+        assert (both.delta[i] != other.delta[i]).any()
+    assert (sizes("linf", both.delta) <= np.asarray(eps) + 1e-6).all()
+    plain = steps_of(attack, KEYS, PREDICT, IMAGES, LABELS)[1]
+    np.testing.assert_allclose(plain.delta, call(0 * number, jnp.full(B, 0.06)).delta, atol=1e-6)
+
+
+def test_the_driver_is_the_loop():
+    """attacks.attack: of an attack on the label and of one on maps."""
+    for row in (ROWS[4], ROWS[8]):
+        driven = jax.jit(lambda row=row: attacks.attack(attack_of(row), KEYS, PREDICT, IMAGES, LABELS))()
+        _, state = run(row)
+        np.testing.assert_allclose(driven.delta, state.delta, atol=1e-5)
+        np.testing.assert_array_equal(driven.broken_at, state.broken_at)
+
+
+ONE = "pgd(linf({}), steps=2)"
+
+
+@pytest.mark.parametrize("row", [ONE, *(pytest.param(row, marks=pytest.mark.slow) for row in ROWS)])
+def test_transformations(row):
+    attack = attack_of(row)
+
+    def numbers(keys, images, labels):
+        state = attacks.attack(attack, keys, PREDICT, images, labels)
+        return state.delta, state.status, state.broken_at
+
+    assert_transformed(numbers, KEYS, IMAGES, LABELS)
 
 
 def test_pgd_equals_numpy():
     """The update written out, for a score whose gradient is known: the logit margin of a linear model."""
-    weights = random.normal(size=(48, 2)).astype(np.float32)
+    weights = np.random.default_rng(0).normal(size=(SIZE * SIZE * 3, 2)).astype(np.float32)
     linear = lambda images, keys=None: images.reshape(images.shape[0], -1) @ weights
     labels = jnp.zeros(B, jnp.int32)
     attack = attacks.pgd(balls.l2(0.5), score=scores.margin, steps=3, step_size=0.2)
     state = attack.init(KEYS, linear, IMAGES, labels, linear(IMAGES))
     points = np.asarray(IMAGES + state.delta)
-    direction = (weights[:, 1] - weights[:, 0]).reshape(SHAPE)
+    direction = (weights[:, 1] - weights[:, 0]).reshape(SIZE, SIZE, 3)
     for _ in range(3):
         state = attack.step(linear, state)
         delta = points + 0.2 * direction / np.linalg.norm(direction) - IMAGES
@@ -153,21 +217,27 @@ def test_pgd_equals_numpy():
 @pytest.mark.parametrize("row", ["r_fgsm(linf({}))", "r_fgsm(l2({}))"])
 def test_r_fgsm_is_two_half_steps(row):
     """A random one that keys decide, and one along the gradient there."""
-    attack, eps = make(row), EPS["linf" if "linf" in row else "l2"]
-    state = attack.init(KEYS, predict, IMAGES, LABELS, predict(IMAGES))
+    attack, eps = attack_of(row), EPS[ball_of(row)]
+    state = attack.init(KEYS, PREDICT, IMAGES, LABELS, PREDICT(IMAGES))
     points = state.images + state.delta
     inside = (np.asarray(IMAGES) > eps) & (np.asarray(IMAGES) < 1 - eps)  # elsewhere the box may cut
     if "linf" in row:
         np.testing.assert_allclose(np.abs(state.delta)[inside], eps / 2, atol=1e-6)
         assert 0.3 < (np.asarray(state.delta)[inside] > 0).mean() < 0.7
-    gradient = jax.grad(lambda points: scores.cross_entropy(predict(points), LABELS).sum())(points)
+    gradient = jax.grad(lambda points: scores.cross_entropy(PREDICT(points), LABELS).sum())(points)
     if "linf" in row:
         way = np.sign(gradient)
     else:
         way = gradient / np.sqrt((np.square(gradient)).sum((1, 2, 3), keepdims=True))
-    after = attack.step(predict, state)
+    after = attack.step(PREDICT, state)
     expected = np.clip(points + eps / 2 * way, 0, 1) - IMAGES
-    np.testing.assert_allclose(after.delta, expected, atol=1e-6)
+    np.testing.assert_allclose(after.delta, expected, atol=1e-5)
+
+
+def test_a_start_at_the_clean_image():
+    for row in ("pgd(linf(.06), start=None)", "topk_attack(cam(), linf(.06), start=None)"):
+        state = make(row).init(KEYS, PREDICT, IMAGES, LABELS, PREDICT(IMAGES))
+        assert not np.asarray(state.delta).any()
 
 
 def linear_model(images, keys=None):
@@ -179,90 +249,54 @@ def linear_model(images, keys=None):
 CORNER, MIDDLE = (0.9, 0.05, 0.2), (0.5, 0.5, 0.5)
 
 
-def whole(attack, keys, predict, images, labels):
-    """The attack as a loop, which compiles one step."""
-    state = attack.init(keys, predict, images, labels, predict(images))
-    return attacks.finish(predict, lax.fori_loop(0, attack.steps, lambda _, state: attack.step(predict, state), state))
-
-
-def on_linear(attack, image):
-    images = jnp.array(image).reshape(1, 1, 1, 3)
-    return jax.jit(lambda keys, images: whole(attack, keys, linear_model, images, jnp.array([1])))(KEYS[:1], images)
+@functools.cache
+def on_linear(name, ball):
+    """(image, eps) -> the final state on the linear model, one program for all radii."""
+    attack = attacks.TABLE[name](balls.TABLE[ball](0.1))
+    options = lambda image, eps: (KEYS[:1], linear_model, image.reshape(1, 1, 1, 3), jnp.array([1]))
+    return jax.jit(lambda image, eps: steps_of(attack, *options(image, eps), eps=eps)[1])
 
 
 def test_worked_fgsm():
     """attacks 15.9."""
-    state = on_linear(attacks.fgsm(balls.linf(0.1)), CORNER)
+    state = on_linear("fgsm", "linf")(jnp.array(CORNER), jnp.array([0.1]))
     np.testing.assert_allclose((state.images + state.delta).ravel(), [0.8, 0.15, 0.1], atol=1e-6)
     assert float(linear_model(state.images + state.delta)[0, 1]) == pytest.approx(2, abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    "row, image, survives, breaks, worst",
+    "ball, image, survives, breaks, worst",
     [
-        (
-            "linf",
-            CORNER,
-            0.2142,
-            0.2144,
-            {0.1: 2.0, 0.2: 0.1, 0.2142: 0.0006, 0.2144: -0.0008},
-        ),  # 15.2: the box bends the ball
+        # 15.2: the box bends the ball
+        ("linf", CORNER, 0.2142, 0.2144, {0.1: 2.0, 0.2: 0.1, 0.2142: 0.0006, 0.2144: -0.0008}),
         ("linf", MIDDLE, 0.2368, 0.2369, {0.1: 2.6}),  # 15.1: 9/38
         ("l2", MIDDLE, 0.346, 0.35, {0.1: 3.2}),  # 15.1: 4.5/13 = .34615; a random start converges to the direction
     ],
 )
 @pytest.mark.parametrize("name", ["fgsm", "pgd"])  # half of r_fgsm's way is random
-def test_a_linear_model_is_robust_up_to_where_it_is(name, row, image, survives, breaks, worst):
-    make = lambda eps: attacks.TABLE[name](balls.TABLE[row](eps))
-    assert int(on_linear(make(survives), image).status[0]) == 0
-    assert int(on_linear(make(breaks), image).status[0]) == 1
+def test_a_linear_model_is_robust_up_to_where_it_is(name, ball, image, survives, breaks, worst):
+    attacked = lambda eps: on_linear(name, ball)(jnp.array(image), jnp.array([eps]))
+    assert int(attacked(survives).status[0]) == RUNNING
+    assert int(attacked(breaks).status[0]) == BROKEN
     for eps, value in worst.items():
-        state = on_linear(make(eps), image)
+        state = attacked(eps)
         assert float(linear_model(state.images + state.delta)[0, 1]) == pytest.approx(
-            value, abs=2e-5 if row == "linf" else 5e-3
+            value, abs=2e-5 if ball == "linf" else 5e-3
         )
 
 
-def test_evaluation_takes_the_first_break_and_training_the_last_iterate():
-    attack = attacks.pgd(balls.linf(0.2), steps=6, step_size=0.05)
-    state, seen = attack.init(KEYS, predict, IMAGES, LABELS, predict(IMAGES)), []
-    for _ in range(attack.steps):
-        seen.append(state.images + state.delta)
-        state = attack.step(predict, state)
-    seen.append(state.images + state.delta)
-    state = attacks.finish(predict, state)
-    broken = np.stack([attacks.misclassified(predict(points), LABELS) for points in seen])
-    assert broken[:, :-2].any(0).sum() >= 3
-    for i in range(B - 2):
-        first = int(broken[:, i].argmax())
-        np.testing.assert_array_equal(state.best[i], seen[first][i] if broken[first, i] else IMAGES[i])
-        assert int(state.steps[i]) == (first if broken[first, i] else attack.steps)
-    # Broken examples have moved on.
-    assert (np.asarray(seen[-1]) != np.asarray(state.best)).any((1, 2, 3)).all()
-
-
 def test_nan_logits_count_as_broken():
-    np.testing.assert_array_equal(
-        attacks.misclassified(jnp.array([[0.0, jnp.nan], [1, 0], [1, 1], [0, 1]]), jnp.zeros(4, int)), [1, 0, 0, 1]
-    )
+    logits = jnp.array([[0.0, jnp.nan], [1, 0], [1, 1], [0, 1]])
+    np.testing.assert_array_equal(attacks.misclassified(logits, jnp.zeros(4, int)), [1, 0, 0, 1])
 
 
-def test_transformations():
-    """A loop over steps, one example at a time under vmap, pmap, shard_map and a split batch give the same attack."""
-    attack = make("pgd(linf({}), steps=4)")
-    loop = lambda keys, images, labels: whole(attack, keys, predict, images, labels)
-    expected = attacks.attack(attack, KEYS, predict, IMAGES, LABELS)
-    mesh, spec = data_mesh(), PartitionSpec("data")
-    one = lambda key, image, label: jax.tree.map(lambda x: x[0], loop(key[None], image[None], label[None]))
-    for transformed in (
-        jax.jit(jax.shard_map(loop, mesh=mesh, in_specs=spec, out_specs=spec)),
-        jax.jit(loop, in_shardings=split(mesh)),
-        jax.jit(jax.vmap(one)),
-        jax.pmap(one),
-    ):
-        state = transformed(KEYS, IMAGES, LABELS)
-        np.testing.assert_allclose(state.delta, expected.delta, atol=1e-5)
-        np.testing.assert_array_equal(state.status, expected.status)
+def test_an_iterate_that_is_not_admissible_is_not_booked():
+    state = attacks.state.start(KEYS, IMAGES, LABELS, PREDICT(IMAGES), eps=0.1)
+    wrong = jax.nn.one_hot((LABELS + 1) % CLASSES, CLASSES)
+    inside = jnp.arange(B) % 2 == 0
+    after = attacks.state.book(state, jnp.full(B, 3.0), wrong, inside)
+    np.testing.assert_array_equal(after.status[:-2], jnp.where(inside, BROKEN, RUNNING)[:-2])
+    np.testing.assert_array_equal(after.score[:-2], jnp.where(inside, 3.0, -jnp.inf)[:-2])
 
 
 def test_runs():
@@ -271,15 +305,61 @@ def test_runs():
     assert attacks.as_runs((first, (second, (first,)))) == (first, second, first)
 
 
-def test_errors():
-    for call, text in {
-        lambda: attacks.pgd(balls.linf(0.1), steps=0): "steps must be a whole number of at least 1, got 0",
-        lambda: attacks.pgd(balls.linf(0.1), step_size=-1): "step_size must be a number of at least 0, got -1",
-        lambda: attacks.as_runs(3): "expected attacks like pgd(linf(8/255)), got 3",
-        lambda: attacks.attack(
-            attacks.pgd(balls.linf(0.1), score=scores.targeted_dlr), KEYS, predict, IMAGES, LABELS
-        ): "targeted_dlr: targets (b,) are needed, e.g. the second most likely class of the clean image",
-    }.items():
-        with pytest.raises(UserError) as raised:
-            call()
-        assert str(raised.value) == text
+def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
+    return attacks.attack(make(attack), keys, PREDICT, images, labels)
+
+
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda: make("pgd(linf(.1), steps=0)"), "pgd: steps must be a whole number of at least 1, got 0"),
+        (lambda: make("pgd(linf(.1), step_size=-1)"), "pgd: step_size must be a number of at least 0, got -1"),
+        (lambda: make("pgd(linf(.1), start='x')"), "pgd: start must be 'random' or None (the clean image), got 'x'"),
+        (lambda: attacks.as_runs(3), "expected attacks like pgd(linf(8/255)), got 3"),
+        (
+            lambda: attacks.attack((), KEYS, PREDICT, IMAGES, LABELS),
+            "attack: give one attack such as pgd(linf(8/255)), got ()",
+        ),
+        (
+            lambda: attacked(attack="pgd(linf(.1), score=targeted_dlr(rank=4))"),
+            "targeted_dlr: rank=4 needs 5 classes, the logits have 4",
+        ),
+        (
+            lambda: attacked(images=2 * IMAGES - 1),
+            "attack: images must be float in [0, 1], these are float32 from -0.9996 to 0.999; give (images + 1) / 2; "
+            "normalisation belongs inside the model",
+        ),
+        (
+            lambda: attacked(images=(255 * IMAGES).astype(jnp.uint8)),
+            "attack: images must be float in [0, 1], these are uint8 from 0 to 254; give images / 255; "
+            "normalisation belongs inside the model",
+        ),
+        (
+            lambda: attacked(images=IMAGES[0]),
+            "attack: images must be an array (b, h, w, c) of at least one image, got an array of shape (6, 6, 3) and type float32",
+        ),
+        (lambda: attacked(labels=LABELS.at[3].set(99)), "attack: label 99 is no class of a network with 4 logits"),
+        (lambda: attacked(labels=LABELS.at[3].set(-1)), "attack: label -1 is no class of a network with 4 logits"),
+        (
+            lambda: attacked(labels=3),
+            "attack: labels must be an int array (8,), one class for each image, got a int",
+        ),
+        (
+            lambda: attacked(labels=LABELS.astype(jnp.float32)),
+            "attack: labels must be an int array (8,), one class for each image, got an array of shape (8,) and type float32",
+        ),
+        (
+            lambda: attacked(keys=None),
+            "attack: keys are needed, one for each image: jax.random.split(jax.random.key(0), len(images))",
+        ),
+        (
+            lambda: attacked(keys=KEYS[0]),
+            "attack: keys must be 8 typed keys, one for each image, got an array of shape () and type key<fry>; "
+            "jax.random.split(jax.random.key(0), 8) gives them",
+        ),
+    ],
+)
+def test_mistakes(call, text):
+    with pytest.raises(UserError) as raised:
+        call()
+    assert str(raised.value) == text

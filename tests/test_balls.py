@@ -11,6 +11,7 @@ from topgap_jax import balls
 from topgap_jax.errors import UserError
 
 SHAPE = (3, 2, 2, 3)
+radii = lambda eps, b=SHAPE[0]: jnp.full(b, eps, jnp.float32)
 SIZES = {
     "linf": lambda delta: np.abs(delta).max((1, 2, 3)),
     "l2": lambda delta: np.sqrt((np.float64(delta) ** 2).sum((1, 2, 3))),
@@ -36,25 +37,29 @@ def test_every_row_is_here():
 @given(st.integers(0, 10**6), st.floats(0.001, 3), st.floats(0.01, 3))
 def test_projection_is_feasible_and_idempotent(name, seed, eps, scale):
     ball, images = balls.TABLE[name](eps), images_of(seed)
-    once = ball.project(images, noise_of(seed + 1, scale=scale))
+    once = ball.project(images, noise_of(seed + 1, scale=scale), radii(eps))
     points = np.asarray(images + once)
     assert points.min() >= 0 and points.max() <= 1
     assert (SIZES[name](once) <= eps + 1e-6).all()
     np.testing.assert_allclose(ball.size(once), SIZES[name](once), rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(ball.project(images, once), once, atol=1e-6)
+    np.testing.assert_allclose(ball.project(images, once, radii(eps)), once, atol=1e-6)
 
 
 def test_projection_formulas():
     images, delta = images_of(0), noise_of(1)
     np.testing.assert_allclose(
-        balls.linf(0.3).project(images, delta), np.clip(images + np.clip(delta, -0.3, 0.3), 0, 1) - images, atol=1e-6
+        balls.linf(0.3).project(images, delta, radii(0.3)),
+        np.clip(images + np.clip(delta, -0.3, 0.3), 0, 1) - images,
+        atol=1e-6,
     )
     shrunk = delta * np.minimum(1, 0.3 / SIZES["l2"](delta))[:, None, None, None]
-    np.testing.assert_allclose(balls.l2(0.3).project(images, delta), np.clip(images + shrunk, 0, 1) - images, atol=1e-6)
+    np.testing.assert_allclose(
+        balls.l2(0.3).project(images, delta, radii(0.3)), np.clip(images + shrunk, 0, 1) - images, atol=1e-6
+    )
     # What is inside both already stays.
     small = (0.01 * delta * ((images > 0.1) & (images < 0.9))).astype(np.float32)
     for ball in (balls.linf(0.3), balls.l2(0.3)):
-        np.testing.assert_allclose(ball.project(images, small), small, atol=1e-7)
+        np.testing.assert_allclose(ball.project(images, small, radii(0.3)), small, atol=1e-7)
 
 
 @rows
@@ -85,10 +90,11 @@ def test_a_zero_gradient_moves_nothing(name):
 def test_start_is_inside_and_depends_on_the_key_alone(name):
     ball, shape = balls.TABLE[name](0.4), (64, 4, 4, 3)
     keys = jax.random.split(jax.random.key(0), 64)
-    delta = jax.vmap(ball.start)(keys, images_of(0, shape))
+    delta = ball.start(keys, images_of(0, shape), radii(0.4, 64))
     sizes = SIZES[name](delta)
     assert (sizes <= 0.4 + 1e-6).all() and len(np.unique(sizes)) > 32
-    np.testing.assert_array_equal(ball.start(keys[5], images_of(1, shape)[5]), delta[5])
+    alone = ball.start(keys[5:6], images_of(1, shape)[5:6], radii(0.4, 1))
+    np.testing.assert_array_equal(alone[0], delta[5])
     if name == "l2":  # attacks 15.15: the mean radius of a uniform point of the n-ball is n / (n + 1)
         assert sizes.mean() / 0.4 == pytest.approx(48 / 49, abs=0.01)
     else:
@@ -96,14 +102,16 @@ def test_start_is_inside_and_depends_on_the_key_alone(name):
 
 
 @rows
-def test_eps_zero_and_scaled(name):
-    make = balls.TABLE[name]
-    images, none = images_of(0), make(0)
-    assert not np.asarray(none.project(images, noise_of(1))).any()
-    assert not np.asarray(none.start(jax.random.key(0), images[0])).any()
-    larger, plain = make(0.2).scaled(2.5), make(0.5)
-    assert (larger.eps, larger.name) == (plain.eps, plain.name) == (0.5, f"{name}(0.5)")
-    np.testing.assert_array_equal(larger.project(images, noise_of(1)), plain.project(images, noise_of(1)))
+def test_every_example_has_its_radius(name):
+    """The radius is an argument; 0 leaves nothing; the ball's number is the default that an attack starts from."""
+    ball, images, eps = balls.TABLE[name](0.2), images_of(0), jnp.array([0.0, 0.1, 0.5])
+    assert (ball.eps, ball.name) == (0.2, f"{name}(0.2)")
+    keys = jax.random.split(jax.random.key(0), 3)
+    for delta in (ball.project(images, noise_of(1), eps), ball.start(keys, images, eps)):
+        assert not np.asarray(delta[0]).any() and (SIZES[name](delta) <= np.asarray(eps) + 1e-6).all()
+    for i, one in enumerate(eps):
+        alone = ball.project(images[i : i + 1], noise_of(1)[i : i + 1], one[None])
+        np.testing.assert_array_equal(alone[0], ball.project(images, noise_of(1), eps)[i])
 
 
 @rows
@@ -111,7 +119,7 @@ def test_transformations(name):
     """jit, and one example at a time under vmap."""
     ball, images, delta = balls.TABLE[name](0.2), jnp.asarray(images_of(3)), jnp.asarray(noise_of(4))
     for function, arguments in [
-        (ball.project, (images, delta)),
+        (ball.project, (images, delta, radii(0.2))),
         (ball.ascent, (delta,)),
         (ball.dual_norm, (delta,)),
         (ball.size, (delta,)),

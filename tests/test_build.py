@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from topgap_jax import attacks, balls, pool, scores
-from topgap_jax.build import build, check_number, signature
+from topgap_jax.build import build, calls, check_number, merged, names, signature, table
 from topgap_jax.errors import UserError
 from topgap_jax.types import Attack
 
 TABLE = {**pool.TABLE, **balls.TABLE, **attacks.TABLE, "echo": lambda *args, **words: (args, words)}
-VALUES = {**scores.TABLE, "eps": 8 / 255, "steps": 7, "mean": (0.5, 0.5, 0.5)}
+VALUES = {**scores.VALUES, "eps": 8 / 255, "steps": 7, "mean": (0.5, 0.5, 0.5)}
 VALID = [
     "pgd(linf(8/255), score=margin, steps=20)",
     "top_gap(k=4)",
@@ -42,17 +42,20 @@ def test_values():
 
 
 def test_signature():
-    assert signature("pgd", attacks.pgd) == "pgd(ball, *, score=cross_entropy, steps=20, step_size=None)"
+    assert (
+        signature("pgd", attacks.pgd) == "pgd(ball, *, score=cross_entropy, steps=20, step_size=None, start='random')"
+    )
     assert signature("f", lambda a, *rest, b, **words: None) == "f(a, *rest, b, **words)"
 
 
-PGD = "usage: pgd(ball, *, score=cross_entropy, steps=20, step_size=None)"
+PGD = "usage: pgd(ball, *, score=cross_entropy, steps=20, step_size=None, start='random')"
 ERRORS = {
-    "top_gapp(k=3)": "unknown name 'top_gapp'; did you mean 'top_gap'? choose from echo, fgsm, gap, gmp, l2, linf, lse, pgd, r_fgsm, top_gap, topk_attack",
-    "pgd(linf(epz))": "unknown name 'epz'; did you mean 'eps'? choose from cross_entropy, dlr, echo, eps, ",
+    "top_gapp(k=3)": "unknown name 'top_gapp'; did you mean 'top_gap'? 'topgap help' lists the names",
+    "pgd(linf(epz))": "unknown name 'epz'; did you mean 'eps'? 'topgap help' lists the names",
     "gap": "'gap' must be called: gap()",
     "pgd(linf)": "'linf' must be called: linf(eps)",
-    "eps(3)": "'eps' is a value and cannot be called; choose from echo, ",
+    "eps(3)": "'eps' is a value and cannot be called; 'topgap help' lists the names",
+    "zzzzz": "unknown name 'zzzzz'; 'topgap help' lists the names",
     "pgd(linf(.1), step=3)": f"pgd: got an unexpected keyword argument 'step'; did you mean 'steps'?; {PGD}",
     "pgd()": f"pgd: missing a required argument: 'ball'; {PGD}",
     "pgd(linf(.1), 3)": f"pgd: too many positional arguments; {PGD}",
@@ -104,6 +107,31 @@ def test_errors_say_what_would_be_right(text):
     assert message.startswith("config.pool: ") and message.count("config.pool") == 1
     assert ERRORS[text] in message
     assert len(message) < 500
+
+
+def test_at_most_three_names_are_proposed():
+    table = {f"top_{letter}": len for letter in "abcdef"}
+    with pytest.raises(UserError) as raised:
+        build("top_(1)", table)
+    assert str(raised.value) == (
+        "unknown name 'top_'; did you mean 'top_f' or 'top_e' or 'top_d'? 'topgap help' lists the names"
+    )
+
+
+def test_names_and_calls():
+    text = "with_drop(network, 'stage3', sgdrop(rate=rate, granularity=('a', kind))), eps"
+    assert set(names(text)) == {"network", "rate", "kind", "eps"} and calls(text) == ["with_drop", "sgdrop"]
+    assert names("a + f(b") == calls("(" * 500) == names("\0") == []
+
+
+def test_a_table_refuses_two_functions_of_one_name():
+    def twin():
+        pass
+
+    with pytest.raises(ValueError, match="two functions are named 'twin'; every name stands for one thing"):
+        table(twin, twin)
+    with pytest.raises(ValueError, match="two functions are named 'gap'"):
+        merged(pool.TABLE, {"gap": twin})
 
 
 def test_not_a_text():

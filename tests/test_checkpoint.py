@@ -1,6 +1,7 @@
 """Checkpoints: exact, on any number of devices, of the newest that is whole; errors that say what is wrong."""
 
 import gc
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,22 @@ def test_a_save_that_was_killed_is_passed_over(tmp_path):
     assert checkpoint.latest_step(tmp_path) == 1
     write(tmp_path, (2,))
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    write(tmp_path, (1,))
+    folder = tmp_path / "checkpoints" / "last"
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5_000_000))
+    with pytest.raises(UserError) as error:
+        write(tmp_path, (2,))
+    assert str(error.value) == (
+        f"the checkpoint of step 2 needs 16 MB in {folder}, and 5 MB are free on that disk; make room, then give the same "
+        "command again: it goes on from the checkpoint before"
+    )
+    assert [path.name for path in folder.iterdir()] == ["1"] and checkpoint.latest_step(tmp_path) == 1
+    monkeypatch.undo()
+    write(tmp_path, (2,))
+    assert checkpoint.latest_step(tmp_path) == 2
 
 
 # Where one array cannot be read, Orbax leaves the coroutines of the others behind; Python 3.13 says so when it collects them.

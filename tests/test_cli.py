@@ -1,11 +1,13 @@
 """The command line as a user meets it: each command from start to end, its words, and one line and exit code 2 for a mistake."""
 
 import contextlib
+import errno
 import io
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +19,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import topgap_jax
 from tests.test_setup import store
 from topgap_jax import cli, engine, setup
 from topgap_jax.mesh import data_mesh
 from topgap_jax.progress import read_metrics
 from topgap_jax.run import fit as fit_module
+from topgap_jax.run.provenance import provenance
 from topgap_jax.setup import assembly
 
 ROOT = Path(__file__).parent.parent
@@ -74,12 +78,12 @@ def test_train_tells_what_it_does_and_shows_the_results(run):
     lines = [re.sub(r": 100%.*", "", line) for line in err.splitlines()]
     assert lines == [
         f"CPU: as it is; {engine.status()}",
-        "reading shapes() train",  # once, though the backgrounds of `regions` are made of it too
+        "reading shapes() train",
         "reading shapes() validation",
         "training",
         "reading shapes() test",
         "test accuracy()",
-        "test regions(bank, fill=mean)",
+        "test regions(fill=mean)",
     ]
     assert "epoch 2/2, loss " in err
     assert re.match(
@@ -87,7 +91,7 @@ def test_train_tells_what_it_does_and_shows_the_results(run):
     )
     assert re.search(r"^test   accuracy\(\)  +accuracy  +\d\.?\d* \[.*\]  +20 +1 +0 ", out, re.M)
     assert {path.name for path in workdir.iterdir()} == {
-        "checkpoints", "config.json", "evaluation.json", "metrics.jsonl", "tensorboard", "versions.json"
+        "checkpoints", "config.json", "evaluation.json", "lock", "metrics.jsonl", "tensorboard", "versions.json"
     }  # fmt: skip
     assert json.loads((workdir / "config.json").read_text())["file"] == TINY
 
@@ -113,7 +117,7 @@ def test_evaluate_adds_rows_to_a_run(run):
     rows = json.loads((workdir / "evaluation.json").read_text())["rows"]
     assert [(row["split"], row["evaluator"], row["examples"]) for row in rows] == [
         ("test", "accuracy()", 20),
-        ("test", "regions(bank, fill=mean)", 20),
+        ("test", "regions(fill=mean)", 20),
         ("test[:5]", "accuracy()", 5),
         ("test[:5]", "robust(fgsm(linf(eps))) with eps=4/255", 5),
         ("validation[:5]", "accuracy()", 5),
@@ -148,16 +152,15 @@ def test_layers_have_the_shapes_of_the_configs_image_size(run):
     head, line, *rows = out.splitlines()
     assert head.split() == ["layer", "shape"] and set(line) == {"-"}
     assert re.split("  +", rows[0]) == ["backbone/stem/conv", "16 x 12 x 4"]
-    assert [row for row in rows if "grad_cam" in row] == [row for row in rows if row.startswith("maps ")]
-    assert re.split("  +", next(row for row in rows if row.startswith("maps "))) == [
-        "maps", "16 x 12 x 6", "the default of grad_cam()"
-    ]  # fmt: skip
+    assert [re.split("  +", row) for row in rows if "grad_cam" in row] == [
+        ["backbone/stage1", "16 x 12 x 4", "the default of grad_cam()"]
+    ]
     assert topgap("layers", "--workdir", run[0])[1].count("8 x 8 x 4") > 3
 
 
 def test_compare_and_report(run, tmp_path):
     code, out, _ = topgap("compare", run[0])
-    assert code == 0 and re.search(r"^  foreground_sensitivity +regions\(bank, fill=mean\) ", out, re.M)
+    assert code == 0 and re.search(r"^  foreground_sensitivity +regions\(fill=mean\) ", out, re.M)
     code, out, _ = topgap("report", run[0], "--out", tmp_path / "page.html")
     assert (code, out) == (0, f"{tmp_path / 'page.html'}\n")
     assert "foreground_sensitivity" in (tmp_path / "page.html").read_text().replace(" ", "_").lower()
@@ -189,15 +192,131 @@ def test_help(monkeypatch):
     assert re.search(r"^  with_pool  +The classifier with `pool` over class maps", out, re.M)
     assert re.search(r"^  margin  +\S", out, re.M)
     assert topgap("help", "pgd")[1].startswith(
-        "pgd(ball, *, score=cross_entropy, steps=20, step_size=None)\n\nProjected "
+        "pgd(ball, *, score=cross_entropy, steps=20, step_size=None, start='random')\n\nProjected "
     )
-    assert topgap("help", "margin")[1].startswith("margin\n\n")
+    assert topgap("help", "margin")[1].startswith("margin\n\nmax over k != y")
     rules = topgap("help", "guided")[1]
     assert rules.startswith("guided\n\nrelu backward: [phi'(z) g]_+") and "\nmax_pool backward: [g]_+ sent to" in rules
     code, out, _ = topgap("help", "config")
     assert code == 0 and re.search(
-        r"^  epochs  +a whole number of at least 1: passes over the training split$", out, re.M
+        r"^  epochs  +a whole number of at least 1: passes over the training split; must be stated$", out, re.M
     )
+    assert re.search(r"^  pool  +an expression: class maps to logits \(pools\); default 'gap\(\)'$", out, re.M)
+
+
+def test_help_of_what_one_calls_in_a_program_and_of_commands():
+    listed = topgap("help")[1]
+    for name in (
+        "bind",
+        "fast",
+        "with_rules",
+        "read",
+        "tap",
+        "layers",
+        "fused",
+        "fast_convs",
+        "fold_batch_norm",
+        "attack",
+    ):
+        assert re.search(rf"^  {name}  +\S", listed, re.M)
+    assert topgap("help", "bind")[1].startswith(
+        "bind(model, variables, *, train=False, step=None)\n\nThe model with its "
+    )
+    assert topgap("help", "robust")[1].startswith(
+        "robust(*runs)\n\nAccuracy under attack: the share of examples that none"
+    )
+    assert topgap("help", "train")[1].startswith("usage: topgap train ") and "--arm NAME" in topgap("help", "train")[1]
+    both = topgap("help", "layers")[1]
+    assert both.startswith("usage: topgap layers ") and "\nIn Python:\n\nlayers(f, *args" in both
+
+
+def test_topgap_alone_is_its_help_and_it_knows_its_version():
+    for words, start in (((), "usage: topgap [-h]"), (("--version",), f"topgap {topgap_jax.__version__}\n")):
+        out = io.StringIO()
+        with pytest.raises(SystemExit) as end, contextlib.redirect_stdout(out):
+            cli.main(list(words))
+        assert end.value.code == 0 and out.getvalue().startswith(start)
+
+
+def test_help_and_compare_import_little():
+    """Seconds that nobody should wait for: data sets, checkpoints, figures, and for `compare` JAX itself."""
+    heavy = ["tensorflow_datasets", "orbax", "grain", "matplotlib", "tensorboardX", "flax.nnx", "scipy.ndimage"]
+    for words, names in ((["help", "pgd"], heavy), (["compare", "nowhere"], [*heavy, "jax"])):
+        code = f"import sys; from topgap_jax.cli import main; main({words}); print([n for n in {names} if n in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_home_folder_is_found_behind_an_equals_sign(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    line = "--config=~/mine.py --workdir=~/runs/a".split()
+    arguments, _ = cli._parse(["train", *line])
+    assert (arguments.config, arguments.workdir) == (f"{tmp_path}/mine.py", f"{tmp_path}/runs/a")
+    arguments, _ = cli._parse("explain --config ~/mine.py --weights=~/w.npz --images=~/holiday --out=~/sheets".split())
+    assert {arguments.weights, arguments.images, arguments.out} == {
+        f"{tmp_path}/{x}" for x in ("w.npz", "holiday", "sheets")
+    }
+    assert cli._parse(["compare", "~/a"])[0].workdirs == [f"{tmp_path}/a"]
+
+
+def test_a_terminal_without_a_letter_gets_another(monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "help", cli.COMMANDS["help"]._replace(run=lambda *_: print("±1 é")))
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main(["help"]) == 0
+    out.flush()
+    assert out.buffer.getvalue() == b"?1 ?\n"
+
+
+def test_a_platform_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    process = program("layers", "--config", TINY)
+    out, err = process.communicate(timeout=300)
+    if process.returncode == 0:
+        pytest.skip("there is a GPU here")
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("topgap: JAX_PLATFORMS=cuda: JAX cannot use it here (") and err.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(monkeypatch):
+    def full(arguments, overrides):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    monkeypatch.setitem(cli.COMMANDS, "help", cli.COMMANDS["help"]._replace(run=full))
+    words = "topgap: No space left on device, writing 'metrics.jsonl'; make room, then give the same command again\n"
+    assert topgap("help") == (2, "", words)
+
+
+def test_the_command_is_stored_as_a_shell_takes_it(monkeypatch):
+    words = ["/usr/bin/topgap", "train", "--config.pool=top_gap(k = 4)", "--workdir", "/home/me/runs/a b"]
+    monkeypatch.setattr(sys, "argv", words)
+    command = provenance()["command"]
+    assert shlex.split(command) == ["topgap", "train", "--config.pool=top_gap(k = 4)", "--workdir", "a b"]
+
+
+def test_a_mistake_leaves_a_workdir_that_takes_the_correction(run, tmp_path):
+    """What is looked at may change when a run is taken up again, and config.json follows; what decides the weights may not."""
+    workdir = shutil.copytree(run[0], tmp_path / "again")
+    train = ("train", "--config", TINY, "--workdir", workdir)
+    for mistake in ("test=tset", "evaluators=regions(bnk)", "explain=grad_cam('nope')"):
+        code, _, err = topgap(*train, f"--config.{mistake}")
+        assert code == 2 and "training" not in err and "reading" not in err
+    assert topgap(*train, "--config.evaluators=accuracy()", "--config.test=validation", "--config.log_every=3")[0] == 0
+    stored = json.loads((workdir / "config.json").read_text())["config"]
+    assert (stored["evaluators"], stored["test"], stored["log_every"]) == ("accuracy()", "validation", 3)
+    code, _, err = topgap(*train, "--config.seed=7")
+    assert code == 2 and "seed is 0 there and 7 here" in err and "reading" not in err
+
+
+def test_a_damaged_evaluation_is_told_first(run, tmp_path):
+    workdir = shutil.copytree(run[0], tmp_path / "again")
+    (workdir / "evaluation.json").write_text('{"rows": [{"spl')
+    for line in (("evaluate", "--workdir", workdir), ("train", "--config", TINY, "--workdir", workdir)):
+        code, _, err = topgap(*line)
+        assert code == 2 and err.splitlines()[-1].startswith(
+            f"topgap: {workdir}/evaluation.json is not an evaluation of"
+        )
+        assert "reading" not in err and "training" not in err
 
 
 @pytest.mark.parametrize("command", ["", *cli.COMMANDS])
@@ -230,7 +349,6 @@ def test_the_examples_of_the_help_are_commands():
 
 
 MISTAKES = [
-    ("", "the following arguments are required: COMMAND; see 'topgap --help'"),
     ("trian", "argument COMMAND: invalid choice: 'trian' (choose from "),
     ("train --config {config}", "the following arguments are required: --workdir; see 'topgap train --help'"),
     ("train --config nowhere.py --workdir {new}", "there is no config file 'nowhere.py'"),
@@ -245,7 +363,11 @@ MISTAKES = [
     ("train --config {config} --workdir {new} --config.pool=topgap(k=3)", "config.pool: 'topgap' is not a pool; did you mean 'top_gap'?"),
     ("train --config {config} --workdir {new} --config.pool=top_gap(k=3", "config.pool: 'top_gap(k=3' is not an expression"),
     ("train --config {config} --workdir {new} --config.train=trian", "shapes() has no split 'trian'; did you mean 'train'? choose from"),
-    ("train --config {config} --workdir {new} --config.resize=squash", "resize 'squash' is unknown; choose from crop, stretch"),
+    ("train --config {config} --workdir {new} --config.resize=squash", "config.resize must be 'stretch' or 'crop', got 'squash'"),
+    ("train --config {config} --workdir {new} --arm drop", "{config} has no arm 'drop'; did you mean 'dropped'? its arms are plain, dropped"),
+    ("train --config {config} --workdir {new} --config.test=valid", "shapes() has no split 'valid'; did you mean 'validation'? choose from"),
+    ("train --config {config} --workdir {new} --config.explain=grad_cam('nope')", "config.explain: grad_cam('nope'): no layer 'nope'; layers: backbone/"),
+    ("train --config {config} --workdir {new} --config.model=with_drop(network,'nope',dropout(.1))", "config.model: no layer 'nope'; layers: backbone/"),
     ("train --config {config} --workdir {run} --config.epochs=3", "'{run}' holds a run with another config: epochs is 2 there and 3 here; take another workdir"),
     ("train --config {cifar} --workdir {new}", "config.source: tfds: tfds('cifar10') is not prepared in {data}/tfds (set TOPGAP_DATA to a folder that holds tfds/, or "),
     ("evaluate", "one of the arguments --workdir --config is required; see 'topgap evaluate --help'"),
@@ -265,7 +387,7 @@ MISTAKES = [
     ("explain --workdir {run} --images {data}", "pictures: folder {data} holds no picture (.jpg, .jpeg, .png, .webp, .bmp)"),
     ("explain --workdir {run} --images {new}", "pictures: there is no file or folder {new}"),
     ("explain --workdir {run} --images {data} --split test", "argument --split: not allowed with argument --images"),
-    ("explain --workdir {run} --methods grad_cam('stage9')", "no layer 'stage9'; layers: backbone/stem/conv, "),
+    ("explain --workdir {run} --methods grad_cam('stage9')", "--methods: grad_cam('stage9'): no layer 'stage9'; layers: backbone/stem/conv, "),
     ("explain --workdir {run} --count -1", "--count must be a whole number of at least 1, got -1"),
     ("explain --workdir {run} --methods cam() --count 1 --out {npz}", "cannot write in '{npz}': "),
     ("layers --config {config} --config.image_size=32", "--config.image_size: expected a tuple like (32, 32), got '32'"),

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from topgap_jax.errors import UserError
 from topgap_jax.setup import config as configs
+from topgap_jax.setup import tables
 from topgap_jax.types import Evaluator
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -26,7 +27,8 @@ def error(function, *args, **kwargs) -> str:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_the_configs_of_the_repository(path):
-    config, methods, file = configs.load(path, [("epochs", "3"), ("eps", "4/255"), ("image_size", "(48, 64)")])
+    loaded = configs.load(path, [("epochs", "3"), ("eps", "4/255"), ("image_size", "(48, 64)")])
+    config, methods, file = loaded.config, loaded.methods, loaded.file
     assert (config.epochs, config.eps, config.image_size) == (3, 4 / 255, (48, 64))
     assert set(methods) == ({"pooled_resnet"} if path.stem == "guided" else set()) and file == str(path)
 
@@ -46,6 +48,89 @@ def test_the_numbers_of_a_config_are_names_in_its_texts():
     (evaluator,) = configs.choices(config, "evaluators", {}, "accuracy()", "--evaluators").values()
     assert isinstance(evaluator, Evaluator)
     assert configs.choices(config, "augment", {}) == {}
+
+
+def test_expressions_are_names_of_each_other():
+    """Also under keys of one's own, through several steps; plain texts are given as they are; each is built once."""
+    config, built = configs.load(TINY)[0], []
+
+    def thing(*args):
+        built.append(args)
+        return lambda *_: args
+
+    config.rate, config.drop, config.pool = 0.5, "thing(rate, dtype)", "thing(drop, drop, train)"
+    value = configs.choice(config, "pool", {"thing": thing})()
+    assert value[0] is value[1] and value[0]() == (0.5, "float32") and value[2] == "train"
+    assert len(built) == 2, "drop was built once"
+    assert configs.reads(config, "f(pool)") == {"pool", "drop", "rate", "dtype", "train"}
+    assert configs.reads(config, "f('pool', pool=3, pool())") == set()
+    config.objective = "wrong("
+    assert configs.choice(config, "pool", {"thing": thing})(), "what is not named is not built"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head": "map_head(head)"}, "config.head needs its own value: head -> head; give one of these another text"),
+        ({"model": "with_drop(network, 'stage1', drop)", "drop": "random_matched(other)", "other": "sgdrop(rate=drop)"},
+         "config.drop needs its own value: drop -> other -> drop; give one of these another text"),
+        ({"backbone": "map_head(mode)", "mode": "fast"}, "config.mode: unknown name 'fast'; "),
+        ({"backbone": "smal_resnet()"}, "config.backbone: 'smal_resnet' is not a backbone; did you mean 'small_resnet'? choose from "),
+        ({"pool": "gapp"}, "config.pool: unknown name 'gapp'; did you mean 'gap'? 'topgap help' lists the names"),
+    ],
+)  # fmt: skip
+def test_a_mistake_behind_a_name(changes, words):
+    config = ConfigDict({**configs.load(TINY)[0], **changes})
+    assert error(configs.choice, config, "model", {}, classes=3, total_steps=6).startswith(words)
+
+
+def test_defaults_fill_what_a_file_leaves_out(tmp_path):
+    text = """\
+import ml_collections
+def get_config():
+    return ml_collections.ConfigDict({"source": "shapes()", "image_size": (64, 64), "epochs": 1, "optimizer": "sgd(.1)"})
+"""
+    loaded = configs.load(write(tmp_path / "mine.py", text), [("batch", "20")])
+    assert set(loaded.config) == set(configs.KEYS) and loaded.config.batch == 20
+    assert loaded.stated == {"source", "image_size", "epochs", "optimizer", "batch"}
+    defaults = {key: value.default for key, value in configs.KEYS.items() if key not in loaded.stated}
+    assert {key: loaded.config[key] for key in defaults} == defaults and None not in defaults.values()
+    for key in ("source", "optimizer", "model", "objective"):
+        assert configs.choice(loaded.config, key, {}, classes=6, total_steps=200)
+    for key in ("augment", "evaluators", "explain"):
+        assert len(configs.choices(loaded.config, key, {}, classes=6, total_steps=200)) == (key != "augment")
+
+
+def test_arms():
+    loaded = configs.load(TINY, [("batch", "10"), ("seed", "5")], "dropped")
+    assert loaded.config.model == "with_drop(network, 'stage1', dropout(.1))"
+    assert (loaded.config.batch, loaded.config.seed) == (10, 5), "the command line goes before the arm"
+    assert configs.load(TINY, arm="dropped").config.seed == 1 and {"seed", "model"} <= loaded.stated
+    assert configs.load(TINY, arm="plain").config == configs.load(TINY).config
+    words = f"{TINY} has no arm 'droped'; did you mean 'dropped'? its arms are plain, dropped"
+    assert error(configs.load, TINY, (), "droped") == words
+
+
+@pytest.mark.parametrize(
+    ("arms", "words"),
+    [
+        ("{'a': {'pol': 'gap()'}, 'b': {}}", "arm 'a': pol: there is no such key; did you mean 'pool'?"),
+        ("{'a': {'epochs': 'many'}, 'b': {}}", "arm 'a': epochs: expected a whole number like 2, got 'many'"),
+        ("{'a': {'epochs': 3}}", "arms() must return {name: {key: text}}, as --config.key=text gives them"),
+        ("[('a', 'b')]", "arms() must return {name: {key: text}}, as --config.key=text gives them"),
+    ],
+)
+def test_mistakes_in_arms(tmp_path, arms, words):
+    path = write(tmp_path / "mine.py", f"from tests.tiny_config import get_config\ndef arms():\n    return {arms}\n")
+    for arm in ("", "b"):
+        assert error(configs.load, path, (), arm).startswith(f"{path}: {words}")
+
+
+def test_every_name_stands_in_one_table():
+    assert len(tables.TABLE) == sum(map(len, tables.ROOMS.values()))
+    assert not set(tables.TABLE) & set(tables.VALUES)
+    for table in tables.PYTHON.values():
+        assert not set(table) & set(tables.TABLE)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +154,12 @@ def test_override_keeps_the_type(key, text, value):
 @pytest.mark.parametrize(
     ("key", "text", "words"),
     [
-        ("epoch", "3", "--config.epoch: there is no such key; did you mean 'epochs'? the config has augment, batch, "),
-        ("", "3", "--config.: there is no such key; the config has augment, batch, "),
+        (
+            "epoch",
+            "3",
+            "--config.epoch: there is no such key; did you mean 'epochs'? 'topgap help config' lists the keys; the config's own are eps",
+        ),
+        ("", "3", "--config.: there is no such key; 'topgap help config' lists the keys; the config's own are eps"),
         ("epochs", "1.5", "--config.epochs: expected a whole number like 2, got '1.5'"),
         ("epochs", "True", "--config.epochs: expected a whole number like 2, got 'True'"),
         ("epochs", "three", "--config.epochs: expected a whole number like 2, got 'three'"),
@@ -130,7 +219,8 @@ def test_split_list_finds_the_parts(parts):
         ({"image_size": 32}, "config.image_size must be (height, width) in pixels, got 32"),
         ({"image_size": (32, 0)}, "config.image_size must be (height, width) in pixels, got (32, 0)"),
         ({"mean": (0.5, "a")}, "config.mean must be numbers, one per channel, got (0.5, 'a')"),
-        ({"pool": None}, "config.pool must be text, got None"),
+        ({"pool": None}, "config.pool must be an expression, got None"),
+        ({"resize": "squash"}, "config.resize must be 'stretch' or 'crop', got 'squash'"),
     ],
 )
 def test_a_value_of_the_wrong_kind(tmp_path, change, words):
@@ -152,7 +242,7 @@ def write(path, text):
          "{} line 4 cannot be run: AttributeError: module 'math' has no attribute 'tau2'"),
         ("x = 1\n", "{} has no get_config() that returns an ml_collections.ConfigDict; configs/cifar10.py shows one"),
         ("get_config = dict\n", "{} has no get_config() that returns an ml_collections.ConfigDict; configs/cifar10.py"),
-        ("import ml_collections\nget_config = ml_collections.ConfigDict\n", "{}: the config lacks seed, source, train, "),
+        ("import ml_collections\nget_config = ml_collections.ConfigDict\n", "{}: the config lacks source, image_size, epochs, optimizer; 'topgap help config' says what they are"),
         ("get_config = dict\ndef methods():\n    return {'gap': dict}\n",
          "{}: methods() must not take the names gap, which the library has already"),
         ("get_config = dict\ndef methods():\n    return {'mine': 3}\n", "{}: methods() must return {{name: function}}"),
@@ -191,10 +281,10 @@ def test_methods_of_ones_own(tmp_path, monkeypatch):
     folder.mkdir()
     path = write(folder / "config.py", OWN)
     write(folder / "beside_it.py", "def pool(k):\n    return lambda maps, step=None: k\n")
-    config, methods, file = configs.load(path)
+    config, methods, file, *_ = configs.load(path)
     assert configs.choice(config, "pool", methods)(None) == 3 and file == str(path)
     stored = write(tmp_path / "config.json", json.dumps({"config": config.to_dict(), "file": file}))
-    config, methods, again = configs.load(stored, [("pool", "mine(4)")])
+    config, methods, again, *_ = configs.load(stored, [("pool", "mine(4)")])
     assert configs.choice(config, "pool", methods)(None) == 4 and again == file
     assert config.image_size == (32, 32), "a tuple again, not JSON's list"
     folder.rename(tmp_path / "elsewhere")
@@ -226,10 +316,10 @@ def test_a_broken_config_json(tmp_path, text):
         ("pool", "", "config.pool: '' is not an expression: invalid syntax"),
         ("pool", "top_gap(k=3", "config.pool: 'top_gap(k=3' is not an expression: '(' was never closed at column 8"),
         ("pool", "top_gap(kk=3)", "config.pool: top_gap: got an unexpected keyword argument 'kk'; did you mean 'k'?; usage: top_gap("),
-        ("pool", "top_gap(k=many)", "config.pool: unknown name 'many'; did you mean 'mean'? choose from "),
+        ("pool", "top_gap(k=many)", "config.pool: unknown name 'many'; did you mean 'mean' or 'margin'? 'topgap help' lists the names"),
         ("model", "map_head(gap())", "config.model: 'map_head(gap())' is not a model, it is of type MapHead; 'topgap help' lists models"),
         ("objective", "adversarial(linf(eps))", "config.objective: adversarial: attack must be a value of type Attack, got Ball("),
-        ("optimizer", "cosine(.1, 0, 3)", "config.optimizer: 'cosine' is not an optimizer; choose from sgd, adamw"),
+        ("optimizer", "cosine(.1, 0, 3)", "config.optimizer: 'cosine' is not an optimizer; choose from adamw, sgd"),
     ],
 )  # fmt: skip
 def test_a_text_that_does_not_fit_its_key(key, text, words):

@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from topgap_jax import explain, models, pool
 from topgap_jax.errors import UserError
 from topgap_jax.explain.gradient import quadrature
-from topgap_jax.mesh import data_mesh, split
 from topgap_jax.rewrite import canonical_convs, zero_images
 from topgap_jax.rules import guided, softplus
-from topgap_jax.types import Cost
+from topgap_jax.types import Cost, Explain
 
 random = np.random.default_rng(0)
 draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
@@ -144,7 +142,9 @@ def test_integrated_is_the_average_along_the_path():
     ]:
         maps = explain.integrated(steps=3, **options)(KEYS, predict, IMAGES, LABELS)
         np.testing.assert_allclose(maps, due, atol=1e-6)
-    assert explain.integrated(steps=3).cost == Cost(0, 3) and explain.integrated().cost == Cost(0, 50)
+    assert explain.integrated(steps=3).cost(predict, IMAGES) == Cost(0, 3) and explain.integrated().cost(
+        predict, IMAGES
+    ) == Cost(0, 50)
 
 
 def test_what_normalisation_maps_to_zero():
@@ -185,13 +185,13 @@ def test_smooth_averages_before_it_reduces():
     np.testing.assert_allclose(summed(KEYS, smooth_predict, IMAGES, LABELS), values.sum(-1), atol=1e-6)
     without = explain.smooth(explain.gradient(), samples=2, sigma=0)(KEYS, predict, IMAGES, LABELS)
     np.testing.assert_allclose(without, explain.gradient()(KEYS, predict, IMAGES, LABELS), atol=1e-6)
-    assert explain.smooth(explain.integrated(steps=5), samples=4).cost == Cost(0, 20)
-    assert explain.smooth(explain.grad_cam(), samples=4).cost == Cost(4, 4)
-    own = lambda keys, predict, images, labels, segments=None: images.sum(-1)
-    chosen = explain.smooth(own, samples=samples, sigma=sigma)
+    assert explain.smooth(explain.integrated(steps=5), samples=4).cost(predict, IMAGES) == Cost(0, 20)
+    assert explain.smooth(explain.grad_cam("x"), samples=4).cost(predict, IMAGES) == Cost(4, 4)
+    own = Explain(lambda keys, predict, images, labels: images.sum(-1), lambda predict, images: Cost(1, 0))
+    method = explain.smooth(own, samples=samples, sigma=sigma)
     noisy = np.mean([IMAGES + spread * noise(i) for i in range(samples)], 0)
-    np.testing.assert_allclose(chosen(KEYS, smooth_predict, IMAGES, LABELS), noisy.sum(-1), atol=1e-5)
-    assert chosen.cost == Cost(samples, 0)
+    np.testing.assert_allclose(method(KEYS, smooth_predict, IMAGES, LABELS), noisy.sum(-1), atol=1e-5)
+    assert method.cost(predict, IMAGES) == Cost(samples, 0)
 
 
 def test_smooth_keys():
@@ -203,21 +203,6 @@ def test_smooth_keys():
     np.testing.assert_array_equal(method(KEYS, smooth_predict, alike, jnp.zeros(8, int)), maps)
     one = method(KEYS[3:4], smooth_predict, alike[:1], jnp.zeros(1, int))
     np.testing.assert_allclose(one[0], maps[3], atol=1e-6)
-
-
-def test_transformations():
-    """vmap, pmap, shard_map and a split batch: noise around a path under guided rules."""
-    chosen = explain.smooth(explain.integrated(steps=2, rules=guided), samples=2)
-    whole = lambda keys, images, labels: chosen(keys, predict, images, labels)
-    one = lambda key, image, label: whole(key[None], image[None], label[None])[0]
-    expected, mesh, spec = whole(KEYS, IMAGES, LABELS), data_mesh(), PartitionSpec("data")
-    for transformed in (
-        jax.jit(jax.vmap(one)),
-        jax.pmap(one),
-        jax.jit(jax.shard_map(whole, mesh=mesh, in_specs=spec, out_specs=spec)),
-        jax.jit(whole, in_shardings=split(mesh)),
-    ):
-        np.testing.assert_allclose(transformed(KEYS, IMAGES, LABELS), expected, atol=1e-6)
 
 
 def test_canonical_convs():

@@ -49,28 +49,28 @@ def jacobian():
 
 def test_worked_values_of_two_convolutions():
     images = jnp.zeros((1, 9, 9, 1))
-    centre = field()(None, two_ones, images, jnp.array([0]))
+    centre = field().maps(None, two_ones, images, jnp.array([0]))
     expected = np.zeros((9, 9))
     expected[2:7, 2:7] = np.outer([1, 2, 3, 2, 1], [1, 2, 3, 2, 1])
     np.testing.assert_array_equal(centre[0], expected)
-    corner = field(position=(0, 0))(None, two_ones, images, jnp.array([0]))[0]
+    corner = field(position=(0, 0)).maps(None, two_ones, images, jnp.array([0]))[0]
     np.testing.assert_array_equal(corner[:3, :3], [[4, 4, 2], [4, 4, 2], [2, 2, 1]])
-    assert corner.sum() == 25 and field(position="corner")(None, two_ones, images, jnp.array([0])).sum() == 25
+    assert corner.sum() == 25 and field(position="corner").maps(None, two_ones, images, jnp.array([0])).sum() == 25
 
 
 @pytest.mark.parametrize("position, place", [("centre", (2, 1)), ((3, 2), (3, 2))])
 def test_equals_the_jacobian(position, place):
-    found = field(position=position)(None, network, IMAGES, LABELS)
+    found = field(position=position).maps(None, network, IMAGES, LABELS)
     np.testing.assert_allclose(found, jacobian()[:, place[0], place[1]], rtol=1e-4, atol=1e-6)
 
 
 def test_corner_is_the_mean_of_four():
-    found = field(position="corner")(None, network, IMAGES, LABELS)
+    found = field(position="corner").maps(None, network, IMAGES, LABELS)
     np.testing.assert_allclose(found, jacobian()[:, [0, 0, 3, 3], [0, 2, 0, 2]].mean(1), rtol=1e-4, atol=1e-6)
 
 
 def test_top_is_the_mean_over_what_top_gap_selects():
-    found = field(position="top", k=2)(None, network, IMAGES, LABELS)
+    found = field(position="top", k=2).maps(None, network, IMAGES, LABELS)
     maps = np.stack([maps_of(IMAGES)[i, :, :, y] for i, y in enumerate(LABELS)]).reshape(2, -1)
     rows = jacobian().reshape(2, 12, 8, 6)
     expected = [rows[i, np.argsort(-maps[i])[:2]].mean(0) for i in range(2)]
@@ -81,9 +81,9 @@ def test_other_layers_and_channels():
     gradient = lambda weights: jax.vmap(
         jax.grad(lambda x: (jax.nn.relu(convolve(x[None], KERNELS[0], 2))[0, 2, 1] * weights).sum())
     )
-    summed = field("features", channel="sum")(None, network, IMAGES, LABELS)
+    summed = field("features", channel="sum").maps(None, network, IMAGES, LABELS)
     np.testing.assert_allclose(summed, np.abs(gradient(jnp.ones(4))(IMAGES)).sum(-1), rtol=1e-4, atol=1e-6)
-    third = field("features", channel=2)(None, network, IMAGES, LABELS)
+    third = field("features", channel=2).maps(None, network, IMAGES, LABELS)
     np.testing.assert_allclose(third, np.abs(gradient(jnp.eye(4)[2])(IMAGES)).sum(-1), rtol=1e-4, atol=1e-6)
 
 
@@ -95,8 +95,8 @@ def test_chunks_change_nothing():
 
 
 def test_jit_and_independence():
-    run = jax.jit(lambda images: field(position="top", k=2)(None, network, images, LABELS))
-    alone = field(position="top", k=2)(None, network, IMAGES, LABELS)
+    run = jax.jit(lambda images: field(position="top", k=2).maps(None, network, images, LABELS))
+    alone = field(position="top", k=2).maps(None, network, IMAGES, LABELS)
     np.testing.assert_allclose(run(IMAGES), alone, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(run(IMAGES.at[1].set(0.5))[0], alone[0], rtol=1e-5, atol=1e-7)
 
@@ -122,5 +122,5 @@ def test_where_a_position_lies_in_the_image():
 )
 def test_mistakes(make, text):
     with pytest.raises(UserError) as error:
-        make()(None, network, IMAGES, LABELS)
+        make().maps(None, network, IMAGES, LABELS)
     assert str(error.value) == text

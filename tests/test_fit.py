@@ -1,6 +1,8 @@
 """The training loop: equal to a loop written out, exact after a kill or a stop, and clear about what went wrong."""
 
+import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from topgap_jax.progress import read_metrics
 from topgap_jax.run import checkpoint
 from topgap_jax.run import fit as fit_module
 from topgap_jax.run.fit import Stopped, fit
+from topgap_jax.run.workdir import claim, release
 from topgap_jax.training.objectives import standard
 from topgap_jax.training.optimizers import sgd
 
@@ -182,15 +185,55 @@ def test_a_finished_run_is_left_as_it_is(whole):
     assert (workdir / "metrics.jsonl").read_text() == rows
 
 
+HOLD = """
+import sys, time
+from pathlib import Path
+from topgap_jax.run.workdir import claim
+claim(Path(sys.argv[1]), {"seed": 3})
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_two_trainings_in_one_folder(tmp_path):
+    """The second is told whose the folder is; a lock dies with its process, however it ends, and with its training."""
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError) as error:
+            claim(tmp_path, {"seed": 3})
+        assert str(error.value) == (
+            f"another training writes in '{tmp_path}' (process {other.pid}); wait for its end, or take another workdir"
+        )
+    finally:
+        other.kill()
+        other.communicate()
+    claim(tmp_path, {"seed": 3})
+    claim(tmp_path, {"seed": 3})  # the same process may: a training that is taken up again in a notebook
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+    release(tmp_path)
+    with (tmp_path / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_training_lets_its_folder_go(whole):
+    with (whole[0] / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_another_config_is_refused(whole, tmp_path):
     workdir, _ = whole
-    text = f"'{workdir}' holds a run with another config: log_every is 2 there and 3 here; take another workdir"
-    for config in ({**CONFIG, "log_every": 3}, ConfigDict({**CONFIG, "log_every": 3})):
+    text = f"'{workdir}' holds a run with another config: seed is 3 there and 4 here; take another workdir"
+    for config in ({**CONFIG, "seed": 4}, ConfigDict({**CONFIG, "seed": 4})):
         with pytest.raises(UserError) as error:
             train(workdir, config)
         assert str(error.value) == text
-    with pytest.raises(UserError, match="another config: new is absent there and 1 here"):
-        train(workdir, {**CONFIG, "new": 1})
+    with pytest.raises(UserError, match=f"another config: batch is {CONFIG['batch']} there and absent here"):
+        train(workdir, {"seed": 3})
+    # What only concerns looking at a run, and a key that is younger than the run, may differ; config.json follows.
+    for changed in ({**CONFIG, "log_every": 3, "test": "other"}, CONFIG, {**CONFIG, "new": 1}):
+        train(workdir, changed)
+        assert json.loads((workdir / "config.json").read_text())["config"] == {**changed, "sizes": [6, 6]}
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is not the config of a run; take another workdir, or move"):
         train(tmp_path)

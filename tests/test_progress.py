@@ -1,5 +1,6 @@
 """Progress lines and metrics files."""
 
+import errno
 import json
 import re
 import sys
@@ -87,3 +88,16 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_text(tmp_path / "a.json", "new")
     assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_part_of_the_new(tmp_path, monkeypatch):
+    write_text(tmp_path / "a.json", "old")
+
+    def full(path, text, encoding):
+        path.write_bytes(text.encode()[:2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(progress.Path, "write_text", full)
+    with pytest.raises(OSError):
+        write_text(tmp_path / "a.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "old"

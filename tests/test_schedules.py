@@ -62,6 +62,18 @@ def test_piecewise_cyclic_and_warmup():
     np.testing.assert_allclose([warmup(3.0, 3)(step) for step in (1, 3, 99)], [1, 3, 3], rtol=1e-6)
 
 
+@pytest.mark.parametrize("make", [linear, cosine, geometric])
+def test_a_warm_up_is_taken_off_the_schedule(make):
+    """As steps, and as the share of them that makes as many."""
+    by_hand = warmup(make(0.1, 0.001, 220), 100)
+    for schedule in (make(0.1, 0.001, 320, warmup=100), make(0.1, 0.001, 320, warmup=5 / 16)):
+        assert [float(schedule(t)) for t in range(0, 330, 3)] == [float(by_hand(t)) for t in range(0, 330, 3)]
+    short = make(1.0, 0.5, 6, warmup=0.01)
+    np.testing.assert_allclose(
+        [short(t) for t in (0, 1, 6, 9)], [0, 1, 0.5, 0.5], rtol=1e-6, err_msg="one step at least"
+    )
+
+
 @pytest.mark.parametrize("name", schedules.TABLE)
 def test_schedules_are_the_same_under_jit(name):
     arguments = {"piecewise": ((0.1,), {"boundaries": (3, 5)}), "cyclic": ((0.1, 8), {}), "warmup": ((0.1, 8), {})}
@@ -102,10 +114,26 @@ def test_clipping_bounds_the_global_norm_before_the_decay():
     np.testing.assert_allclose(found["bias"], [-4.0], rtol=1e-5)
 
 
+LONG = (
+    "where a warm-up was taken off total_steps it is longer than the run: write it as a share, such as "
+    "cosine(.1, 0, total_steps, warmup=.1)"
+)
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: linear(1, 0, 0), "steps must be a number of at least 1, got 0"),
+        (lambda: linear(1, 0, 0), f"steps must be a number of at least 1, got 0; {LONG}"),
+        (lambda: warmup(cosine(0.1, 0, 6 - 100), 100), f"steps must be a number of at least 1, got -94; {LONG}"),
+        (
+            lambda: cosine(0.1, 0, 6, warmup=100),
+            "warmup=100 leaves nothing of a schedule of 6 steps; give fewer steps, or a share such as warmup=.1",
+        ),
+        (
+            lambda: cosine(0.1, 0, 6, warmup=0.95),
+            "warmup=0.95 leaves nothing of a schedule of 6 steps; give fewer steps, or a share such as warmup=.1",
+        ),
+        (lambda: cosine(0.1, 0, 6, warmup=-1), "warmup must be a number of at least 0, got -1"),
         (lambda: cosine(1, 0, 10, hold=-1), "hold must be a number of at least 0, got -1"),
         (lambda: cosine("a", 0, 10), "start must be a number, got 'a'"),
         (lambda: geometric(1, 0, 10), "end must be a number of at least 1e-30, got 0"),

@@ -20,9 +20,12 @@ def of_each_label(score, logits):
     return np.asarray(score(jnp.repeat(logits, k, 0), jnp.arange(k)))
 
 
-def numpy_score(name, z, y, t):
+SCORES = {**scores.VALUES, **{f"targeted_dlr({rank})": scores.targeted_dlr(rank) for rank in (1, 2)}}
+
+
+def numpy_score(name, z, y, clean):
     """The textbook formula, one example, float64."""
-    z = z.astype(np.float64)
+    z, clean = z.astype(np.float64), clean.astype(np.float64)
     ranked, others = np.sort(z)[::-1], np.delete(z, y)
     if name == "logit":
         return z[y]
@@ -32,6 +35,10 @@ def numpy_score(name, z, y, t):
         return others.max() - z[y]
     if name == "dlr":
         return (others.max() - z[y]) / (ranked[0] - ranked[2] + 1e-12)
+    if name == "kl":
+        p, q = (np.exp(v - v.max()) / np.exp(v - v.max()).sum() for v in (clean, z))
+        return (p * np.log(p / q)).sum()
+    t = [k for k in np.argsort(-clean) if k != y][int(name[-2]) - 1]
     return (z[t] - z[y]) / (ranked[0] - (ranked[2] + ranked[3]) / 2 + 1e-12 if len(z) > 3 else 1)
 
 
@@ -43,28 +50,33 @@ def test_worked_values():
     assert float(scores.cross_entropy(Z, jnp.array([2]))[0]) == pytest.approx(0.185182, abs=1e-6)
     # logsumexp(z) - z_y is exactly 0 here in float32.
     assert float(scores.cross_entropy(10 * Z, jnp.array([2]))[0]) == pytest.approx(2.0612e-9, rel=1e-4)
-    for target, value in {0: -0.571429, 1: -0.857143, 3: -1.142857}.items():
-        assert float(scores.targeted_dlr(Z, jnp.array([2]), jnp.array([target]))[0]) == pytest.approx(value, abs=1e-6)
+    for rank, value in {1: -0.571429, 2: -0.857143, 3: -1.142857}.items():  # of 3, 2 and 1
+        assert float(scores.targeted_dlr(rank)(Z, jnp.array([2]), Z)[0]) == pytest.approx(value, abs=1e-6)
+    assert float(scores.kl(Z, jnp.array([2]), Z)[0]) == pytest.approx(0, abs=1e-7)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
-@pytest.mark.parametrize("name", scores.TABLE)
+@pytest.mark.parametrize("name", SCORES)
 def test_formula_gradient_and_jit(name, classes):
     """Values against NumPy, gradients against its central differences; 2 and 3 classes take the plain differences."""
     random = np.random.default_rng(classes)
     logits = (3 * random.normal(size=(6, classes))).astype(np.float32)
-    labels, targets = random.integers(classes, size=6), random.integers(classes, size=6)
-    score = scores.TABLE[name]
-    expected = [numpy_score(name, *row) for row in zip(logits, labels, targets)]
-    values = score(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(targets))
+    labels, clean = random.integers(classes, size=6), (3 * random.normal(size=(6, classes))).astype(np.float32)
+    score = SCORES[name]
+    if name == f"targeted_dlr({classes})":
+        with pytest.raises(UserError, match="targeted_dlr: rank=2 needs 3 classes, the logits have 2"):
+            score(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(clean))
+        return
+    expected = [numpy_score(name, *row) for row in zip(logits, labels, clean)]
+    values = score(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(clean))
     assert values.shape == (6,) and values.dtype == jnp.float32
     np.testing.assert_allclose(values, expected, atol=2e-6, rtol=1e-5)
-    np.testing.assert_allclose(jax.jit(score)(logits, labels, targets), values, atol=1e-6, rtol=1e-6)
-    gradient = jax.grad(lambda z: score(z, labels, targets).sum())(jnp.asarray(logits))
+    np.testing.assert_allclose(jax.jit(score)(logits, labels, clean), values, atol=1e-6, rtol=1e-6)
+    gradient = jax.grad(lambda z: score(z, labels, clean).sum())(jnp.asarray(logits))
     steps = 1e-4 * np.eye(classes)
     rises = [
         [numpy_score(name, z.astype(float) + d, y, t) - numpy_score(name, z.astype(float) - d, y, t) for d in steps]
-        for z, y, t in zip(logits, labels, targets)
+        for z, y, t in zip(logits, labels, clean)
     ]
     np.testing.assert_allclose(gradient, np.array(rises) / 2e-4, atol=2e-5)
 
@@ -80,12 +92,12 @@ def test_cross_entropy_does_not_saturate(gap):
     np.testing.assert_allclose(gradient[0], np.array([-exact.sum(), *exact]) / denominator, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", scores.TABLE)
+@pytest.mark.parametrize("name", SCORES)
 def test_a_mesh_with_explicit_axes(name):
     """Values and gradients, on the kind of mesh that `jax.make_mesh` gives by default."""
     random = np.random.default_rng(0)
     logits, labels = jnp.asarray(random.normal(size=(8, 5)), jnp.float32), jnp.asarray(random.integers(5, size=8))
-    gradient = jax.grad(lambda z, y: scores.TABLE[name](z, y, 4 - y).sum())
+    gradient = jax.jit(jax.grad(lambda z, y: SCORES[name](z, y, z[:, ::-1]).sum()))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
         split = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))) for x in (logits, labels)]
@@ -95,10 +107,10 @@ def test_a_mesh_with_explicit_axes(name):
 
 def test_bf16_logits_are_scored_in_float32():
     logits = jnp.array([[1.0, 2.0, 0.5, -3.0]], jnp.bfloat16)
-    for score in scores.TABLE.values():
-        values = score(logits, jnp.array([1]), jnp.array([0]))
+    for score in SCORES.values():
+        values = score(logits, jnp.array([1]), logits[:, ::-1])
         assert values.dtype == jnp.float32
-        np.testing.assert_array_equal(values, score(logits.astype(jnp.float32), jnp.array([1]), jnp.array([0])))
+        np.testing.assert_array_equal(values, score(logits.astype(jnp.float32), jnp.array([1]), logits[:, ::-1]))
 
 
 @given(st.lists(st.integers(-30, 30), min_size=4, max_size=4), st.integers(0, 3))
@@ -111,10 +123,11 @@ def test_sign_says_misclassified(logits, label):
     assert float(scores.cross_entropy(z, y)[0]) >= np.log1p(np.exp(margin)) - 1e-5
 
 
-def test_targets_are_needed():
-    with pytest.raises(UserError) as raised:
-        scores.targeted_dlr(Z, jnp.array([2]))
-    assert (
-        str(raised.value)
-        == "targeted_dlr: targets (b,) are needed, e.g. the second most likely class of the clean image"
-    )
+def test_clean_logits_are_needed():
+    for score, name in ((scores.targeted_dlr(), "targeted_dlr"), (scores.kl, "kl")):
+        with pytest.raises(UserError) as raised:
+            score(Z, jnp.array([2]))
+        assert (
+            str(raised.value)
+            == f"{name} needs the clean logits: {'score' if name != 'kl' else name}(logits, labels, clean)"
+        )

@@ -1,6 +1,7 @@
 """From a config to what runs: each split read once, small sets like large ones, weights from a run or a file, pictures."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,11 +13,13 @@ from safetensors.numpy import save_file
 
 from topgap_jax import data, pretrained, rewrite, setup
 from topgap_jax.errors import UserError
+from topgap_jax.measure import results
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.run import fit as fit_module
 from topgap_jax.run.fit import fit
 from topgap_jax.setup import assembly
+from topgap_jax.types import Model
 
 TINY = Path(__file__).parent / "tiny_config.py"
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -72,9 +75,7 @@ def test_a_command_reads_each_split_once(reads):
     chosen = setup.experiment(TINY)
     parts = setup.parts(chosen)
     assert set(parts.train) == set(parts.validation) == {"image", "label"}
-    assert assembly.bank(chosen).shape == (6, 32, 32, 32, 3)
-    height, width = assembly.centre(chosen)
-    assert 0.2 < height < 0.8 and 0.2 < width < 0.8
+    assert set(assembly.sample(chosen)) == {"image", "label", "box", "region", "group"}
     assembly.open_split(chosen, "train", 20)
     assert reads == ["train", "validation"]
     arrays = setup.read(chosen, "train")
@@ -93,7 +94,7 @@ def test_a_large_set_streams_the_same(monkeypatch, reads):
     found = next(iter(assembly.open_split(large, "test", 20).batches(None)))
     jax.tree.map(np.testing.assert_array_equal, dict(found[1]), dict(expected[1]))
     assert split.examples == 20 and reads == []
-    arrays = assembly._sample(large, "bank")
+    arrays = assembly.sample(large)
     n = len(arrays["label"])
     assert 5 < n < 20 and arrays["image"].nbytes < 60_000
     np.testing.assert_array_equal(arrays["image"][-1], setup.read(small, "train")["image"][-1])
@@ -112,12 +113,13 @@ def test_evaluation_of_a_run(run, reads):
     loaded = setup.from_workdir(workdir)
     assert setup.stored(loaded) is None
     rows = setup.evaluate(loaded)
-    assert [row["evaluator"] for row in rows] == ["accuracy()", "regions(bank, fill=mean)"]
-    assert reads == ["train", "test"]
-    assert setup.stored(loaded) == rows == json.loads((workdir / "evaluation.json").read_text())["rows"]
+    assert [row.evaluator for row in rows] == ["accuracy()", "regions(fill=mean)"]
+    assert reads == ["test", "train"], "the training split for the backgrounds, once"
+    assert setup.stored(loaded) == rows == results.read(workdir / "evaluation.json").rows
+    assert "background_gap" in rows[1].measures
     arrays = setup.read(loaded.experiment, "test")
     logits = bind(loaded.experiment.model, loaded.variables)(jnp.asarray(arrays["image"] / np.float32(255)))
-    assert rows[0]["values"]["accuracy"] == pytest.approx(np.mean(np.argmax(logits, -1) == arrays["label"]))
+    assert rows[0].measures["accuracy"].value == pytest.approx(np.mean(np.argmax(logits, -1) == arrays["label"]))
     other = setup.from_workdir(workdir, [("test", "test, validation")])
     assert setup.stored(other) is None, "the other split is not there"
     assert setup.stored(loaded._replace(weights="checkpoint last, step 9")) is None
@@ -126,12 +128,13 @@ def test_evaluation_of_a_run(run, reads):
 def test_what_the_command_line_changed_stands_in_the_row(run):
     """Else a robust accuracy at another epsilon would pass for the one of the config."""
     loaded = setup.from_workdir(run[0], [("eps", "4/255"), ("evaluators", "accuracy()")])
-    assert setup.commands._note(loaded, "robust(pgd(linf(eps)))") == " with eps=4/255"
-    assert setup.commands._note(loaded, "robust(pgd(linf(8/255), steps=3))") == ""
+    assert setup.commands._overrides(loaded, "robust(pgd(linf(eps)))") == {"eps": "4/255"}
+    assert setup.commands._overrides(loaded, "robust(pgd(linf(8/255), steps=3))") == {}
     loaded = setup.from_workdir(run[0], [("eps", "4/255"), ("pool", "top_gap(fraction=eps)")])
-    assert setup.commands._note(loaded, "accuracy()") == " with eps=4/255, pool=top_gap(fraction=eps)"
+    changes = {"eps": "4/255", "pool": "top_gap(fraction=eps)"}
+    assert setup.commands._overrides(loaded, "accuracy()") == changes
     (row,) = setup.evaluate(loaded, evaluators="accuracy()", splits="test[:5]")
-    assert row["evaluator"] == "accuracy() with eps=4/255, pool=top_gap(fraction=eps)" and row["examples"] == 5
+    assert (row.evaluator, row.overrides, row.examples) == ("accuracy()", changes, 5)
 
 
 def test_weights_from_a_file(tmp_path, capsys, reads):
@@ -203,8 +206,8 @@ def test_mistakes(run, tmp_path):
     assert error(setup.explain, loaded, methods="").startswith("nothing to explain with: neither config.explain nor")
     assert error(setup.explain, loaded, count=0) == "--count must be a whole number of at least 1, got 0"
     empty = setup.from_workdir(workdir, [("train", ""), ("pool", "gap()")])
-    text = error(setup.evaluate, empty, evaluators="regions(bank)")
-    assert text == "'bank' is made of the training split, and config.train names none"
+    (row,) = setup.evaluate(empty, evaluators="regions()", splits="test[:5]")
+    assert "background_gap" not in row.numbers or row.measures["background_gap"].value is None
     assert error(setup.parts, empty.experiment) == "config.train names no split to train on"
     assert error(setup.experiment, TINY, [("train", ""), ("test", "")]).startswith(
         "shapes() has no split ''; choose from"
@@ -212,9 +215,93 @@ def test_mistakes(run, tmp_path):
 
 
 def test_a_mistake_in_the_evaluators_is_told_before_the_training(reads):
-    for key, text in (("evaluators", "accuracy(), regions(bnk)"), ("explain", "cam(), grad_cam(3, 4)")):
-        assert error(setup.parts, setup.experiment(TINY, [(key, text)])).startswith(f"config.{key}: ")
+    for key, text, words in (
+        ("evaluators", "accuracy(), regions(bnk)", "unknown name 'bnk'; "),
+        ("evaluators", "receptive_field('nope')", "receptive_field('nope'): no layer 'nope'; layers: "),
+        ("explain", "cam(), grad_cam(3, 4)", "grad_cam: too many positional arguments; "),
+        ("explain", "cam(), grad_cam('nope')", "grad_cam('nope'): no layer 'nope'; layers: "),
+        ("model", "with_drop(network, 'nope', dropout(.1))", "no layer 'nope'; layers: "),
+        ("augment", "cutmicks()", "'cutmicks' is not an augmentation; did you mean 'cutmix'?"),
+        (
+            "optimizer",
+            "sgd(cosine(.1, 0, total_steps, warmup=100))",
+            "cosine: warmup=100 leaves nothing of a schedule of 6",
+        ),
+    ):
+        chosen = setup.experiment(TINY, [(key, text)])
+        assert error(setup.parts, chosen).startswith(f"config.{key}: {words}")
+    for key, text in (("validation", "vali"), ("test", "test, tset"), ("train", "train[:0]")):
+        assert "shapes() " in error(lambda key=key, text=text: setup.parts(setup.experiment(TINY, [(key, text)])))
     assert reads == []
+
+
+def test_a_model_with_another_number_of_logits():
+    chosen = setup.experiment(TINY, [("network", "classifier(backbone, head, classes=2, mean=mean, std=std)")])
+    assert error(setup.parts, chosen) == (
+        "config.model: 'network' returns 2 logits an image, and shapes(train=60, validation=20, test=20) has 6 classes; "
+        "name `classes` in its text"
+    )
+
+
+def test_a_model_that_cannot_be_applied():
+    """What a user's own module raises is one line, which names it."""
+
+    def broken():
+        return Model(lambda key, images: {"params": {}, "batch_stats": {}}, lambda *_, **options: [] @ 3)
+
+    chosen = setup.assembly.assemble(
+        setup.config.load(TINY, [("model", "broken()")])._replace(methods={"broken": broken})
+    )
+    assert error(setup.parts, chosen).startswith(
+        "config.model: 'broken()' cannot be applied to images of 32 x 32 pixels: TypeError: unsupported operand"
+    )
+
+
+def test_what_is_set_and_not_read_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(setup.commands, "training", lambda chosen: None)
+    monkeypatch.setattr(setup.commands, "validation", lambda chosen: None)
+    model = ("model", "resnet4b(classes=classes, mean=(.5, .5, .5), std=(.2, .2, .2))")
+    quiet = ("evaluators", "accuracy()"), ("explain", "gradient()"), ("backbone", "resnet20()")
+    words = "topgap: config.{} set and has no effect: '" + model[1] + "' does not name it"
+    for stated, keys in (
+        (("mean", "(.4, .4, .4)"), "mean and config.backbone are"),
+        (("std", "(.2, .2, .2)"), "std and config.backbone are"),
+    ):
+        setup.parts(setup.experiment(TINY, [model, *quiet, stated]))
+        assert capsys.readouterr().err.splitlines() == [words.format(keys)]
+    setup.parts(setup.experiment(TINY, [("mean", "(.4, .4, .4)"), ("explain", "gradient()")]))
+    assert capsys.readouterr().err == "", "the network reads it"
+    mistake = setup.experiment(TINY, [model, *quiet, ("pool", "gap(3)")])
+    assert error(setup.parts, mistake).startswith("config.pool: gap: too many positional arguments")
+
+
+OLD = {
+    "seed": 1, "source": "shapes(train=60, validation=20, test=20)", "train": "train", "validation": "", "test": "test",
+    "image_size": [32, 32], "resize": "stretch", "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "pool": "gap()",
+    "model": "classifier(small_resnet(widths=(4,), stem=4, stem_kernel=3, stem_stride=4), map_head(pool), "
+             "classes=classes, mean=mean, std=std)",
+    "batch": 20, "epochs": 1, "augment": "", "objective": "standard()",
+    "optimizer": "sgd(warmup(cosine(0.01, 0, total_steps - 1), 1))", "ema": 0.5, "eps": 2 / 255,
+    "evaluators": "accuracy(), localisation(cam(), centre=centre, boxes=False), regions(bank, fill=mean)",
+    "explain": "cam(), grad_cam('stage1')", "log_every": 1, "checkpoint_every": 1,
+}  # fmt: skip
+"""config.json of a run of version 0.1.0: every key, none of those that came after it."""
+
+
+def test_a_run_of_version_0_1_0(run, tmp_path):
+    """It loads, is evaluated, explained and trained further; its evaluators' texts are read as they are written today."""
+    workdir = shutil.copytree(run[0], tmp_path / "old")
+    (workdir / "config.json").write_text(json.dumps({"config": OLD, "file": None}))
+    (workdir / "evaluation.json").unlink(missing_ok=True)
+    loaded = setup.from_workdir(workdir)
+    jax.tree.map(np.testing.assert_array_equal, dict(loaded.variables), dict(run[1]["ema"]))
+    rows = setup.evaluate(loaded)
+    assert [row.evaluator for row in rows] == ["accuracy()", "localisation(cam(), boxes=False)", "regions(fill=mean)"]
+    assert setup.stored(loaded) == rows and "background_gap" in rows[2].measures and "centre_iou" in rows[1].measures
+    assert list(setup.explain(loaded, count=2).maps) == ["cam()", "grad_cam('stage1')"]
+    chosen = setup.experiment(workdir / "config.json")
+    fit(chosen.config, workdir, parts=setup.parts(chosen), file=None, mesh=data_mesh(jax.devices()[:1]))
+    assert set(json.loads((workdir / "config.json").read_text())["config"]) == {*setup.config.KEYS, "eps"}
 
 
 def pictures_only(folder):
@@ -225,14 +312,14 @@ def pictures_only(folder):
 
 def test_evaluators_that_need_what_a_set_does_not_offer(tmp_path):
     pictures_only(tmp_path)
-    chosen = setup.experiment(TINY, [("source", f"folder('{tmp_path}')"), ("validation", ""), ("batch", "2")])
+    overrides = [("source", f"folder('{tmp_path}')"), ("validation", ""), ("batch", "2")]
+    chosen = setup.experiment(TINY, overrides)
     loaded = setup.Loaded(chosen, assembly.init(chosen), "random", None)
-    source = f"folder('{tmp_path}')"
-    assert error(setup.evaluate, loaded) == f"regions(bank): {source} offers no regions"
-    text = error(setup.evaluate, loaded, evaluators="localisation(cam(), centre=centre)")
-    assert text == f"localisation(centre=centre): {source} offers neither boxes nor regions"
-    text = error(setup.evaluate, loaded, evaluators="regions()")
-    assert text == "regions needs a data set with 'region' (a mask of the object); this one offers none"
+    needs = "regions needs a data set with 'region' (a mask of the object); this one offers none"
+    for text, words in {"regions()": needs, "localisation(cam())": "localis"}.items():
+        assert error(setup.evaluate, loaded, evaluators=text).startswith(f"--evaluators: {text}: {words}")
+        other = setup.experiment(TINY, [*overrides, ("evaluators", text)])
+        assert error(setup.parts, other).startswith(f"config.evaluators: {text}: {words}")
 
 
 def test_layers_are_found_without_compiling_anything(caplog):

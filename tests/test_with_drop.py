@@ -404,7 +404,7 @@ def test_the_average_of_the_weights():
 def test_a_config_says_it():
     """With the model of a config file, its numbers, and a class of its own."""
     config = configs.load(Path(__file__).parent.parent / "configs" / "sgdrop.py", [("rate", ".25")]).config
-    model = configs.choice(config, "model", {}, pool=pool.gap(), classes=3, total_steps=10)
+    model = configs.choice(config, "model", {}, classes=3, total_steps=10)
     variables = drawn_like(model)
     out = jax.jit(lambda v: model.apply(v, jnp.ones((2, 32, 32, 3)), train=True, keys=KEYS[:2], targets=jnp.eye(3)[:2]))(variables)  # fmt: skip
     assert isinstance(out, Output) and out.logs["drop_rate"].max() <= 0.25
@@ -412,12 +412,17 @@ def test_a_config_says_it():
         "with_drop(resnet20(), 'stage3', sgdrop())": "config.model: with_drop: model must be a value of type Model, got ResNet(",
         "with_drop(mine(), 'stage3', sgdrop)": "config.model: 'sgdrop' must be called: sgdrop(*, rate=0.1, granularity='element', teacher=False)",
         "with_drop(mine(), 'stage3', sgdrop(rate=2))": "config.model: sgdrop: rate must be a number in [0, 1], got 2",
-        "with_drop(mine(), 'stage3', gap())": "config.model: with_drop: drop must be a value of type Drop, got ",
+        "with_drop(mine(), 'stage3', gap())": "config.model: with_drop: drop must be a value of type Drop or None, got ",
     }.items():
         config.model = text
         with pytest.raises(UserError) as raised:
-            configs.choice(config, "model", {"mine": lambda: model}, pool=pool.gap(), classes=3)
+            configs.choice(config, "model", {"mine": lambda: model}, classes=3)
         assert str(raised.value).startswith(words) and "\n" not in str(raised.value)
+
+
+def test_no_drop_is_the_model_itself(foreign):
+    model, layer, *_ = foreign
+    assert with_drop(model, layer, None) is model
 
 
 def drawn_like(model):

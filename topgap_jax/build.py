@@ -12,7 +12,7 @@ import operator
 import types
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from topgap_jax.errors import UserError
@@ -39,10 +39,7 @@ def build(text: str, table: Mapping[str, Callable], values: Mapping[str, Any] | 
     if not isinstance(text, str):
         raise UserError(f"{_at(where)}expected text like 'pgd(linf(8/255))', got {_short(text)}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python warns of '\\d' and '1if'; what is wrong there is an error below
-            tree = ast.parse(text.strip().replace("\n", " "), mode="eval")  # a long list may go over several lines
-        return _value(tree.body, table, values or {}, where)
+        return _value(_parsed(text).body, table, values or {}, where)
     except UserError:
         raise
     except SyntaxError as error:
@@ -102,7 +99,7 @@ def _value(node: ast.AST, table: Mapping[str, Callable], values: Mapping[str, An
             return values[node.id]
         if node.id in table:
             raise UserError(f"{_at(where)}'{node.id}' must be called: {signature(node.id, table[node.id])}")
-        raise UserError(f"{_at(where)}unknown name '{node.id}'; {_choices(node.id, [*values, *table])}")
+        raise UserError(f"{_at(where)}unknown name '{node.id}'; {_near(node.id, [*values, *table])}")
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
         value = read(node.operand)
         return _arithmetic(lambda: -value if isinstance(node.op, ast.USub) else value, node, where, value)
@@ -130,8 +127,8 @@ def _call(node: ast.Call, table: Mapping[str, Callable], values: Mapping[str, An
         raise UserError(f"{_at(where)}only plain names can be called, not '{ast.unparse(node.func)}'")
     name = node.func.id
     if name not in table:
-        known = f"'{name}' is a value and cannot be called; " if name in values else f"unknown name '{name}'; "
-        raise UserError(f"{_at(where)}{known}{_choices(name, list(table))}")
+        fault = f"'{name}' is a value and cannot be called" if name in values else f"unknown name '{name}'"
+        raise UserError(f"{_at(where)}{fault}; {_near(name, list(table))}")
     function = table[name]
     if any(isinstance(item, ast.Starred) for item in node.args) or any(word.arg is None for word in node.keywords):
         raise UserError(f"{_at(where)}'*' is not allowed in the arguments of '{name}'")
@@ -148,7 +145,7 @@ def _call(node: ast.Call, table: Mapping[str, Callable], values: Mapping[str, An
     except TypeError as error:
         parameters = list(inspect.signature(function).parameters)
         wrong = [word for word in words if word not in parameters]
-        hint = f"; {_closest(wrong[0], parameters)}" if wrong and _closest(wrong[0], parameters) else ""
+        hint = f"; {did_you_mean(wrong[0], parameters, n=1)}".rstrip("; ") if wrong else ""
         raise UserError(f"{_at(where)}{name}: {error}{hint}; usage: {signature(name, function)}") from None
     for parameter, value in bound.arguments.items():
         kinds = _kinds(bound.signature.parameters[parameter])
@@ -191,14 +188,48 @@ def _kinds(parameter: inspect.Parameter) -> list[tuple[str, Callable]]:
     return kinds if known else []
 
 
-def _choices(name: str, choices: list[str]) -> str:
-    closest = _closest(name, choices)
-    return f"{closest + ' ' if closest else ''}choose from {', '.join(sorted(choices)) or 'nothing'}"
+def names(text: str) -> list[str]:
+    """The names that `text` takes a value from: not those it calls, not keywords, not what stands in quotes.
+
+    >>> names("robust(pgd(linf(eps), steps=steps)), layer('eps')")
+    ['eps', 'steps']
+    """
+    return [name for name, called in _named(text) if not called]
 
 
-def _closest(name: str, choices: list[str]) -> str:
-    near = difflib.get_close_matches(name, choices, n=1)
-    return f"did you mean '{near[0]}'?" if near else ""
+def calls(text: str) -> list[str]:
+    """The names that `text` calls.
+
+    >>> calls("robust(pgd(linf(eps), steps=steps))")
+    ['robust', 'pgd', 'linf']
+    """
+    return [name for name, called in _named(text) if called]
+
+
+def _named(text):
+    """(name, is it called) of the names in `text`, each once; none where it is no expression, which `build` says."""
+    try:
+        nodes = list(ast.walk(_parsed(text)))
+    except (SyntaxError, RecursionError, MemoryError, ValueError):
+        return []
+    functions = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    return list(dict.fromkeys((node.id, id(node) in functions) for node in nodes if isinstance(node, ast.Name)))
+
+
+def did_you_mean(name: str, choices: Iterable[str], n: int = 3) -> str:
+    """`did you mean 'pgd' or 'apgd'? `: at most n names that look like this one, "" where none does."""
+    near = [f"'{each}'" for each in difflib.get_close_matches(name, list(choices), n=n)]
+    return f"did you mean {' or '.join(near)}? " if near else ""
+
+
+def _parsed(text: str) -> ast.Expression:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of '\\d' and '1if'; what is wrong there is an error of `build`
+        return ast.parse(text.strip().replace("\n", " "), mode="eval")  # a long list may go over several lines
+
+
+def _near(name: str, choices: list[str]) -> str:
+    return f"{did_you_mean(name, choices)}'topgap help' lists the names"
 
 
 def _line(error: BaseException | str) -> str:

@@ -1,7 +1,7 @@
 """The command line: `topgap train | evaluate | explain | layers | compare | report | help`."""
 
 import argparse
-import difflib
+import errno
 import inspect
 import os
 import shutil
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from topgap_jax import __version__
 from topgap_jax.errors import UserError
 
 CONFIG_HELP = """\
@@ -25,7 +26,7 @@ examples:
   topgap report runs/gap runs/top_gap
 
 {CONFIG_HELP}
-`topgap COMMAND --help` says more. A mistake is answered by one line and exit code 2.
+`topgap help COMMAND` says more. A mistake is answered by one line and exit code 2.
 """
 
 TRAIN_HELP = f"""\
@@ -35,6 +36,8 @@ given again, goes on where a run was stopped (SIGTERM and Ctrl-C save first) and
 examples:
   topgap train --config configs/shapes.py --workdir runs/gap
   topgap train --config configs/shapes.py --config.pool='top_gap(fraction=.14)' --config.seed=1 --workdir runs/top_gap
+  topgap train --config configs/shapes.py --config.drop='sgdrop(rate=.1)' --workdir runs/sgdrop
+  topgap train --config configs/sgdrop.py --arm random_matched --workdir runs/random
   topgap train --config runs/gap/config.json --workdir runs/again
 
 {CONFIG_HELP}
@@ -80,33 +83,50 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when done, 2 for a user's mistake, 130 or 143 when stopped by a signal."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal or pipe that cannot show a letter gets a ? in its place
+            stream.reconfigure(errors="replace")
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        arguments, overrides = _parse(sys.argv[1:] if argv is None else argv)
+        arguments, overrides = _parse(argv or ["--help"])
         return COMMANDS[arguments.command].run(arguments, overrides) or 0
     except UserError as error:
         print(f"topgap: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("topgap: stopped", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `topgap help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f", writing '{error.filename}'" if error.filename else ""
+        print(f"topgap: {error.strerror}{where}; make room, then give the same command again", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("topgap: stopped", file=sys.stderr)
+        return 130
 
 
 def _parse(argv):
     """(arguments, the --config.key=value among them as pairs)."""
+    parser, _ = _parsers()
+    arguments, rest = parser.parse_known_args(argv)
+    return arguments, _overrides(rest, arguments)
+
+
+def _parsers():
+    """The parser of the command line, and the one of each command by its name."""
     options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     about = "Train, attack and explain image classifiers that look at the right pixels."
     parser = Parser(prog="topgap", description=about, epilog=MAIN_HELP, **options)
+    parser.add_argument("--version", action="version", version=f"topgap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, command in COMMANDS.items():
         description = command.about[0].upper() + command.about[1:] + "."
         command.add(
             commands.add_parser(name, help=command.about, description=description, epilog=command.more, **options)
         )
-    arguments, rest = parser.parse_known_args(argv)
-    return arguments, _overrides(rest, arguments)
+    return parser, commands.choices
 
 
 def _overrides(rest, arguments):
@@ -126,11 +146,17 @@ def _overrides(rest, arguments):
     return pairs
 
 
+# `--workdir=~/runs` comes with its ~: a shell expands that at the start of a word only.
+_path = os.path.expanduser
+
+
 def _add_model(parser):
     group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--workdir", metavar="DIR", help="the folder of a run")
-    group.add_argument("--config", metavar="FILE", help="a config file, e.g. configs/cifar10.py")
-    parser.add_argument("--weights", metavar="FILE", help="with --config: .safetensors or .npz in PyTorch naming")
+    group.add_argument("--workdir", type=_path, metavar="DIR", help="the folder of a run")
+    group.add_argument("--config", type=_path, metavar="FILE", help="a config file, e.g. configs/cifar10.py")
+    parser.add_argument(
+        "--weights", type=_path, metavar="FILE", help="with --config: .safetensors or .npz in PyTorch naming"
+    )
     parser.add_argument("--checkpoint", choices=("best", "last"), help="with --workdir (default: best)")
     _add_devices(parser)
 
@@ -140,8 +166,13 @@ def _add_devices(parser):
 
 
 def _add_train(parser):
-    parser.add_argument("--config", metavar="FILE", required=True, help="a config file, e.g. configs/shapes.py")
-    parser.add_argument("--workdir", metavar="DIR", required=True, help="the folder of the run")
+    parser.add_argument(
+        "--config", type=_path, metavar="FILE", required=True, help="a config file, e.g. configs/shapes.py"
+    )
+    parser.add_argument("--workdir", type=_path, metavar="DIR", required=True, help="the folder of the run")
+    parser.add_argument(
+        "--arm", default="", metavar="NAME", help="one of the config's arms(): overrides that belong together"
+    )
     parser.add_argument("--no-evaluate", action="store_true", help="leave out the config's evaluators at the end")
     _add_devices(parser)
 
@@ -156,33 +187,44 @@ def _add_evaluate(parser):
 def _add_explain(parser):
     _add_model(parser)
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--images", metavar="DIR", help="a folder of your own pictures, or one picture")
+    group.add_argument("--images", type=_path, metavar="DIR", help="a folder of your own pictures, or one picture")
     group.add_argument("--split", metavar="NAME", help="(default: the first of config.test)")
     parser.add_argument("--methods", metavar="CALLS", help="separated by commas (default: config.explain)")
     parser.add_argument("--count", type=int, default=12, metavar="N", help="pictures, evenly spaced (default: 12)")
-    parser.add_argument("--out", metavar="DIR", help="(default: sheets/, of a run in its folder)")
+    parser.add_argument("--out", type=_path, metavar="DIR", help="(default: sheets/, of a run in its folder)")
 
 
 def _add_runs(parser):
-    parser.add_argument("workdirs", nargs="+", metavar="DIR", help="the folder of a run")
+    parser.add_argument("workdirs", nargs="+", type=_path, metavar="DIR", help="the folder of a run")
 
 
 def _add_report(parser):
     _add_runs(parser)
-    parser.add_argument("--out", metavar="FILE", help="(default: report.html in the first folder)")
+    parser.add_argument("--out", type=_path, metavar="FILE", help="(default: report.html in the first folder)")
 
 
 def _add_help(parser):
     parser.add_argument(
-        "name", nargs="?", help="a name that config texts may use, or 'config' for the keys of a config"
+        "name", nargs="?", help="a name that texts of a config may use, a command, or 'config' for the keys of a config"
     )
 
 
 def _configure(arguments):
     """Before the first array: memory, compilation cache, devices."""
+    import jax
+
     from topgap_jax.run.cpu import configure_cpu
 
-    return configure_cpu(devices=arguments.devices)
+    done = configure_cpu(devices=arguments.devices)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # a platform that is not there, or that has no device
+        platforms = jax.config.jax_platforms
+        reason = str(error) or "no such device"
+        raise UserError(
+            f"JAX_PLATFORMS={platforms}: JAX cannot use it here ({reason}); unset JAX_PLATFORMS, or set it to cpu"
+        ) from error
+    return done
 
 
 def _loaded(arguments, overrides):
@@ -209,16 +251,22 @@ def _check_model(arguments):
 
 def _train(arguments, overrides):
     from topgap_jax import engine, setup
+    from topgap_jax.measure import results
+    from topgap_jax.run import workdir
     from topgap_jax.run.fit import Stopped, fit
 
     print(_configure(arguments), engine.status(), sep="; ", file=sys.stderr)
-    experiment = setup.experiment(arguments.config, overrides)
+    experiment = setup.experiment(arguments.config, overrides, arguments.arm)
+    workdir.check(arguments.workdir, experiment.config)
+    evaluates = experiment.config.evaluators and experiment.config.test and not arguments.no_evaluate
+    if evaluates:
+        results.read(Path(arguments.workdir) / results.FILE)  # a damaged one is told before the training
     try:
         fit(experiment.config, arguments.workdir, parts=setup.parts(experiment), file=experiment.file)
     except Stopped as stopped:
         print(f"topgap: {stopped}", file=sys.stderr)
         return 143
-    if experiment.config.evaluators and experiment.config.test and not arguments.no_evaluate:
+    if evaluates:
         loaded = setup.restored(experiment, arguments.workdir)
         _show(loaded, setup.stored(loaded) or setup.evaluate(loaded))
     return 0
@@ -285,26 +333,42 @@ def _report(arguments, overrides):
 
 
 def _help(arguments, overrides):
-    from topgap_jax.build import signature
-    from topgap_jax.setup.config import KEYS, NAMED, ROLES, ROOMS, TABLE, VALUES
+    name = arguments.name
+    if name in COMMANDS:
+        _parsers()[1][name].print_help()
+    from topgap_jax.build import did_you_mean, signature
+    from topgap_jax.setup.tables import NAMED, PYTHON, ROOMS, TABLE, VALUES
 
-    name, known = arguments.name, {**TABLE, **VALUES}
+    functions = {**TABLE, **{key: value for table in PYTHON.values() for key, value in table.items()}}
     if name is None:
         named = {f"{room}, named without a call": table for room, table in NAMED.items()}
-        for room, table in {**ROOMS, **named}.items():
+        python = {f"in Python, {room}": table for room, table in PYTHON.items()}
+        for room, table in {**ROOMS, **named, **python}.items():
             print(f"\n{room}\n{_listing({key: _doc(value) for key, value in table.items()})}")
         print("\n'topgap help NAME' says more, 'topgap help config' lists the keys, 'topgap --help' the commands.")
     elif name == "config":
-        room = lambda key: f" ({ROLES[key].room})" if key in ROLES else ""
-        print("A config has these keys, and any number of your own that its texts may name.\n")
-        print(_listing({key: f"{kind}: {about}{room(key)}" for key, (kind, about) in KEYS.items()}))
-    elif name in known:
-        shown = name if name in VALUES else signature(name, known[name])
-        print(f"{shown}\n\n{_doc(known[name])}")
-    else:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
+        print(_config_help())
+    elif name in functions or name in VALUES:
+        shown = signature(name, functions[name]) if name in functions else name
+        value = functions.get(name, VALUES.get(name))
+        print(f"{shown}\n\n{_doc(value)}" if name not in COMMANDS else f"\nIn Python:\n\n{shown}\n\n{_doc(value)}")
+    elif name not in COMMANDS:
+        hint = did_you_mean(name, [*functions, *VALUES, *COMMANDS], n=1)
         raise UserError(f"there is nothing named '{name}'; {hint}'topgap help' lists all names")
+
+
+def _config_help():
+    from topgap_jax.setup.config import KEYS
+
+    def about(key):
+        default = "must be stated" if key.default is None else f"default {key.default!r}"
+        return f"{key.kind}: {key.about}{f' ({key.role.room})' if key.role else ''}; {default}"
+
+    return f"""\
+A config has these keys, and any number of your own. A key is a name in the expressions of the others: a number, a tuple or
+a plain text as it is, an expression as what it builds.
+
+{_listing({key: about(value) for key, value in KEYS.items()}, whole=True)}"""
 
 
 def _doc(value):
@@ -319,13 +383,17 @@ def _doc(value):
     )
 
 
-def _listing(about):
-    """Names and the first paragraph of their docstrings, one line each, as wide as the terminal."""
+def _listing(about, whole=False):
+    """Names and the first paragraph of their docstrings, as wide as the terminal: one line each, or all of it."""
     width, columns = max(map(len, about)), shutil.get_terminal_size((120, 24)).columns
-    shorten = lambda text: textwrap.shorten(
-        (text or "").split("\n\n")[0], max(columns - width - 4, 40), placeholder=" ..."
-    )
-    return "\n".join(f"  {name:{width}}  {shorten(text)}" for name, text in about.items())
+    room = max(columns - width - 4, 40)
+
+    def lines(text):
+        text = (text or "").split("\n\n")[0]
+        return textwrap.wrap(text, room) if whole else [textwrap.shorten(text, room, placeholder=" ...")]
+
+    indent = "\n" + " " * (width + 4)
+    return "\n".join(f"  {name:{width}}  {indent.join(lines(text))}" for name, text in about.items())
 
 
 def _show(loaded, rows):

@@ -1,6 +1,6 @@
 """What is refused at the edge, where a user's arrays come in: one line that says what would be right.
 
-Traced arrays are not looked at: inside `jit` code trusts its types.
+Traced arrays are not looked at: inside `jit` code trusts its types. All is done in NumPy, so that it works while JAX traces.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,19 @@ from topgap_jax.errors import UserError
 def check_examples(where: str, keys: Any, predict: Callable, images: Any, labels: Any) -> None:
     """Raise a UserError unless images are float (b, h, w, c) in [0, 1], labels classes (b,) of `predict`, keys one an example.
 
-    The number of classes is that of the logits, which are traced for it and not computed.
+    keys may be None, for what draws nothing. The number of classes is that of the logits, which are traced for it and not computed.
     """
-    if any(isinstance(array, jax.core.Tracer) for array in (keys, images, labels)):
+    if not all(map(_is_concrete, (keys, images, labels))):
         return
     check_images(where, images)
     b = images.shape[0]
     if not hasattr(labels, "dtype") or not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != (b,):
         raise UserError(f"{where}: labels must be an int array ({b},), one class for each image, got {_what(labels)}")
-    if not hasattr(keys, "dtype") or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != (b,):
+    typed = hasattr(keys, "dtype") and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+    if keys is not None and (not typed or keys.shape != (b,)):
         advice = f"jax.random.split(jax.random.key(0), {b}) gives them"
         raise UserError(f"{where}: keys must be {b} typed keys, one for each image, got {_what(keys)}; {advice}")
-    low, high = int(jnp.min(labels)), int(jnp.max(labels))
+    low, high = int(np.asarray(labels).min()), int(np.asarray(labels).max())
     classes = jax.eval_shape(predict, images).shape[-1]
     if low < 0 or high >= classes:
         raise UserError(f"{where}: label {low if low < 0 else high} is no class of a network with {classes} logits")
@@ -35,11 +36,11 @@ def check_examples(where: str, keys: Any, predict: Callable, images: Any, labels
 
 def check_images(where: str, images: Any) -> None:
     """Raise a UserError unless `images`, where it is not traced, is a float array (b, h, w, c), b >= 1, in [0, 1]."""
-    if isinstance(images, jax.core.Tracer):
+    if not _is_concrete(images):
         return
     if not hasattr(images, "dtype") or getattr(images, "ndim", 0) != 4 or 0 in images.shape:
         raise UserError(f"{where}: images must be an array (b, h, w, c) of at least one image, got {_what(images)}")
-    low, high = float(jnp.min(images)), float(jnp.max(images))
+    low, high = float(np.asarray(images).min()), float(np.asarray(images).max())
     if not jnp.issubdtype(images.dtype, jnp.floating) or high > 1.0 + 1e-6 or low < -1e-6:
         advice = "give images / 255" if high > 2 else "give (images + 1) / 2" if low >= -1 - 1e-6 and low < 0 else ""
         advice = advice or "give pixels from 0 to 1"
@@ -47,6 +48,11 @@ def check_images(where: str, images: Any) -> None:
             f"{where}: images must be float in [0, 1], these are {images.dtype} from {low:.4g} to {high:.4g}; {advice}; "
             "normalisation belongs inside the model"
         )
+
+
+def _is_concrete(array: Any) -> bool:
+    """Whether the numbers are here: not traced, and not in part on another process's devices."""
+    return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
 
 
 def _what(value: Any) -> str:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 QUIET_SECONDS = 30.0  # between two lines where there is no terminal
@@ -111,6 +110,8 @@ class Metrics:
         self.file = self.board = None
         if not _is_writer():
             return
+        from tensorboardX import SummaryWriter  # here, since it takes 2 s that `topgap compare` need not wait
+
         path = Path(folder) / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["step"] <= step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -154,10 +155,14 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a process killed in the middle leaves the old one."""
+    """Write a file whole or not at all: a process killed in the middle, or a full disk, leaves the old one."""
     part = Path(f"{path}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _is_writer() -> bool:

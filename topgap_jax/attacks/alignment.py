@@ -160,7 +160,9 @@ def class_gradients(
         logits, backward = jax.vjp(predict, images)
         classes = logits.shape[-1]
         if classes < 2:
-            raise UserError(f"art needs a best wrong class, and the model has {classes} class; give it two or more")
+            raise UserError(
+                f"alignment needs a best wrong class, and the model has {classes} class; give it two or more"
+            )
         true = jax.nn.one_hot(labels, classes)
         wrong = jax.nn.one_hot(jnp.argmax(jnp.where(true > 0, -jnp.inf, logits), -1), classes)
         (positive,), (negative,) = backward(true * mask[:, None]), backward(wrong * mask[:, None])

@@ -5,7 +5,7 @@ inclusive: a side has length bottom - top + 1.
 """
 
 import numpy as np
-from scipy import ndimage
+import scipy  # scipy.ndimage is imported when it is first used: it takes .3 s
 
 LEVELS = 255  # the published maps are uint8, so 1,000 thresholds tau cut only at 255 levels int(255 tau)
 TAUS = np.arange(1000) * 0.001
@@ -28,8 +28,8 @@ def level_boxes(values: np.ndarray) -> np.ndarray:
 
 def largest_box(binary: np.ndarray) -> np.ndarray:
     """Box (4,) of the largest component of a bool (h, w) mask, by the published rules of `level_boxes`."""
-    labels, _ = ndimage.label(binary, EIGHT)
-    slices = ndimage.find_objects(labels)
+    labels, _ = scipy.ndimage.label(binary, EIGHT)
+    slices = scipy.ndimage.find_objects(labels)
     if not slices:
         return np.zeros(4, np.int64)
     chosen = slices[0] if len(slices) == 1 else slices[_largest(labels, slices)]
@@ -52,7 +52,7 @@ def _largest(labels, slices):
 
 def contour_area(component: np.ndarray) -> float:
     """Area of the polygon through the outer pixel centres of one component, holes filled: a line has 0, a 2 x 2 block 1."""
-    background, _ = ndimage.label(~np.pad(component, 1))
+    background, _ = scipy.ndimage.label(~np.pad(component, 1))
     filled = (background != background[0, 0]).astype(np.int8)
     corners = filled[:-1, :-1] + filled[1:, :-1] + filled[:-1, 1:] + filled[1:, 1:]
     return float((corners == 4).sum() + 0.5 * (corners == 3).sum())

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.ndimage import gaussian_filter1d
+import scipy  # scipy.ndimage is imported when it is first used
 
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
@@ -56,7 +56,7 @@ def blur_kernel() -> np.ndarray:
     back (RISE's kernel is their outer product: nearly flat, sum 1)."""
     pulse = np.zeros(BLUR)
     pulse[BLUR // 2] = 1
-    return gaussian_filter1d(pulse, SIGMA)
+    return scipy.ndimage.gaussian_filter1d(pulse, SIGMA)
 
 
 def blurred(images: Array, outside: float | Array = 0.0) -> Array:

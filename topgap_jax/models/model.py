@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx as flax_nnx
 
 from topgap_jax.build import table
 from topgap_jax.errors import UserError
-from topgap_jax.rewrite import fast_convs, fold_batch_norm
+from topgap_jax.rewrite import speed
 from topgap_jax.rewrite.names import NAMING, name_tree
 from topgap_jax.types import Array, Keys, Model, Output, Predict, Variables
 
@@ -57,7 +57,7 @@ def linen(module: nn.Module) -> Model:
     return Model(init, apply)
 
 
-def nnx(module: flax_nnx.Module) -> Model:
+def nnx(module: "flax.nnx.Module") -> Model:
     """A `Model` of any NNX module that maps images (b, h, w, c) to logits (b, k).
 
     `init` returns the module's own parameters, whatever the key: an NNX module is born with them. Random layers are seeded
@@ -65,6 +65,8 @@ def nnx(module: flax_nnx.Module) -> Model:
     for whatever else is random the module's own random state serves again and again. Everything that is neither a parameter
     nor random state counts as batch statistics.
     """
+    from flax import nnx as flax_nnx  # here, since few models need it and it takes half a second
+
     kind = type(module)
     graph, params, random, rest = flax_nnx.split(module, flax_nnx.Param, flax_nnx.RngState, ...)
     takes_rngs = "rngs" in inspect.signature(kind.__call__).parameters
@@ -106,16 +108,10 @@ def bind(model: Model, variables: Variables, *, train: bool = False, step: Array
 
 
 def fast(model: Model) -> Model:
-    """The same network with the engine's convolutions on a CPU, and batch norm folded into them (`rewrite.fast_convs`,
-    `rewrite.fold_batch_norm`). Models of configs are like this by themselves; on a GPU or TPU it is the network itself.
+    """The same network with all that makes it fast on a CPU: the engine's convolutions, with batch norm folded into them
+    (`rewrite.speed.fast`). Models of configs are like this by themselves; on a GPU or TPU it is the network itself.
     """
-    folded = fold_batch_norm(fast_convs(model.apply))
-
-    def apply(variables, images, **options):
-        chosen = folded if jax.default_backend() == "cpu" else model.apply
-        return chosen(variables, images, **options)
-
-    return model._replace(apply=apply)
+    return model._replace(apply=speed.fast(model.apply))
 
 
 def _without_dropout(next_fun, args, kwargs, context):
@@ -142,6 +138,8 @@ def _checked(logits: Any, images: Array, kind: type) -> Array:
 
 
 def _filled(state, values: Mapping[str, Any]):
+    from flax import nnx as flax_nnx
+
     new = _copied(state)
     flax_nnx.replace_by_pure_dict(new, values)
     return new
@@ -172,6 +170,8 @@ def _named_call(module, images, **kwargs):
     """
     if NAMING.value is None:
         return module(images, **kwargs)
+    from flax import nnx as flax_nnx
+
     originals = []
     for path, child in flax_nnx.iter_modules(module):
         if path and callable(child):

@@ -7,16 +7,15 @@ from jax import lax
 from jax.extend.core.primitives import name_p
 
 from topgap_jax.errors import UserError
-from topgap_jax.rewrite.convs import fast_convs
-from topgap_jax.rewrite.folding import fold_batch_norm
 from topgap_jax.rewrite.fusion import fused
 from topgap_jax.rewrite.interpreter import enters, evaluate, rebuild, subjaxprs, trace
 from topgap_jax.rewrite.names import _layers, _run, read, tap
+from topgap_jax.rewrite.speed import fast
 from topgap_jax.types import Drop, Model
 
 
-def with_drop(model: Model, layer: str, drop: Drop) -> Model:
-    """The model with `drop` on the value named `layer` in training; in eval mode it is the model itself.
+def with_drop(model: Model, layer: str, drop: Drop | None) -> Model:
+    """The model with `drop` on the value named `layer` in training; in eval mode, and with None, it is the model itself.
 
     The drop gets the layer's value and the rest of the network in eval mode, of the weights in training or, for a drop with
     `teacher=True`, of their averages `variables["ema"]` on the same images. What leads to the layer is not computed again for
@@ -25,6 +24,8 @@ def with_drop(model: Model, layer: str, drop: Drop) -> Model:
     is logged as "drop_rate". A pass without targets (an attack or an explanation that uses batch statistics) drops nothing.
     Raises UserError for an unknown layer, and for a teacher without averages.
     """
+    if drop is None:  # a config whose `drop` is to be set on the command line
+        return model
     if not isinstance(drop, Drop):
         raise UserError(f"with_drop needs a drop such as sgdrop(), got {drop!r}; usage: with_drop(model, layer, drop)")
 
@@ -40,7 +41,7 @@ def with_drop(model: Model, layer: str, drop: Drop) -> Model:
         still, seen = lax.stop_gradient((variables["ema"] if drop.teacher else variables, images))
         predict = lambda images: model.apply(still, images, step=step).logits
         head = lambda features: tap(predict, layer, lambda _: features)(seen)
-        taught = _quick(_unnamed(read(predict, layer)))(seen)[1] if drop.teacher else None
+        taught = fused(fast(_unnamed(read(predict, layer))))(seen)[1] if drop.teacher else None
         own = None if keys is None else _own_keys(keys, layer)
 
         def edit(features):
@@ -57,11 +58,6 @@ def with_drop(model: Model, layer: str, drop: Drop) -> Model:
 def _own_keys(keys, layer):
     """Keys of this layer: `keys` themselves serve the random layers of the user's module."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, zlib.crc32(layer.encode()))
-
-
-def _quick(f):
-    """f, which nobody differentiates, with all that makes a forward pass fast."""
-    return fused(fold_batch_norm(fast_convs(f)))
 
 
 def _unnamed(f):

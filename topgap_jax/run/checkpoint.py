@@ -4,6 +4,7 @@ A checkpoint is a few named trees of arrays, and `meta`, numbers and texts as JS
 evaluation reads variables without knowing the optimiser.
 """
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from topgap_jax.errors import UserError
 
 # A kill during a save leaves the one before, and a second good one while the third is being written.
 KEPT = {"last": 2, "best": 1}
+SPARE = 16 * 10**6  # bytes, for a checkpoint's own files, metrics and results: a disk is not to be filled to its end
 READING = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
 
 
@@ -42,10 +44,12 @@ def opened(workdir: Path) -> Iterator[Checkpoints]:
 def save(manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     """Write a checkpoint; returns when it is whole on the disk. A step that is there already is left as it is.
 
-    A resumed run may come by a step again: its arithmetic is exact, so the checkpoint would be the same.
+    A resumed run may come by a step again: its arithmetic is exact, so the checkpoint would be the same. Raises UserError
+    where the disk has no room for it; the checkpoints that were there are whole.
     """
     if step in manager.all_steps():
         return
+    _check_room(manager.directory, step, trees)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta))), force=True)
     manager.wait_until_finished()
@@ -86,6 +90,17 @@ def restore(workdir: Path, which: str, templates: Mapping[str, Any]) -> tuple[di
                 f"the checkpoint {folder / str(step)} is of another model, or damaged (then delete that folder): {reason}"
             ) from error
     return {name: found[name] for name in templates}, found["meta"]
+
+
+def _check_room(folder: Path, step: int, trees: Mapping[str, Any]) -> None:
+    """Asked before it is written: Orbax and TensorStore tell a full disk in pages of tracebacks of many threads."""
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) + SPARE
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"the checkpoint of step {step} needs {needed / 1e6:.0f} MB in {folder}, and {free / 1e6:.0f} MB are free on that "
+            "disk; make room, then give the same command again: it goes on from the checkpoint before"
+        )
 
 
 def _folder(workdir: Path, which: str) -> Path:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,13 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 
 
 def provenance() -> dict[str, Any]:
-    """{"command", "commit", "versions", "convolutions", "device", "device_count", "processor", "cores", "load_average"} of this process."""
+    """{"command", "commit", "versions", "convolutions", "device", "device_count", "processor", "cores", "load_average"}
+
+    of this process; the command as a shell takes it.
+    """
     return {
         # The last part of an absolute path only: whose machine it was is nobody's business.
-        "command": " ".join(Path(word).name if word.startswith("/") else word for word in sys.argv),
+        "command": shlex.join(Path(word).name if word.startswith("/") else word for word in sys.argv),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "convolutions": engine.status() if jax.default_backend() == "cpu" else None,

@@ -1,9 +1,10 @@
-"""The folder of a run: it belongs to one config, and says with which versions and on what it was made."""
+"""The folder of a run: it belongs to one config and one training at a time, and says with which versions it was made."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 from jax.sharding import Mesh
@@ -12,25 +13,66 @@ from topgap_jax.errors import UserError
 from topgap_jax.progress import write_text
 from topgap_jax.run.provenance import provenance
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOOKING = ("test", "evaluators", "explain", "log_every")
+"""Keys that concern looking at a run and not its weights: they may differ when a folder is used again."""
+
+_locks: dict[Path, IO] = {}  # of this process, by folder; the system drops them when it ends, however it ends
+
 
 def claim(workdir: Path, config: Mapping[str, Any], file: str | Path | None = None) -> None:
-    """Make the folder and write config.json: {"config", "file"}; `file` is the Python file that the config came from.
+    """Lock the folder, which is made where it is not there, and write config.json: {"config", "file"}.
 
-    A folder that holds a run with another config raises a UserError that names the first key that differs.
+    file: the Python file that the config came from. config.json follows keys of `LOOKING`. Raises a UserError for a folder
+    that another process trains in, and for one whose run has another config, naming the first key that differs.
     """
     path = Path(workdir) / "config.json"
-    plain = json.loads(json.dumps(config, default=dict))  # tuples become lists, a ConfigDict a dict
-    if path.is_file():
-        _compare(path, plain)
-        return
     if jax.process_index() != 0:
+        check(workdir, config)
         return
+    stored = {"config": _plain(config), "file": None if file is None else str(Path(file).absolute())}
+    text = json.dumps(stored, indent=1) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        stored = {"config": plain, "file": None if file is None else str(Path(file).absolute())}
-        write_text(path, json.dumps(stored, indent=1) + "\n")
+        _lock(path.parent)
+        check(workdir, config)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
     except OSError as error:
         raise UserError(f"cannot write in the workdir '{workdir}': {error.strerror}") from None
+
+
+def check(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Raise a UserError if the folder holds a run whose weights another config decides.
+
+    A key that the stored config lacks is younger than the run: what it says stands in a text that differs too, or nowhere.
+    """
+    path, config = Path(workdir) / "config.json", _plain(config)
+    if not path.is_file():
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["config"]
+        keys = [key for key in stored if key not in LOOKING]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not the config of a run; take another workdir, or move that file away") from None
+    for key in keys:
+        if key not in config or stored[key] != config[key]:
+            here = repr(config[key]) if key in config else "absent"
+            raise UserError(
+                f"'{path.parent}' holds a run with another config: {key} is {stored[key]!r} there and {here} here; "
+                "take another workdir"
+            )
+
+
+def release(workdir: Path) -> None:
+    """Let another process train in the folder."""
+    lock = _locks.pop(Path(workdir).resolve(), None)
+    if lock is not None:
+        lock.close()
 
 
 def record_versions(workdir: Path, mesh: Mesh) -> None:
@@ -40,14 +82,27 @@ def record_versions(workdir: Path, mesh: Mesh) -> None:
         write_text(Path(workdir) / "versions.json", json.dumps(about, indent=1) + "\n")
 
 
-def _compare(path: Path, config: dict[str, Any]) -> None:
+def _lock(workdir: Path) -> None:
+    """Take the folder for this process; the file `lock` in it says whose it is."""
+    folder = workdir.resolve()
+    if fcntl is None or folder in _locks:
+        return
+    file = (folder / "lock").open("a+", encoding="utf-8")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["config"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not the config of a run; take another workdir, or move that file away") from None
-    for key in [*stored, *config]:
-        if stored.get(key, "absent") != config.get(key, "absent"):
-            there, here = (repr(values[key]) if key in values else "absent" for values in (stored, config))
-            raise UserError(
-                f"'{path.parent}' holds a run with another config: {key} is {there} there and {here} here; take another workdir"
-            )
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise UserError(
+            f"another training writes in '{workdir}' (process {owner}); wait for its end, or take another workdir"
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    _locks[folder] = file
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back: tuples are lists, a ConfigDict is a dict."""
+    return json.loads(json.dumps(config, default=dict))

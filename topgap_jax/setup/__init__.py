@@ -1,31 +1,28 @@
 """From a config to what the commands do: parts for `run.fit`, a model with its weights, evaluation, pictures, layers."""
 
-from topgap_jax.setup.assembly import Experiment, experiment, read
-from topgap_jax.setup.commands import (
-    Loaded,
-    Pictures,
-    evaluate,
-    explain,
-    from_weights,
-    from_workdir,
-    layers,
-    parts,
-    restored,
-    stored,
-)
+import importlib
 
-__all__ = [
-    "Experiment",
-    "Loaded",
-    "Pictures",
-    "evaluate",
-    "experiment",
-    "explain",
-    "from_weights",
-    "from_workdir",
-    "layers",
-    "parts",
-    "read",
-    "restored",
-    "stored",
-]
+ROOMS = {
+    "assembly": ("Experiment", "experiment", "read"),
+    "commands": (
+        "Loaded", "Pictures", "evaluate", "explain", "from_weights", "from_workdir", "layers", "parts", "restored", "stored",
+    ),
+    "checks": (),
+    "config": (),
+    "tables": (),
+}  # fmt: skip
+__all__ = [name for names in ROOMS.values() for name in names]
+
+
+def __getattr__(name: str):
+    # Imported when it is named: `topgap help` needs the tables, and neither Orbax nor what reads data.
+    if name in ROOMS:
+        return importlib.import_module(f"topgap_jax.setup.{name}")
+    for room, names in ROOMS.items():
+        if name in names:
+            return getattr(importlib.import_module(f"topgap_jax.setup.{room}"), name)
+    raise AttributeError(f"module 'topgap_jax.setup' has no attribute '{name}'")
+
+
+def __dir__():
+    return sorted([*globals(), *ROOMS, *__all__])

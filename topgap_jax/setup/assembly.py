@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,32 +26,38 @@ RESIDENT_BYTES = 2 * 2**30  # decoded splits up to this size live on the device,
 class Experiment(NamedTuple):
     """A config with its data set and its model: the names of the classes, `source(split)`, and the model itself.
 
-    file: the Python file that config and methods are from; arrays: the splits that `read` has decoded, by name.
+    file: the Python file that config and methods are from; stated: the keys that are not left at their default; arrays: the
+    splits that `read` has decoded, by name.
     """
 
     config: ConfigDict
     methods: Table
     file: str | None
+    stated: frozenset[str]
     source: data.Splits
     classes: tuple[str, ...]
     model: Model
     arrays: dict[str, dict[str, np.ndarray]]
 
 
-def experiment(path: str | Path, overrides=()) -> Experiment:
-    """The experiment of a config file (or of a run's config.json)."""
-    return assemble(configs.load(path, overrides))
+def experiment(path: str | Path, overrides: Sequence[tuple[str, str]] = (), arm: str = "") -> Experiment:
+    """The experiment of a config file (or of a run's config.json), of one of its arms, with `(key, text)` overrides."""
+    return assemble(configs.load(path, overrides, arm))
 
 
 def assemble(loaded: configs.Loaded) -> Experiment:
     """The experiment of a config: its classes are those of the first split of the data that it names."""
-    config, methods, file = loaded
+    config, methods = loaded.config, loaded.methods
     source = functools.cache(configs.choice(config, "source", methods))
     classes = source(first(config.train) or first(config.test)).classes
-    steps = total_steps(config, source)
-    pool = configs.choice(config, "pool", methods, total_steps=steps)
-    model = configs.choice(config, "model", methods, pool=pool, classes=len(classes), total_steps=steps)
-    return Experiment(config, methods, file, source, classes, fast(model), {})
+    context = {"classes": len(classes), "total_steps": total_steps(config, source)}
+    model = fast(configs.choice(config, "model", methods, **context))
+    return Experiment(config, methods, loaded.file, loaded.stated, source, classes, model, {})
+
+
+def context(chosen: Experiment) -> dict[str, int]:
+    """What the texts of a config may name beside its keys: the number of classes, the training steps in all."""
+    return {"classes": len(chosen.classes), "total_steps": total_steps(chosen.config, chosen.source)}
 
 
 def total_steps(config: ConfigDict, source: data.Splits) -> int:

@@ -3,6 +3,7 @@
 import functools
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,24 +23,25 @@ from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.run import checkpoint
 from topgap_jax.run.fit import Parts
+from topgap_jax.setup import checks
 from topgap_jax.setup import config as configs
 from topgap_jax.setup.assembly import (
     Experiment,
     assemble,
+    context,
     experiment,
     first,
     init,
     open_split,
     sample,
     template,
-    total_steps,
     training,
     validation,
 )
 from topgap_jax.types import Variables
 
 DECISIVE = ("seed", "source", "train", "image_size", "resize", "mean", "std", "pool", "model")
-"""Keys on which every result of an evaluation depends."""
+"""Keys on which every result of an evaluation depends, beside those that the texts of `source` and `model` read."""
 
 
 class Loaded(NamedTuple):
@@ -74,19 +76,26 @@ class Pictures(NamedTuple):
 def parts(chosen: Experiment) -> Parts:
     """What `fit` needs: data read (small sets) or opened (large ones), objective, augmentation and optimiser built.
 
-    The evaluators and explanations are built too, so that a mistake in them is told before the training and not after it.
+    Everything that the config says is checked first, evaluators and explanations too, so that a mistake is told before
+    anything is read, and not after the training.
     """
     config, methods = chosen.config, chosen.methods
     if not config.train:
         raise UserError("config.train names no split to train on")
-    known = {"total_steps": total_steps(config, chosen.source), "classes": len(chosen.classes)}
-    _evaluators(chosen, None)
-    configs.choices(config, "explain", methods, **known)
+    build = {
+        "objective": configs.choice(config, "objective", methods, **context(chosen)),
+        "augments": tuple(configs.choices(config, "augment", methods, **context(chosen)).values()),
+        "optimizer": configs.choice(config, "optimizer", methods, **context(chosen)),
+    }
+    checks.unread(chosen)
+    for split in filter(None, (config.train, config.validation)):
+        chosen.source(split)
+    checks.model(chosen)
+    _checked_evaluators(chosen, configs.split_list(config.test), None)
+    _checked_explanations(chosen, None)
     return Parts(
         model=chosen.model,
-        objective=configs.choice(config, "objective", methods, **known),
-        augments=tuple(configs.choices(config, "augment", methods, **known).values()),
-        optimizer=configs.choice(config, "optimizer", methods, **known),
+        **build,
         train=training(chosen),
         validation=validation(chosen),
         examples=len(chosen.source(config.train)),
@@ -124,8 +133,10 @@ def from_weights(path: str | Path, overrides, weights: str | Path) -> Loaded:
     """
     loaded = configs.load(path, overrides)
     config, given = loaded.config, {key for key, _ in overrides}
-    told = {key: value for key, value in pretrained.describe(weights).items() if value is not None and key not in given}
-    for key, value in told.items():
+    described = pretrained.describe(weights)
+    for key, value in described.items():
+        if value is None or key in given:
+            continue
         if config[key] != value:
             print(f"{Path(weights).name}: config.{key} = {value!r}", file=sys.stderr)
             config[key] = value
@@ -149,7 +160,10 @@ def evaluate(
         raise UserError("nothing to evaluate: neither config.test nor --split names a split")
     if not configs.split_list(text):
         raise UserError("nothing to evaluate: neither config.evaluators nor --evaluators names an evaluator")
-    built = _evaluators(chosen, evaluators)
+    checks.model(chosen)
+    built = _checked_evaluators(chosen, names, evaluators)
+    if loaded.workdir is not None:
+        results.read(loaded.workdir / results.FILE)  # a damaged one is told before anything is read
     mesh = data_mesh()
     mesh = mesh if mesh.size > 1 else None
     training = functools.cache(lambda: sample(chosen))
@@ -188,11 +202,12 @@ def explain(
     """Maps of the predicted class for `count` pictures, evenly spaced in a split or in a user's folder."""
     check_number("--count", count, 1, whole=True)
     chosen, config = loaded.experiment, loaded.experiment.config
-    explanations = configs.choices(config, "explain", chosen.methods, methods, "--methods")
-    if not explanations:
+    if not configs.split_list(config.explain if methods is None else methods):
         raise UserError("nothing to explain with: neither config.explain nor --methods names an explanation")
     split = split or first(config.test)
     source = data.pictures(images) if images else chosen.source(split)
+    checks.model(chosen)
+    explanations = _checked_explanations(chosen, methods)
     ids = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(np.int32))
     records = [data.decode(source, int(i), config.image_size, config.resize) for i in ids]
     pictures = np.stack([record["image"] for record in records]).astype(np.float32) / 255
@@ -244,15 +259,23 @@ def _names(chosen: Experiment, record: data.Record, predicted: int) -> tuple[str
     return "", f"{record['name']}: {chosen.classes[predicted]}"
 
 
-def _evaluators(chosen: Experiment, text: str | None) -> dict[str, Any]:
-    return configs.choices(
-        chosen.config, "evaluators", chosen.methods, text, "--evaluators", classes=len(chosen.classes)
-    )
+def _checked_evaluators(chosen: Experiment, splits: Sequence[str], text: str | None) -> dict[str, Any]:
+    """The evaluators of config.evaluators, or of `text`, after a look at whether they fit the model and these splits."""
+    sources = [chosen.source(split) for split in splits]
+    built = configs.choices(chosen.config, "evaluators", chosen.methods, text, "--evaluators", **context(chosen))
+    checks.evaluators(chosen, sources, built, "config.evaluators" if text is None else "--evaluators")
+    return built
+
+
+def _checked_explanations(chosen: Experiment, text: str | None) -> dict[str, Any]:
+    """The explanations of config.explain, or of `text`, after a look at whether they fit the model."""
+    built = configs.choices(chosen.config, "explain", chosen.methods, text, "--methods", **context(chosen))
+    checks.explanations(chosen, built, "config.explain" if text is None else "--methods")
+    return built
 
 
 def _overrides(loaded: Loaded, evaluator: str) -> dict[str, str]:
     """The keys, with their texts, that the command line changed in a run's config and on which a result depends."""
     config = loaded.experiment.config
-    texts = [evaluator, *(config[key] for key in ("source", "pool", "model"))]
-    depends = lambda key: key in DECISIVE or any(configs.mentions(each, key) for each in texts)
-    return {key: text for key, text in loaded.changes if depends(key)}
+    read = set().union(*(configs.reads(config, text) for text in (evaluator, config.source, config.model)), DECISIVE)
+    return {key: text for key, text in loaded.changes if key in read}

@@ -1,12 +1,13 @@
-"""Configs: Python files with `get_config()`, whose choices are strings that read like code.
+"""Configs: Python files with `get_config()`, whose choices are texts that read like code.
 
-Every number of a config is a name in its strings: with `config.eps = 8 / 255`, `'pgd(linf(eps))'` follows `--config.eps=4/255`.
-A file may also define `methods()`, {name: function}: a user's own models, pools or data sets, usable in its strings.
+A key is a name in the texts of the others: a number or a tuple as it is (`'pgd(linf(eps))'` follows `--config.eps=4/255`), a
+key whose text is an expression as what it builds (`config.drop = 'sgdrop()'`, `config.model = "with_drop(network, 'stage3',
+drop)"`). `KEYS` says which keys every config has, with their defaults, and which of them are expressions; a text under a key
+of one's own is one. A file may also define `methods()`, {name: function}: a user's own models, pools or data sets, usable in
+its texts; and `arms()`, {name: {key: text}}: overrides that belong together, `topgap train --arm NAME`.
 """
 
-import difflib
 import json
-import re
 import runpy
 import sys
 import traceback
@@ -17,71 +18,39 @@ from typing import Any, NamedTuple
 import optax
 from ml_collections import ConfigDict
 
-from topgap_jax import (
-    attacks,
-    balls,
-    data,
-    drops,
-    evaluators,
-    explain,
-    metrics,
-    models,
-    penalties,
-    pool,
-    rules,
-    scores,
-)
-from topgap_jax.build import build, merged, table
+from topgap_jax.build import build, calls, did_you_mean, names
 from topgap_jax.errors import UserError
-from topgap_jax.rewrite import with_drop, with_pool
-from topgap_jax.training import augment, objectives, optimizers, schedules
+from topgap_jax.measure.results import today
+from topgap_jax.setup.tables import ROOMS, TABLE, VALUES
 from topgap_jax.types import Evaluator, Model, Robustness, Table
-
-ROOMS: dict[str, Table] = {
-    "models": merged(models.TABLE, table(with_pool, with_drop)),
-    "pools": pool.TABLE,
-    "drops": drops.TABLE,
-    "data": data.TABLE,
-    "objectives": objectives.TABLE,
-    "augmentation": augment.TABLE,
-    "optimizers": optimizers.TABLE,
-    "schedules": schedules.TABLE,
-    "balls": balls.TABLE,
-    "penalties": penalties.TABLE,
-    "attacks": attacks.TABLE,
-    "explanations": explain.TABLE,
-    "rules": rules.TABLE,
-    "metrics": metrics.TABLE,
-    "evaluators": evaluators.TABLE,
-}
-TABLE: Table = merged(*ROOMS.values())
-NAMED: dict[str, Mapping[str, Any]] = {"scores": scores.TABLE, "rules": rules.VALUES}
-VALUES: Mapping[str, Any] = merged(*NAMED.values())
-"""What a string may name without a call, beside the config's numbers and what the run knows."""
 
 
 class Role(NamedTuple):
-    """What the string of a key stands for, in words; the room of the functions it calls; whether a value can be one."""
+    """What an expression stands for, in words; the room of the functions it calls; whether a value can be one."""
 
     words: str
     room: str
     fits: Callable[[Any], bool] = callable
 
 
-ROLES = {
-    "source": Role("a data set", "data"),
-    "pool": Role("a pool", "pools"),
-    "model": Role("a model", "models", lambda value: isinstance(value, Model)),
-    "objective": Role("an objective", "objectives"),
-    "augment": Role("an augmentation", "augmentation"),
-    "optimizer": Role("an optimizer", "optimizers", lambda value: isinstance(value, optax.GradientTransformation)),
-    "evaluators": Role("an evaluator", "evaluators", lambda value: isinstance(value, (Evaluator, Robustness))),
-    "explain": Role("an explanation", "explanations"),
-}
+class Key(NamedTuple):
+    """A key of every config: the kind of its value, what it means, its default (None: a config must state it).
+
+    role: of an expression, what it builds; of the kind "expressions", what each of the list builds.
+    """
+
+    kind: str
+    about: str
+    default: Any = None
+    role: Role | None = None
+
 
 _number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
 KINDS: dict[str, Callable[[Any], bool]] = {
-    "text": lambda value: isinstance(value, str),
+    "a text": lambda value: isinstance(value, str),
+    "an expression": lambda value: isinstance(value, str),
+    "expressions": lambda value: isinstance(value, str),
+    "'stretch' or 'crop'": lambda value: value in ("stretch", "crop"),
     "a whole number": lambda value: type(value) is int and value >= 0,
     "a whole number of at least 1": lambda value: type(value) is int and value >= 1,
     "a number in [0, 1)": lambda value: _number(value) and 0 <= value < 1,
@@ -91,68 +60,104 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     ),
 }
 WORDS = {int: "a whole number", float: "a number", bool: "True or False", tuple: "a tuple"}
+
+_model = Role("a model", "models", lambda value: isinstance(value, Model))
+_optimizer = Role("an optimizer", "optimizers", lambda value: isinstance(value, optax.GradientTransformation))
+_evaluator = Role("an evaluator", "evaluators", lambda value: isinstance(value, (Evaluator, Robustness)))
 KEYS = {
-    "seed": ("a whole number", "of the first weights, the order of the data and every random draw"),
-    "source": ("text", "the data set"),
-    "train": ("text", "the split to train on, such as 'train' or 'train[:90%]'"),
-    "validation": ("text", "the split that the best checkpoint is chosen by; '' for none"),
-    "test": ("text", "the splits that are evaluated, separated by commas"),
-    "image_size": ("(height, width) in pixels", "of what the network sees"),
-    "resize": ("text", "'stretch', or 'crop' to keep the aspect"),
-    "mean": ("numbers, one per channel", "subtracted inside the model; images are in [0, 1]"),
-    "std": ("numbers, one per channel", "divided by inside the model"),
-    "pool": ("text", "the pool that `model` may name"),
-    "model": ("text", "the model; it may name pool, classes, mean, std and total_steps"),
-    "batch": ("a whole number of at least 1", "examples in a step, over all devices"),
-    "epochs": ("a whole number of at least 1", "passes over the training split"),
-    "augment": ("text", "augmentations, separated by commas; '' for none"),
-    "objective": ("text", "what training lowers"),
-    "optimizer": ("text", "the optimizer; it may name total_steps"),
-    "ema": ("a number in [0, 1)", "decay of averaged weights, which are then evaluated; 0 for none"),
-    "evaluators": ("text", "evaluators, separated by commas; they may name bank and centre (of the training split)"),
-    "explain": ("text", "explanations, separated by commas, for `topgap explain`"),
-    "log_every": ("a whole number of at least 1", "steps between two rows of metrics.jsonl"),
-    "checkpoint_every": ("a whole number of at least 1", "epochs between two checkpoints"),
+    "seed": Key("a whole number", "of the first weights, the order of the data and every random draw", 0),
+    "source": Key("an expression", "the data set", None, Role("a data set", "data")),
+    "train": Key("a text", "the split to train on, such as 'train' or 'train[:90%]'", "train"),
+    "validation": Key("a text", "the split that the best checkpoint is chosen by; '' for none", ""),
+    "test": Key("a text", "the splits that are evaluated, separated by commas", "test"),
+    "image_size": Key("(height, width) in pixels", "of what the network sees"),
+    "resize": Key("'stretch' or 'crop'", "how a picture gets that size; a crop keeps the aspect", "stretch"),
+    "mean": Key("numbers, one per channel", "subtracted inside the model; images are in [0, 1]", (0.5, 0.5, 0.5)),
+    "std": Key("numbers, one per channel", "divided by inside the model", (0.25, 0.25, 0.25)),
+    "dtype": Key("a text", "'float32' or 'bfloat16', of the network's arithmetic", "float32"),
+    "pool": Key("an expression", "class maps to logits", "gap()", Role("a pool", "pools")),
+    "backbone": Key("an expression", "images to features", "resnet20()", Role("a backbone", "models")),
+    "head": Key("an expression", "features to logits", "map_head(pool)", Role("a head", "models")),
+    "network": Key(
+        "an expression",
+        "backbone and head; a text may also name classes and total_steps",
+        "classifier(backbone, head, classes=classes, mean=mean, std=std, dtype=dtype)",
+        _model,
+    ),
+    "model": Key("an expression", "what is trained: the network, or the network changed", "network", _model),
+    "batch": Key("a whole number of at least 1", "examples in a step, over all devices", 100),
+    "epochs": Key("a whole number of at least 1", "passes over the training split"),
+    "augment": Key("expressions", "augmentations; '' for none", "", Role("an augmentation", "augmentation")),
+    "objective": Key("an expression", "what training lowers", "standard()", Role("an objective", "objectives")),
+    "optimizer": Key("an expression", "the optimizer; it may name total_steps", None, _optimizer),
+    "ema": Key("a number in [0, 1)", "decay of averaged weights, which are then evaluated; 0 for none", 0.0),
+    "evaluators": Key("expressions", "what `topgap evaluate` measures", "accuracy()", _evaluator),
+    "explain": Key("expressions", "what `topgap explain` draws", "gradient()", Role("an explanation", "explanations")),
+    "log_every": Key("a whole number of at least 1", "steps between two rows of metrics.jsonl", 10),
+    "checkpoint_every": Key("a whole number of at least 1", "epochs between two checkpoints", 1),
 }
-"""What a config must hold: {key: (kind, meaning)}."""
+"""What every config holds; lists are separated by commas."""
 
 
 class Loaded(NamedTuple):
-    """A config, the methods of its own, and the Python file that both are from (None: none is known)."""
+    """A config, the methods and arms of its file, that Python file (None: none is known), and the keys that are not left at their default."""
 
     config: ConfigDict
     methods: Table
     file: str | None
+    arms: Mapping[str, Mapping[str, str]] = {}
+    stated: frozenset[str] = frozenset()
 
 
-def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Loaded:
-    """The config of a Python file, or of a run's config.json, with `(key, text)` overrides.
+def load(path: str | Path, overrides: Sequence[tuple[str, str]] = (), arm: str = "") -> Loaded:
+    """The config of a Python file, or of a run's config.json, with the overrides of an arm, then `(key, text)` overrides.
 
     Modules beside the file can be imported in it. Raises UserError for a file that is not there, cannot be run or has no
-    config, and for a key that is unknown, missing or of the wrong kind.
+    config, for an arm that it does not have, and for a key that is unknown, missing or of the wrong kind.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no config file '{path}'")
     loaded = _stored(path) if path.suffix == ".json" else _written(path)
-    config = loaded.config
+    config, arms = loaded.config, loaded.arms
+    for key in KEYS:
+        if key not in config and KEYS[key].default is not None:
+            config[key] = KEYS[key].default
+    if arm and arm not in arms:
+        listed = ", ".join(arms) or "none: it defines no arms()"
+        raise UserError(f"{path} has no arm '{arm}'; {did_you_mean(arm, arms)}its arms are {listed}")
+    for name, changes in arms.items():
+        for key, text in changes.items():  # of the other arms too: a mistake in one is told when the file is used
+            override(
+                config if name == arm else config.copy_and_resolve_references(),
+                key,
+                text,
+                f"{path}: arm '{name}': {key}",
+            )
     for key, text in overrides:
         override(config, key, text)
     missing = [key for key in KEYS if key not in config]
     if missing:
         raise UserError(f"{path}: the config lacks {', '.join(missing)}; 'topgap help config' says what they are")
-    for key, (kind, _) in KEYS.items():
+    for key, (kind, *_) in KEYS.items():
         if not KINDS[kind](config[key]):
             raise UserError(f"config.{key} must be {kind}, got {config[key]!r}")
-    return loaded
+    stated = {*loaded.stated, *arms.get(arm, {}), *(key for key, _ in overrides)}
+    return loaded._replace(stated=frozenset(stated))
 
 
-def override(config: ConfigDict, key: str, text: str) -> None:
-    """Set config.key from text, with the type of its default: `4/255` for a number, `(64, 64)` for a tuple, text as it is."""
+def override(config: ConfigDict, key: str, text: str, where: str = "") -> None:
+    """Set config.key from text, with the type of its default: `4/255` for a number, `(64, 64)` for a tuple, text as it is.
+
+    where: what an error begins with, in place of `--config.key`.
+    """
+    where = where or f"--config.{key}"
     if key not in config:
-        near = difflib.get_close_matches(key, list(config), n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise UserError(f"--config.{key}: there is no such key; {hint}the config has {', '.join(sorted(config))}")
+        own = ", ".join(sorted(set(config) - set(KEYS)))
+        raise UserError(
+            f"{where}: there is no such key; {did_you_mean(key, config, n=1)}'topgap help config' lists the keys"
+            + (f"; the config's own are {own}" if own else "")
+        )
     default = config[key]
     if isinstance(default, str):
         config[key] = text
@@ -164,24 +169,39 @@ def override(config: ConfigDict, key: str, text: str) -> None:
         value = None
     if type(value) is not type(default) or (type(value) is int and abs(value) >= 2**63):
         kind = WORDS.get(type(default), type(default).__name__)
-        raise UserError(f"--config.{key}: expected {kind} like {default!r}, got {text!r}")
+        raise UserError(f"{where}: expected {kind} like {default!r}, got {text!r}")
     config[key] = value
 
 
-def choice(config: ConfigDict, key: str, methods: Table, **known: Any) -> Any:
-    """The value of the config's string `key`. `known`: what the run knows beside the config's own numbers."""
-    return _value(config, key, config[key], f"config.{key}", methods, known)
+def choice(config: ConfigDict, key: str, methods: Table, **context: Any) -> Any:
+    """The value of the config's expression `key`. `context`: what the run knows beside the config, such as classes."""
+    return _Reader(config, methods, context).key(key)
 
 
 def choices(
-    config: ConfigDict, key: str, methods: Table, text: str | None = None, argument: str = "", **known: Any
+    config: ConfigDict, key: str, methods: Table, text: str | None = None, argument: str = "", **context: Any
 ) -> dict[str, Any]:
     """{text of each: value} of the config's list `key`, or of `text`, what the command line's `argument` gives in its place."""
-    where = f"config.{key}" if text is None else argument
-    return {
-        part: _value(config, key, part, where, methods, known)
-        for part in split_list(config[key] if text is None else text)
-    }
+    reader, where = _Reader(config, methods, context), f"config.{key}" if text is None else argument
+    parts = split_list(config[key] if text is None else text)
+    return {part: reader.text(part, where, KEYS[key].role, (key,) if text is None else ()) for part in parts}
+
+
+def is_expression(config: Mapping[str, Any], key: str) -> bool:
+    """Is the value of `key` a text that is built before it is used: an expression of `KEYS`, or any text of one's own?"""
+    return isinstance(config[key], str) and (key not in KEYS or KEYS[key].kind in ("an expression", "expressions"))
+
+
+def reads(config: Mapping[str, Any], text: str) -> set[str]:
+    """The keys that the value of an expression depends on, those behind other keys included."""
+    read: set[str] = set()
+    waiting = [text]
+    while waiting:
+        for key in names(waiting.pop()):
+            if key in config and key not in read:
+                read.add(key)
+                waiting += [config[key]] if is_expression(config, key) else []
+    return read
 
 
 def split_list(text: str) -> list[str]:
@@ -207,79 +227,85 @@ def split_list(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def mentions(call: str, name: str) -> bool:
-    """Is `name` a value in this call, and neither a keyword nor a text?
+class _Reader:
+    """Builds the texts of a config, each key once."""
 
-    >>> mentions("robust(pgd(linf(eps)))", "eps"), mentions("linf(eps=.1)", "eps"), mentions("layer('eps')", "eps")
-    (True, False, False)
-    """
-    return re.search(rf"\b{name}\b(?!\s*=)", _unquoted(call)) is not None
+    def __init__(self, config: Mapping[str, Any], methods: Table, context: Mapping[str, Any]):
+        self.config, self.context, self.table = config, context, {**TABLE, **methods}
+        self.methods, self.built = methods, {}
 
+    def key(self, key: str, path: tuple[str, ...] = ()) -> Any:
+        """What a text means by the name `key`; path: the keys whose texts led here."""
+        if key in path:
+            around = " -> ".join([*path[path.index(key) :], key])
+            raise UserError(f"config.{key} needs its own value: {around}; give one of these another text")
+        if not is_expression(self.config, key):
+            return self.config[key]
+        if key not in self.built:
+            role = KEYS[key].role if key in KEYS and KEYS[key].kind == "an expression" else None
+            self.built[key] = self.text(self.config[key], f"config.{key}", role, (*path, key))
+        return self.built[key]
 
-def _unquoted(text: str) -> str:
-    return re.sub(r"'[^']*'|\"[^\"]*\"", "", text)
+    def text(self, text: str, where: str, role: Role | None, path: tuple[str, ...]) -> Any:
+        """The value of `text`, checked to be what `role` says."""
+        self._check_call(text, where, role)
+        values = {name: self.key(name, path) for name in names(text) if name in self.config}
+        # The other keys only stand there to be proposed where a name is misspelt.
+        value = build(text, self.table, {**VALUES, **self.context, **dict.fromkeys(self.config), **values}, where)
+        if role and not role.fits(value):
+            kind = type(value).__name__
+            raise UserError(
+                f"{where}: '{text}' is not {role.words}, it is of type {kind}; 'topgap help' lists {role.room}"
+            )
+        return value
 
-
-def _value(config: ConfigDict, key: str, text: str, where: str, methods: Table, known: Mapping[str, Any]) -> Any:
-    """The value of `text`, checked to be what `key` stands for."""
-    role = ROLES[key]
-    choices = [*ROOMS[role.room], *methods]
-    name, call, _ = text.partition("(")
-    if call and name.strip().isidentifier() and name.strip() not in choices:
-        near = difflib.get_close_matches(name, choices, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise UserError(
-            f"{where}: '{name.strip()}' is not {role.words}; {hint}choose from {', '.join(sorted(choices))}"
-        )
-    value = build(text, {**TABLE, **methods}, {**VALUES, **known, **_names(config)}, where)
-    if not role.fits(value):
-        kind = type(value).__name__
-        raise UserError(f"{where}: '{text}' is not {role.words}, it is of type {kind}; 'topgap help' lists {role.room}")
-    return value
-
-
-def _names(config: ConfigDict) -> Mapping[str, Any]:
-    """The numbers of the config, its tuples of numbers, and the text `dtype`: what its strings may name."""
-    numbers = lambda value: _number(value) or (isinstance(value, tuple) and all(map(_number, value)))
-    return {key: value for key, value in config.items() if numbers(value) or key == "dtype"}
+    def _check_call(self, text, where, role):
+        """A function of another room is told in the words of the key, not in those of a type."""
+        name, call, _ = text.partition("(")
+        name = name.strip()
+        if role and call and name.isidentifier() and name not in (choices := [*ROOMS[role.room], *self.methods]):
+            hint = did_you_mean(name, choices, n=1)
+            raise UserError(f"{where}: '{name}' is not {role.words}; {hint}choose from {', '.join(sorted(choices))}")
 
 
 def _written(path: Path) -> Loaded:
-    config, methods = _run(path)
+    config, methods, arms = _run(path)
     if type(config) is not ConfigDict:
         raise UserError(
             f"{path} has no get_config() that returns an ml_collections.ConfigDict; configs/cifar10.py shows one"
         )
-    return Loaded(config, methods, str(path))
+    return Loaded(config, methods, str(path), arms, frozenset(config))
 
 
 def _stored(path: Path) -> Loaded:
-    """The config of a run, and the methods of the Python file that it was written in."""
+    """The config of a run, and the methods and arms of the Python file that it was written in."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         config = ConfigDict({key: _tuples(value) for key, value in stored["config"].items()})
+        config.evaluators = today(config.get("evaluators", ""))
         file = stored.get("file") and str(Path(stored["file"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not the config.json of a run") from None
+    stated = frozenset(key for key in config if key not in KEYS or config[key] != KEYS[key].default)
     if file is not None and Path(file).is_file():
-        return Loaded(config, _run(Path(file))[1], file)
-    calls = " ".join(_unquoted(str(config.get(key, ""))) for key in ROLES)
-    own = [name for name in re.findall(r"(\w+)\s*\(", calls) if name not in TABLE]
+        _, methods, arms = _run(Path(file))
+        return Loaded(config, methods, file, arms, stated)
+    own = [name for key in config if is_expression(config, key) for name in calls(config[key]) if name not in TABLE]
     if own and file is not None:
         raise UserError(
             f"{path}: '{own[0]}' comes from {file}, which is not there any more; put it back, or correct \"file\" in {path}"
         )
-    return Loaded(config, {}, file)
+    return Loaded(config, {}, file, {}, stated)
 
 
-def _run(path: Path) -> tuple[Any, Table]:
-    """What get_config() of a Python file returns (None: there is none), and its methods()."""
+def _run(path: Path) -> tuple[Any, Table, Mapping[str, Mapping[str, str]]]:
+    """What get_config() of a Python file returns (None: there is none), its methods() and its arms()."""
     folder = str(path.absolute().parent)
     sys.path.insert(0, folder)
     try:
-        names = runpy.run_path(str(path))
-        config = names["get_config"]() if "get_config" in names else None
-        methods = dict(names["methods"]()) if "methods" in names else {}
+        module = runpy.run_path(str(path))
+        config = module["get_config"]() if "get_config" in module else None
+        methods, arms = (dict(module[name]()) if name in module else {} for name in ("methods", "arms"))
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -295,7 +321,10 @@ def _run(path: Path) -> tuple[Any, Table]:
         raise UserError(f"{path}: methods() must not take the names {', '.join(taken)}, which the library has already")
     if not all(isinstance(name, str) and callable(function) for name, function in methods.items()):
         raise UserError(f"{path}: methods() must return {{name: function}}")
-    return config, methods
+    texts = lambda arm: isinstance(arm, Mapping) and all(isinstance(x, str) for pair in arm.items() for x in pair)
+    if not all(isinstance(name, str) and texts(arm) for name, arm in arms.items()):
+        raise UserError(f"{path}: arms() must return {{name: {{key: text}}}}, as --config.key=text gives them")
+    return config, methods, arms
 
 
 def _tuples(value: Any) -> Any:

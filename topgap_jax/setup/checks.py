@@ -1,0 +1,119 @@
+"""What is checked of an experiment before anything is read or trained: shapes are traced, nothing is compiled or computed."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from topgap_jax.data import Source
+from topgap_jax.errors import UserError
+from topgap_jax.measure.evaluate import evaluation_variables
+from topgap_jax.models import bind
+from topgap_jax.setup import config as configs
+from topgap_jax.setup.assembly import Experiment, context, template
+from topgap_jax.types import Batch, Evaluator, Explain, Robustness
+
+EXAMPLES = 2  # in the batch that is traced
+OF_THE_MODEL = ("mean", "std", "dtype", "pool", "backbone", "head", "network")
+"""Keys that say something only where the text of another key names them."""
+
+
+def unread(chosen: Experiment) -> None:
+    """Build what the config states of the model and its texts do not name, and say in one line that nothing reads it."""
+    config = chosen.config
+    readers = [key for key in configs.KEYS if key not in OF_THE_MODEL and configs.is_expression(config, key)]
+    read = set().union(*(configs.reads(config, config[key]) for key in readers))
+    keys = [key for key in OF_THE_MODEL if key in chosen.stated and key not in read]
+    for key in keys:
+        if configs.is_expression(config, key):
+            configs.choice(config, key, chosen.methods, **context(chosen))
+    if keys:
+        listed, verb = " and ".join(f"config.{key}" for key in keys), "is" if len(keys) == 1 else "are"
+        print(f"topgap: {listed} {verb} set and has no effect: '{config.model}' does not name it", file=sys.stderr)
+
+
+def model(chosen: Experiment) -> None:
+    """The model can be applied, for evaluation and in training, and returns one logit a class; every layer it names is there."""
+    config, classes = chosen.config, len(chosen.classes)
+    images = jax.ShapeDtypeStruct((EXAMPLES, *config.image_size, 3), jnp.float32)
+    targets = jax.ShapeDtypeStruct((EXAMPLES, classes), jnp.float32)
+
+    def train(variables, images, targets):
+        return chosen.model.apply(
+            variables, images, train=True, keys=_keys(), targets=targets, step=jnp.int32(0)
+        ).logits
+
+    try:
+        variables = template(chosen)
+        logits = jax.eval_shape(lambda v, x: bind(chosen.model, v)(x), evaluation_variables(variables), images)
+        if logits.shape == targets.shape:
+            jax.eval_shape(train, variables, images, targets)
+    except UserError as error:
+        raise UserError(f"config.model: {error}") from error
+    except Exception as error:  # a user's own module may raise anything
+        reason = " ".join(str(error).split())[:300]
+        size = " x ".join(map(str, config.image_size))
+        raise UserError(
+            f"config.model: '{config.model}' cannot be applied to images of {size} pixels: {type(error).__name__}: {reason}"
+        ) from error
+    if logits.shape != targets.shape:
+        raise UserError(
+            f"config.model: '{config.model}' returns {logits.shape[1]} logits an image, and {config.source} has {classes} "
+            "classes; name `classes` in its text"
+        )
+
+
+def evaluators(chosen: Experiment, sources: Iterable[Source], built: Mapping[str, Any], where: str) -> None:
+    """Every split offers what the evaluators need, and every layer they name is there. where: what an error begins with."""
+    variables = evaluation_variables(template(chosen))
+    for batch in _batches(chosen, sources):
+        for text, evaluator in built.items():
+            if isinstance(evaluator, Robustness):
+                continue
+            rows = lambda variables, batch, evaluator=evaluator: _rows(evaluator, chosen, variables, batch)
+            _trace(f"{where}: {text}", rows, variables, batch)
+
+
+def explanations(chosen: Experiment, built: Mapping[str, Explain], where: str) -> None:
+    """Every explanation can be made of the model: the layers it names are there. where: what an error begins with."""
+    variables = evaluation_variables(template(chosen))
+    images = jax.ShapeDtypeStruct((EXAMPLES, *chosen.config.image_size, 3), jnp.float32)
+    for text, explain in built.items():
+        maps = lambda variables, images, explain=explain: explain(
+            _keys(), bind(chosen.model, variables), images, jnp.zeros(EXAMPLES, jnp.int32)
+        )
+        _trace(f"{where}: {text}", maps, variables, images)
+
+
+def _rows(evaluator: Evaluator, chosen: Experiment, variables, batch):
+    prepared = evaluator.prepare(None, len(chosen.classes)) if evaluator.prepare else {}
+    return evaluator.rows(_keys(), chosen.model, variables, batch, prepared)
+
+
+def _trace(where, function, *arguments):
+    try:
+        jax.eval_shape(function, *arguments)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _keys():
+    return jax.random.split(jax.random.key(0), EXAMPLES)
+
+
+def _batches(chosen: Experiment, sources: Iterable[Source]) -> list[Batch]:
+    """The shapes of a batch of each kind of split."""
+    size, classes = tuple(chosen.config.image_size), len(chosen.classes)
+    shape = lambda *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct((EXAMPLES, *sizes), dtype)
+    always = {
+        "image": shape(*size, 3),
+        "targets": shape(classes),
+        "label": shape(dtype=jnp.int32),
+        "id": shape(dtype=jnp.int32),
+        "mask": shape(dtype=jnp.bool_),
+    }
+    offered = {"box": shape(4), "region": shape(*size, dtype=jnp.uint8), "group": shape(dtype=jnp.int32)}
+    kinds = dict.fromkeys(source.offers for source in sources)
+    return [always | {field: offered[field] for field in offers if field in offered} for offers in kinds]
