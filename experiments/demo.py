@@ -27,6 +27,7 @@ from topgap_jax.run.fit import fit
 
 RUNS = Path("runs/demo")
 ARMS = ("gap", "top_gap .14")
+WORKDIRS = {"gap": RUNS / "gap", "top_gap .14": RUNS / "top_gap"}
 SPLITS = ("test", "test_shifted")
 EVALUATORS = {  # of a split, and of its first images
     "": f"accuracy(), {CAM_ON_REGIONS}",
@@ -41,7 +42,7 @@ def main() -> None:
     for arm in ARMS:
         # The splits are drawn once: the seed is the same.
         chosen = driver.experiment(STUDIES["shapes"], STUDIES["shapes"].arms[arm], 0)._replace(arrays=arrays)
-        workdir = RUNS / arm.replace(" ", "_")
+        workdir = WORKDIRS[arm]
         fit(chosen.config, workdir, parts=setup.parts(chosen), file=driver.ROOT / "configs" / "shapes.py")
         loaded = setup.restored(chosen, workdir, "last")
         rows[arm] = [
@@ -53,7 +54,7 @@ def main() -> None:
             shown = setup.explain(loaded, split=split, count=8)
             sheet(workdir / "sheets" / f"{shown.title}.png", shown.images, names=shown.names, maps=shown.maps,
                   boxes=shown.boxes, regions=shown.regions, title=shown.heading)  # fmt: skip
-    workdirs = [RUNS / arm.replace(" ", "_") for arm in ARMS]
+    workdirs = list(WORKDIRS.values())
     page = report(workdirs, RUNS / "report.html", title="Top-GAP on shapes")
     print(beside_the_study(rows))
     print(f"\n{time.monotonic() - start:.0f} s, {driver.cpu_seconds() - cpu:.0f} CPU seconds. Open {page}\n")
