@@ -1,4 +1,4 @@
-"""The command line as a user meets it: each command from start to end, its words, and one line and exit code 2 for a mistake."""
+"""The command line as a user meets it: each command from start to end, and one line and exit code 2 for a mistake."""
 
 import contextlib
 import errno
@@ -35,7 +35,7 @@ NAMES = ("loss", "accuracy")
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """One device of the eight that tests have, since 20 examples cannot be split over eight; and memory as pytest has it."""
+    """One device of the eight that tests have: 20 examples cannot be split over eight; and memory as pytest has it."""
     patch(monkeypatch)
 
 
@@ -296,7 +296,7 @@ def test_the_command_is_stored_as_a_shell_takes_it(monkeypatch):
 
 
 def test_a_mistake_leaves_a_workdir_that_takes_the_correction(run, tmp_path):
-    """What is looked at may change when a run is taken up again, and config.json follows; what decides the weights may not."""
+    """What is looked at may change when a run is taken up again, config.json follows; what decides the weights may not."""
     workdir = shutil.copytree(run[0], tmp_path / "again")
     train = ("train", "--config", TINY, "--workdir", workdir)
     for mistake in ("test=tset", "evaluators=regions(bnk)", "explain=grad_cam('nope')"):
