@@ -5,6 +5,8 @@ topgap explain --workdir runs/guided
 topgap explain --workdir runs/guided --methods 'integrated(rules=guided_upsampled)'
 
 The control is the same map without the rules: `integrated()`.
+
+Measured on 10,000 test images, three seeds (results/systems.json): accuracy .653 ± .001; 100 CPU seconds a run.
 """
 
 from ml_collections import ConfigDict
