@@ -85,7 +85,7 @@ def test_worked_linear_model(monkeypatch):
     assert 1 - float(cosine(a, p.reshape(1, 3))[0]) == pytest.approx(1.0, abs=1e-6)
     assert 1 - float(cosine(a, n.reshape(1, 3))[0]) == pytest.approx(0.44567814, abs=1e-6)
     loss = lambda points: triplet_of(PLAIN, predict, points, ONE["label"], jnp.ones(1), everything).sum()
-    value, rise = jax.value_and_grad(loss)(x)
+    value, rise = jax.jit(jax.value_and_grad(loss))(x)
     assert float(value) == pytest.approx(1.00823529, abs=1e-6)
     np.testing.assert_allclose(rise.ravel(), [-0.6780828, -0.5584669, 0.50081642], atol=1e-5)
 
@@ -93,7 +93,8 @@ def test_worked_linear_model(monkeypatch):
         "topgap_jax.training.art.linf", lambda eps: balls.linf(eps)._replace(start=lambda keys, images, eps: 0 * images)
     )
     objective = art(mean=(0.0,), std=(1.0,), beta=None, steps=1, k=3)
-    _, _, attacked = objective(KEYS[:1], LINEAR, LINEAR_WEIGHTS, {**ONE, "image": x}, 0)
+    step = jax.jit(lambda batch: objective(KEYS[:1], LINEAR, LINEAR_WEIGHTS, batch, 0)[2])
+    attacked = step({**ONE, "image": x})
     np.testing.assert_allclose(attacked.ravel(), [0.48039216, 0.18039216, 0.91960784], atol=1e-6)
     assert float(loss(attacked)) == pytest.approx(1.04230744, abs=1e-6)
 
@@ -156,7 +157,7 @@ def test_worked_two_layers():
     np.testing.assert_allclose(p.ravel(), [0.50720984, -1.05550377], atol=1e-6)
     np.testing.assert_allclose(n.ravel(), [-0.32444519, 1.42103306], atol=1e-6)
     loss = lambda weights: triplet(x.reshape(1, 1, 2), *gradients(weights)).sum()
-    value, gradient = jax.value_and_grad(loss)(weights)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(weights)
     assert float(value) == pytest.approx(0.67887867, abs=1e-6)
     np.testing.assert_allclose(gradient["v"], [[-0.1348695, -0.269739], [0.17467255, 0.17467255]], atol=1e-5)
     np.testing.assert_allclose(gradient["w"], [[-0.6011448, -0.21483], [0.4772754, 0.15415303]], atol=1e-5)
@@ -171,6 +172,7 @@ def test_worked_two_layers():
     np.testing.assert_allclose(raised(relu), by_anchor, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_remat_keeps_less():
     """Of what a second differentiation needs; that it changes no gradient is tested below."""
 
@@ -254,7 +256,10 @@ def by_hand(attacked, params, weight=0.5, variant="signed"):
     return entropy + weight * aligned, entropy, aligned, out.batch_stats
 
 
-@pytest.mark.parametrize("options", ["", ", variant='abs_mean', k=12, weight=2, remat=True"])
+OTHER = ", variant='abs_mean', k=12, weight=2, remat=True"
+
+
+@pytest.mark.parametrize("options", ["", pytest.param(OTHER, marks=pytest.mark.slow)])
 def test_the_loss_and_its_gradient(options):
     """Equal to the parts put together here with the attacked images held fixed; only the pass on these leaves statistics."""
     objective = make(f"art(mean=mean, std=std{options})")
@@ -280,6 +285,7 @@ def test_the_loss_and_its_gradient(options):
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 0.01
 
 
+@pytest.mark.slow
 def test_training_aligns():
     """40 steps on a fixed batch of noise: with the triplet loss, p ends nearer to the image than n by more than without it."""
 
@@ -306,6 +312,7 @@ def test_training_aligns():
     assert with_["cosine_true"] - with_["cosine_wrong"] > without["cosine_true"] - without["cosine_wrong"] + 0.02
 
 
+@pytest.mark.slow
 def test_jit_equals_eager_and_k_is_the_share(run):
     loss, metrics, attacked = art(mean=MEAN, std=STD, k=35)(KEYS, SPY, VARIABLES, BATCH, 0)
     np.testing.assert_allclose(loss, run()[0], atol=1e-4)
@@ -322,6 +329,7 @@ def test_no_steps_and_no_radius():
     np.testing.assert_array_equal(attacked(steps=0, eps=0), BATCH["image"])
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_only_the_cross_entropy():
     """The attacked images, alignment and cosines of a bf16 network are those of its float32 twin."""
     backbone = models.small_resnet(widths=(4,), stem=4, stem_kernel=3, stem_stride=1)
@@ -358,7 +366,13 @@ class NNXDropped(nnx.Module):
         return self.dense(self.dropout(nnx.relu(self.norm(self.conv(x))).mean((1, 2))))
 
 
-@pytest.mark.parametrize("make", [lambda rate: models.linen(Dropped(rate)), lambda rate: models.nnx(NNXDropped(rate))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rate: models.linen(Dropped(rate)),
+        pytest.param(lambda rate: models.nnx(NNXDropped(rate)), marks=pytest.mark.slow),
+    ],
+)
 def test_dropout_is_in_the_cross_entropy_only(make):
     """On modules that nobody wrote for this: attack and alignment are those of the module without dropout."""
     dropped, whole = make(0.5), make(0.0)

@@ -349,6 +349,10 @@ def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
             "attack: labels must be an int array (8,), one class for each image, got an array of shape (8,) and type float32",
         ),
         (
+            lambda: attacked(keys=None),
+            "attack: keys are needed, one for each image: jax.random.split(jax.random.key(0), len(images))",
+        ),
+        (
             lambda: attacked(keys=KEYS[0]),
             "attack: keys must be 8 typed keys, one for each image, got an array of shape () and type key<fry>; "
             "jax.random.split(jax.random.key(0), 8) gives them",

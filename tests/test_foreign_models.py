@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import lax
 
 from topgap_jax import explain, models, pool
 from topgap_jax.errors import UserError
@@ -191,46 +192,103 @@ def ending(end):
     return model, drawn(model)
 
 
-@pytest.mark.parametrize(
-    "end, dense",
-    {
-        "mean with kept axes": (lambda x, train: nn.Dense(5)(x.mean((1, 2), keepdims=True)[:, 0, 0]), "Dense_0"),
-        "kept axes, then reshape": (
-            lambda x, train: nn.Dense(5)(x.mean((1, 2), keepdims=True).reshape(x.shape[0], -1)),
-            "Dense_0",
-        ),
-        "sum divided": (lambda x, train: nn.Dense(5)(x.sum((1, 2)) / 16), "Dense_0"),
-        "two means": (lambda x, train: nn.Dense(5)(x.mean(1).mean(1)), "Dense_0"),
-        "two means, columns first": (lambda x, train: nn.Dense(5)(x.mean(2).mean(1)), "Dense_0"),
-        "positions as one axis": (
-            lambda x, train: nn.Dense(5)(x.reshape(x.shape[0], -1, x.shape[-1]).mean(1)),
-            "Dense_0",
-        ),
-        "average pool without padding counted": (
-            lambda x, train: nn.Dense(5)(nn.avg_pool(x, (4, 4), count_include_pad=False).squeeze((1, 2))),
-            "Dense_0",
-        ),
-        "without bias": (lambda x, train: nn.Dense(5, use_bias=False)(x.mean((1, 2))), "Dense_0"),
-        "a factor": (lambda x, train: nn.Dense(5)(0.25 * x.mean((1, 2))), "Dense_0"),
-        "in a submodule": (lambda x, train: Head(name="head")(x.mean((1, 2))), "head/last"),
-        "by a part of its name": (lambda x, train: nn.softplus(Head(name="head")(x.mean((1, 2)))), "last"),
-        "a layer of one's own": (lambda x, train: Own(name="own")(x.mean((1, 2))), "own"),
-        "inside jit": (lambda x, train: nn.Dense(5)(jax.jit(lambda x: x.mean((1, 2)))(x)), "Dense_0"),
-    }.values(),
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_ways_to_end(end, dense):
-    model, variables = ending(end)
-    pooled = with_pool(model, dense=dense, pool=pool.gap())
+def dropped(x, train, shape):
+    return nn.Dropout(0.5, deterministic=not train, broadcast_dims=shape)(x)
+
+
+def by_rows(x, train):
+    """The kernel stored and multiplied from the left."""
+    kernel = Kernel(name="own")
+    return kernel(x.mean((1, 2)))
+
+
+class Kernel(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(), (5, x.shape[-1]))
+        return (kernel @ x.T).T
+
+
+def channels_first(x, pooled):
+    """The end of a network (b, c, h, w): its last convolution, and what a test does to the pooled features."""
+    x = lax.conv_general_dilated(
+        x.transpose(0, 3, 1, 2), jnp.ones((6, 6, 1, 1)) + jnp.eye(6)[..., None, None], (1, 1), "SAME"
+    )
+    return nn.Dense(5)(pooled(x))
+
+
+def windowed(x, window):
+    return lax.reduce_window(x, 0.0, lax.add, window, window, "VALID") / 16
+
+
+conv1x1 = lambda x, **options: nn.Conv(5, (1, 1), name="Dense_0", **options)(x)
+WAYS = {
+    "mean with kept axes": lambda x, train: nn.Dense(5)(x.mean((1, 2), keepdims=True)[:, 0, 0]),
+    "kept axes, then reshape": lambda x, train: nn.Dense(5)(x.mean((1, 2), keepdims=True).reshape(x.shape[0], -1)),
+    "dense layer of kept axes": lambda x, train: nn.Dense(5)(x.mean((1, 2), keepdims=True))[:, 0, 0],
+    "sum divided": lambda x, train: nn.Dense(5)(x.sum((1, 2)) / 16),
+    "two means": lambda x, train: nn.Dense(5)(x.mean(1).mean(1)),
+    "two means, columns first": lambda x, train: nn.Dense(5)(x.mean(2).mean(1)),
+    "positions as one axis": lambda x, train: nn.Dense(5)(x.reshape(x.shape[0], -1, x.shape[-1]).mean(1)),
+    "einops.reduce": lambda x, train: nn.Dense(5)(x.transpose(0, 3, 1, 2).mean((2, 3))),
+    "einops.rearrange": lambda x, train: nn.Dense(5)(x.transpose(0, 3, 1, 2).reshape(len(x), 6, 16).mean(-1)),
+    "average pool without padding counted": lambda x, train: nn.Dense(5)(
+        nn.avg_pool(x, (4, 4), count_include_pad=False).squeeze((1, 2))
+    ),
+    "channels first": lambda x, train: channels_first(x, lambda x: x.mean((2, 3))),
+    "channels first, average pool": lambda x, train: channels_first(x, lambda x: windowed(x, (1, 1, 4, 4))[:, :, 0, 0]),
+    "1x1 convolution behind": lambda x, train: conv1x1(x.mean((1, 2), keepdims=True)).reshape(len(x), -1),
+    "1x1 convolution before": lambda x, train: conv1x1(x).mean((1, 2)),
+    "1x1 convolution before an average pool": lambda x, train: windowed(conv1x1(x), (1, 4, 4, 1)).reshape(len(x), 5),
+    "1x1 convolution before, bias behind": lambda x, train: nn.log_softmax(
+        conv1x1(x, use_bias=False).mean((1, 2)) + jnp.arange(5.0)
+    ),
+    "dense layer before": lambda x, train: nn.Dense(5)(x).transpose(0, 3, 1, 2).reshape(len(x), 5, -1).mean(-1),
+    "dense layer of tokens": lambda x, train: nn.Dense(5)(x.reshape(len(x), -1, 6)).mean(1),
+    "dropout with kept axes": lambda x, train: nn.Dense(5)(
+        dropped(x.mean((1, 2), keepdims=True), train, ()).reshape(len(x), -1)
+    ),
+    "dropout of channels before the second mean": lambda x, train: nn.Dense(5)(dropped(x.mean(1), train, (1,)).mean(1)),
+    "without bias": lambda x, train: nn.Dense(5, use_bias=False)(x.mean((1, 2))),
+    "a factor": lambda x, train: nn.Dense(5)(0.25 * x.mean((1, 2))),
+    "in a submodule": lambda x, train: Head(name="head")(x.mean((1, 2))),
+    "by a part of its name": lambda x, train: nn.softplus(Head(name="head")(x.mean((1, 2)))),
+    "a layer of one's own": lambda x, train: Own(name="own")(x.mean((1, 2))),
+    "a kernel on the left": by_rows,
+    "inside jit": lambda x, train: nn.Dense(5)(jax.jit(lambda x: x.mean((1, 2)))(x)),
+}
+LAYERS = {
+    "in a submodule": "head/last",
+    "by a part of its name": "last",
+    "a layer of one's own": "own",
+    "a kernel on the left": "own",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_end(way):
+    """gap() gives the logits again, with dropout too."""
+    model, variables = ending(WAYS[way])
+    pooled = with_pool(model, dense=LAYERS.get(way, "Dense_0"), pool=pool.gap())
+    train = {"train": True, "keys": KEYS} if "dropout" in way else {}
 
     @jax.jit
     def both(variables):
-        again, maps = read(models.bind(pooled, variables), "maps")(IMAGES)
-        return model.apply(variables, IMAGES).logits, again, maps
+        again, maps = read(lambda images: pooled.apply(variables, images, **train).logits, "maps")(IMAGES)
+        return model.apply(variables, IMAGES, **train).logits, again, maps
 
     logits, again, maps = both(variables)
-    np.testing.assert_allclose(again, logits, atol=1e-6)
-    assert maps.shape == (4, 4, 4, 5)
+    np.testing.assert_allclose(again, logits, atol=2e-6)
+    assert maps.shape == (4, 4, 4, 5) and np.ptp(maps, (1, 2)).min() > 0
+
+
+def test_of_a_fast_model():
+    """The engine's 1x1 convolution is a dense layer too."""
+    model, variables = ending(WAYS["1x1 convolution behind"])
+    pooled = with_pool(models.fast(model), dense="Dense_0", pool=pool.gmp())
+    expected = with_pool(model, dense="Dense_0", pool=pool.gmp())
+    run = lambda model: jax.jit(lambda variables: model.apply(variables, IMAGES).logits)(variables)
+    np.testing.assert_allclose(run(pooled), run(expected), atol=1e-5)
 
 
 def test_bf16():
@@ -243,7 +301,7 @@ def test_bf16():
     assert np.abs(pooled(pool.gmp()) - logits).max() > 0.1
 
 
-NOTHING_ELSE = "it must be global average pooling (a mean over the spatial axes, or a full-window average pool) followed by this dense layer"
+NOTHING_ELSE = "it must be global average pooling (a mean over the spatial axes, or a full-window average pool) and this dense layer"
 STOPS = {
     "layer norm": (
         lambda x, train: nn.Dense(5)(nn.LayerNorm()(x.mean((1, 2)))),
@@ -256,7 +314,7 @@ STOPS = {
     "an activation": (lambda x, train: nn.Dense(5)(nn.relu(x.mean((1, 2)))), "(relu)"),
     "a gate": (
         lambda x, train: nn.Dense(5)(nn.silu(x.mean((1, 2)))),
-        "there is 'mul' by a value that depends on the pooled features",
+        "there is 'mul' of values that both depend on the images",
     ),
     "another dense layer": (
         lambda x, train: nn.Dense(5, name="b")(nn.Dense(6, name="a")(x.mean((1, 2)))),
@@ -273,7 +331,7 @@ STOPS = {
     "max pooling": (lambda x, train: nn.Dense(5)(x.max((1, 2))), "there is 'reduce_max'"),
     "channels": (
         lambda x, train: nn.Dense(5)(x.mean(3).mean(2)),
-        "there is a sum over axes (2,) of a value of shape (4, 4, 4)",
+        "there is a mean over the channels of a value of shape (4, 4, 4, 6)",
     ),
     "part of the map": (
         lambda x, train: nn.Dense(5)(nn.avg_pool(x[:, :3], (2, 4), (2, 4))[:, 0, 0]),
@@ -282,6 +340,18 @@ STOPS = {
     "no dense layer": (
         lambda x, train: nn.relu(x.mean((1, 2))) * nn.Dense(1, name="Dense_0")(x.mean((1, 2, 3))[:, None]),
         "there is a change of shape from (4,) to (4, 1); it",
+    ),
+    "weights of positions": (
+        lambda x, train: nn.Dense(5)((x.mean(1) * jnp.arange(4.0)[:, None]).mean(1)),
+        "there is 'mul' by a value for each position",
+    ),
+    "a convolution of 3x3": (
+        lambda x, train: nn.Conv(5, (3, 3), name="Dense_0")(x.mean((1, 2), keepdims=True))[:, 0, 0],
+        "there is 'conv_general_dilated'",
+    ),
+    "class maps with another pooling": (
+        lambda x, train: nn.Conv(5, (1, 1), name="Dense_0")(x).max((1, 2)),
+        "behind 'Dense_0', a map of shape (4, 4, 4, 5), there is 'reduce_max', no mean over its positions",
     ),
     "in a loop": (
         lambda x, train: nn.remat(Head)(name="head")(x.mean((1, 2))),
@@ -300,7 +370,10 @@ def test_what_stands_on_the_way(case):
     message = str(raised.value)
     assert text in message and "\n" not in message
     if case != "in a loop":
-        assert message.startswith(f"with_pool: on the way back from '{dense}' there is ") and NOTHING_ELSE in message
+        assert NOTHING_ELSE in message
+        assert message.startswith(
+            (f"with_pool: on the way back from '{dense}' there is ", f"with_pool: behind '{dense}', ")
+        )
 
 
 def test_a_wrong_name_lists_the_layers(foreign):
@@ -311,4 +384,5 @@ def test_a_wrong_name_lists_the_layers(foreign):
     convolution = {"Dense_0": "Conv_1", "linear1": "conv2"}[dense]
     with pytest.raises(UserError) as raised:
         with_pool(model, dense=convolution, pool=pool.gap()).apply(variables, IMAGES)
-    assert f"on the way back from '{convolution}' there is 'conv_general_dilated'" in str(raised.value)
+    follows = {"Dense_0": "'custom_jvp_call' (relu)", "linear1": "'sub'"}[dense]
+    assert f"behind '{convolution}', a map of shape (4, 4, 4, 6), there is {follows}" in str(raised.value)

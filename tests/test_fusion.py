@@ -266,7 +266,7 @@ def test_fused_on_devices(axis_type):
 
 @needs_onednn
 def test_fused_hands_off():
-    """Values with other uses stay; both branches of a sum; relu6; infinity passes, NaN is 0 behind a fused ReLU."""
+    """Values with other uses stay; both branches of a sum; relu6; infinity and NaN pass a fused ReLU, whatever their sign."""
     w, b = draw(3, 3, 3, 3) / 5, draw(3)
     convolve = fast_convs(
         lambda x: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -285,8 +285,8 @@ def test_fused_hands_off():
         assert_same(jax.jit(fused(f))(IMAGES), jax.jit(f)(IMAGES), 1e-6)
     relu = lambda x: jax.nn.relu(convolve(x) + b)
     endless, broken = (IMAGES.at[0, 3, 4, 1].set(value) for value in (jnp.inf, jnp.nan))
-    np.testing.assert_array_equal(jnp.isinf(jax.jit(fused(relu))(endless)), jnp.isinf(relu(endless)))
-    assert (jax.jit(fused(relu))(broken)[0, 2:5, 3:6] == 0).all() and jnp.isnan(relu(broken)[0, 2:5, 3:6]).all()
+    np.testing.assert_array_equal(jnp.isinf(jax.jit(fused(relu))(endless)), jnp.isinf(convolve(endless)))
+    np.testing.assert_array_equal(jnp.isnan(jax.jit(fused(relu))(broken)), jnp.isnan(relu(broken)))
 
     @jax.custom_jvp
     def relu(x):  # somebody's own function of that name

@@ -15,21 +15,26 @@ from topgap_jax import metrics
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.metrics import perturbation, ranks
+from topgap_jax.types import Cost
 
 KEYS = jax.random.split(jax.random.key(0), 2)
 
 
+@jax.jit
+def spread_of(maps):
+    return metrics.gini()(None, None, maps, {}) | metrics.extent()(None, None, maps, {})
+
+
 def spread(values):
-    maps = jnp.asarray(values, jnp.float32)[None, None]
-    found = metrics.gini()(None, None, maps, {}) | metrics.extent()(None, None, maps, {})
-    return {name: float(value[0]) for name, value in found.items()}
+    rows = spread_of(jnp.asarray(values, jnp.float32)[None, None])
+    return {name: float(row[0]) for name, row in rows.items()}
 
 
 # How wide a map is: sgdrop 12, T11.
 
 
 @pytest.mark.parametrize(
-    "values, effective_area, gini, area50, area90, above_half",
+    "values, effective_share, gini, area50, area90, above_half",
     [
         ((1, 1, 1, 1), 1, 0, 0.5, 1, 1),
         ((1, 0, 0, 0), 0.25, 0.75, 0.25, 0.25, 0.25),
@@ -37,8 +42,8 @@ def spread(values):
         ((8, 4, 2, 2, 0, 0, 0, 0), 0.420448, 0.65625, 0.125, 0.5, 0.25),
     ],
 )
-def test_spread_has_the_worked_values(values, effective_area, gini, area50, area90, above_half):
-    expected = {"effective_area": effective_area, "gini": gini, "area50": area50, "area90": area90}
+def test_spread_has_the_worked_values(values, effective_share, gini, area50, area90, above_half):
+    expected = {"effective_share": effective_share, "gini": gini, "area50": area50, "area90": area90}
     assert spread(values) == pytest.approx(expected | {"above_half": above_half}, abs=1e-6)
     # Scale changes nothing, up to the ends of float32; negative values count as 0.
     for factor in (1e-30, 1e30):
@@ -52,14 +57,18 @@ def test_gini_has_the_worked_values(values, gini):
     assert spread(values)["gini"] == pytest.approx(gini, abs=1e-6)
 
 
-@given(st.lists(st.integers(0, 100), min_size=2, max_size=30).filter(any))
+# Few sizes: each is a program of its own.
+LISTS = st.sampled_from([2, 9, 30]).flatmap(lambda n: st.lists(st.integers(0, 100), min_size=n, max_size=n))
+
+
+@given(LISTS.filter(any))
 def test_spread_equals_numpy(values):
     p = np.sort(np.float64(values))[::-1] / np.sum(values)
     n = len(p)
     difference = np.abs(p[:, None] - p[None, :]).sum() / (2 * n)  # Gini is half the mean difference over the mean
     filled = p[p > 0]
     held = np.cumsum(p) + 1e-6
-    expected = {"gini": difference, "effective_area": np.exp(-(filled * np.log(filled)).sum()) / n}
+    expected = {"gini": difference, "effective_share": np.exp(-(filled * np.log(filled)).sum()) / n}
     expected |= {"area50": (np.argmax(held >= 0.5) + 1) / n, "area90": (np.argmax(held >= 0.9) + 1) / n}
     expected |= {"above_half": np.mean(np.array(values) >= max(values) / 2)}
     assert spread(values) == pytest.approx(expected, abs=1e-5)
@@ -80,6 +89,22 @@ def test_energy_has_the_worked_value():
     found, certain = (metrics.energy()(None, None, maps, batch) for batch in (box, region))
     np.testing.assert_allclose([found["energy"][0], found["energy_lift"][0]], [0.5, 0.5 * 9 / 4], rtol=1e-6)
     np.testing.assert_allclose([certain["energy"][0], certain["energy_lift"][0]], [1, 8 / 4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", metrics.TABLE)
+def test_a_map_that_is_not_finite_has_no_measure(name):
+    """NaN in its row; the other image's row is what it is alone."""
+    metric = metrics.TABLE[name](*(((0.2, 0.5),) if name == "iou_curve" else ()))
+    region = jnp.zeros((2, 4, 5), jnp.uint8).at[:, 1:3, 1:4].set(1)
+    batch = {"image": IMAGES, "label": LABELS, "region": region}
+    maps = jnp.asarray(np.random.default_rng(7).uniform(size=(2, 4, 5)), jnp.float32)
+    whole = metric(KEYS, predict, maps, batch)
+    for broken in (jnp.nan, jnp.inf):
+        rows = metric(KEYS, predict, maps.at[0, 1, 2].set(broken), batch)
+        assert set(rows) == set(metric.measures) == set(whole)
+        for key, row in rows.items():
+            assert np.isnan(row[0]).all() and np.isfinite(whole[key]).all()
+            np.testing.assert_array_equal(row[1], whole[key][1])
 
 
 # How far two maps agree: art 15, T7.
@@ -130,6 +155,12 @@ def test_topk_equals_numpy(seed, k):
     expected = [len(top(x) & top(y)) / k for x, y in zip(a, b)]
     np.testing.assert_allclose(ranks.topk_intersection(a, b, k), expected, rtol=1e-6)
     np.testing.assert_allclose(ranks.topk_intersection(a, b, jnp.full(3, k)), expected, rtol=1e-6)
+
+
+def test_maps_that_are_not_finite_agree_with_nothing():
+    broken = S.at[0, 0, 0].set(jnp.nan)
+    for measure in (lambda a, b: ranks.topk_intersection(a, b, 2), ranks.kendall_tau_b, ranks.spearman):
+        assert np.isnan(measure(broken, broken)).all() and np.isnan(measure(S, broken)).all()
 
 
 def test_cosine_of_small_and_of_empty_maps():
@@ -201,8 +232,10 @@ def test_deletion_and_insertion_equal_numpy(row):
             logits = ((changed - MEAN) / 0.25).ravel() @ np.asarray(WEIGHTS)
             scores.append(np.exp(logits[i]) / np.exp(logits).sum())
         area = (sum(scores) - scores[0] / 2 - scores[-1] / 2) / steps
-        assert float(next(iter(found.values()))[i]) == pytest.approx(area, abs=1e-5)
-    assert metric.cost.forwards == steps + 1
+        name = row.split("(")[0]
+        assert float(found[name][i]) == pytest.approx(area, abs=1e-5)
+        np.testing.assert_allclose(found[f"{name}_curve"][i], scores, atol=1e-5)
+    assert metric.cost(None, None) == Cost(steps + 1, 0)
 
 
 def test_ties_are_shuffled_by_the_key():
@@ -247,8 +280,8 @@ def test_the_true_map_of_an_additive_score_is_the_best():
     "make, text",
     [
         (lambda: metrics.deletion(steps=0), "steps must be a whole number of at least 1, got 0"),
-        (lambda: metrics.insertion(substrate="grey"), "insertion: substrate must be 'mean', 'blur' or a colour in [0, 1], got 'grey'"),
-        (lambda: metrics.deletion(substrate=(0, 0, 255)), "substrate must be a number in [0, 1], got 255.0"),
+        (lambda: metrics.insertion(substrate="grey"), "insertion: substrate must be 'mean', 'blur', a colour or a picture in [0, 1], got 'grey'"),
+        (lambda: metrics.deletion(substrate=(0, 0, 255)), "deletion: substrate must be 'mean', 'blur', a colour or a picture (h, w, c) in [0, 1]"),
         (lambda: ranks.topk_intersection(S, S, 7), "k must be a whole number in [1, 6], got 7"),
         (lambda: ranks.spearman(S, S[:, :1]), "maps to compare must have one shape, got (1, 2, 3) and (1, 1, 3)"),
     ],

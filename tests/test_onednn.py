@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import pytest
 
 from topgap_jax.engine import convolution, library, onednn
 
 pytestmark = pytest.mark.skipif(not onednn.available(), reason=f"no oneDNN here: {onednn.reason()}")
+
+SLOW = pytest.mark.slow
 
 PROGRAM = """
     import logging, os, sys
@@ -62,7 +66,9 @@ CASES = {  # what is done before, and what the line in the log says
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case == "not installed" else pytest.param(case, marks=SLOW) for case in CASES]
+)
 def test_without_it_everything_works(case, tmp_path):
     """On another machine, with an unknown jaxlib, without or with a bad library: XLA's convolutions, and one line that says so."""
     before, said = CASES[case]
@@ -73,6 +79,23 @@ def test_without_it_everything_works(case, tmp_path):
     lines = [line for line in done.stdout.splitlines() if line.startswith("topgap_jax")]
     assert len(lines) == 1 and "convolutions: XLA's, not oneDNN's (" in lines[0] and said in lines[0]
     assert ": xla (" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("patch", "reason"),
+    [
+        (lambda p: p.setattr(platform, "machine", lambda: "aarch64"), CASES["arm64"][1]),
+        (lambda p: p.setattr(jaxlib, "__version__", "9.1.0"), CASES["unknown jaxlib"][1]),
+        (lambda p: p.setenv("TOPGAP_ONEDNN", "off"), CASES["off"][1]),
+        (lambda p: (p.setattr(onednn, "KEPT", []), p.setenv("TOPGAP_ONEDNN", "/nowhere/x.so")), CASES["no library"][1]),
+        (lambda p: p.setattr(library.Ready, "run", lambda self, pointers: None), CASES["wrong numbers"][1]),
+    ],
+    ids=["arm64", "unknown jaxlib", "off", "no library", "wrong numbers"],
+)
+def test_why_it_is_not_used(patch, reason, monkeypatch):
+    """The same without a program of its own, one case of each kind."""
+    patch(monkeypatch)
+    assert reason in onednn._reason.__wrapped__()
 
 
 def test_errors_are_errors_of_xla():
@@ -108,6 +131,7 @@ def one(shape, out):
     return convolution(jnp.full(shape, 2.0), jnp.ones((3, 3, shape[3], out)), (1, 1), ((0, 0), (0, 0)))
 
 
+@SLOW
 def test_first_use_by_many_threads(tmp_path):
     """They wait for one of them to load it."""
     program = """
@@ -120,6 +144,7 @@ def test_first_use_by_many_threads(tmp_path):
     assert done.stdout.strip() == "{''} 1", done.stderr
 
 
+@SLOW
 def test_an_interrupted_start_a_guard_and_a_number_of_threads():
     """A start that was interrupted is made again; a transfer guard is not meant for the self-test; OMP_NUM_THREADS wins."""
     program = """
@@ -139,7 +164,7 @@ def test_an_interrupted_start_a_guard_and_a_number_of_threads():
     assert done.stdout == "interrupted\n'' [1]\n", done.stderr
 
 
-@pytest.mark.parametrize("end", ["", "raise KeyboardInterrupt", "del y"])
+@pytest.mark.parametrize("end", ["", *(pytest.param(end, marks=SLOW) for end in ("raise KeyboardInterrupt", "del y"))])
 def test_the_end_waits_for_what_is_computed(end):
     """A process may end, well or badly, while its last step is still computed, also if nobody holds the result."""
     program = f"""
@@ -161,18 +186,18 @@ def test_the_end_waits_for_what_is_computed(end):
 
 def test_threads():
     """Four Python threads at once, same and different shapes: every result right."""
-    wanted = list(shapes(12)) * 20
+    wanted = list(shapes(6)) * 20
     with ThreadPoolExecutor(4) as pool:
         for (shape, out), result in zip(wanted, pool.map(lambda pair: np.asarray(one(*pair)), wanted)):
             assert result.shape == (shape[0], shape[1] - 2, shape[2] - 2, out) and (result == 18 * shape[3]).all()
 
 
-@pytest.mark.parametrize("rounds", [9, pytest.param(49, marks=pytest.mark.slow)])
-def test_memory_is_bounded(monkeypatch, rounds):
-    """10,000 calls (in make test 2,000) over 200 shapes: what is kept is what they need, or the limit; memory does not grow."""
+@pytest.mark.parametrize(("count", "rounds"), [(20, 4), pytest.param(200, 49, marks=SLOW)])
+def test_memory_is_bounded(monkeypatch, count, rounds):
+    """10,000 calls over 200 shapes (in make test 100 over 20): kept is what they need, or the limit; memory does not grow."""
     (loaded,) = onednn.KEPT
-    wanted = list(dict.fromkeys(shapes(400)))[:200]
-    assert len(wanted) == 200
+    wanted = list(dict.fromkeys(shapes(400)))[:count]
+    assert len(wanted) == count
     alive = lambda: sum(map(len, loaded.ready.values()))
     resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
     for pair in wanted:
@@ -183,10 +208,10 @@ def test_memory_is_bounded(monkeypatch, rounds):
             one(*pair)
     # A second thread of XLA may have needed some of them at the same time as a first.
     assert before <= alive() <= 2 * before and resident() - memory < 30
-    monkeypatch.setattr(library, "LIMIT", 50)
-    for pair in wanted[:120]:
+    monkeypatch.setattr(library, "LIMIT", count // 4)
+    for pair in wanted[: count // 2]:
         np.testing.assert_array_equal(one(*pair), 18 * pair[0][3])
-    assert len(loaded.ready) == 50
+    assert len(loaded.ready) == count // 4
 
 
 CACHED = """
@@ -204,7 +229,8 @@ CACHED = """
 """
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
+@SLOW
+@pytest.mark.parametrize("devices", [1, 2])
 def test_persistent_compilation_cache(devices, tmp_path):
     """A second process compiles nothing and finds the same numbers; one without the library neither profits nor suffers."""
     script, cache = tmp_path / "program.py", tmp_path / "cache"

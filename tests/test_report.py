@@ -1,4 +1,4 @@
-"""The report, the tables in the terminal, and the page in a real browser."""
+"""The report, the tables and the verdict in the terminal, and the page in a real browser."""
 
 import json
 import re
@@ -11,51 +11,70 @@ import pytest
 from PIL import Image
 
 from topgap_jax.errors import UserError
-from topgap_jax.report import compare, demo_table, report, sheet, table
+from topgap_jax.measure.results import Row, to_json
+from topgap_jax.report import compare, read_runs, report, sheet, table, verdict
 from topgap_jax.report import page as page_module
 from topgap_jax.report.figures import Series, line_chart, thin
-from topgap_jax.report.read import Measure, beside, comparison, headline, labels, measures, number, read_runs, with_gaps
+from topgap_jax.report.lines import comparison
+from topgap_jax.report.read import beside, labels, with_gaps
+from topgap_jax.types import Curve, Measure
 
 EVIL = "<script>alert(1)</script>"
 ROBUST = "robust(pgd(linf(eps), steps=20))"
+COST = {"forward_passes": 1.0, "gradient_evaluations": 0.0, "seconds": 3.21, "device": "cpu"}
 
 
-def rows_of(seed, *, regions=True):
-    """Rows as run/evaluate.py writes them."""
+def near(value, label, *, half=0.02, n=1000, **fields):
+    return Measure(value, value - half, value + half, n=n, label=label, **fields)
+
+
+def row(split, evaluator, measures, *, audit=None, overrides=None, examples=1000, **cost):
+    return Row(split, evaluator, overrides or {}, examples, measures, COST | cost, audit)
+
+
+def rows_of(seed, *, regions=True, splits=(("test", 0.91), ("test_shifted", 0.52))):
+    """Rows as `measure.evaluate` makes them, of splits with about these accuracies."""
     random = np.random.default_rng(seed)
-    cost = {"forward_passes": 1.0, "gradient_evaluations": 0.0, "seconds": 3.21, "device": "cpu"}
     rows = []
-    for split, level in (("test", 0.91), ("test_shifted", 0.52)):
+    for split, level in splits:
         level = level + random.normal() * 0.03
-        near = lambda value, half=0.02: {"": value, "_low": value - half, "_high": value + half}
-        interval = lambda name, value: {name + end: number for end, number in near(value).items()}
         x = np.linspace(0.2, 1, 9)
-
-        def row(evaluator, values, curves=None, split=split, **more):
-            rows.append({"split": split, "evaluator": evaluator, "examples": 1000, "complete": True, "values": values,
-                         "curves": curves or {}, "cost": {**cost, **more}, "audit": None})  # fmt: skip
-
-        calibration = {"x": x.tolist(), "y": (x - 0.1 * random.random(9)).tolist()}
-        row("accuracy()", interval("accuracy", level) | {"nll": 0.3 / level, "calibration_error": 0.04,
-            "worst_group_accuracy": level - 0.3, "group_0_accuracy": level - 0.3, "group_0_examples": 104},
-            {"calibration": calibration})  # fmt: skip
-        robust = {"clean_accuracy": level, "robust_accuracy": level / 2, "robust_low": level / 2 - 0.03,
-                  "robust_high": level / 2 + 0.03, "attacked": 910, "mean_steps": 12.4, "unconfirmed": 0, "fragile": 2}  # fmt: skip
-        row(
-            ROBUST,
-            robust,
-            {"after_runs": {"x": [0, 1], "y": [level, level / 2]}},
-            gradient_evaluations=20.0,
-            seconds=81.7,
+        calibration = Curve(
+            x.tolist(), (x - 0.1 * random.random(9)).tolist(), ("confidence", "accuracy"), "calibration"
         )
-        row("localisation(cam())", interval("iou", 0.41 + seed / 50) | {"best_iou": 0.47, "best_iou_tau": 0.35,
-            "max_box_accuracy": 0.55, "centre_iou": 0.3, "full_iou": 0.14, "in_region": 0.6, "lift": None},
-            {"iou_curve": {"x": x.tolist(), "y": (0.5 - (x - 0.4) ** 2).tolist()}})  # fmt: skip
+        rows += [
+            row(split, "accuracy()", {
+                "accuracy": near(level, "accuracy", better="higher"),
+                "nll": Measure(0.3 / level, n=1000, better="lower", label="NLL", unit="nats"),
+                "worst_group_accuracy": near(level - 0.3, "worst-group accuracy", n=104, better="higher"),
+                "group_0_accuracy": near(level - 0.3, "accuracy of group 0", n=104, main=False),
+                "calibration": calibration,
+            }),
+            row(split, ROBUST, {
+                "robust_accuracy": near(level / 2, "accuracy under pgd-20, linf(0.007843)", half=0.03, better="higher"),
+                "clean_accuracy": near(level, "clean accuracy", main=False),
+                "after_runs": Curve([0, 1], [level, level / 2], ("runs done", "accuracy"), "accuracy by run"),
+            }, audit="not audited", gradient_evaluations=20.0, seconds=81.7),
+            row(split, "localisation(cam())", {
+                "iou": near(0.41 + seed / 50, "IoU of the map", better="higher"),
+                "centre_iou": near(0.3, "IoU of the centred box"),
+                "lift": Measure(n=0, label="lift of the map", unit="times chance", reason="no map is positive"),
+                "iou_curve": Curve(x.tolist(), (0.5 - (x - 0.4) ** 2).tolist(), ("threshold", "IoU"), "IoU curve"),
+            }),
+        ]  # fmt: skip
         if regions:
-            row("regions(bank)", {"foreground_sensitivity": 0.12 + seed / 100, "foreground_accuracy": 0.6, "foreground_low": 0.57,
-                "foreground_high": 0.63, "background_accuracy": 0.3, "background_gap": 0.22, "left_out": 0},
-                {"sensitivity_curve": {"x": [0.1, 0.2, 0.4], "y": [0.1, 0.12, 0.2]}}, forward_passes=10.0)  # fmt: skip
+            rows.append(row(split, "regions()", {
+                "foreground_sensitivity": Measure(0.12 + seed / 100, n=990, better="higher", label="sensitivity"),
+                "foreground_accuracy": near(0.6, "accuracy, object alone", half=0.03, better="higher"),
+                "background_gap": Measure(0.22, n=1000, better="lower", label="background gap"),
+                "sensitivity_curve": Curve([0.1, 0.2, 0.4], [0.1, 0.12, 0.2], ("noise", "sensitivity"), "by noise"),
+            }, forward_passes=10.0))  # fmt: skip
     return rows
+
+
+def store(folder, rows, weights="checkpoint best, step 320", data="shapes()"):
+    rows = [each if isinstance(each, dict) else to_json(each) for each in rows]
+    (folder / "evaluation.json").write_text(json.dumps({"rows": rows, "weights": weights, "data": data}))
 
 
 def make_run(
@@ -82,34 +101,45 @@ def make_run(
                 )
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if evaluated:
-        stored = {"rows": rows_of(seed, regions=regions), "weights": "checkpoint best, step 320", "data": "shapes()"}
-        (folder / "evaluation.json").write_text(json.dumps(stored))
+        store(folder, rows_of(seed, regions=regions))
     if sheets:
         y, x = np.mgrid[:64, :64] / 64
         for name in ("test", "test_shifted"):
             images = np.clip(random.random((3, 64, 64, 3)) * 0.2 + np.stack([x, y, 1 - x], -1)[None] * 0.8, 0, 1)
             maps = np.exp(-30 * ((y - 0.5) ** 2 + (x - random.random((3, 1, 1))) ** 2))
-            sheet(folder / "sheets" / f"{name}.png", images, names=[("disc", "disc"), ("star", "ring"), ("cross", "cross")],
-                  maps={"cam()": maps[:, ::4, ::4], "grad_cam()": maps}, boxes=np.array([[0.2, 0.3, 0.7, 0.8]] * 3),
-                  regions=((y - 0.5) ** 2 + (x - 0.5) ** 2 < 0.05)[None].repeat(3, 0), title=f"{name}: {pool}")  # fmt: skip
+            inside = (y - 0.5) ** 2 + (x - 0.5) ** 2 < 0.05
+            sheet(
+                folder / "sheets" / f"{name}.png",
+                images,
+                names=[("disc", "disc"), ("star", "ring"), ("cross", "cross")],
+                maps={"cam()": maps[:, ::4, ::4], "grad_cam()": maps},
+                boxes=np.array([[0.2, 0.3, 0.7, 0.8]] * 3),
+                regions=inside[None].repeat(3, 0),
+                title=f"{name}: {pool}",
+            )
     return folder
 
 
 def test_the_generalisation_gap_stands_beside_accuracy_on_other_images(tmp_path):
     """Accuracy on a part of the training split minus that of the row; nothing where no such part was evaluated."""
-    row = lambda split, accuracy, name="accuracy()": {
-        "split": split,
-        "evaluator": name,
-        "values": {"accuracy": accuracy},
-    }
-    rows = [row("test", 0.75), row("train[:100]", 1.0), row("train[900:]", 0.5), row("test", 0.1, "other()")]
-    gaps = lambda rows, train: [found["values"].get("generalisation_gap") for found in with_gaps(rows, train)]
+    accuracy = lambda split, value, name="accuracy()", **overrides: row(
+        split, name, {"accuracy": Measure(value, n=1000, label="accuracy")}, overrides=overrides
+    )
+    rows = [
+        accuracy("test", 0.75),
+        accuracy("train[:100]", 1.0),
+        accuracy("train[900:]", 0.5),
+        accuracy("test", 0.1, "other()"),
+    ]
+    values = lambda row: row.measures["generalisation_gap"].value if "generalisation_gap" in row.measures else None
+    gaps = lambda rows, train: [values(each) for each in with_gaps(rows, train)]
     assert gaps(rows, "train[:900]") == [0.25, None, 0.5, None]
     assert gaps(rows, "train") == [0.25, None, None, None]
     assert gaps(rows, "other") == gaps(rows, "") == [None] * 4 and gaps(rows[:1], "train") == [None]
+    assert gaps([accuracy("test", 0.75, pool="gmp()"), rows[1]], "train") == [None, None]  # of another network
     folder = make_run(tmp_path / "run", evaluated=False, sheets=False)
-    (folder / "evaluation.json").write_text(json.dumps({"rows": rows, "weights": "", "data": ""}))
-    assert "generalisation_gap" in compare([folder])
+    store(folder, rows)
+    assert re.search(r"^  accuracy +0\.7500\n  generalisation gap +0\.2500$", compare([folder]), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +180,8 @@ class Reader(HTMLParser):
 def test_the_page_holds_results_pictures_config_and_commands(page, two_runs):
     read = Reader(page.read_text())
     assert "Two pools" in read.words and "2 runs" in read.words
+    places = [read.words.index(text) for text in ("Accuracy on test does", "Where the networks look", "Difference is")]
+    assert places == sorted(places)
     pictures = [attrs for tag, attrs in read.tags if tag == "img" and attrs.get("src")]
     assert len(pictures) == 4 and all(attrs["src"].startswith("data:image/png") and attrs["alt"] for attrs in pictures)
     assert sum(tag == "svg" for tag, _ in read.tags) == 3 + 6
@@ -172,18 +204,41 @@ def test_ids_are_unique_and_headers_have_a_scope(page):
     assert all(attrs.get("scope") in ("col", "row") for tag, attrs in read.tags if tag == "th")
 
 
-def test_regions_worst_group_and_audit_stand_beside_every_robust_number(page, two_runs, tmp_path):
-    run = read_runs(two_runs)[0]
-    assert beside(run.rows, "test")["foreground_sensitivity"].value == pytest.approx(0.12)
-    assert Reader(page.read_text()).words.count("not audited") == 2 + 4 + 4
-    bare = Reader(report([make_run(tmp_path / "bare", regions=False)], tmp_path / "bare.html").read_text()).words
-    assert bare.count("foreground sensitivity not measured") == 2
-    rows = rows_of(0)
-    rows[1]["audit"] = "passed 7 of 7"
-    stored = {"rows": rows[:4], "weights": "", "data": ""}
-    (tmp_path / "bare" / "evaluation.json").write_text(json.dumps(stored))
+def test_accuracy_regions_and_audit_stand_beside_every_robust_number(page, two_runs, tmp_path):
+    rows = read_runs(two_runs)[0].rows
+    names = [
+        "accuracy",
+        "nll",
+        "worst_group_accuracy",
+        "foreground_sensitivity",
+        "foreground_accuracy",
+        "background_gap",
+    ]
+    measures, missing = beside(rows, rows[1])
+    assert (list(measures), missing) == (names, []) and measures["foreground_sensitivity"].value == pytest.approx(0.12)
+    # In the verdict, in the results of both splits, and in the table of what is robust.
+    assert Reader(page.read_text()).words.count("not audited") == 1 + 2 + 4
+    bare = Reader(
+        report(
+            [make_run(tmp_path / "bare", regions=False, trained=False, sheets=False)], tmp_path / "bare.html"
+        ).read_text()
+    ).words
+    assert bare.count("regions() not measured") == 2 and "accuracy() not measured" not in bare
+    rows = rows_of(0)[1:4]
+    store(tmp_path / "bare", [rows[0]._replace(audit="passed 7 of 7"), *rows[1:]])
     audited = Reader(report([tmp_path / "bare"], tmp_path / "bare.html").read_text()).words
     assert audited.count("passed 7 of 7") == 3 and "not audited" not in audited
+    assert "clean accuracy 0.9138" in audited and "accuracy() not measured" in audited
+
+
+def test_what_stands_beside_is_of_the_same_network():
+    """An override of the attack's own number concerns the attack alone; one of the pool makes another network."""
+    accuracy = row("test", "accuracy()", {"accuracy": Measure(0.9, label="accuracy")})
+    other = accuracy._replace(overrides={"pool": "gmp()"}, measures={"accuracy": Measure(0.1, label="accuracy")})
+    of = lambda **overrides: row("test", ROBUST, {}, audit="not audited", overrides=overrides)
+    value = lambda robust: beside([accuracy, other], robust)[0]["accuracy"].value
+    assert [value(of(eps="1/255")), value(of(pool="gmp()")), value(of(pool="gmp()", eps="1/255"))] == [0.9, 0.1, 0.1]
+    assert beside([accuracy, other], of(pool="gap()")) == ({}, ["accuracy()", "regions()"])
 
 
 def test_everything_a_user_supplies_is_escaped(tmp_path):
@@ -192,14 +247,16 @@ def test_everything_a_user_supplies_is_escaped(tmp_path):
     )
     (evil / "sheets").mkdir()
     Image.new("RGB", (8, 8)).save(evil / "sheets" / "a<b>'\".png")
-    stored = json.loads((evil / "evaluation.json").read_text())
-    stored["rows"][0] |= {"split": EVIL, "evaluator": EVIL + "</script>", "audit": EVIL}
-    stored["rows"][0]["values"][EVIL] = 0.5
-    stored["rows"][0]["curves"] = {EVIL: {"x": [0, 1, 2], "y": [0, 1, 2]}}
-    stored["rows"][0]["cost"]["device"] = EVIL
-    stored["rows"][1]["audit"] = {EVIL: "</script>"}
-    stored |= {"weights": EVIL, "data": EVIL}
-    (evil / "evaluation.json").write_text(json.dumps(stored))
+    rows = [to_json(each) for each in rows_of(0)]
+    rows[0] |= {"split": EVIL, "evaluator": EVIL + "</script>", "audit": EVIL, "overrides": {EVIL: EVIL}}
+    rows[0]["measures"] = {
+        EVIL: {"value": 0.5, "label": EVIL, "unit": EVIL},
+        "b": {"n": 0, "reason": EVIL + '"', "label": "b"},
+    }
+    rows[0]["measures"]["c"] = {"x": [0, 1, 2], "y": [0, 1, 2], "axes": [EVIL, EVIL], "label": EVIL}
+    rows[0]["measures"]["d"] = {"x": [0, 1, 2], "y": [0, None, 2], "axes": []}
+    rows[0]["cost"]["device"] = EVIL
+    store(evil, rows, weights=EVIL, data=EVIL)
     with (evil / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 5, "kind": "train", EVIL: 1.0}) + "\n")
     text = report([evil], tmp_path / "evil.html", title=EVIL).read_text()
@@ -209,31 +266,60 @@ def test_everything_a_user_supplies_is_escaped(tmp_path):
     assert not any("onerror" in attrs for _, attrs in read.tags)
     embedded = re.search(r'<script type="application/json" id="numbers">(.*?)</script>', text, re.DOTALL)[1]
     assert json.loads(embedded)[0]["rows"][0]["split"] == EVIL
+    assert "\x1b" not in compare([make_run(tmp_path / "esc\x1b[2J", evaluated=False, trained=False, sheets=False)])
 
 
 def test_what_is_missing_is_said(tmp_path):
     run = make_run(tmp_path / "young", evaluated=False, trained=False, sheets=False)
     (run / "versions.json").unlink()
     words = Reader(report([run], tmp_path / "young.html").read_text()).words
-    for text in ("has not been evaluated yet", "There are no results yet", "no training metrics", "There are no contact sheets",
-                 "No versions are recorded", "Robustness has not been measured", "No evaluation has stored a curve"):  # fmt: skip
+    for text in (
+        "young has not been evaluated yet.",
+        "There are no results yet",
+        "no training metrics",
+        "There are no contact sheets",
+        "No versions are recorded",
+        "Robustness has not been measured",
+        "No evaluation has stored a curve",
+    ):
         assert text in words
     assert "young: no evaluation yet; topgap evaluate --workdir" in compare([run])
 
 
-def test_numbers_that_are_not_finite_are_shown_and_kept_out_of_the_json(tmp_path):
-    run = make_run(tmp_path / "odd", sheets=False)
+def test_a_measure_without_a_value_says_why(tmp_path):
+    """An undefined one by its reason; a number that is not finite, such as version 0.1.0 wrote, is none either."""
+    run = make_run(tmp_path / "odd", trained=False, sheets=False)
     rows = rows_of(0)
-    rows[0]["values"] |= {"nll": float("nan"), "accuracy": None}
-    (run / "evaluation.json").write_text(json.dumps({"rows": rows}))
+    rows[0] = rows[0]._replace(measures={"accuracy": Measure(n=0, label="accuracy", reason="no image"),
+                                         "nll": Measure(float("nan"), n=3, label="NLL")})  # fmt: skip
     (run / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": NaN}\n{"step": 2, "kind": "train", "lo')
+    old = {"split": "old", "evaluator": "accuracy()", "examples": 3, "values": {"accuracy": float("nan")}}
+    store(run, [*rows, old])
     text = report([run], tmp_path / "odd.html").read_text()
     assert json.loads(re.search(r'id="numbers">(.*?)</script>', text, re.DOTALL)[1], parse_constant=pytest.fail)
-    assert ">nan<" in text
+    assert text.count('<abbr class="none" title="no image">–</abbr>') == 1 + 1  # results, and beside the robust number
+    assert ">nan<" not in text and 'title="no map is positive"' in text
+    said = compare([run]).splitlines()
+    assert [line.split() for line in said].count(["accuracy", "undefined"]) == 2
+    assert "undefined: accuracy: no image" in said and "undefined: NLL, accuracy: its value is no finite number" in said
+    assert sum(line == "undefined: lift of the map: no map is positive" for line in said) == 1
+    assert verdict(read_runs([run]))[0].startswith(
+        "odd: accuracy on test is undefined (no image); accuracy on test_shifted is 0.5"
+    )
+
+
+def test_a_measure_over_fewer_images_says_of_how_many(page, two_runs):
+    assert (
+        Reader(page.read_text()).words.count("104 of 1,000 images") == 4 * 3
+    )  # main, of a group, beside what is robust
+    assert "  worst-group accuracy, 104 of 1,000 images " in compare(two_runs)
+    assert re.search(
+        r"^  worst-group accuracy +0\.6138 \[0\.5938, 0\.6338\]  104 of 1,000$", table(rows_of(0)), re.MULTILINE
+    )
 
 
 def test_sheets_that_do_not_fit_are_named(tmp_path, monkeypatch):
-    run = make_run(tmp_path / "big")
+    run = make_run(tmp_path / "big", trained=False, evaluated=False)
     noise = np.random.default_rng(0).integers(0, 255, (400, 1800, 3), np.uint8)
     Image.fromarray(noise).save(run / "sheets" / "a_large.png")
     (run / "sheets" / "broken.png").write_bytes(b"not a picture")
@@ -241,7 +327,7 @@ def test_sheets_that_do_not_fit_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(page_module, "PICTURE_BYTES", room)
     read = Reader(report([run], tmp_path / "big.html").read_text())
     sources = {attrs["alt"].split()[2]: attrs for tag, attrs in read.tags if tag == "img" and attrs.get("src")}
-    assert sources["a_large.png"]["src"].startswith("data:image/jpeg") and sources["a_large.png"]["width"] == "1600"
+    assert sources["a_large"]["src"].startswith("data:image/jpeg") and sources["a_large"]["width"] == "1600"
     assert "big/sheets/broken.png: cannot be read as a picture" in read.words
     assert re.search(r"big/sheets/test\.png: no room, the page holds \d MB of pictures", read.words)
     assert sum(len(attrs["src"]) for attrs in sources.values()) <= room
@@ -249,7 +335,7 @@ def test_sheets_that_do_not_fit_are_named(tmp_path, monkeypatch):
 
 def test_mistakes_are_told_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
-    run = make_run(tmp_path / "run", sheets=False)
+    run = make_run(tmp_path / "run", trained=False, evaluated=False, sheets=False)
     cases = [
         (
             [tmp_path / "empty"],
@@ -268,99 +354,170 @@ def test_mistakes_are_told_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write the report '.*r\.html'"):
         report([run], tmp_path / "file" / "r.html")
-    (run / "evaluation.json").write_text("[]")
-    with pytest.raises(
-        UserError, match=r"evaluation.json' is not what a run writes: it should be an object with 'rows'"
-    ):
-        report([run], tmp_path / "r.html")
-    (run / "evaluation.json").write_text("{")
-    with pytest.raises(UserError, match=r"evaluation.json' cannot be read as JSON: Expecting"):
-        report([run], tmp_path / "r.html")
+    for text in ("[]", "{", '{"rows": [{}]}', '{"rows": [{"values": {"accuracy": "high"}}]}'):
+        (run / "evaluation.json").write_text(text)
+        for call in (compare, lambda folders: report(folders, tmp_path / "r.html")):
+            with pytest.raises(
+                UserError, match=r"evaluation.json is not an evaluation of this program \(.+\); move it away"
+            ):
+                call([run])
 
 
-def test_measures_find_their_intervals():
-    row = {"values": {"accuracy": 0.9, "accuracy_low": 0.8, "accuracy_high": 0.95, "foreground_accuracy": 0.5, "foreground_low": 0.4,
-                      "foreground_high": 0.6, "slow": 3, "lone_low": 1}}  # fmt: skip
-    assert measures(row) == [Measure("accuracy", 0.9, 0.8, 0.95), Measure("foreground_accuracy", 0.5, 0.4, 0.6),
-                             Measure("slow", 3), Measure("lone_low", 1)]  # fmt: skip
-    assert headline(rows_of(0)[1]).name == "robust_accuracy" and headline({}).value is None
+def test_a_run_of_version_0_1_0_is_shown_beside_one_of_today(tmp_path):
+    """Bare numbers with `name_low` and `name_high`, overrides in the evaluator's text, no audit and no words."""
+    old = make_run(tmp_path / "old", evaluated=False, trained=False, sheets=False)
+    new = make_run(tmp_path / "new", seed=1, trained=False, sheets=False)
+    common = {"split": "test", "examples": 1000, "complete": True, "cost": COST, "audit": None}
+    interval = {"accuracy": 0.5, "accuracy_low": 0.47, "accuracy_high": 0.53}
+    robust = {"clean_accuracy": 0.5, "robust_accuracy": 0.2, "robust_low": 0.18, "robust_high": 0.23}
+    curves = {"calibration": {"x": [0, 0.5, 1], "y": [0, 0.4, 0.9]}}
+    store(old, [
+        {**common, "evaluator": "accuracy()", "values": {**interval, "nll": 1.25, "worst_group_accuracy": 0.25}, "curves": curves},
+        {**common, "evaluator": f"{ROBUST} with eps=4/255", "values": robust},
+        {**common, "evaluator": "regions(bank)", "values": {"foreground_sensitivity": 0.1}},
+    ])  # fmt: skip
+    shown = comparison([run.rows for run in read_runs([old, new])])
+    lines = {(line.label, line.evaluator): line for line in shown if line.split == "test"}
+    accuracy = lines["accuracy", "accuracy()"]
+    assert (
+        accuracy.cells[0][:3] == (0.5, 0.47, 0.53) and accuracy.best == 1
+    )  # the side is the one that today's row says
+    assert lines["NLL (nats)", "accuracy()"].best == 1 and lines["sensitivity", "regions()"].difference > 0
+    attacked = lines["robust accuracy", f"{ROBUST} with eps=4/255"]
+    assert (
+        attacked.rows[0].overrides == {"eps": "4/255"} and attacked.audits == ["not audited"] and not attacked.cells[1]
+    )
+    text = compare([old, new])
+    assert re.search(
+        r"^  accuracy +0\.5000 \[0\.4700, 0\.5300\] +0\.9204 \[0\.9004, 0\.9404\] \* +\+0\.4204$", text, re.MULTILINE
+    )
+    assert f"test: {ROBUST} with eps=4/255" in text.splitlines()
+    assert f"old: {ROBUST} with eps=4/255 on test: not audited" in text.splitlines()
+    assert verdict(read_runs([old]))[0] == (
+        "old: accuracy on test is 0.500 [0.470, 0.530]; robust accuracy on test is 0.200 [0.180, 0.230], not audited."
+    )
+    # Which of today's images the worst group has is told, of the old row nothing is known.
+    assert "  worst-group accuracy, 104 of 1,000 images for new  " in text
+    words = Reader(report([old, new], tmp_path / "r.html").read_text()).words
+    assert "0.5000 [0.4700, 0.5300]" in words and "Calibration, test" in words.replace("calibration", "Calibration")
 
 
 def test_comparison_marks_the_better_and_subtracts():
-    one = {"split": "test", "evaluator": "accuracy()", "values": {"accuracy": 0.5, "nll": 2.0, "rms_radius": 3}}
-    two = {**one, "values": {"accuracy": 0.75, "nll": 2.5, "rms_radius": 4, "extra": 1}}
-    lines = {line.name: line for line in comparison([[one], [two]])}
-    assert (lines["accuracy"].best, lines["nll"].best, lines["rms_radius"].best) == (1, 0, None)
-    assert (
-        lines["accuracy"].difference == 0.25 and lines["extra"].difference is None and lines["extra"].cells[0] is None
-    )
-    assert labels([Path("/a/x"), Path("/b/x")]) == ["a/x", "b/x"] and number(float("inf")) == "inf"
+    number = lambda value, **fields: Measure(value, label="x", **fields)
+    one = {"accuracy": number(0.5, better="higher"), "nll": number(2.0, better="lower"), "rms_radius": number(3)}
+    two = {"accuracy": number(0.75, better="higher"), "nll": number(2.5, better="lower"), "rms_radius": number(4),
+           "extra": number(1, main=False)}  # fmt: skip
+    accuracy, nll, radius, extra = comparison([[row("test", "accuracy()", one)], [row("test", "accuracy()", two)]])
+    assert (accuracy.best, nll.best, radius.best, accuracy.difference) == (1, 0, None, 0.25)
+    assert extra.difference is None and extra.cells[0] is None and not extra.about.main
+    assert [line.headline for line in (accuracy, nll, radius, extra)] == [True, False, False, False]
+    assert labels([Path("/a/x"), Path("/b/x")]) == ["a/x", "b/x"]
 
 
 def test_runs_of_other_numbers_do_not_share_a_line(tmp_path):
     """`robust(pgd(linf(eps)))` of eps 2/255 and of 8/255 are two measures; accuracy() is one."""
     runs = [make_run(tmp_path / str(eps), eps=eps / 255, sheets=False, regions=False) for eps in (2, 8)]
     read = read_runs(runs)
-    assert [[row["evaluator"] for row in run.rows][1] for run in read] == [f"{ROBUST} with eps={n}/255" for n in (2, 8)]
-    robust = [line for line in comparison([run.rows for run in read]) if line.name == "robust_accuracy"]
+    assert [run.rows[1].overrides for run in read] == [{"eps": "2/255"}, {"eps": "8/255"}]
+    lines = comparison([run.rows for run in read])
+    robust = [line for line in lines if line.audits]
     assert [[cell is None for cell in line.cells] for line in robust] == [[False, True], [True, False]] * 2
     assert all(line.difference is None and line.best is None for line in robust)
-    assert {line.evaluator for line in comparison([run.rows for run in read]) if line.name == "accuracy"} == {
-        "accuracy()"
-    }
-    assert f"{ROBUST} with eps=8/255" in compare(runs)
-    # One run alone, and what the command line has said already, stay as they are.
-    assert read_runs(runs[:1])[0].rows[1]["evaluator"] == ROBUST
-    stored = json.loads((runs[0] / "evaluation.json").read_text())
-    for said, shown in (("eps=4/255", "eps=4/255"), ("train_eps=1/255", "train_eps=1/255, eps=2/255")):
-        stored["rows"][1]["evaluator"] = f"{ROBUST} with {said}"
-        (runs[0] / "evaluation.json").write_text(json.dumps(stored))
-        assert read_runs(runs)[0].rows[1]["evaluator"] == f"{ROBUST} with {shown}"
+    assert {line.evaluator for line in lines if line.about.label == "accuracy"} == {"accuracy()"}
+    assert f"test: {ROBUST} with eps=8/255" in compare(runs).splitlines()
+    assert f" by {ROBUST} with eps=8/255: 8 0.457, 2 not measured, not audited." in verdict(read)[0]
+    # One run alone stays as it is; what the command line changed counts before the run's own config.
+    assert read_runs(runs[:1])[0].rows[1].overrides == {}
+    for said, both in (({"eps": "4/255"}, {"eps": "4/255"}), ({"seed": "1"}, {"eps": "2/255", "seed": "1"})):
+        store(runs[0], [each._replace(overrides=said) if each.audit else each for each in rows_of(0)])
+        assert read_runs(runs)[0].rows[1].overrides == both
 
 
-def test_compare_is_aligned_and_says_where_configs_differ(two_runs):
+def test_the_verdict_claims_no_more_than_the_intervals(tmp_path):
+    """Intervals that overlap: no measurable difference; apart: higher; without one the bare numbers."""
+    accuracy = lambda value, half=0.02: row(
+        "test", "accuracy()", {"accuracy": near(value, "accuracy", half=half, better="higher")}
+    )
+    sensitivity = lambda value: row(
+        "test", "regions()", {"s": Measure(value, n=990, better="higher", label="sensitivity")}
+    )
+    values = iter(range(100))
+
+    def of(*evaluations):
+        folders = [
+            make_run(tmp_path / str(next(values)) / name, evaluated=False, sheets=False)
+            for name in "abc"[: len(evaluations)]
+        ]
+        for folder, rows in zip(folders, evaluations):
+            store(folder, rows)
+        return verdict(read_runs(folders))
+
+    assert of([accuracy(0.5)], [accuracy(0.54)]) == [
+        "Accuracy on test does not differ measurably (a 0.500, b 0.540, intervals overlap)."
+    ]
+    assert of([accuracy(0.5)], [accuracy(0.55)]) == [
+        "Accuracy on test is measurably higher for b (0.550) than for a (0.500)."
+    ]
+    assert of([accuracy(0.5)], [accuracy(0.7)], [accuracy(0.6)]) == [
+        "Accuracy on test is measurably higher for b (0.700) than for a (0.500) (c 0.600)."
+    ]
+    assert of([accuracy(0.5), sensitivity(0.1)], [accuracy(0.6)]) == [
+        "Accuracy on test is measurably higher for b (0.600) than for a (0.500).",
+        "Sensitivity on test by regions(): a 0.100, b not measured, over 990 of 1,000 images.",
+    ]
+    assert of([accuracy(0.5)], []) == ["Accuracy on test: a 0.500, b not measured.", "b has not been evaluated yet."]
+    attack = lambda text: row("test", text, {"r": near(0.1, "robust accuracy")}, audit="not audited")
+    assert of(
+        [attack("robust(a)"), attack("robust(b)")]
+    ) == [  # as in rows of version 0.1.0, whose label names no attack
+        "a: robust accuracy on test by robust(a) is 0.100 [0.080, 0.120], not audited; "
+        "robust accuracy on test by robust(b) is 0.100 [0.080, 0.120], not audited."
+    ]
+    assert of([accuracy(0.5)._replace(split="train[:100]")]) == []  # images it was trained on say nothing
+
+
+def test_the_verdict_of_two_whole_runs(two_runs):
+    assert verdict(read_runs(two_runs)) == [
+        "Accuracy on test does not differ measurably (gap 0.914, top_gap 0.920, intervals overlap); accuracy on "
+        "test_shifted does not differ measurably (gap 0.501, top_gap 0.521, intervals overlap); accuracy under pgd-20, "
+        "linf(0.007843) on test does not differ measurably (gap 0.457, top_gap 0.460, intervals overlap), not audited.",
+        "IoU of the map on test by localisation(cam()) does not differ measurably (gap 0.410, top_gap 0.430, intervals "
+        "overlap), IoU of the centred box 0.300; sensitivity on test by regions(): gap 0.120, top_gap 0.130, over 990 "
+        "of 1,000 images.",
+    ]
+
+
+def test_compare_is_aligned_and_says_where_configs_differ(two_runs, tmp_path):
     text = compare(two_runs)
     lines = text.splitlines()
-    accuracy = next(line for line in lines if line.startswith("  accuracy"))
-    assert re.fullmatch(
-        r"  accuracy +accuracy\(\) +0\.9138 \[0\.8938, 0\.9338\] +0\.9204 \[0\.9004, 0\.9404\] \* +\+0\.0066", accuracy
-    )
-    assert lines[0].endswith("top_gap - gap") and len(lines[0]) == len(accuracy)
-    assert f"gap, top_gap: {ROBUST} on test: not audited" in lines
+    accuracy = next(line for line in lines if line.startswith("  accuracy  "))
+    numbers = r"  accuracy +0\.9138 \[0\.8938, 0\.9338\] +0\.9204 \[0\.9004, 0\.9404\] \* +\+0\.0066"
+    assert re.fullmatch(numbers, accuracy) and len(lines[0]) == len(accuracy) <= max(map(len, lines)) <= 120
+    assert text.isascii() and "accuracy of group 0" not in text
+    assert lines.count(f"test: {ROBUST}") == 1 and f"gap, top_gap: {ROBUST} on test: not audited" in lines
+    assert "* best; difference: top_gap - gap; intervals are over images, not over seeds" in lines
     assert re.search(r"^pool +gap\(\) +top_gap\(fraction=\.14\)$", text, re.MULTILINE)
-    assert "top_gap - gap" not in compare([*two_runs[:1], two_runs[0]])
+    assert "difference" not in compare([*two_runs[:1], two_runs[0]])
+    third = make_run(tmp_path / "third", sheets=False, seed=2, pool=f"top_gap(fraction={'.1' * 60})")
+    lines = compare([*two_runs, third]).splitlines()
+    accuracy = next(line for line in lines if line.startswith("  accuracy  "))
+    assert re.fullmatch(r"  accuracy +0\.9138 +0\.9204 +0\.9157 +\+0\.0019", accuracy.replace(" * ", "   "))
+    assert "  gap      gap()" in lines and lines[lines.index("  gap      gap()") - 1] == "pool"
 
 
 def test_table_shows_costs_and_what_is_not_measured():
     text = table(rows_of(0, regions=False))
-    assert re.search(
-        r"^test +robust\(.*\) +robust_accuracy +0\.4569 \[0\.4269, 0\.4869\] +1,000 +1 +20 +81\.7$", text, re.MULTILINE
-    )
-    assert "on test: not audited; not measured beside it: foreground_sensitivity, background_gap" in text
-
-
-def test_demo_table_puts_the_stored_seeds_beside_this_one():
-    runs = {"gap": rows_of(0), "top_gap": rows_of(1)}
-    change = {"mean": -0.02, "low": -0.05, "high": 0.01, "verdict": "undecided"}
-    line = {"gap": {"mean": 0.92}, "top_gap .14": {"mean": 0.9}, "top_gap .14 - gap": change}
-    stored = {"comparison": {"test": {"accuracy.accuracy": line}}, "runs": {"gap": {"0": {}, "1": {}}}}
-    text = demo_table(runs, stored)
-    words = (
-        r"^  accuracy +0\.9138 +0\.9204 +\+0\.0066 +\| +0\.9200 +0\.9000 +-0\.0200 \[-0\.0500, \+0\.0100\] +undecided$"
-    )
-    assert (
-        re.search(words, text, re.MULTILINE)
-        and "right of |: 2 seeds" in text
-        and "one seed, which decides nothing" in text
-    )
-    assert "no stored seeds to compare with" in demo_table(runs, None)
+    words = r"^  accuracy under pgd-20, linf\(0\.007843\) +0\.4569 \[0\.4269, 0\.4869\] +1,000 +1 +20 +81\.7$"
+    assert re.search(rf"^test: {re.escape(ROBUST)}$", text, re.MULTILINE) and re.search(words, text, re.MULTILINE)
+    assert f"{ROBUST} on test: not audited; not measured beside it: regions()" in text.splitlines()
+    assert "undefined: lift of the map: no map is positive" in text.splitlines() and text.isascii()
 
 
 def test_charts_drop_what_is_not_finite_and_thin_long_curves():
     x, y = thin(range(1000), [float(i) for i in range(999)] + [float("nan")])
     assert len(x) == 300 and np.isclose(y[0], np.mean(range(4))) and np.isfinite(y).all()
     assert thin([1, 2, 3], [None, 1.0, float("inf")])[1].tolist() == [1.0]
-    assert "var(--series-1)" in line_chart([Series([0, 1], [1, None], 1), Series([0], [2], 9)], own="a-", x_name="step")
+    assert "var(--series-1)" in line_chart([Series([0, 1], [1, None], 1), Series([0], [2], 9)], prefix="a-")
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +588,7 @@ def test_the_page_fits_its_window_in_both_schemes(page, browser, width, scheme):
 
 
 def test_hostile_names_do_nothing_in_the_browser(browser, tmp_path):
-    run = make_run(tmp_path / "<img src=x onerror=alert(1)>", pool=EVIL, sheets=False)
+    run = make_run(tmp_path / "<img src=x onerror=alert(1)>", pool=EVIL, sheets=False, evaluated=False)
     tab, said, requests = opened(browser, report([run], tmp_path / "evil.html", title=EVIL))
     assert tab.title() == EVIL and EVIL in tab.locator("#config").inner_text()
     assert said == [] and len([url for url in requests if not url.startswith("data:")]) == 1

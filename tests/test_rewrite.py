@@ -82,7 +82,7 @@ def test_layers(net):
         ("maps", (4, 6, 6, 5), 1, True),
     ]
     assert [x.name for x in layers(plain, IMAGES)] == ["inner/sine", "double"]
-    assert default_layer(net[2], IMAGES) == "maps"
+    assert default_layer(net[2], IMAGES) == "stage2"  # not the class maps
 
 
 def test_read_is_the_layers_output(net):
@@ -94,8 +94,7 @@ def test_read_is_the_layers_output(net):
     np.testing.assert_allclose(logits, predict(IMAGES), atol=1e-6)
     _, before = read(predict, "stage1/Conv_0")(IMAGES)
     assert (np.asarray(before) < 0).any() and not (np.asarray(features) < 0).any()
-    # Without a layer: the last map before the pooling.
-    np.testing.assert_allclose(pool.top_gap(k=3)(read(predict)(IMAGES)[1]), logits, atol=1e-6)
+    np.testing.assert_allclose(pool.top_gap(k=3)(read(predict, "maps")(IMAGES)[1]), logits, atol=1e-6)
 
 
 def test_tap_replaces_the_value(net):

@@ -18,6 +18,7 @@ from topgap_jax.rewrite import name, read, tap, with_rules
 from topgap_jax.rules import VALUES, guided, guided_backprop, guided_upsampled, softplus
 from topgap_jax.types import Rule
 
+SLOW = pytest.mark.slow
 MESH, SPEC = data_mesh(), PartitionSpec("data")
 relu = jax.nn.relu
 random = np.random.default_rng(0)
@@ -80,16 +81,25 @@ RELUS = {
 def test_relu_rules(kind):
     """T1; deconvnet is a rule of two words."""
     f = RELUS[kind]
-    deconvnet = Rule(backward=lambda operation, g, z: relu(g))
+
+    @jax.jit
+    def found(z, g):
+        guide, two = with_rules(f, **guided_backprop), (jnp.stack([z, -z]), jnp.stack([g, -g]))
+        deconvnet = with_rules(f, relu=Rule(backward=lambda operation, g, z: relu(g)))
+        each = back(jax.vmap(lambda z: with_rules(f, **guided)(z)), *two)
+        same = back(with_rules(f, relu=Rule()), z, g)[:3]
+        return guide(z), back(guide, z, g), back(deconvnet, z, g), same, each, back(jax.checkpoint(guide), z, g)
+
+    due = [1, 0, 3, 0, 2], [2, 0, 0, 0, 0], [2, 1, 0, 4, 0], [2, 0, -1], [[2, 0, 0, 0, 0], [0] * 5], [2, 0, 0, 0, 0]
+    assert tuple(value.tolist() for value in found(Z, G)) == due
+
+
+@pytest.mark.parametrize("kind", ["relu", *(pytest.param(kind, marks=SLOW) for kind in RELUS if kind != "relu")])
+def test_relu_rules_eagerly_and_around_jit(kind):
     for jitted in (lambda h: h, jax.jit):
-        assert jitted(with_rules(f, **guided_backprop))(Z).tolist() == [1, 0, 3, 0, 2]
-        assert back(jitted(with_rules(f, **guided_backprop)), Z, G).tolist() == [2, 0, 0, 0, 0]
-        assert back(jitted(with_rules(f, relu=deconvnet)), Z, G).tolist() == [2, 1, 0, 4, 0]
-        assert back(jitted(with_rules(f, relu=Rule())), Z, G).tolist()[:3] == [2, 0, -1]
-    per_example = jax.vmap(lambda z: with_rules(f, **guided)(z))
-    np.testing.assert_array_equal(back(per_example, jnp.stack([Z, -Z]), jnp.stack([G, -G])), [[2, 0, 0, 0, 0], [0] * 5])
-    again = jax.checkpoint(with_rules(f, **guided_backprop))
-    assert back(again, Z, G).tolist() == [2, 0, 0, 0, 0]
+        guide = jitted(with_rules(RELUS[kind], **guided_backprop))
+        assert guide(Z).tolist() == [1, 0, 3, 0, 2]
+        assert back(guide, Z, G).tolist() == [2, 0, 0, 0, 0]
 
 
 def test_relu_in_loops():
@@ -147,7 +157,8 @@ def test_what_is_no_relu_stays(f):
         "with_rules: the function has no functions named relu or relu6 and maximum(x, 0)"
     )
     both = lambda z: (f(z), relu(z))
-    np.testing.assert_array_equal(with_rules(both, relu=Rule(forward=lambda relu, z: 7 * z))(Z)[0], f(Z))
+    seven = with_rules(both, relu=Rule(forward=lambda relu, z: 7 * z))
+    np.testing.assert_array_equal(*compiled(lambda z: (seven(z)[0], f(z)), Z))
 
 
 def pooled(window, stride, padding="VALID"):
@@ -170,10 +181,10 @@ def test_max_pool_rules(f, z, g, plain, route, upsampled):
     """T3 and T3c."""
     z, g = jnp.array(z, jnp.float32), jnp.array(g, jnp.float32)
     rules = [None, guided["max_pool"], guided_upsampled["max_pool"]]
-    for rule, due in zip(rules, (plain, route, upsampled)):
-        ruled = with_rules(f, max_pool=rule) if rule else f
-        assert ruled(z).tolist() == f(z).tolist()
-        assert back(ruled, z, g).tolist() == back(jax.jit(ruled), z, g).tolist() == list(due)
+    ruled = [with_rules(f, max_pool=rule) if rule else f for rule in rules]
+    values, gradients = compiled(lambda z, g: ([f(z) for f in ruled], [back(f, z, g) for f in ruled]), z, g)
+    for value, gradient, due in zip(values, gradients, (plain, route, upsampled)):
+        assert value.tolist() == values[0].tolist() and gradient.tolist() == list(due)
 
 
 def test_max_pool_without_overlap():
@@ -195,7 +206,7 @@ def ig(f, x, steps=50, rule="gausslegendre", method=explain.integrated, **option
     predict = lambda images, keys=None: jax.vmap(lambda image: f(image.ravel()))(images)[:, None]
     images = jnp.asarray(x, jnp.float32).reshape(1, 1, -1, 1)
     chosen = method(steps=steps, rule=rule, reduce="sum", baseline=0, **options)
-    return chosen(None, predict, images, jnp.array([0])).ravel()
+    return compiled(lambda images: chosen(None, predict, images, jnp.array([0])), images).ravel()
 
 
 close = lambda found, due: np.testing.assert_allclose(found, due, atol=1e-5)
@@ -208,7 +219,7 @@ def test_one_hidden_layer():
     assert f(x) == -11
     close(jax.grad(f)(x), (-1, -8))
     close(jax.grad(with_rules(f, **guided))(x), (2, -2))
-    for steps, rule in ((4, "gausslegendre"), (50, "gausslegendre"), (4, "riemann_right"), (4, "riemann_middle")):
+    for steps, rule in ((4, "gausslegendre"), (4, "riemann_right"), (4, "riemann_middle")):
         close(ig(f, x, steps, rule), (-4, -7))
         close(ig(f, x, steps, rule, rules=guided), (2, -1))
     close(ig(f, x, 5, "riemann_trapezoid"), (-3.75, -6))
@@ -277,12 +288,17 @@ def test_properties_on_a_vgg():
     assert np.abs(only_relu - plain).max() > 0.1 and np.abs(only_relu).max() > 0.1
     standard = with_rules(predict, relu=Rule(), max_pool=Rule())
     np.testing.assert_allclose(compiled(jax.grad(loss(standard)), IMAGES), plain, atol=1e-6)
+    logits = compiled(predict, IMAGES)
     for rules in VALUES.values():
-        ruled = with_rules(predict, **rules)
-        np.testing.assert_array_equal(ruled(IMAGES), predict(IMAGES))
+
+        def summed(images, rules=rules):
+            values = with_rules(predict, **rules)(images)
+            return loss(lambda _: values)(images), values
+
+        gradient, values = compiled(jax.grad(summed, has_aux=True), IMAGES)
+        np.testing.assert_allclose(values, logits, rtol=1e-6, atol=1e-6)
         # Under every pool lies a ReLU, so that the rule of the pool has nothing to clip.
-        np.testing.assert_allclose(compiled(jax.grad(loss(ruled)), IMAGES), only_relu, atol=1e-5)
-    np.testing.assert_allclose(jax.grad(loss(with_rules(predict, **guided)))(IMAGES), only_relu, atol=1e-5)
+        np.testing.assert_allclose(gradient, only_relu, atol=1e-5)
     upper = {key: jax.tree.map(jnp.abs, PARAMS[key]) for key in ("hidden", "last")}
     upper["kernels"] = [PARAMS["kernels"][0], jnp.abs(PARAMS["kernels"][1])]
     method = lambda rules: explain.integrated(rules=rules, reduce="sum", steps=4)
@@ -328,7 +344,8 @@ def handwritten(model, variables, activation):
     return predict
 
 
-def test_guided_backprop_is_the_handwritten_twin_of_resnet20():
+@pytest.mark.parametrize("jitted", [True, pytest.param(False, marks=SLOW)], ids=["jit", "eager"])
+def test_guided_backprop_is_the_handwritten_twin_of_resnet20(jitted):
     head = models.map_head(pool.gap())
     model = models.classifier(models.resnet20(), head, classes=10, mean=(0.5, 0.4, 0.3), std=(0.3, 0.2, 0.1))
     shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
@@ -340,10 +357,10 @@ def test_guided_backprop_is_the_handwritten_twin_of_resnet20():
     predict, twin = models.bind(model, variables), handwritten(model, variables, guided_relu)
     expected = compiled(jax.grad(loss(twin)), IMAGES)
     scale = float(np.abs(expected).max())
-    assert np.abs(compiled(jax.grad(loss(predict)), IMAGES) - expected).max() > 0.1 * scale
+    assert not jitted or np.abs(compiled(jax.grad(loss(predict)), IMAGES) - expected).max() > 0.1 * scale
     ruled = jax.grad(loss(with_rules(predict, **guided_backprop)))
-    for maps in (ruled(IMAGES), compiled(ruled, IMAGES)):
-        np.testing.assert_allclose(maps / scale, expected / scale, atol=1e-6)
+    maps = compiled(ruled, IMAGES) if jitted else ruled(IMAGES)
+    np.testing.assert_allclose(maps / scale, expected / scale, atol=1e-6)
 
 
 def test_softplus_is_the_handwritten_twin():
@@ -353,7 +370,7 @@ def test_softplus_is_the_handwritten_twin():
         with_rules(vgg(PARAMS), **softplus(5)),
     )
     smooth = vgg(PARAMS, lambda z: jnp.logaddexp(5.0 * z, 0.0) / 5.0)
-    np.testing.assert_allclose(ruled(IMAGES), twin(IMAGES), atol=1e-5)
+    np.testing.assert_allclose(compiled(ruled, IMAGES), compiled(twin, IMAGES), atol=1e-5)
     size = lambda f: lambda images: (jax.grad(loss(f))(images) ** 2).sum()
     for outer in (loss, size):
         expected = compiled(jax.grad(outer(smooth)), IMAGES)
@@ -433,13 +450,15 @@ def test_an_nnx_model():
         models.bind(model, model.init(None, IMAGES))
         for model in (models.nnx(Net(nnx.relu)), models.nnx(Net(guided_relu)))
     )
+
+    def maps(f):
+        cam = explain.grad_cam("first")
+        return jax.jit(lambda images: (jax.grad(loss(f))(images), cam(None, f, images, LABELS)))(IMAGES)
+
+    expected = maps(twin)
     for f in (predict, jax.jit(predict)):
-        maps = jax.grad(loss(with_rules(f, **guided_backprop)))(IMAGES)
-        np.testing.assert_allclose(maps, jax.grad(loss(twin))(IMAGES), atol=1e-6)
-    maps, expected = (
-        explain.grad_cam("first")(None, f, IMAGES, LABELS) for f in (with_rules(predict, **guided_backprop), twin)
-    )
-    np.testing.assert_allclose(maps, expected, atol=1e-6)
+        for found, due in zip(maps(with_rules(f, **guided_backprop)), expected):
+            np.testing.assert_allclose(found, due, atol=1e-6)
 
 
 def test_an_equinox_model():
@@ -459,23 +478,29 @@ def test_an_equinox_model():
 
     net = Net(jax.random.key(0))
     predict = lambda activation: lambda images: jax.vmap(lambda image: net(image, activation))(images)
+    due, logits = compiled(lambda images: (jax.grad(loss(predict(guided_relu)))(images), predict(relu)(images)), IMAGES)
     for jitted in (lambda f: f, eqx.filter_jit):
         ruled = with_rules(jitted(predict(relu)), **guided)
-        maps = jax.grad(loss(ruled))(IMAGES)
-        np.testing.assert_allclose(maps, jax.grad(loss(predict(guided_relu)))(IMAGES), atol=1e-6)
-        np.testing.assert_array_equal(ruled(IMAGES), predict(relu)(IMAGES))
+        maps, values = compiled(lambda images, ruled=ruled: (jax.grad(loss(ruled))(images), ruled(images)), IMAGES)
+        np.testing.assert_allclose(maps, due, atol=1e-6)
+        np.testing.assert_allclose(values, logits, rtol=1e-6)
 
 
 def test_names_survive():
     """Taps around and under the rules; Grad-CAM on a network with rules."""
     predict = vgg(PARAMS)
-    ruled = with_rules(predict, **guided)
-    np.testing.assert_array_equal(read(ruled, "stage6")(IMAGES)[1], read(predict, "stage6")(IMAGES)[1])
-    halved = tap(predict, "stage6", lambda z: z / 2)
-    np.testing.assert_array_equal(tap(ruled, "stage6", lambda z: z / 2)(IMAGES), halved(IMAGES))
-    np.testing.assert_array_equal(with_rules(halved, **guided)(IMAGES), halved(IMAGES))
-    maps, plain = (explain.grad_cam("stage6")(None, f, IMAGES, LABELS) for f in (ruled, predict))
-    twin = explain.grad_cam("stage6")(None, vgg(PARAMS, guided_relu), IMAGES, LABELS)
+    ruled, halve = with_rules(predict, **guided), lambda f: tap(f, "stage6", lambda z: z / 2)
+    cam = lambda f: lambda images: explain.grad_cam("stage6")(None, f, images, LABELS)
+
+    @jax.jit
+    def found(images):
+        halved = halve(predict)
+        values = read(ruled, "stage6")(images)[1], halve(ruled)(images), with_rules(halved, **guided)(images)
+        return values, (read(predict, "stage6")(images)[1], halved(images), halved(images))
+
+    for value, due in zip(*found(IMAGES)):
+        np.testing.assert_allclose(value, due, rtol=1e-6, atol=1e-6)
+    maps, plain, twin = (compiled(cam(f), IMAGES) for f in (ruled, predict, vgg(PARAMS, guided_relu)))
     np.testing.assert_allclose(maps, twin, atol=1e-5)
     assert np.abs(maps - plain).max() > 0.1
 

@@ -16,7 +16,7 @@ from topgap_jax.errors import UserError
 def check_examples(where: str, keys: Any, predict: Callable, images: Any, labels: Any) -> None:
     """Raise a UserError unless images are float (b, h, w, c) in [0, 1], labels classes (b,) of `predict`, keys one an example.
 
-    The number of classes is that of the logits, which are traced for it and not computed.
+    keys may be None, for what draws nothing. The number of classes is that of the logits, which are traced for it and not computed.
     """
     if not all(map(_is_concrete, (keys, images, labels))):
         return
@@ -24,7 +24,8 @@ def check_examples(where: str, keys: Any, predict: Callable, images: Any, labels
     b = images.shape[0]
     if not hasattr(labels, "dtype") or not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != (b,):
         raise UserError(f"{where}: labels must be an int array ({b},), one class for each image, got {_what(labels)}")
-    if not hasattr(keys, "dtype") or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != (b,):
+    typed = hasattr(keys, "dtype") and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+    if keys is not None and (not typed or keys.shape != (b,)):
         advice = f"jax.random.split(jax.random.key(0), {b}) gives them"
         raise UserError(f"{where}: keys must be {b} typed keys, one for each image, got {_what(keys)}; {advice}")
     low, high = int(np.asarray(labels).min()), int(np.asarray(labels).max())

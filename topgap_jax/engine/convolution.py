@@ -32,8 +32,8 @@ from topgap_jax.types import Array
 def convolution(x: Array, w: Array, strides: tuple[int, int], pads: tuple[tuple[int, int], tuple[int, int]]) -> Array:
     """x (n, h, w, c) with kernel w (kh, kw, c, o), both of one floating type: (n, p, q, o), of derivatives of any order.
 
-    Of finite numbers; without oneDNN an infinity can become NaN in columns beside those its kernel reaches, where a zero of the
-    rearranged kernel meets it. Raises UserError for other types, for channels that differ or that there are none of, for negative
+    What is not finite stays so; without oneDNN an infinity or NaN can also make NaN of columns beside those its kernel reaches,
+    where a zero of the rearranged kernel meets it. Raises UserError for other types, for channels that differ or that there are none of, for negative
     pads and for a result without rows or columns.
     """
     x, w = jnp.asarray(x), jnp.asarray(w)

@@ -34,7 +34,8 @@ def fused_convolution(
     """forward(x, w) + bias, or the input gradient of (dy, w); then + residual, ReLU, where(mask, ., 0), as `fused` says.
 
     extras: bias (o,), residual (as the result) and mask (bool, n x (h w c)), those that there are, in this order. It is for
-    functions that have been differentiated already: its derivatives and its `vmap` are right, and not fused.
+    functions that have been differentiated already: its derivatives and its `vmap` are right, and not fused. NaN stays NaN;
+    oneDNN keeps -inf behind a ReLU, and makes NaN of what is not finite where the mask is False.
     """
     return fused_p.bind(left, right, *extras, kind=kind, geometry=geometry, fused=fused)
 

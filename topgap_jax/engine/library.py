@@ -23,6 +23,8 @@ LIMIT = 1024
 CPU, IN_ORDER, FLOAT, BYTE, ANY = 1, 1, 3, 6, 1
 INFERENCE, CONVOLUTION, DECONVOLUTION = 96, 0x1, 0xA
 RELU, ADD, MULTIPLY = 0x20, 0x1FFF0, 0x1FFF1
+SLOPE = 1.2e-38
+"""Of a ReLU below 0, the least that is not flushed to 0: with 0 itself oneDNN takes max(x, 0), which of NaN is 0."""
 USER_SCRATCHPAD, EXECUTION_ARGUMENT = 1, 255
 SOURCE, SECOND, DESTINATION, WEIGHTS, BIAS, SCRATCHPAD, OUTPUT_GRADIENT, WEIGHT_RESULT = 1, 2, 17, 33, 41, 80, 145, 161
 AFTER_STEP = 32768
@@ -37,7 +39,8 @@ class _Argument(ctypes.Structure):
 class Fused(NamedTuple):
     """What a call does besides the convolution, in this order: bias (o,) added, another array added, ReLU, times 0 or 1.
 
-    The bias is of a forward call alone. The mask is bool, flat from the second axis on: so XLA computes it faster.
+    The bias is of a forward call alone. The mask is bool, flat from the second axis on: so XLA computes it faster. What is not
+    finite stays so: oneDNN's ReLU of -inf is -inf, and where the mask is 0 an infinity becomes NaN.
     """
 
     bias: bool = False
@@ -170,7 +173,7 @@ class Ready:
         if fused.residual:
             self.library.do("post_ops_append_binary", steps, ADD, same)
         if fused.relu:
-            self.library.do("post_ops_append_eltwise", steps, RELU, c_float(0), c_float(0))
+            self.library.do("post_ops_append_eltwise", steps, RELU, c_float(SLOPE), c_float(0))
         if fused.mask:
             self.library.do("post_ops_append_binary", steps, MULTIPLY, zeros_and_ones)
         self.library.do("primitive_attr_set_post_ops", made, steps)

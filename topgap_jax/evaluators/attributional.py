@@ -46,7 +46,8 @@ def attributional_robustness(explain: Explain, attack: Attack, *, k: int | None 
         clean, changed = (explain.maps(keys, predict, points, labels) for points in (images, attacked))
         count = top_count(k, clean[0].size)
         values = topk_intersection(clean, changed, count), kendall_tau_b(clean, changed), cosine(clean, changed)
-        out = {name: jnp.where(moved, value, 1.0) for name, value in zip(MEASURES, values)}
+        finite = jnp.isfinite(clean).all((1, 2))
+        out = {name: jnp.where(finite, jnp.where(moved, v, 1.0), jnp.nan) for name, v in zip(MEASURES, values)}
         chance = jnp.full_like(out["cosine"], count / clean[0].size)
         return out | {"right": right, "moved": moved, "chance": chance}
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from topgap_jax.build import table
 from topgap_jax.errors import UserError
-from topgap_jax.rewrite import fast_convs, fold_batch_norm
+from topgap_jax.rewrite import speed
 from topgap_jax.rewrite.names import NAMING, name_tree
 from topgap_jax.types import Array, Keys, Model, Output, Predict, Variables
 
@@ -108,16 +108,10 @@ def bind(model: Model, variables: Variables, *, train: bool = False, step: Array
 
 
 def fast(model: Model) -> Model:
-    """The same network with the engine's convolutions on a CPU, and batch norm folded into them (`rewrite.fast_convs`,
-    `rewrite.fold_batch_norm`). Models of configs are like this by themselves; on a GPU or TPU it is the network itself.
+    """The same network with all that makes it fast on a CPU: the engine's convolutions, with batch norm folded into them
+    (`rewrite.speed.fast`). Models of configs are like this by themselves; on a GPU or TPU it is the network itself.
     """
-    folded = fold_batch_norm(fast_convs(model.apply))
-
-    def apply(variables, images, **options):
-        chosen = folded if jax.default_backend() == "cpu" else model.apply
-        return chosen(variables, images, **options)
-
-    return model._replace(apply=apply)
+    return model._replace(apply=speed.fast(model.apply))
 
 
 def _without_dropout(next_fun, args, kwargs, context):

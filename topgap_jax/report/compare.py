@@ -1,132 +1,133 @@
-"""Tables in the terminal: one run's results, several runs side by side, the demo beside the stored seeds."""
+"""Tables in the terminal: one run's results, several runs side by side."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from topgap_jax.report.read import (
-    amount,
-    audit_of,
-    beside,
-    comparison,
-    differing,
-    interval,
-    is_robust,
-    number,
-    read_runs,
-)
+from topgap_jax.measure.results import Row
+from topgap_jax.report.lines import Line, all_fewer, amount, comparison, evaluator_text, fewer, interval, number, reason
+from topgap_jax.report.read import beside, differing, finite, read_runs
+from topgap_jax.types import Measure
 
-DEMO = (
-    "accuracy", "worst_group_accuracy", "robust_accuracy", "foreground_sensitivity", "background_gap", "iou",
-    "centre_iou", "full_iou", "max_box_accuracy", "rms_radius", "centre_corner_ratio", "top_lift",
-)  # fmt: skip
-ARM = "top_gap .14"  # the stored arm with the demo's pool
+COLUMNS = 120
+LABEL = 45  # of a measure's words; what an attack is in full is said by its evaluator
 
 
-def compare(workdirs: Sequence[Path]) -> str:
-    """The main measures of several runs side by side (* the best), with last minus first, and where the configs differ."""
+def compare(workdirs: Sequence[Path | str]) -> str:
+    """The main measures of several runs side by side (* the best), with last minus first, and where the configs differ.
+
+    Plain ASCII, except for what the runs themselves name otherwise.
+    """
     runs = read_runs(workdirs)
     names, several = [run.label for run in runs], len(runs) > 1
-    rows, split = [], None
-    for line in comparison([run.rows for run in runs]):
-        if not line.main:
-            continue
-        if line.split != split:
-            split = line.split
-            rows.append([split])
-        cells = [interval(cell) + (" *" if i == line.best else "  ") for i, cell in enumerate(line.cells)]
-        rows.append([f"  {line.name}", line.evaluator, *cells, *[number(line.difference, sign=True)] * several])
+    lines = [line for line in comparison([run.rows for run in runs]) if line.about.main]
+    brief = len(runs) > 2  # their intervals would not fit in a line
+    columns = [
+        cells([line.cells[i] for line in lines], best=[line.best == i for line in lines], brief=brief)
+        for i in range(len(runs))
+    ]
+    rows = []
+    for (line, heading), *values in zip(headed(lines), *columns):
+        change = ["" if line.difference is None else number(line.difference, sign=True)] * several
+        rows += [*heading, [label(line, all_fewer(line, names)), *values, *change]]
     parts = []
     if rows:
-        head = ["", "evaluator", *(f"{name}  " for name in names), *[f"{names[-1]} - {names[0]}"] * several]
-        parts.append(aligned([head, *rows], right=range(2, len(head))))
-        parts += ["* best; intervals, where given, are over images, not over seeds"] * several
-    said: dict[str, list[str]] = {}
+        head = ["", *(f"{name}  " for name in names), *["difference"] * several]
+        parts.append(aligned([head, *rows], right=range(1, len(head))))
+        about = "intervals are on the page of topgap report" if brief else "intervals are over images, not over seeds"
+        parts += [printable(f"* best; difference: {names[-1]} - {names[0]}; {about}")] * several
+    parts += undefined(lines, names)
+    notes: dict[str, list[str]] = {}
     for run in runs:
-        parts += [
-            f"{run.label}: no evaluation yet; topgap evaluate --workdir {shlex.quote(str(run.folder))} writes one"
-        ] * (not run.rows)
-        for row in filter(is_robust, run.rows):
-            said.setdefault(note(run.rows, row), []).append(run.label)
-    parts += [f"{', '.join(who)}: {words}" for words, who in said.items()]
-    configs = differing([run.config for run in runs])
-    changed = [[key, *(text or "-" for text in values)] for key, values, differs in configs if differs]
-    if changed:
-        parts.append("\n" + aligned([["config", *names], *changed]))
-    return "\n".join(parts)
+        command = f"topgap evaluate --workdir {shlex.quote(str(run.folder))}"
+        parts += [printable(f"{run.label}: no evaluation yet; {command} writes one")] * (not run.rows)
+        for row in run.rows:
+            if row.audit is not None:
+                notes.setdefault(note(run.rows, row), []).append(run.label)
+    parts += [f"{printable(', '.join(labels))}: {words}" for words, labels in notes.items()]
+    changed = [(key, texts) for key, texts, differs in differing([run.config for run in runs]) if differs]
+    return "\n".join([*parts, *(["", configs(changed, names)] if changed else [])])
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of one evaluation with their cost; every robust row has a line with its audit and what stands beside it."""
-    head = ["split", "evaluator", "measure", "value", "examples", "forwards", "gradients", "seconds"]
-    body = []
-    for row in rows:
-        cost = row.get("cost", {})
-        costs = [amount(cost.get(key)) for key in ("forward_passes", "gradient_evaluations", "seconds")]
-        about, costs = [row["split"], row["evaluator"]], [number(row.get("examples")), *costs]
-        for line in comparison([[row]]):
-            if line.main:
-                body.append([*about, line.name, interval(line.cells[0]), *costs])
-                about, costs = ["", ""], []
-    parts = [aligned([head, *body], right=range(4, 8))]
-    parts += [note(rows, row) for row in rows if is_robust(row)]
-    return "\n".join(parts)
+def table(rows: Sequence[Row]) -> str:
+    """The main measures of one evaluation with their cost an image; every robust number has a line with its audit."""
+    head = ["", "value", "images", "forwards", "gradients", "seconds"]
+    body, lines = [], [line for line in comparison([rows]) if line.about.main]
+    for (line, heading), value in zip(headed(lines), cells([line.cells[0] for line in lines])):
+        [measure], [row] = line.cells, line.rows
+        images = fewer(measure, row).removesuffix(" images")
+        costs = [amount(row.cost.get(key)) for key in ("forward_passes", "gradient_evaluations", "seconds")]
+        body += heading
+        first = [images or number(row.examples), *costs]
+        body.append([label(line), value, *(first if heading else [images])])
+    notes = [note(rows, row) for row in rows if row.audit is not None]
+    return "\n".join([aligned([head, *body], right=range(1, len(head))), *undefined(lines), *notes])
 
 
-def demo_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], stored: Mapping[str, Any] | None) -> str:
-    """Two arms of one seed beside the stored several seeds (results/shapes.json; mean, paired difference, 95 % interval).
-
-    runs {arm: rows of its evaluation}: the first is compared with the last.
-    """
-    names = list(runs)
-    seeds = stored or {}
-    head = [
-        "",
-        *names,
-        "difference",
-        "",
-        *(f"{name}, all seeds" for name in ("gap", ARM)),
-        "difference [95 %]",
-        "verdict",
-    ]
-    head = head if stored else head[: len(names) + 2]
-    rows, split = [], None
-    for line in comparison(list(runs.values())):
-        if line.name not in DEMO:
-            continue
-        if line.split != split:
-            split = line.split
-            rows.append([split])
-        cells = [number(cell.value if cell else None) for cell in line.cells]
-        row = [f"  {line.name}", *cells, number(line.difference, sign=True)]
-        name = f"{line.evaluator.split('(')[0]}.{line.name}"
-        known = seeds.get("comparison", {}).get(split, {}).get(name)
-        if known:
-            change = known[f"{ARM} - gap"]
-            means = [number(known[arm]["mean"]) for arm in ("gap", ARM)]
-            bounds = f"{number(change['mean'], sign=True)} [{number(change['low'], sign=True)}, {number(change['high'], sign=True)}]"
-            row += ["|", *means, bounds, change["verdict"]]
-        rows.append(row)
-    count = len(seeds.get("runs", {}).get("gap", {}))
-    notes = (
-        [f"right of |: {count} seeds of the same comparison, paired by seed"]
-        if stored
-        else ["no stored seeds to compare with"]
-    )
-    notes += ["the left side is one seed, which decides nothing; robust numbers are not audited"]
-    return "\n".join([aligned([head, *rows], right=range(1, 8)), *notes])
+def headed(lines: Iterable[Line]) -> Iterable[tuple[Line, list[list[str]]]]:
+    """(line, the heading before it): an evaluator's text stands once, above its measures."""
+    before = None
+    for line in lines:
+        key = line.split, line.evaluator
+        yield line, [] if key == before else [[f"{line.split}: {line.evaluator}"]]
+        before = key
 
 
-def note(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str:
-    """What a robust row lacks, in words: its audit, and of what belongs beside it that which was not measured."""
-    missing = [name for name, found in beside(rows, row["split"]).items() if found is None]
+def label(line: Line, images: str = "") -> str:
+    """The measure's words, indented, and over how many images it is, if not over all."""
+    more = f", {images}" if images else ""
+    return "  " + textwrap.shorten(line.label, max(LABEL - len(more), 20), placeholder="...") + more
+
+
+def cells(measures: Sequence[Measure | None], *, best: Sequence[bool] = (), brief: bool = False) -> list[str]:
+    """A column of measures, `-` where a run has none, * at the best; intervals stand below intervals."""
+    parts = [("-" if measure is None else interval(measure)).partition(" ") for measure in measures]
+    width = max((len(bounds) for _, _, bounds in parts), default=0)
+    texts = [value if brief or not width else f"{value} {bounds:{width}}" for value, _, bounds in parts]
+    return [text + (" *" if mark else "  ") for text, mark in zip(texts, best)] if best else texts
+
+
+def undefined(lines: Iterable[Line], names: Sequence[str] = ()) -> list[str]:
+    """Why measures have no value, each reason once."""
+    reasons: dict[str, dict[str, None]] = {}
+    for line in lines:
+        empty = [i for i, measure in enumerate(line.cells) if measure and not finite(measure.value)]
+        for i in empty:
+            who = f" of {names[i]}" if len(empty) < len(line.cells) else ""
+            reasons.setdefault(reason(line.cells[i]), {})[f"{line.about.label}{who}"] = None
+    return [printable(f"undefined: {', '.join(labels)}: {words}") for words, labels in reasons.items()]
+
+
+def note(rows: Sequence[Row], row: Row) -> str:
+    """What a robust number lacks, in words: its audit, and of what belongs beside it that which was not measured."""
+    _, missing = beside(rows, row)
     words = f"; not measured beside it: {', '.join(missing)}" if missing else ""
-    return f"{row['evaluator']} on {row['split']}: {audit_of(row)}{words}"
+    return printable(f"{evaluator_text(row)} on {row.split}: {row.audit}{words}")
+
+
+def configs(changed: Sequence[tuple[str, Sequence[str | None]]], names: Sequence[str]) -> str:
+    """The values of the config in which runs differ: as a table, or below each other where that would be too wide."""
+    text = aligned([["config", *names], *([key, *(value or "-" for value in values)] for key, values in changed)])
+    if max(map(len, text.splitlines())) <= COLUMNS:
+        return text
+    width = max(map(len, names))
+    lines = []
+    for key, values in changed:
+        lines += [
+            printable(key),
+            *(printable(f"  {name:{width}}  {value or '-'}") for name, value in zip(names, values)),
+        ]
+    return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """The text with `?` for every character that cannot be printed."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(text))
 
 
 def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    """Rows of cells as columns, the first row underlined; a row of one cell is a heading. What cannot be printed is `?`.
+    """Rows of cells as columns, the first underlined; a row of one cell is a heading. What cannot be printed is `?`.
 
     >>> print(aligned([["name", "value"], ["a", "1"], ["bb", "10"]], right=[1]))
     name  value
@@ -134,9 +135,10 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
     a         1
     bb       10
     """
-    rows = [["".join(c if c.isprintable() else "?" for c in str(cell)) for cell in row] for row in rows]
+    rows = [[printable(cell) for cell in row] for row in rows]
     columns = max(map(len, rows))
     widths = [max((len(row[i]) for row in rows if len(row) > max(i, 1)), default=0) for i in range(columns)]
     place = lambda i, cell: cell.rjust(widths[i]) if i in right else cell.ljust(widths[i])
     lines = ["  ".join(place(i, cell) for i, cell in enumerate(row)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    wide = max(len(line) for line, row in zip(lines, rows) if len(row) > 1 or columns == 1)
+    return "\n".join([lines[0], "-" * wide, *lines[1:]])

@@ -1,6 +1,6 @@
 """Line charts as inline SVG, whose colours are the page's own: they follow its light and dark scheme.
 
-No text of a user stands in a chart (legends are HTML), so nothing here needs escaping.
+No text stands in a chart but numbers (legends and names of axes are HTML), so nothing here needs escaping.
 """
 
 import io
@@ -43,10 +43,10 @@ class Series(NamedTuple):
     points: bool = False
 
 
-def line_chart(series: Sequence[Series], *, own: str, x_name: str = "", diagonal: bool = False) -> str:
+def line_chart(series: Sequence[Series], *, prefix: str, diagonal: bool = False) -> str:
     """The lines as an SVG element; `diagonal` adds y = x. Values that are not finite are left out.
 
-    own: what its ids begin with, different for every chart of a page.
+    prefix: what its ids begin with, different for every chart of a page.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.8, 2.7), layout="constrained")
@@ -61,13 +61,12 @@ def line_chart(series: Sequence[Series], *, own: str, x_name: str = "", diagonal
             axes.plot(x, y, color=stand_in(line.colour), dashes=dashes(line.colour), solid_capstyle="round", **marks)
         if all(float(value).is_integer() for line in series for value in line.x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel(x_name)
         axes.margins(x=0.02)
         text = io.StringIO()
         figure.savefig(
             text, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
         )
-    return on_page(text.getvalue(), own)
+    return on_page(text.getvalue(), prefix)
 
 
 def thin(x: Sequence[float], y: Sequence[float | None], most: int = 300) -> tuple[np.ndarray, np.ndarray]:
@@ -89,8 +88,8 @@ def dashes(colour: int) -> tuple:
     return ((None, None), (4, 2), (1, 2))[min(colour // SERIES, 2)]
 
 
-def on_page(svg: str, own: str) -> str:
-    """matplotlib's SVG file as an element of a page: its colours and font, no size, every id begins with `own`."""
+def on_page(svg: str, prefix: str) -> str:
+    """matplotlib's SVG file as an element of a page: its colours and font, no size, every id begins with `prefix`."""
     svg = svg[svg.index("<svg") :]
     for stand, variable in [(INK, "ink-soft"), (FAINT, "rule"), *((stand_in(i), f"series-{i}") for i in range(SERIES))]:
         svg = svg.replace(stand, f"var(--{variable})")
@@ -99,5 +98,5 @@ def on_page(svg: str, own: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"font: [^;\"]*", "font-size: 10px", svg)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r'\bid="', f'id="{own}', svg)
-    return re.sub(r'(url\(#|href="#)', rf"\g<1>{own}", svg)
+    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
+    return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", svg)

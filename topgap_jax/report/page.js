@@ -4,7 +4,7 @@
 for (const table of document.querySelectorAll("table.sortable")) {
   const headers = [...table.tHead.rows[0].cells];
   headers.forEach((header, column) => {
-    header.querySelector("button").addEventListener("click", () => {
+    header.querySelector("button")?.addEventListener("click", () => {
       const direction = header.getAttribute("aria-sort") === "ascending" ? "descending" : "ascending";
       headers.forEach((other) => other.removeAttribute("aria-sort"));
       header.setAttribute("aria-sort", direction);

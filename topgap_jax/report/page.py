@@ -1,7 +1,7 @@
 """The report: one HTML page about one or several runs that needs nothing but itself.
 
-Everything a user supplies (names, paths, config values, numbers) goes through Jinja's autoescape; charts hold no such text.
-A content security policy allows the page's own script only and no request at all.
+Everything a user supplies (names, paths, config values, numbers) goes through Jinja's autoescape; charts hold no such
+text. A content security policy allows the page's own script only and no request at all.
 """
 
 import base64
@@ -20,36 +20,24 @@ from markupsafe import Markup
 from PIL import Image
 
 from topgap_jax.errors import UserError
+from topgap_jax.measure.results import to_json
 from topgap_jax.progress import write_text
 from topgap_jax.report.figures import SERIES, Series, line_chart
-from topgap_jax.report.read import (
-    Run,
-    amount,
-    audit_of,
-    beside,
-    comparison,
-    differing,
-    finite,
-    headline,
-    is_robust,
-    measures,
-    number,
-    read_runs,
-)
+from topgap_jax.report.lines import amount, comparison, evaluator_text, fewer, has_interval, number, reason
+from topgap_jax.report.read import Run, beside, differing, finite, read_runs
+from topgap_jax.report.verdict import verdict
+from topgap_jax.types import Curve
 
 HERE = Path(__file__).parent
 PICTURE_BYTES = 10_000_000  # of all contact sheets on a page, as they stand in it
 LARGE_BYTES = 1_000_000  # a larger sheet is stored as JPEG
 WIDEST = 1600
-AXES = {"calibration": "confidence", "iou_curve": "threshold", "box_curve": "threshold", "after_runs": "runs done"}
-AXES |= {"sensitivity_curve": "noise norm", "curve": "epsilon", "accuracy_over_eps": "epsilon"}
-SPELLINGS = {"iou": "IoU", "nll": "NLL", "rms": "RMS"}
 
 
-def report(workdirs: Sequence[Path], out: Path, *, title: str = "Top-GAP report") -> Path:
+def report(workdirs: Sequence[Path | str], out: Path, *, title: str = "Top-GAP report") -> Path:
     """Write the page about the runs in `workdirs` to `out` and return it.
 
-    What a run does not have yet (an evaluation, metrics, sheets) is said on the page; a folder that is no run is a UserError.
+    What a run does not have yet (an evaluation, metrics, sheets) is said on the page. UserError: a folder is no run.
     """
     runs, out = read_runs(workdirs), Path(out)
     if out.is_dir():
@@ -57,26 +45,32 @@ def report(workdirs: Sequence[Path], out: Path, *, title: str = "Top-GAP report"
     script = (HERE / "page.js").read_text(encoding="utf-8")
     ids = (f"chart{i}-" for i in count())
     pictures, left_out = sheets(runs)
-    page = environment().get_template("page.html").render(
-        title=title,
-        runs=runs,
-        written=datetime.now().strftime("%Y-%m-%d %H:%M"),
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        facts=[facts(run) for run in runs],
-        lines=comparison([run.rows for run in runs]),
-        robust=robust_rows(runs),
-        rows=[(i, row, headline(row), measures(row)) for i, run in enumerate(runs) for row in run.rows],
-        training=training(runs, ids),
-        curves=curves(runs, ids),
-        sheets=pictures,
-        left_out=left_out,
-        configs=differing([run.config for run in runs]),
-        versions=differing([run.versions for run in runs]),
-        again=[f"topgap train --config {shlex.quote(str(run.folder / 'config.json'))} --workdir NEW" for run in runs],
-        data=[{"run": r.label, "weights": r.weights, "data": r.data, "config": r.config, "rows": plain(r.rows)} for r in runs],
-    )  # fmt: skip
+    page = (
+        environment()
+        .get_template("page.html")
+        .render(
+            title=title,
+            runs=runs,
+            written=datetime.now().strftime("%Y-%m-%d %H:%M"),
+            style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            verdict=verdict(runs),
+            facts=[facts(run) for run in runs],
+            lines=comparison([run.rows for run in runs]),
+            robust=robust_rows(runs),
+            training=training(runs, ids),
+            curves=curves(runs, ids),
+            sheets=pictures,
+            left_out=left_out,
+            configs=differing([run.config for run in runs]),
+            versions=differing([run.versions for run in runs]),
+            again=[
+                f"topgap train --config {shlex.quote(str(run.folder / 'config.json'))} --workdir NEW" for run in runs
+            ],
+            data=[numbers(run) for run in runs],
+        )
+    )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, page)
@@ -87,49 +81,53 @@ def report(workdirs: Sequence[Path], out: Path, *, title: str = "Top-GAP report"
 
 def environment() -> Environment:
     """Jinja with autoescape, and the few words the template needs."""
-    made = Environment(
+    jinja = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     typeset = lambda value, sign=False: number(value, sign=sign).replace("-", "−")
     sortable = lambda value: repr(float(value)) if finite(value) else ""
-    words = lambda name: " ".join(SPELLINGS.get(word, word) for word in str(name).split("_"))
-    made.filters |= {"number": typeset, "sortable": sortable, "words": words, "amount": amount}
-    made.filters["shell"] = lambda path: shlex.quote(str(path))
-    made.globals |= {
-        "audit_of": audit_of,
-        "beside": beside,
+    jinja.filters |= {"number": typeset, "sortable": sortable, "amount": lambda value: amount(value) or "–"}
+    jinja.filters["shell"] = lambda path: shlex.quote(str(path))
+    jinja.globals |= {
+        "fewer": fewer,
         "finite": finite,
-        "is_robust": is_robust,
+        "has_interval": has_interval,
+        "reason": reason,
+        "evaluator_text": evaluator_text,
         "colours": SERIES,
     }
-    return made
+    return jinja
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
     """What the overview says about a run."""
     steps = [row["step"] for row in run.metrics]
-    accuracies = [
-        row["accuracy"] for row in run.metrics if row.get("kind") == "validation" and finite(row.get("accuracy"))
-    ]
-    found = [(key, run.config[key]) for key in ("source", "pool", "objective", "seed", "epochs") if key in run.config]
-    found += [("steps", number(max(steps)))] if steps else []
-    found += [("best validation", number(max(accuracies)))] if accuracies else []
-    found += [("evaluated", run.weights)] if run.weights else []
-    found += [(key, run.versions[key]) for key in ("device", "commit") if run.versions.get(key, "null") != "null"]
-    return found
+    validations = [row.get("accuracy") for row in run.metrics if row.get("kind") == "validation"]
+    accuracies = list(filter(finite, validations))
+    about = [(key, run.config[key]) for key in ("source", "pool", "objective", "seed", "epochs") if key in run.config]
+    about += [("steps", number(max(steps)))] if steps else []
+    about += [("best validation", number(max(accuracies)))] if accuracies else []
+    about += [("evaluated", run.weights)] if run.weights else []
+    about += [(key, run.versions[key]) for key in ("device", "commit") if run.versions.get(key, "null") != "null"]
+    return about
 
 
 def robust_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every robust number with what belongs beside it: clean accuracy, worst group, regions, the audit."""
-    return [
-        {"run": i, "row": row, "main": headline(row), "beside": beside(run.rows, row["split"]), "audit": audit_of(row),
-         "clean": next((m for m in measures(row) if m.name == "clean_accuracy"), None)}
-        for i, run in enumerate(runs) for row in run.rows if is_robust(row)
-    ]  # fmt: skip
+    """Every robust number with its audit and what belongs beside it, at least the accuracy before the attack."""
+    rows = []
+    for i, run in enumerate(runs):
+        for row in run.rows:
+            if row.audit is not None:
+                main = next(iter(row.numbers.values()), None)
+                measures, missing = beside(run.rows, row)
+                if "accuracy" not in measures and "clean_accuracy" in row.numbers:
+                    measures = {"clean_accuracy": row.numbers["clean_accuracy"], **measures}
+                rows.append({"run": i, "row": row, "main": main, "beside": measures, "missing": missing})
+    return rows
 
 
 def training(runs: Sequence[Run], ids: Iterator[str]) -> list[dict[str, Any]]:
-    """A chart for every number in metrics.jsonl, loss and accuracy first: thin lines in training, points in validation."""
+    """A chart for every number in metrics.jsonl, loss and accuracy first: thin lines training, points validation."""
     names = dict.fromkeys(["loss", "accuracy"])
     names |= dict.fromkeys(
         name for run in runs for row in run.metrics for name in row if name not in ("step", "epoch", "kind")
@@ -144,24 +142,27 @@ def training(runs: Sequence[Run], ids: Iterator[str]) -> list[dict[str, Any]]:
                     steps, values = [row["step"] for row in rows], [row[name] for row in rows]
                     series.append(Series(steps, values, i, points=kind == "validation"))
         if series:
-            charts.append({"name": name, "svg": Markup(line_chart(series, own=next(ids), x_name="step"))})
+            charts.append({"name": name.replace("_", " "), "svg": Markup(line_chart(series, prefix=next(ids)))})
     return charts
 
 
 def curves(runs: Sequence[Run], ids: Iterator[str]) -> list[dict[str, Any]]:
-    """A chart for every curve of the evaluations (calibration, accuracy over epsilon, ...), a line per run."""
-    found: dict[tuple[str, str, str], list[Series]] = {}
+    """A chart for every curve of the evaluations, a line per run: robust ones (accuracy over epsilon) first."""
+    charts: dict[tuple[str, str, str], tuple[Curve, bool, list[Series]]] = {}
     for i, run in enumerate(runs):
         for row in run.rows:
-            for name, curve in row.get("curves", {}).items():
-                if len(curve["x"]) > 2:  # two points are in the tables already
-                    key = (name, str(row["evaluator"]), str(row["split"]))
-                    found.setdefault(key, []).append(Series(curve["x"], curve["y"], i, points=len(curve["x"]) <= 30))
-    charts = []
-    for (name, evaluator, split), series in sorted(found.items(), key=lambda item: item[0][0]):
-        svg = line_chart(series, own=next(ids), x_name=AXES.get(name, ""), diagonal=name == "calibration")
-        charts.append({"name": name, "evaluator": evaluator, "split": split, "svg": Markup(svg)})
-    return charts
+            for name, curve in row.measures.items():
+                if isinstance(curve, Curve) and len(curve.x) > 2:  # two points are in the tables already
+                    key = (name, evaluator_text(row), row.split)
+                    _, _, series = charts.setdefault(key, (curve, row.audit is not None, []))
+                    series.append(Series(curve.x, curve.y, i, points=len(curve.x) <= 30))
+    drawn = []
+    for (name, evaluator, split), (curve, _, series) in sorted(charts.items(), key=lambda item: not item[1][1]):
+        svg = Markup(line_chart(series, prefix=next(ids), diagonal=name == "calibration"))
+        axes = (*curve.axes, "", "")[:2]
+        about = {"label": curve.label or name, "axes": axes, "evaluator": evaluator, "split": split}
+        drawn.append(about | {"svg": svg})
+    return drawn
 
 
 def sheets(runs: Sequence[Run]) -> tuple[dict[str, list[dict[str, Any] | None]], list[str]]:
@@ -170,7 +171,7 @@ def sheets(runs: Sequence[Run]) -> tuple[dict[str, list[dict[str, Any] | None]],
     The space goes round the runs, so that no run crowds out another.
     """
     names = sorted({path.name for run in runs for path in run.sheets})
-    found: dict[str, list[dict[str, Any] | None]] = {name: [None] * len(runs) for name in names}
+    pictures: dict[str, list[dict[str, Any] | None]] = {name: [None] * len(runs) for name in names}
     left_out, used = [], 0
     for i, path in (
         pair
@@ -187,12 +188,12 @@ def sheets(runs: Sequence[Run]) -> tuple[dict[str, list[dict[str, Any] | None]],
             )
         else:
             used += len(picture["source"])
-            found[path.name][i] = picture
-    return {name: places for name, places in found.items() if any(places)}, left_out
+            pictures[path.name][i] = picture
+    return {name.removesuffix(".png"): places for name, places in pictures.items() if any(places)}, left_out
 
 
 def embedded(path: Path) -> dict[str, Any] | None:
-    """A picture as data URI with its size; a large one is made smaller and stored as JPEG. None if it cannot be read."""
+    """A picture as data URI with its size, a large one made smaller and as JPEG; None if it cannot be read."""
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content), formats=["PNG"]) as opened:
@@ -213,6 +214,8 @@ def embedded(path: Path) -> dict[str, Any] | None:
     }
 
 
-def plain(value: Any) -> Any:
-    """What JSON can hold: numbers that are not finite become null."""
-    return json.loads(json.dumps(value), parse_constant=lambda _: None)
+def numbers(run: Run) -> dict[str, Any]:
+    """What a run holds, for JSON: numbers that are not finite become null."""
+    rows = [to_json(row) for row in run.rows]
+    data = {"run": run.label, "weights": run.weights, "data": run.data, "config": run.config, "rows": rows}
+    return json.loads(json.dumps(data), parse_constant=lambda _: None)

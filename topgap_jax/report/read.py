@@ -9,41 +9,13 @@ from typing import Any, NamedTuple
 
 from topgap_jax.build import names as names_of
 from topgap_jax.errors import UserError
+from topgap_jax.measure import results
+from topgap_jax.measure.results import Row
 from topgap_jax.progress import read_metrics
+from topgap_jax.types import Measure
 
-HEADLINES = (
-    "accuracy", "generalisation_gap", "worst_group_accuracy", "robust_accuracy", "foreground_sensitivity", "background_gap",
-    "foreground_accuracy", "background_accuracy", "iou", "best_iou", "max_box_accuracy", "centre_iou", "full_iou",
-    "centre_box_accuracy", "full_box_accuracy", "in_region", "lift", "energy", "energy_lift", "gini", "effective_area",
-    "deletion", "insertion", "topk_intersection", "kendall_tau_b", "chance", "neuron_coverage", "image_coverage", "rms_radius",
-    "centre_corner_ratio", "top_lift", "nll", "calibration_error",
-)  # fmt: skip
-"""The measures a comparison starts with, in this order: worst group and regions stand around the robust number."""
-
-BESIDE = (
-    "worst_group_accuracy",
-    "foreground_sensitivity",
-    "background_gap",
-    "foreground_accuracy",
-    "background_accuracy",
-)
-"""What stands beside every robust number: adversarial training can buy the one with the other."""
-
-HIGHER = {
-    "accuracy", "worst_group_accuracy", "robust_accuracy", "clean_accuracy", "foreground_sensitivity",
-    "foreground_accuracy", "iou", "best_iou", "max_box_accuracy", "in_region", "lift", "share_inside", "top_share_inside",
-    "top_lift", "energy", "energy_lift", "insertion", "topk_intersection", "kendall_tau_b",
-}  # fmt: skip
-LOWER = {"nll", "calibration_error", "background_gap", "deletion"}
-
-
-class Measure(NamedTuple):
-    """One number of an evaluation; low and high bound its interval where one is given."""
-
-    name: str
-    value: float | None
-    low: float | None = None
-    high: float | None = None
+BESIDE = ("accuracy", "regions")
+"""The evaluators that stand beside every robust number: adversarial training can buy the one with the other."""
 
 
 class Run(NamedTuple):
@@ -56,7 +28,7 @@ class Run(NamedTuple):
     file: str | None
     versions: dict[str, str]
     metrics: list[dict[str, Any]]
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     weights: str
     data: str
     sheets: list[Path]
@@ -67,7 +39,7 @@ def read_runs(folders: Sequence[Path | str]) -> list[Run]:
     unique = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     if not unique:
         raise UserError("no run folder given; name one or more that `topgap train --workdir` wrote")
-    return told_apart([read_run(folder, label) for folder, label in zip(unique, labels(unique))])
+    return with_overrides([read_run(folder, label) for folder, label in zip(unique, labels(unique))])
 
 
 def read_run(folder: Path, label: str) -> Run:
@@ -76,7 +48,7 @@ def read_run(folder: Path, label: str) -> Run:
     if not path.is_file():
         why = "it has no config.json" if folder.is_dir() else "there is no such folder"
         raise UserError(f"'{folder}' is not a run: {why}; name a folder that `topgap train --workdir` wrote")
-    stored, evaluation = read_json(path, "config"), read_json(folder / "evaluation.json", "rows")
+    stored, evaluation = read_json(path, "config"), results.read(folder / results.FILE)
     return Run(
         label=label,
         folder=folder,
@@ -84,32 +56,41 @@ def read_run(folder: Path, label: str) -> Run:
         file=stored.get("file"),
         versions=flat(read_json(folder / "versions.json")),
         metrics=[row for row in read_metrics(folder) if isinstance(row, dict) and "step" in row],
-        rows=with_gaps(evaluation.get("rows", []), str(stored["config"].get("train", ""))),
-        weights=str(evaluation.get("weights", "")),
-        data=str(evaluation.get("data", "")),
+        rows=with_gaps(evaluation.rows, str(stored["config"].get("train", ""))),
+        weights=evaluation.weights,
+        data=evaluation.data,
         sheets=sorted(folder.glob("sheets/*.png")),
     )
 
 
-def told_apart(runs: Sequence[Run]) -> list[Run]:
-    """The runs; a row whose evaluator names a number that their configs differ in says it, `robust(pgd(linf(eps))) with eps=8/255`.
+def with_overrides(runs: Sequence[Run]) -> list[Run]:
+    """The runs; a number in which their configs differ becomes an override of every row whose evaluator depends on it.
 
-    Rows of different runs are one line of a table only where they measure the same thing.
+    Rows of different runs are one line of a table only where they measure the same thing: `robust(pgd(linf(eps)))` of
+    eps 2/255 and of 8/255 do not.
     """
-    names = [key for key, _, differs in differing([run.config for run in runs]) if differs and key.isidentifier()]
+    differ = [key for key, _, differs in differing([run.config for run in runs]) if differs and key.isidentifier()]
 
-    def named(run: Run, row: dict[str, Any]) -> dict[str, Any]:
-        text = str(row.get("evaluator", ""))
-        head, found, tail = text.rpartition(") with ")
-        call, note = (f"{head})", tail) if found else (text, "")
-        told = [
-            f"{name}={fraction(run.config[name])}" for name in names if name in run.config and name in names_of(call)
-        ]
-        said = {words.partition("=")[0] for words in note.split(", ")}
-        told = [words for words in told if words.partition("=")[0] not in said]
-        return row | {"evaluator": f"{call} with {', '.join([note] * bool(note) + told)}"} if told else row
+    def full(run: Run, row: Row) -> Row:
+        keys = mentioned(row.evaluator, run.config)
+        return row._replace(overrides={key: fraction(run.config[key]) for key in differ if key in keys} | row.overrides)
 
-    return [run._replace(rows=[named(run, row) for row in run.rows]) for run in runs]
+    return [run._replace(rows=[full(run, row) for row in run.rows]) for run in runs]
+
+
+def mentioned(text: str, config: Mapping[str, str]) -> set[str]:
+    """The keys of a flat config that the value of `text` depends on, those behind other keys included.
+
+    >>> sorted(mentioned("robust(attack)", {"attack": "pgd(linf(eps))", "eps": ".1", "seed": "0"}))
+    ['attack', 'eps']
+    """
+    keys, texts = set(), [text]
+    while texts:
+        text = texts.pop()
+        new = (set(names_of(text)) & set(config)) - keys
+        keys |= new
+        texts += [config[key] for key in new]
+    return keys
 
 
 def fraction(text: str) -> str:
@@ -164,54 +145,56 @@ def differing(tables: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str |
     """(key, value of each, do they differ?) of flat tables, in the order of appearance."""
     keys = dict.fromkeys(key for table in tables for key in table)
     values = {key: [table.get(key) for table in tables] for key in keys}
-    return [(key, found, len(set(found)) > 1) for key, found in values.items()]
+    return [(key, each, len(set(each)) > 1) for key, each in values.items()]
 
 
-def measures(row: Mapping[str, Any]) -> list[Measure]:
-    """The numbers of an evaluation's row; `name_low` and `name_high` are the interval of `name` (or of `name_accuracy`)."""
-    values, bounds, used = row.get("values", {}), {}, set()
-    for stem in [name.removesuffix("_low") for name in values if name.endswith("_low")]:
-        owner = stem if stem in values else f"{stem}_accuracy"
-        if owner in values and f"{stem}_high" in values:
-            bounds[owner] = (values[f"{stem}_low"], values[f"{stem}_high"])
-            used |= {f"{stem}_low", f"{stem}_high"}
-    return [Measure(name, value, *bounds.get(name, (None, None))) for name, value in values.items() if name not in used]
+def kind(evaluator: str) -> str:
+    """The name of the function an evaluator's text calls.
 
-
-def headline(row: Mapping[str, Any]) -> Measure:
-    """The number that stands for a row: robust accuracy where there is one, else its first."""
-    found = {measure.name: measure for measure in measures(row)}
-    return found.get("robust_accuracy") or next(iter(found.values()), Measure("", None))
-
-
-def is_robust(row: Mapping[str, Any]) -> bool:
-    """Is this row a claim about robustness, which needs an audit?"""
-    return str(row.get("evaluator", "")).split("(")[0].strip() in ("robust", "curve")
-
-
-def audit_of(row: Mapping[str, Any]) -> str:
-    """The audit of a robust row in words."""
-    audit = row.get("audit")
-    return "not audited" if not audit else audit if isinstance(audit, str) else json.dumps(audit, ensure_ascii=False)
-
-
-def beside(rows: Iterable[Mapping[str, Any]], split: str) -> dict[str, Measure | None]:
-    """What belongs beside a robust number, from the other rows of the same split; None where it was not measured."""
-    others = [row for row in rows if row.get("split") == split and not is_robust(row)]
-    found = {measure.name: measure for row in others for measure in measures(row)}
-    return {name: found.get(name) for name in BESIDE}
-
-
-def with_gaps(rows: Sequence[Mapping[str, Any]], train: str) -> list[Mapping[str, Any]]:
-    """The rows, where every `accuracy()` of other images than the training split's has `generalisation_gap`: the accuracy on
-    a part of the training split, such as "train[:1000]", minus its own. Without a row of such a part nothing is added.
+    >>> kind("robust(pgd(linf(eps)))")
+    'robust'
     """
-    accuracies = [row for row in rows if str(row.get("evaluator")).startswith("accuracy(") and row.get("values")]
-    seen = next((row["values"].get("accuracy") for row in accuracies if _overlap(row["split"], train) == "part"), None)
-    others = [row for row in accuracies if _overlap(row["split"], train) == "apart"]
-    others = [row for row in others if finite(seen) and finite(row["values"].get("accuracy"))]
-    gap = lambda row: {"generalisation_gap": seen - row["values"]["accuracy"]}
-    return [{**row, "values": {**row["values"], **gap(row)}} if row in others else row for row in rows]
+    return evaluator.partition("(")[0].strip()
+
+
+def beside(rows: Iterable[Row], robust: Row) -> tuple[dict[str, Measure], list[str]]:
+    """({name: Measure}, evaluators not run): what belongs beside a robust number, the main measures of `accuracy()` and
+    `regions()` of the same network on the same split."""
+    measures, missing = {}, []
+    same = lambda row: row.split == robust.split and _of_network(row) == _of_network(robust)
+    for name in BESIDE:
+        row = next((row for row in rows if kind(row.evaluator) == name and same(row)), None)
+        missing += [] if row else [f"{name}()"]
+        measures |= {key: measure for key, measure in row.numbers.items() if measure.main} if row else {}
+    return measures, missing
+
+
+def _of_network(row: Row) -> dict[str, str]:
+    """The overrides that concern the network or its data: those that are no number of the evaluator's own."""
+    return {key: text for key, text in row.overrides.items() if key not in names_of(row.evaluator)}
+
+
+def with_gaps(rows: Sequence[Row], train: str) -> list[Row]:
+    """The rows, where `accuracy()` of images outside the training split has `generalisation_gap`: the accuracy on a
+    part of the training split, such as "train[:1000]", minus its own. Without a row of such a part nothing is added.
+    """
+    accuracy = lambda row: row.measures["accuracy"].value if "accuracy" in row.measures else None
+    rows = list(rows)
+    for place, row in enumerate(rows):
+        if kind(row.evaluator) != "accuracy" or not finite(accuracy(row)) or _overlap(row.split, train) != "apart":
+            continue
+        same = [each for each in rows if kind(each.evaluator) == "accuracy" and _of_network(each) == _of_network(row)]
+        trained = next((accuracy(each) for each in same if _overlap(each.split, train) == "part"), None)
+        if finite(trained):
+            gap = Measure(trained - accuracy(row), n=row.measures["accuracy"].n, label="generalisation gap")
+            first = {"accuracy": row.measures["accuracy"], "generalisation_gap": gap}
+            rows[place] = row._replace(measures={**first, **row.measures, **first})
+    return rows
+
+
+def in_training(split: str, train: str) -> bool:
+    """Is this split a part of the training split, as far as the texts tell?"""
+    return _overlap(split, train) == "part"
 
 
 def _overlap(split: str, train: str) -> str:
@@ -222,99 +205,13 @@ def _overlap(split: str, train: str) -> str:
     """
     if split == train or split.split("[")[0] != train.split("[")[0]:
         return "part" if split == train else "apart"
-    found = [re.fullmatch(r"[^\[]+(?:\[(\d*):(\d*)\])?", text) for text in (split, train)]
-    if not all(found):
+    ranges = [re.fullmatch(r"[^\[]+(?:\[(\d*):(\d*)\])?", text) for text in (split, train)]
+    if not all(ranges):
         return ""
-    (low, high), (first, last) = ((int(m[1] or 0), int(m[2]) if m[2] else math.inf) for m in found)
+    (low, high), (first, last) = ((int(m[1] or 0), int(m[2]) if m[2] else math.inf) for m in ranges)
     return "apart" if high <= first or last <= low else "part" if first <= low and high <= last else ""
-
-
-class Line(NamedTuple):
-    """One line of a comparison: the measures of the runs, the index of the best (None: no best), last minus first."""
-
-    split: str
-    evaluator: str
-    name: str
-    cells: list[Measure | None]
-    best: int | None
-    difference: float | None
-    robust: bool
-    main: bool
-
-
-def comparison(tables: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line]:
-    """All measures of several evaluations, split by split, the headlines first."""
-    rows = [{(str(row.get("split")), str(row.get("evaluator"))): row for row in table} for table in tables]
-    keys = list(dict.fromkeys(key for table in rows for key in table))
-    splits = list(dict.fromkeys(split for split, _ in keys))
-    lines = []
-    for key in keys:
-        present = [table.get(key) for table in rows]
-        found = [{m.name: m for m in measures(row)} if row else {} for row in present]
-        first = next(headline(row).name for row in present if row)
-        robust = any(is_robust(row) for row in present if row)
-        for name in dict.fromkeys(name for table in found for name in table):
-            cells = [table.get(name) for table in found]
-            values = [cell.value if cell else None for cell in cells]
-            ends = values[0], values[-1]
-            difference = ends[1] - ends[0] if len(values) > 1 and all(map(finite, ends)) else None
-            lines.append(
-                Line(*key, name, cells, best(name, values), difference, robust, name in HEADLINES or name == first)
-            )
-    rank = {name: place for place, name in enumerate(HEADLINES)}
-    return sorted(lines, key=lambda line: (splits.index(line.split), not line.main, rank.get(line.name, len(rank))))
-
-
-def best(name: str, values: Sequence[float | None]) -> int | None:
-    """Index of the best of several values; None for a measure without a better side, or if all are equal.
-
-    >>> best("accuracy", [0.8, None, 0.9]), best("nll", [0.8, 0.9]), best("rms_radius", [8, 9]), best("iou", [0.5, 0.5])
-    (2, 0, None, None)
-    """
-    known = {index: value for index, value in enumerate(values) if finite(value)}
-    if name not in HIGHER | LOWER or len(set(known.values())) < 2:
-        return None
-    return (max if name in HIGHER else min)(known, key=known.get)
 
 
 def finite(value: Any) -> bool:
     """Is this a number one can subtract?"""
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def number(value: Any, *, sign: bool = False) -> str:
-    """A number for people: four digits after the point below 10, fewer above; `–` for none.
-
-    >>> number(0.91234), number(-12.3456, sign=True), number(10000), number(12345.6), number(0.0000123), number(None)
-    ('0.9123', '-12.35', '10,000', '12,346', '1.23e-05', '–')
-    """
-    plus = "+" if sign else ""
-    if value is None or isinstance(value, str):
-        return value or "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int) or not math.isfinite(value):
-        return f"{value:{plus},}"
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if size < 1e-3:
-        return f"{value:{plus}.2e}"
-    return f"{value:{plus},.{4 if size < 10 else 2 if size < 1000 else 0}f}"
-
-
-def amount(value: Any) -> str:
-    """A cost for people: as few digits as it needs, at most four.
-
-    >>> amount(1.0), amount(20.25), amount(81.66), amount(123456.7), amount(None)
-    ('1', '20.25', '81.66', '123,457', '–')
-    """
-    return (f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}") if finite(value) else "–"
-
-
-def interval(measure: Measure | None) -> str:
-    """`0.9123 [0.9065, 0.9177]`, or the number alone where no interval is given."""
-    if measure is None:
-        return "–"
-    bounds = f" [{number(measure.low)}, {number(measure.high)}]" if finite(measure.low) and finite(measure.high) else ""
-    return number(measure.value) + bounds

@@ -1,7 +1,7 @@
 """Contact sheets: what the network saw, what it said and where it looked, as PNG files.
 
-Drawn with Pillow on whole pixels, so that a 32 x 32 image is enlarged without blur and box lines stay crisp; the colours
-and the font come with matplotlib.
+Drawn with Pillow on whole pixels, so that a 32 x 32 image is enlarged without blur and box lines stay crisp; the
+colours and the font come with matplotlib.
 """
 
 import os
@@ -63,8 +63,8 @@ def sheet(
         region = None if regions is None else np.asarray(regions[row]) == 1
         canvas.paste(marked(enlarge(image, size), box=box, region=region), (MARGIN, y + 24))
         for column, (name, values) in enumerate(maps.items(), start=1):
-            found = None if map_boxes is None or name not in map_boxes else map_boxes[name][row]
-            picture = marked(overlay(image, values[row], size), box=box, map_box=found, thin=True)
+            map_box = None if map_boxes is None or name not in map_boxes else map_boxes[name][row]
+            picture = marked(overlay(image, values[row], size), box=box, map_box=map_box, thin=True)
             canvas.paste(picture, (MARGIN + column * (width + GAP), y + 24))
     for i, line in enumerate(lines):
         for x, colour, text in line:
@@ -91,13 +91,14 @@ def field_figure(path: str | os.PathLike, fields: Mapping[str, np.ndarray], *, t
         x, y = MARGIN + i % columns * (width + GAP), top + i // columns * (height + 30)
         write(draw, (x, y), name, width, points=13)
         canvas.paste(field_picture(np.asarray(values, np.float32), sizes[name]), (x, y + 20))
-    note = "Influence of each pixel on one position of the class map; brightness is the square root of the share of the maximum."
+    note = "Influence of each pixel on one position of the class map; "
+    note += "brightness is the square root of the share of the maximum."
     write(draw, (MARGIN, canvas.height - 26), note, inner, points=12, colour=MUTED)
     return save(canvas, path)
 
 
 def cell_size(height: int, width: int) -> tuple[int, int]:
-    """Pixels at which an image of this size is shown: a whole multiple near CELL, at most LARGEST on the longer side."""
+    """Pixels (height, width) at which an image is shown: a whole multiple near CELL, the longer side <= LARGEST."""
     longest = max(height, width)
     if longest > LARGEST:
         return max(1, round(height * LARGEST / longest)), max(1, round(width * LARGEST / longest))
@@ -143,7 +144,7 @@ def marked(
     map_box: np.ndarray | None = None,
     thin: bool = False,
 ) -> Image.Image:
-    """The picture with the outline of `region` (h, w) bool and the boxes; every line has a dark halo to stand out anywhere."""
+    """The picture with the outline of `region` (h, w) bool and the boxes; a dark halo makes every line stand out."""
     if region is not None:
         inside = np.asarray(Image.fromarray(region).resize(picture.size, Image.Resampling.NEAREST))
         pixels = np.array(picture)
@@ -190,7 +191,7 @@ def rectangle(draw: ImageDraw.ImageDraw, size, box, colour: str, *, width: int, 
 
 
 def caption(draw: ImageDraw.ImageDraw, at: tuple[int, int], true: str, predicted: str, width: int) -> None:
-    """The predicted name, green with a tick where right, red with a cross where wrong, and the true one; plain where none is known."""
+    """The predicted name, green with a tick where right, red with a cross and the true one where wrong; else plain."""
     if not true or not predicted:
         write(draw, at, predicted or true, width, bold=True)
     elif predicted == true:

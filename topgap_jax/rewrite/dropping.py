@@ -7,11 +7,10 @@ from jax import lax
 from jax.extend.core.primitives import name_p
 
 from topgap_jax.errors import UserError
-from topgap_jax.rewrite.convs import fast_convs
-from topgap_jax.rewrite.folding import fold_batch_norm
 from topgap_jax.rewrite.fusion import fused
 from topgap_jax.rewrite.interpreter import enters, evaluate, rebuild, subjaxprs, trace
 from topgap_jax.rewrite.names import _layers, _run, read, tap
+from topgap_jax.rewrite.speed import fast
 from topgap_jax.types import Drop, Model
 
 
@@ -42,7 +41,7 @@ def with_drop(model: Model, layer: str, drop: Drop | None) -> Model:
         still, seen = lax.stop_gradient((variables["ema"] if drop.teacher else variables, images))
         predict = lambda images: model.apply(still, images, step=step).logits
         head = lambda features: tap(predict, layer, lambda _: features)(seen)
-        taught = _quick(_unnamed(read(predict, layer)))(seen)[1] if drop.teacher else None
+        taught = fused(fast(_unnamed(read(predict, layer))))(seen)[1] if drop.teacher else None
         own = None if keys is None else _own_keys(keys, layer)
 
         def edit(features):
@@ -59,11 +58,6 @@ def with_drop(model: Model, layer: str, drop: Drop | None) -> Model:
 def _own_keys(keys, layer):
     """Keys of this layer: `keys` themselves serve the random layers of the user's module."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, zlib.crc32(layer.encode()))
-
-
-def _quick(f):
-    """f, which nobody differentiates, with all that makes a forward pass fast."""
-    return fused(fold_batch_norm(fast_convs(f)))
 
 
 def _unnamed(f):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.extend.core.primitives import (
     add_p,
-    conv_general_dilated_p,
     div_p,
     mul_p,
     name_p,
@@ -15,7 +14,6 @@ from jax.extend.core.primitives import (
     sub_p,
 )
 
-from topgap_jax.engine import forward_p
 from topgap_jax.rewrite.interpreter import (
     bind,
     channel_vector,
@@ -27,6 +25,7 @@ from topgap_jax.rewrite.interpreter import (
     users,
 )
 from topgap_jax.rewrite.names import NAMING
+from topgap_jax.rewrite.operations import convolution_axes
 
 # (equation, position of the convolution's values) -> (scale, shift) after it, of (scale, shift) before it and the other operand.
 STEPS = {
@@ -115,7 +114,7 @@ def _folded(chain: Chain, read: Callable) -> Any:
     if chain.convolution is None:
         return read(chain.value) * at(scale, axis) + at(shift, axis)
     images, kernel = map(read, chain.convolution.invars)
-    (out,) = bind(chain.convolution, [images, kernel * at(scale, _channel_axes(chain.convolution)[1])])
+    (out,) = bind(chain.convolution, [images, kernel * at(scale, convolution_axes(chain.convolution).rhs_spec[0])])
     return out + at(shift, axis)
 
 
@@ -123,11 +122,10 @@ def _chains(jaxpr: Jaxpr) -> list[Chain]:
     used, chains, taken = users(jaxpr), [], set()
     made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     for eqn in jaxpr.eqns:
-        if eqn.primitive not in (conv_general_dilated_p, forward_p):
+        numbers = convolution_axes(eqn)
+        if numbers is None or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
             continue
-        if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
-            continue
-        starts, axis = [eqn.outvars[0]], _channel_axes(eqn)[0]
+        starts, axis = [eqn.outvars[0]], numbers.out_spec[1]
         starts += [user.outvars[0] for user in used[starts[0]] if user is not None and user.primitive is name_p]
         while starts:
             value = starts.pop()
@@ -157,14 +155,6 @@ def _step(eqn: JaxprEqn | None, value: Any, axis: int, made_by: dict, taken: set
         return None
     vector = channel_vector(eqn.invars[1 - position], axis, value.aval.ndim, made_by)
     return None if vector is None else (eqn, position, vector)
-
-
-def _channel_axes(eqn: JaxprEqn) -> tuple[int, int]:
-    """The axis of the channels in a convolution's result, and that of the same channels in its kernel."""
-    if eqn.primitive is forward_p:
-        return 3, 3
-    numbers = eqn.params["dimension_numbers"]
-    return numbers.out_spec[1], numbers.rhs_spec[0]
 
 
 def _holds(jaxpr: Jaxpr) -> bool:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
-from jax.extend.core.primitives import add_jaxvals_p, add_p, gt_p, select_n_p
 
 from topgap_jax.engine import (
     FORWARD,
@@ -18,7 +17,7 @@ from topgap_jax.engine import (
     input_gradient_p,
 )
 from topgap_jax.rewrite.interpreter import channel_vector, evaluate, reaches, rebuild, subjaxprs, trace, users
-from topgap_jax.rewrite.operations import is_zero, relu_of, zeros_of
+from topgap_jax.rewrite.operations import SUMS, is_masked, is_positive, relu_of, zeros_of
 
 CONVOLUTIONS = {forward_p: FORWARD, input_gradient_p: INPUT_GRADIENT}
 
@@ -51,8 +50,8 @@ def fused(f: Callable) -> Callable:
     """f with the engine's convolutions, and their input gradients, fused with the bias, sum, ReLU or ReLU mask behind them.
 
     For a whole attack step or explanation in eval mode, outermost under `jit`, after differentiation: what it returns has no
-    derivative. It needs oneDNN, and is f itself without. Best on `fold_batch_norm(fast_convs(predict))`. Equal up to rounding,
-    for finite numbers: oneDNN's ReLU of NaN is 0, so that networks with NaN among their weights are for `jax.jit` alone.
+    derivative. It needs oneDNN, and is f itself without. Best on `fold_batch_norm(fast_convs(predict))`. Equal up to rounding
+    for finite numbers; what is not finite stays so (see `engine.fused_convolution`).
     """
 
     def merged(*args, **kwargs):
@@ -117,26 +116,19 @@ def _plan(jaxpr: Jaxpr) -> Plan:
         if eqn.primitive is forward_p:
             relus = [e for e in used[value] if e is not None and relu_of(e, zeros)]
             others = [e for e in used[value] if e not in relus]
-            compared = [e for e in others if e is not None and e.primitive is gt_p and is_zero(e.invars[1], zeros)]
+            compared = [e for e in others if e is not None and is_positive(e, zeros)]
             later = all(place[id(relus[0])] < place[id(e)] for e in compared) if relus else False
             if len(relus) == 1 and id(relus[0]) not in plan.passed and others == compared and later:
                 group = group._replace(after=[*group.after, relus[0]], relu=True)
                 plan.positive.update({id(e): relus[0].outvars[0] for e in compared})
         else:
             (user,) = used[value] if len(used[value]) == 1 else (None,)
-            if (
-                user is not None
-                and user.primitive is select_n_p
-                and len(user.invars) == 3
-                and _is_masked(user, value, zeros)
-            ):
+            if user is not None and is_masked(user, value, zeros):
                 mask = user.invars[0]
                 group = group._replace(after=[*group.after, user], mask=mask)
-                if mask in made_by and made_by[mask].primitive is gt_p and len(used[mask]) == 1:
-                    compared = made_by[mask]
-                    if is_zero(compared.invars[1], zeros):
-                        plan.positive.setdefault(id(compared), compared.invars[0])
-                        plan.flat.add(mask)
+                if mask in made_by and is_positive(made_by[mask], zeros) and len(used[mask]) == 1:
+                    plan.positive.setdefault(id(made_by[mask]), made_by[mask].invars[0])
+                    plan.flat.add(mask)
         if group.after:
             *before, last = [eqn, *group.after]
             plan.passed.update(map(id, before))
@@ -149,7 +141,7 @@ def _sum(value: Any, used: dict, plan: Plan) -> tuple[JaxprEqn, Any] | None:
     if len(used[value]) != 1 or used[value][0] is None:
         return None
     (eqn,) = used[value]
-    if eqn.primitive not in (add_p, add_jaxvals_p) or id(eqn) in plan.passed or id(eqn) in plan.last:
+    if eqn.primitive not in SUMS or id(eqn) in plan.passed or id(eqn) in plan.last:
         return None
     return eqn, eqn.invars[1 if eqn.invars[0] is value else 0]
 
@@ -157,12 +149,6 @@ def _sum(value: Any, used: dict, plan: Plan) -> tuple[JaxprEqn, Any] | None:
 def _is_like(variable: Any, value: Any) -> bool:
     same = variable.aval.shape == value.aval.shape and variable.aval.dtype == value.aval.dtype
     return same and not isinstance(variable, Literal)
-
-
-def _is_masked(eqn: JaxprEqn, value: Any, zeros: set) -> bool:
-    """Whether a selection is `where(mask, value, 0)` element by element."""
-    mask, otherwise, chosen = eqn.invars
-    return chosen is value and is_zero(otherwise, zeros) and mask.aval.shape == value.aval.shape
 
 
 def _holds(jaxpr: Jaxpr) -> bool:

@@ -1,6 +1,6 @@
 """The one small interpreter under every transformation here: trace a function to a jaxpr, evaluate it, do something else at the right places."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -67,13 +67,18 @@ def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
-def inline(closed: ClosedJaxpr, arrays: Sequence[Any]) -> ClosedJaxpr:
-    """The same program without any inner `jit`, so that a walk over producers meets every equation on one level."""
+def inline(closed: ClosedJaxpr, arrays: Sequence[Any], remat: bool = False) -> ClosedJaxpr:
+    """The same program without any inner `jit`, so that a walk over producers meets every equation on one level.
+
+    remat: also without `jax.checkpoint`, for a program that is only looked at.
+    """
 
     def rule(eqn, values, read):
         if eqn.primitive is jit_p:
             inner = eqn.params["jaxpr"]
             return evaluate(inner.jaxpr, inner.consts, values, rule)
+        if remat and eqn.primitive is remat_p:
+            return evaluate(eqn.params["jaxpr"], (), values, rule)
         return None
 
     return jax.make_jaxpr(lambda *args: evaluate(closed.jaxpr, closed.consts, args, rule))(*arrays)
@@ -97,6 +102,25 @@ def users(jaxpr: Jaxpr) -> dict[Any, list[JaxprEqn | None]]:
         for v in variables:
             if not isinstance(v, Literal):
                 found[v].append(user)
+    return found
+
+
+def needed(jaxpr: Jaxpr) -> set[int]:
+    """The equations, by `id`, that the jaxpr's results depend on."""
+    wanted, found = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, set()
+    for eqn in reversed(jaxpr.eqns):
+        if wanted.intersection(eqn.outvars):
+            found.add(id(eqn))
+            wanted.update(v for v in eqn.invars if not isinstance(v, Literal))
+    return found
+
+
+def depending(jaxpr: Jaxpr, sources: Iterable[Any]) -> set[Any]:
+    """The variables that depend on the sources, which are among them."""
+    found = set(sources)
+    for eqn in jaxpr.eqns:
+        if found.intersection(v for v in eqn.invars if not isinstance(v, Literal)):
+            found.update(eqn.outvars)
     return found
 
 
@@ -145,7 +169,7 @@ def rebuild(eqn: JaxprEqn, values: Sequence[Any], run: Callable[[Jaxpr, Sequence
         policy = params["policy"] and _policy(params["policy"])
         return jax.checkpoint(again, prevent_cse=params["prevent_cse"], policy=policy)(*values)
     if eqn.primitive is scan_p:
-        body, (constants, start, inputs) = within(params["jaxpr"]), _scanned(params, values)
+        body, (constants, start, inputs) = within(params["jaxpr"]), scanned(params, values)
 
         def step(carry, row):
             outs = body(*constants, *carry, *row)
@@ -177,7 +201,7 @@ def _policy(policy: Callable) -> Callable:
     )
 
 
-def _scanned(params: dict[str, Any], values: Sequence[Any]) -> list[list[Any]]:
+def scanned(params: dict[str, Any], values: Sequence[Any]) -> list[list[Any]]:
     """What the body of a scan finds the same each time, what it passes on, and what it gets row by row."""
     if "ft_in" in params:  # jax 0.12
         return [list(part) for part in params["ft_in"].update(values).unpack()]

@@ -6,6 +6,7 @@ full name or by any trailing part of it that is unique: "stage3".
 """
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jax.extend.core import Jaxpr
 from jax.extend.core.primitives import name_p
 
 from topgap_jax.errors import UserError
+from topgap_jax.rewrite.default import last_features
 from topgap_jax.rewrite.interpreter import enters, evaluate, rebuild, subjaxprs, trace
 from topgap_jax.types import Array
 
@@ -69,17 +71,15 @@ def read(f: Callable, layer: str | None = None) -> Callable:
 
 
 def default_layer(f: Callable, *args: Any, **kwargs: Any) -> str:
-    """Name of the last (b, h, w, c) value with more than one position, i.e. the last before the pooling."""
-    found = [
-        x
-        for x in layers(f, *args, **kwargs)
-        if len(x.shape) == 4 and x.shape[1] * x.shape[2] > 1 and x.reachable and x.calls == 1
-    ]
-    if not found:
-        raise UserError(
-            "no named (b, h, w, c) value in this function: name one with topgap_jax.rewrite.name(value, 'features')"
-        )
-    return found[-1].name
+    """Name of the last (b, h, w, c) value with more than one position that the logits depend on, before class maps and pooling.
+
+    Last in the order of computation. Tensors of attention (b, tokens, heads, dim) are none, nor are class maps under any name,
+    whose Grad-CAM is CAM again. UserError, which says what to give, where there is none, where a later one stands in a loop,
+    where tokens are mixed after it, and where the axes are (b, c, h, w).
+    """
+    with naming():
+        closed, arrays, _ = trace(f, args, kwargs)
+        return last_features(closed, arrays)
 
 
 def resolve(layer: str, found: list[Layer]) -> str:
@@ -111,10 +111,16 @@ def _name_outputs(next_fun, args, kwargs, context):
 
 
 def name_tree(out: Any, label: str) -> Any:
-    """An array named `label`; the arrays of a tuple or dict named `label[key]`."""
+    """An array named `label`; the arrays of a tuple or dict named `label[key]`. A container that takes none is left as it is."""
     if isinstance(out, dict):
         # Not by jax.tree: it would hand the dict back with sorted keys, and a caller may go by their order.
-        return type(out)((key, name_tree(value, f"{label}[{key!r}]")) for key, value in out.items())
+        try:
+            named = copy.copy(out)  # with what a subclass has besides its items
+            for key, value in out.items():
+                named[key] = name_tree(value, f"{label}[{key!r}]")
+        except Exception:  # a subclass that is not to be copied or changed
+            return out
+        return named
     return jax.tree_util.tree_map_with_path(
         lambda path, x: checkpoint_name(x, label + jax.tree_util.keystr(path)) if isinstance(x, jax.Array) else x, out
     )
@@ -124,8 +130,7 @@ def _run(f, layer, edit, args, kwargs):
     """(result of f with the named value replaced, told), where edit(value) -> (replacement, told)."""
     with naming():
         closed, arrays, restore = trace(f, args, kwargs)
-        found = _layers(closed.jaxpr)
-        full = default_layer(f, *args, **kwargs) if layer is None else resolve(layer, found)
+        full = last_features(closed, arrays) if layer is None else resolve(layer, _layers(closed.jaxpr))
         outs, told = _replace(closed.jaxpr, closed.consts, arrays, full, edit)
     return restore(outs), told
 

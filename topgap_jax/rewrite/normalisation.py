@@ -5,10 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.extend.core import Literal
-from jax.extend.core.primitives import add_p, convert_element_type_p, copy_p, div_p, mul_p, name_p, sub_p
+from jax.extend.core.primitives import add_p, div_p, mul_p, sub_p
 
 from topgap_jax.errors import UserError
-from topgap_jax.rewrite.interpreter import evaluate, inline, trace
+from topgap_jax.rewrite.interpreter import depending, evaluate, inline, trace
+from topgap_jax.rewrite.operations import SAME
 from topgap_jax.types import Array
 
 
@@ -27,7 +28,6 @@ INVERSES = {
     (mul_p, 1): _divided,
     (div_p, 0): lambda y, c: y * c,
 }
-SAME = (convert_element_type_p, copy_p, name_p)
 
 
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
@@ -53,10 +53,8 @@ def zero_images(f: Callable, images: Array) -> Array:
     """
     closed, arrays, _ = trace(f, (images,), {})
     flat = inline(closed, arrays)
-    variable, steps, others, depends = flat.jaxpr.invars[0], [], [], set(flat.jaxpr.invars)
-    for eqn in flat.jaxpr.eqns:
-        if depends.intersection(v for v in eqn.invars if not isinstance(v, Literal)):
-            depends.update(eqn.outvars)
+    variable, steps, others = flat.jaxpr.invars[0], [], []
+    depends = depending(flat.jaxpr, flat.jaxpr.invars)
     while True:
         users = [eqn for eqn in flat.jaxpr.eqns if variable in [v for v in eqn.invars if not isinstance(v, Literal)]]
         if len(users) != 1:

@@ -22,12 +22,16 @@ def norm_regularised(
 
     To first order this is the clean cross-entropy plus penalty.value(g), g (b, h, w, c) the gradient of an example's
     cross-entropy with respect to its pixels. Nothing flows through delta: that would double the quadratic part.
-    solver "fast": delta = penalty.maximiser(g), one gradient. "iterative": for a constraint projected ascent from 0, `steps`
-    gradients, delta <- P(delta + 2.5/steps * maximiser(g at x + delta)); for a cost from the maximiser on, steps + 1 gradients,
-    delta <- prox(delta + t g), t = penalty.scale. Cut by the pixel box are l1_norm, which stays exact, and every projected ascent.
+    solver "fast": delta = penalty.maximiser(g), one gradient (a forward and a backward pass) an image.
+    solver "iterative": `steps` steps up loss(x + delta) - R(delta), none of which lowers it. One that would is not taken, and
+    the step size of that example is a quarter from then on. For a constraint from 0, delta <- P(delta + t penalty.maximiser(g
+    at x + delta)), t = 2.5/steps at first: steps + 1 gradients. For a cost from the maximiser on (from 0 where that is
+    better), delta <- prox(delta + t g), t = penalty.scale at first: steps + 2 gradients. Either way no other forward passes.
+    Cut by the pixel box are l1_norm, which stays exact, and every projected step.
 
     The network is in eval mode for g, with the pool as it is at this step. Logged beside the accuracy at x + delta: `penalty`
     (the dual's value at the clean image), `clean_loss`, and `cost` = R(delta), so that loss - cost is the penalised loss.
+    Raises UserError for another solver and for `steps` below 1.
     """
     if solver not in ("fast", "iterative"):
         raise UserError(f"solver must be 'fast' or 'iterative', got {solver!r}")
@@ -39,16 +43,16 @@ def norm_regularised(
         predict = fast_convs(bind(model, lax.stop_gradient(variables), step=step))  # else a loop would be slow on a CPU
 
         @fused
-        def gradient_at(points):
+        def evaluate(points):
             def summed(points):  # the sum: a mean would scale each example's gradient by 1/b
                 losses = cross_entropy(predict(points), labels)
                 return losses.sum(), losses
 
             (_, losses), gradient = jax.value_and_grad(summed, has_aux=True)(points)
-            return gradient, losses
+            return losses, gradient
 
-        gradient, clean = gradient_at(images)
-        delta = perturbation(penalty, solver, steps, images, gradient, lambda points: gradient_at(points)[0])
+        clean, gradient = evaluate(images)
+        delta = perturbation(penalty, solver, steps, images, clean, gradient, evaluate)
         delta = lax.stop_gradient(delta)
         loss, metrics, batch_stats = inner(keys, model, variables, {**batch, "image": images + delta}, step)
         logs = {"penalty": penalty.value(gradient), "clean_loss": clean, "cost": penalty.cost(delta)}
@@ -58,21 +62,44 @@ def norm_regularised(
 
 
 def perturbation(
-    penalty: Penalty, solver: str, steps: int, images: Array, gradient: Array, gradient_at: Callable[[Array], Array]
+    penalty: Penalty,
+    solver: str,
+    steps: int,
+    images: Array,
+    losses: Array,
+    gradient: Array,
+    evaluate: Callable[[Array], tuple[Array, Array]],
 ) -> Array:
-    """delta (b, h, w, c) of `norm_regularised`. gradient: at the images (b, h, w, c); gradient_at: points -> gradient there."""
+    """delta (b, h, w, c) of `norm_regularised`. losses (b,) and gradient (b, h, w, c) are `evaluate(images)`.
+
+    evaluate: points (b, h, w, c) -> losses (b,) there, and their gradient (b, h, w, c). "iterative" calls it `steps` times for a
+    constraint, `steps + 1` times for a cost: at every place to which a step would lead.
+    """
     cut = lambda delta: jnp.clip(images + delta, 0.0, 1.0) - images
     first = penalty.maximiser(gradient)
     if solver == "fast":
         return cut(first) if penalty.boxed else first
-    if penalty.scale is not None:
+    if penalty.scale is None:
+        size, trials = 2.5 / steps, steps
+        move = lambda delta, gradient, t: cut(penalty.project(delta + t * penalty.maximiser(gradient)))
+        first = cut(penalty.project(size * first))
+    else:
         # From the maximiser: from 0, entries with a small gradient would take many steps to where R begins.
-        move = lambda _, delta: penalty.prox(delta + penalty.scale * gradient_at(images + delta), penalty.scale)
-        return lax.fori_loop(0, steps, move, first)
-    ascend = lambda delta, direction: cut(penalty.project(delta + 2.5 / steps * direction))
-    delta = ascend(jnp.zeros_like(images), first)
-    climb = lambda _, delta: ascend(delta, penalty.maximiser(gradient_at(images + delta)))
-    return lax.fori_loop(1, steps, climb, delta)
+        size, trials = penalty.scale, steps + 1
+        move = lambda delta, gradient, t: penalty.prox(delta + t * gradient, t)
+
+    def step(_, state):
+        delta, value, gradient, t, proposal = state
+        losses, there = evaluate(images + proposal)
+        proposed = losses - penalty.cost(proposal)
+        better = proposed >= value  # false where either is NaN
+        each = better.reshape(-1, 1, 1, 1)
+        delta, gradient = jnp.where(each, proposal, delta), jnp.where(each, there, gradient)
+        t = jnp.where(each, t, t / 4)
+        return delta, jnp.where(better, proposed, value), gradient, t, move(delta, gradient, t)
+
+    t = jnp.full((images.shape[0], 1, 1, 1), size, images.dtype)
+    return lax.fori_loop(0, trials, step, (jnp.zeros_like(images), losses, gradient, t, first))[0]
 
 
 TABLE = table(norm_regularised)
