@@ -1,4 +1,4 @@
-"""From a config to what runs: each split read once, small sets like large ones, weights from a run or a file, pictures."""
+"""From a config to what runs: each split read once, small sets like large ones, weights of a run or file, pictures."""
 
 import json
 import shutil
@@ -138,7 +138,7 @@ def test_what_the_command_line_changed_stands_in_the_row(run):
 
 
 def test_weights_from_a_file(tmp_path, capsys, reads):
-    """A file in PyTorch naming; what it says of its normalisation goes before the config, and the command line before that."""
+    """A file in PyTorch naming; what it says of its normalisation goes before the config, the command line goes first."""
     chosen = setup.experiment(TINY)
     variables = assembly.init(chosen)
     path = tmp_path / "net.safetensors"
@@ -238,8 +238,8 @@ def test_a_mistake_in_the_evaluators_is_told_before_the_training(reads):
 def test_a_model_with_another_number_of_logits():
     chosen = setup.experiment(TINY, [("network", "classifier(backbone, head, classes=2, mean=mean, std=std)")])
     assert error(setup.parts, chosen) == (
-        "config.model: 'network' returns 2 logits an image, and shapes(train=60, validation=20, test=20) has 6 classes; "
-        "name `classes` in its text"
+        "config.model: 'network' returns 2 logits an image, and shapes(train=60, validation=20, test=20) has 6 "
+        "classes; name `classes` in its text"
     )
 
 
@@ -289,7 +289,7 @@ OLD = {
 
 
 def test_a_run_of_version_0_1_0(run, tmp_path):
-    """It loads, is evaluated, explained and trained further; its evaluators' texts are read as they are written today."""
+    """It loads, is evaluated, explained and trained further; its evaluators are read as they are written today."""
     workdir = shutil.copytree(run[0], tmp_path / "old")
     (workdir / "config.json").write_text(json.dumps({"config": OLD, "file": None}))
     (workdir / "evaluation.json").unlink(missing_ok=True)
