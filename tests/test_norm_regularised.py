@@ -48,7 +48,7 @@ def linear(objective):
         loss, metrics, _ = objective(KEYS[:1], LINEAR, variables, ONE, 0)
         return loss.sum(), metrics
 
-    (loss, metrics), gradient = jax.value_and_grad(summed, has_aux=True)(jnp.asarray(W, jnp.float32))
+    (loss, metrics), gradient = jax.jit(jax.value_and_grad(summed, has_aux=True))(jnp.asarray(W, jnp.float32))
     return float(loss), {name: float(value[0]) for name, value in metrics.items()}, gradient
 
 
@@ -103,6 +103,8 @@ def test_exact_for_a_logistic_model():
             images.reshape(len(images), 3) @ variables["params"].T + jnp.array([0, 0.25]), {}, {}
         ),
     )
+    objective = make("norm_regularised(l1_norm(.1))")
+    step = jax.jit(lambda variables, batch: objective(KEYS[:1], model, variables, batch, 0))
     for x in ([0.3, 0.6, 0.2], [0.98, 0.01, 0.5]):
         batch = {
             **ONE,
@@ -110,9 +112,7 @@ def test_exact_for_a_logistic_model():
             "label": jnp.array([1]),
             "targets": jnp.eye(2)[None, 1],
         }
-        loss, metrics, _ = make("norm_regularised(l1_norm(.1))")(
-            KEYS[:1], model, {"params": weights, "batch_stats": {}}, batch, 0
-        )
+        loss, metrics, _ = step({"params": weights, "batch_stats": {}}, batch)
         margin = w @ x + 0.25
         np.testing.assert_allclose(loss, [np.log1p(np.exp(-(margin - 0.35)))], atol=1e-6)
         np.testing.assert_allclose(metrics["penalty"], [0.35 / (1 + np.exp(margin))], atol=1e-6)
@@ -164,7 +164,8 @@ def test_the_iterative_solver_finds_the_maximiser_of_an_affine_loss(row):
     penalty = build(row, penalties.TABLE)
     gradient = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 3)), jnp.float32)
     images = jnp.full(gradient.shape, 0.5)
-    delta = solve(penalty, "iterative", 7, images, lambda points: ((gradient * points).sum((1, 2, 3)), gradient))
+    evaluate = lambda points: ((gradient * points).sum((1, 2, 3)), gradient)
+    delta = jax.jit(lambda images: solve(penalty, "iterative", 7, images, evaluate))(images)
     np.testing.assert_allclose(delta, penalty.maximiser(gradient), atol=1e-5)
 
 
@@ -196,22 +197,23 @@ POINTS, CLASS = np.random.default_rng(4).uniform(0.2, 0.8, size=(8, 6, 6, 3)), n
 
 def by_hand(penalty, steps, backtracks=True):
     """(delta, the objective after each trial) of the rule in NumPy, one image after the other, in float64."""
-    row = lambda f, *args: np.float64(f(*(jnp.asarray(arg, jnp.float32)[None] for arg in args))[0])
+    row = lambda f, value: np.float64(f(np.float32(value)[None])[0])
+    # Compiled, or each of their small steps would be; the arithmetic of the rule stays in NumPy.
+    cost, maximiser, project = map(jax.jit, (penalty.cost, penalty.maximiser, penalty.project))
+    prox = jax.jit(penalty.prox)
     deltas, values = [], []
     for x, label in zip(POINTS, CLASS):
-        objective = lambda delta: BENT.losses((x + delta)[None], label)[0] - row(penalty.cost, delta)
+        objective = lambda delta: BENT.losses((x + delta)[None], label)[0] - row(cost, delta)
         gradient = lambda delta: BENT.gradient((x + delta)[None], [label])[0]
-        ascend = lambda delta, t: (
-            np.clip(x + row(penalty.project, delta + t * row(penalty.maximiser, gradient(delta))), 0, 1) - x
-        )
+        ascend = lambda delta, t: np.clip(x + row(project, delta + t * row(maximiser, gradient(delta))), 0, 1) - x
         delta, t, trials = np.zeros_like(x), 2.5 / steps, steps
         if penalty.scale is not None:
-            ascend = lambda delta, t: row(lambda v: penalty.prox(v, t), delta + t * gradient(delta))
+            ascend = lambda delta, t: row(lambda v: prox(v, t), delta + t * gradient(delta))
             t, trials = penalty.scale, steps + 1
         reached = [objective(delta)]
         for trial in range(trials):
             first = trial == 0 and penalty.scale is not None
-            proposal = row(penalty.maximiser, gradient(delta)) if first else ascend(delta, t)
+            proposal = row(maximiser, gradient(delta)) if first else ascend(delta, t)
             if objective(proposal) >= reached[-1] or not backtracks:
                 delta = proposal
             else:
@@ -350,8 +352,8 @@ def test_errors():
         lambda: make(
             "norm_regularised(l1_norm(.1), steps=0)"
         ): "norm_regularised: steps must be a whole number of at least 1, got 0",
-        lambda: make("norm_regularised(group_norm(.1, 4))")(
-            KEYS, MODEL, VARIABLES, BATCH, 0
+        lambda: jax.eval_shape(
+            lambda: make("norm_regularised(group_norm(.1, 4))")(KEYS, MODEL, VARIABLES, BATCH, 0)
         ): "group_norm: patch=4 does not divide images of 6x6; take a divisor of both",
     }.items():
         with pytest.raises(UserError) as raised:
