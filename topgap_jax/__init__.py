@@ -1,6 +1,6 @@
 """Image classifiers that look at the right pixels, and the tools that prove it, in JAX and Flax.
 
-Rooms, from the ground up: `types`, `build`; `engine`, `norms`, `order`, `keys`, `mesh`, `pool`, `scores`, `balls`, `penalties`,
+Rooms, from the ground up: `types`, `edges`, `build`; `engine`, `norms`, `order`, `keys`, `mesh`, `pool`, `scores`, `balls`, `penalties`,
 `rewrite`; `metrics`, `drops`, `rules`, `explain`, `attacks`, `models`; `evaluators`, `training`; `progress`, `data`, `pretrained`,
 `measure`, `run`, `setup`; `report`. Everything that can be chosen is a small function that returns a value of
 one of the types in `topgap_jax.types`.
@@ -17,7 +17,7 @@ from topgap_jax.errors import UserError
 __version__ = "0.1.0"
 
 ROOMS = (
-    "types", "build", "engine", "norms", "order", "keys", "mesh", "pool", "scores", "balls", "penalties", "rewrite",
+    "types", "edges", "build", "engine", "norms", "order", "keys", "mesh", "pool", "scores", "balls", "penalties", "rewrite",
     "metrics", "drops", "rules", "explain", "attacks", "models", "evaluators", "training",
     "progress", "data", "pretrained", "measure", "run", "setup", "report",
 )  # fmt: skip

@@ -15,8 +15,6 @@ from topgap_jax.pretrained.names import torch_names
 from topgap_jax.pretrained.networks import describe
 from topgap_jax.types import Model, Variables
 
-__all__ = ["Description", "describe", "load", "read"]
-
 LISTED = 8  # keys of one kind that an error spells out
 
 
