@@ -1,48 +1,98 @@
 """`make demo`: two classifiers on `shapes`, the same pyramid head once with GAP and once with Top-GAP, and what they look at.
 
-Trains both (one seed), evaluates them on `test` and `test_shifted`, prints the comparison beside the stored one of several
-seeds (results/shapes.json: one seed decides nothing), and writes runs/demo/report.html with the pictures in it. Run again, it
-goes on where it was.
+Two arms of the study `shapes` (experiments/study.py), one seed: trains both, evaluates them, writes runs/demo/report.html with
+the pictures in it, prints the comparison beside the stored seeds of the study (one seed decides nothing), and says in two
+sentences what was seen. What needs many passes is measured on the first 500 images of a split, where the study takes 1,000.
+Run again, it goes on where it was.
 """
 
-import json
+import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import study as driver
+from _studies import CAM_ON_REGIONS, PGD, STUDIES
+
 from topgap_jax import setup
-from topgap_jax.report.compare import demo_table
+from topgap_jax.measure.results import Row
+from topgap_jax.report.compare import aligned
 from topgap_jax.report.page import report
+from topgap_jax.report.read import read_runs
 from topgap_jax.report.sheets import sheet
+from topgap_jax.report.verdict import verdict
 from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.run.fit import fit
 
-HERE = Path(__file__).parent
-CONFIG = HERE.parent / "configs" / "shapes.py"
-STORED = HERE.parent / "results" / "shapes.json"
-ARMS = {"gap": "gap()", "top_gap": "top_gap(fraction=.14)"}
+RUNS = Path("runs/demo")
+ARMS = ("gap", "top_gap .14")
+SPLITS = ("test", "test_shifted")
+EVALUATORS = {  # of a split, and of its first images
+    "": f"accuracy(), {CAM_ON_REGIONS}",
+    "[:500]": f"{PGD}, regions(fill=mean), receptive_field()",
+}
 
 
 def main() -> None:
-    start, cpu = time.monotonic(), time.process_time()
+    start, cpu = time.monotonic(), driver.cpu_seconds()
     print(configure_cpu(), file=sys.stderr)
-    runs = Path("runs/demo")
-    rows = {}
-    for arm, pool in ARMS.items():
-        workdir = runs / arm
-        experiment = setup.experiment(CONFIG, [("pool", pool)])
-        fit(experiment.config, workdir, parts=setup.parts(experiment), file=CONFIG)
-        loaded = setup.restored(experiment, workdir, "last")
-        rows[arm] = setup.evaluate(loaded)
-        for split in ("test", "test_shifted"):
-            pictures = setup.explain(loaded, split=split, count=8)
-            sheet(workdir / "sheets" / f"{pictures.title}.png", pictures.images, names=pictures.names, maps=pictures.maps,
-                  boxes=pictures.boxes, regions=pictures.regions, title=pictures.heading)  # fmt: skip
-    page = report([runs / arm for arm in ARMS], runs / "report.html", title="Top-GAP on shapes")
-    stored = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else None
-    print(demo_table(rows, stored))
-    print(f"\n{time.monotonic() - start:.0f} s, {time.process_time() - cpu:.0f} CPU seconds. Open {page}")
+    rows, arrays = {}, {}
+    for arm in ARMS:
+        # The splits are drawn once: the seed is the same.
+        chosen = driver.experiment(STUDIES["shapes"], STUDIES["shapes"].arms[arm], 0)._replace(arrays=arrays)
+        workdir = RUNS / arm.replace(" ", "_")
+        fit(chosen.config, workdir, parts=setup.parts(chosen), file=driver.ROOT / "configs" / "shapes.py")
+        loaded = setup.restored(chosen, workdir, "last")
+        rows[arm] = [
+            row
+            for images, texts in EVALUATORS.items()
+            for row in setup.evaluate(loaded, splits=", ".join(f"{s}{images}" for s in SPLITS), evaluators=texts)
+        ]
+        for split in SPLITS:
+            shown = setup.explain(loaded, split=split, count=8)
+            sheet(workdir / "sheets" / f"{shown.title}.png", shown.images, names=shown.names, maps=shown.maps,
+                  boxes=shown.boxes, regions=shown.regions, title=shown.heading)  # fmt: skip
+    workdirs = [RUNS / arm.replace(" ", "_") for arm in ARMS]
+    page = report(workdirs, RUNS / "report.html", title="Top-GAP on shapes")
+    print(beside_the_study(rows))
+    print(f"\n{time.monotonic() - start:.0f} s, {driver.cpu_seconds() - cpu:.0f} CPU seconds. Open {page}\n")
+    print("\n".join(verdict(read_runs(workdirs))))
+
+
+def beside_the_study(rows: Mapping[str, Sequence[Row]]) -> str:
+    """The demo's seed beside all seeds of the study, in the measures that the study shows.
+
+    rows {arm: its rows}: the second arm is compared with the first.
+    """
+    study, stored = STUDIES["shapes"], driver.stored("shapes")
+    control, method = ARMS
+    values = {arm: driver.numbers(study, arm, rows[arm]) for arm in ARMS}
+    lines = [["", *ARMS, "difference", "|", *(f"{arm}, all seeds" for arm in ARMS), "difference [95 %]", "verdict"]]
+    for split in SPLITS:
+        lines.append([split])
+        for key, words in study.shown.items():
+            each = [first(values[arm], split, key) for arm in ARMS]
+            known = stored["comparison"].get(f"{split} | {key}")
+            if None in each or known is None:
+                continue
+            change = known["differences"][f"{method} - {control}"]
+            means = [f"{known['arms'][arm]['mean']:.3f}" for arm in ARMS]
+            interval = driver.interval(change).strip("*")
+            line = [f"  {words}", *(f"{x:.3f}" for x in each), f"{each[1] - each[0]:+.3f}", "|", *means, interval]
+            lines.append([*line, change["verdict"]])
+    seeds = len(stored["runs"][control])
+    return (
+        f"{aligned(lines, right=range(1, 8))}\nright of |: {seeds} seeds of the same comparison, paired by seed; left: one seed, "
+        "which decides nothing, and PGD, object, background and ERF on 500 images of a split; robust numbers are not audited"
+    )
+
+
+def first(values: Mapping[str, float | None], split: str, key: str) -> float | None:
+    """A measure of the demo on the split, or on its first images."""
+    return next((values[name] for images in EVALUATORS if (name := f"{split}{images} | {key}") in values), None)
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     main()

@@ -56,10 +56,10 @@ def test_in_python(kind, tmp_path):
     assert any(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(variables["batch_stats"]))
 
     split = resident_split(test, classes=6, batch=20)
-    (row,) = evaluate(model, variables, split, {"accuracy()": accuracy()}, split="test")
+    (row,) = evaluate(model, variables, split, {"accuracy()": accuracy()}, split="test", classes=6)
     images = jnp.asarray(test["image"] / np.float32(255))
     logits = bind(model, variables)(images)
-    assert row["values"]["accuracy"] == pytest.approx(np.mean(np.argmax(logits, -1) == test["label"]))
+    assert row.measures["accuracy"].value == pytest.approx(np.mean(np.argmax(logits, -1) == test["label"]))
 
     # Class maps are there although the network has none, and their four largest positions are the logits.
     labels = jnp.asarray(test["label"])
@@ -90,7 +90,7 @@ def test_by_command(kind, tmp_path, monkeypatch):
     train = ("train", "--config", file, "--workdir", workdir, "--config.model", text)
     code, out, err = topgap(*train)
     assert code == 0 and losses_fall(workdir), err
-    assert "\ntest   accuracy()" in out and "localisation(cam(), boxes=False)" in out
+    assert "\ntest: accuracy()" in out and "\ntest: localisation(cam(), boxes=False)" in out
     final, losses = variables(workdir), [row["loss"] for row in read_metrics(workdir)]
 
     # As if it had been killed after the last epoch but one.

@@ -247,7 +247,7 @@ def test_everything_a_user_supplies_is_escaped(tmp_path):
     )
     (evil / "sheets").mkdir()
     Image.new("RGB", (8, 8)).save(evil / "sheets" / "a<b>'\".png")
-    rows = [to_json(each) for each in rows_of(0)]
+    rows = [to_json(each) for each in rows_of(0, splits=[("test", 0.9)])]
     rows[0] |= {"split": EVIL, "evaluator": EVIL + "</script>", "audit": EVIL, "overrides": {EVIL: EVIL}}
     rows[0]["measures"] = {
         EVIL: {"value": 0.5, "label": EVIL, "unit": EVIL},

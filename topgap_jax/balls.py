@@ -26,7 +26,7 @@ def linf(eps: float) -> Ball:
         return _box(images, jnp.clip(delta, -eps, eps))
 
     return Ball(
-        name=f"linf({eps:.4g})",
+        name=f"linf({_text(eps)})",
         eps=eps,
         start=start,
         project=project,
@@ -57,7 +57,7 @@ def l2(eps: float) -> Ball:
         return _box(images, delta * jnp.minimum(1.0, _wide(eps) / (_norm(delta) + 1e-12)))
 
     return Ball(
-        name=f"l2({eps:.4g})",
+        name=f"l2({_text(eps)})",
         eps=eps,
         start=start,
         project=project,
@@ -65,6 +65,13 @@ def l2(eps: float) -> Ball:
         dual_norm=lambda gradient: direction_and_length(gradient, AXES)[1][:, 0, 0, 0],
         size=lambda delta: _norm(delta)[:, 0, 0, 0],
     )
+
+
+def _text(eps):
+    """A radius as people write it: 8/255, .5."""
+    levels = round(eps * 255)
+    fraction = 0 < levels < 255 and abs(eps * 255 - levels) < 1e-6 and float(f"{eps:.2g}") != eps
+    return f"{levels}/255" if fraction else f"{eps:.4g}"
 
 
 def _box(images, delta):

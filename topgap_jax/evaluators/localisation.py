@@ -101,9 +101,9 @@ def localisation(
         measures = {"iou": iou}
         if iou.n:
             best = int(np.argmax(curve.y))
-            about = Measure(n=iou.n, better="higher", label=f"IoU at its best threshold, {GRID[best]:g}")
+            about = Measure(n=iou.n, better="higher", label="IoU at its best threshold")
             measures["best_iou"] = about._replace(value=curve.y[best])
-            measures["best_iou_tau"] = Measure(GRID[best], n=iou.n, label="that threshold", main=False)
+            measures["best_iou_tau"] = Measure(GRID[best], n=iou.n, label="best threshold of the IoU", main=False)
         for name, about in MEANS.items():
             absent = about._replace(n=0, reason=NO_TRAINING)
             measures[name] = average(rows[name], about) if name in rows else absent
@@ -124,7 +124,7 @@ def _box_measures(rows):
     if len(defined):
         accuracies = box_accuracy(defined)
         best = share(defined[:, 0] >= 0, about)._replace(value=float(accuracies.max()), low=None, high=None)
-        tau = Measure(float(TAUS[accuracies.argmax()]), n=best.n, label="its threshold", main=False)
+        tau = Measure(float(TAUS[accuracies.argmax()]), n=best.n, label="best threshold of MaxBoxAcc", main=False)
         measures = {"max_box_accuracy": best, "max_box_tau": tau}
         axes = ("threshold", "box accuracy")
         measures["box_curve"] = Curve(TAUS[::10].tolist(), accuracies[::10].tolist(), axes, "box accuracy by threshold")

@@ -1,0 +1,218 @@
+"""docs/results.md from results/*.json: every table of the README and the documents, each with the script and the file behind it."""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import bench_loops
+import bench_pool
+import bench_systems
+import study as driver
+from _bench_driver import table as markdown
+from _studies import STUDIES, SYSTEMS
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs" / "results.md"
+INTRODUCTION = """\
+# Results
+
+Written by `make results` from `results/*.json`; nothing is trained for it. Each table says which script made its file.
+
+A row of a study gives the mean of the plain control over its seeds ± the sample's standard deviation, and of every other arm its
+mean and its difference from the control, paired by seed, with a 95 % t interval: bold where the interval leaves out 0, otherwise
+undecided. No interval is corrected for the number of rows. Within a study all arms have the same network, data, steps and seeds.
+Robust numbers are PGD-20 with one start, not audited: upper bounds. Nothing here is a paper's own training budget."""
+SYSTEMS_TEXT = """\
+A claim is "reproduced" only where the method differs on the claimed side from plain training *and* from the control that decides,
+"not reproduced" where it lies on the other side of one of them, else "undecided": the commonest verdict of three seeds."""
+ONE_SEED = "One seed: every difference is undecided."
+
+
+def write() -> None:
+    """Write docs/results.md, and print which script and which file are behind each of its tables."""
+    DOCS.parent.mkdir(exist_ok=True)
+    DOCS.write_text(text(), encoding="utf-8")
+    for title, command, file, _ in sections():
+        print(f"{title:60}  {file:34}  {command}")
+    print(f"written: {DOCS.relative_to(ROOT)}")
+
+
+def text() -> str:
+    """docs/results.md."""
+    parts = [INTRODUCTION]
+    for title, command, file, body in sections():
+        parts.append(f"## {title}\n\n{body}\n\nFrom `{command}`: [{file}](../{file}).")
+    return "\n\n".join(parts) + "\n"
+
+
+def sections() -> list[tuple[str, str, str, str]]:
+    """(title, command, file, Markdown) of each table."""
+    found = [systems(), *map(study, STUDIES)]
+    for title, name, body in BENCHMARKS:
+        stored = read(name)
+        found.append((title, command(stored), f"results/{name}.json", f"{body(stored)}\n\n{machine(stored)}"))
+    return found
+
+
+def command(stored: Mapping[str, Any]) -> str:
+    """How the file was made, from the root of the repository."""
+    script, _, rest = stored["command"].removeprefix("python ").partition(" ")
+    return f"python experiments/{Path(script).name} {rest}".rstrip()
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def systems() -> tuple[str, str, str, str]:
+    names = ["shapes", *SYSTEMS]
+    table = driver.systems_table(names, {name: read(name)["comparison"] for name in names})
+    return (
+        "The five systems, each beside its controls",
+        "python experiments/study.py shapes systems",
+        "results/",
+        f"{SYSTEMS_TEXT}\n\n{table}",
+    )
+
+
+def study(name: str) -> tuple[str, str, str, str]:
+    entry, stored = STUDIES[name], read(name)
+    title = f"{entry.title} on `{Path(stored['config']).stem}`" if not entry.claims or name == "shapes" else entry.title
+    runs = [run for seeds in stored["runs"].values() for run in seeds.values()]
+    arms = "; ".join(
+        f"`{arm}`: {', '.join(f'`{key} = {value}`' for key, value in settings.items()) or 'as the config stands'}"
+        for arm, settings in ((arm, settings_of(seeds)) for arm, seeds in stored["runs"].items())
+    )
+    number = len(next(iter(stored["runs"].values())))
+    count = ONE_SEED if number == 1 else f"{number} seeds, {runs[0]['steps']} steps."
+    minutes = {
+        arm: statistics.median(run["train_cpu_seconds"] for run in seeds.values()) / 60
+        for arm, seeds in stored["runs"].items()
+        if not entry.arms[arm].trained_as
+    }
+    cost = ", ".join(f"{arm} {value:.1f}" for arm, value in minutes.items())
+    body = (
+        f"{count} Arms of `{stored['config']}`: {arms}. CPU minutes of a training: {cost}.\n\n"
+        f"{driver.table(entry, stored['comparison'])}\n\n{hardware(runs)}"
+    )
+    return title, f"python experiments/study.py {name}", f"results/{name}.json", body
+
+
+def settings_of(seeds: Mapping[str, Any]) -> dict[str, str]:
+    """What an arm sets."""
+    run = next(iter(seeds.values()))
+    return {**run["overrides"], **({"explanation": run["explain"]} if run["explain"] else {})}
+
+
+def hardware(runs: Sequence[Mapping[str, Any]]) -> str:
+    """With what the runs were made, as one sentence."""
+    each = lambda value: ", ".join(dict.fromkeys(map(value, runs)))
+    return (
+        f"Commit {each(lambda run: run['commit'])}; {each(lambda run: run['processor'])}, "
+        f"{each(lambda run: str(run['cores']))} cores; JAX {each(lambda run: run['versions']['jax'])}, "
+        f"Python {each(lambda run: run['versions']['python'])}."
+    )
+
+
+def machine(stored: Mapping[str, Any]) -> str:
+    """The same of a benchmark."""
+    if "machine" not in stored:
+        return hardware([stored])
+    about = stored["machine"]
+    return f"Commit {about['commit']}; {about['processor']}, {about['cores']} cores; Python {about['python']}."
+
+
+def pretrained(stored: Mapping[str, Any]) -> str:
+    lines = []
+    for name, network in stored["networks"].items():
+        accuracy = network["row"]["measures"]["accuracy"]
+        error, low, high = (100 * (1 - accuracy[key]) for key in ("value", "high", "low"))
+        lines.append([f"`{name}`", f"{error:.2f} [{low:.2f}, {high:.2f}]", f"{network['published_error']:.2f}"])
+    return markdown(["weights", "error of 10,000 test images, % [95 %]", "published, %"], lines)
+
+
+def core(stored: Mapping[str, Any]) -> str:
+    names = ("oneDNN", "oneDNN, 2 devices", "XLA", "plain JAX", "torch.compile")
+    lines = []
+    for path, row in stored["paths"].items():
+        ratios = [row["ratio"][name] for name in names]
+        ms = [row["settings"][name]["median_ms"] for name in (row["peer"], "oneDNN")]
+        cells = [f"{ratio['median']:.2f} [{ratio['range'][0]:.2f}-{ratio['range'][1]:.2f}]" for ratio in ratios]
+        lines.append([path, *cells, f"{ms[0]:.0f} / {ms[1]:.0f}"])
+    return (
+        "PyTorch's time over ours (above 1 ours is faster), medians of 7 interleaved rounds [range]; ResNet-20 unless said, batch "
+        "128, float32. \"XLA\" is the engine without oneDNN; PyTorch is channels-last, with the better of two thread settings.\n\n"
+    ) + markdown(["path", *names, "PyTorch / oneDNN, ms"], lines)  # fmt: skip
+
+
+def memory(stored: Mapping[str, Any]) -> str:
+    names = ("oneDNN", "XLA", "plain JAX")
+    lines = [
+        [path, *(f"{row['settings'][name]['peak_mb']:.0f}" for name in (*names, row["peer"]))]
+        for path, row in stored["paths"].items()
+    ]
+    return "Largest resident memory of one process each, MB.\n\n" + markdown(["path", *names, "PyTorch"], lines)
+
+
+def loops(stored: Mapping[str, Any]) -> str:
+    head = ["path", "loop / unrolled, median [range]", "of minima", "of CPU time", "a step, ms", "compile s"]
+    return "PGD-10 of a ResNet-20 in a loop, and written out.\n\n" + markdown(
+        head, [bench_loops.line(name, row) for name, row in stored["paths"].items()]
+    )
+
+
+def pool(stored: Mapping[str, Any]) -> str:
+    head = ["maps", "top_gap / gap, median [range]", "of minima", "of CPU time", "limit", "gap ms", "top_gap ms"]
+    steps = markdown(head, [bench_pool.step_line(maps, row) for maps, row in stored["steps"].items()])
+    ways = markdown(
+        ["ms, median / minimum", *(f"{tuple(shape['maps'])}, k = {shape['k']}" for shape in stored["shapes"])],
+        [[way, *(f"{r['median_ms']:.1f} / {r['min_ms']:.1f}" for r in rows)] for way, rows in stored["ways"].items()],
+    )
+    return f"A training step with `top_gap` over the same step with `gap`.\n\n{steps}\n\nForward and backward of one pooling.\n\n{ways}"
+
+
+def steps(stored: Mapping[str, Any]) -> str:
+    head = ["system", "system / plain, median [range]", "of minima", "of CPU time", "limit", "plain ms", "system ms"]
+    return "A training step of each system over the plain step of the same network.\n\n" + markdown(
+        head, [bench_systems.line(name, row) for name, row in stored["systems"].items()]
+    )
+
+
+def forms(stored: Mapping[str, Any]) -> str:
+    head = ["batch", "size", "in", "out", "stride", "kind", "lax ms", "ours ms", "lax / ours"]
+    lines = [
+        [*map(str, row["layer"]), row["kind"], *(f"{row[key]:.2f}" for key in ("lax_ms", "ours_ms", "ratio"))]
+        for row in stored["rows"]
+    ]
+    return "Convolutions of the engine without oneDNN, beside lax's own.\n\n" + markdown(head, lines)
+
+
+def parity(stored: Mapping[str, Any]) -> str:
+    lines = [[name, f"`{row['model']}`", f"{row['difference']:.1e}"] for name, row in stored["logits"].items()]
+    return "Largest difference of the logits from torchvision's, over the largest logit.\n\n" + markdown(
+        ["network", "model", "difference"], lines
+    )
+
+
+def devices(stored: Mapping[str, Any]) -> str:
+    head = ["devices", "busy processes beside", "steps", "seconds", "aborted"]
+    keys = ("devices", "busy_processes", "steps_taken", "seconds", "aborted")
+    lines = [[str(row[key]) for key in keys] for row in stored["runs"]]
+    return "Training on several devices of two busy cores.\n\n" + markdown(head, lines)
+
+
+BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
+    ("Pretrained weights", "pretrained", pretrained),
+    ("Speed beside PyTorch", "bench_core", core),
+    ("Speed beside PyTorch, Python 3.13", "bench_core_3.13", core),
+    ("Memory", "bench_core", memory),
+    ("Memory, Python 3.13", "bench_core_3.13", memory),
+    ("Attacks in a loop", "bench_loops", loops),
+    ("What Top-GAP costs", "bench_pool", pool),
+    ("What each system costs", "bench_systems", steps),
+    ("Forms of convolutions", "bench_forms", forms),
+    ("Networks of torchvision", "parity_torchvision", parity),
+    ("Many devices on a CPU", "stress_devices", devices),
+)

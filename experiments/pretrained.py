@@ -1,0 +1,40 @@
+"""Do the pretrained weights give the errors that their authors publish? CIFAR-10, 10,000 test images: results/pretrained.json.
+
+    TOPGAP_DATA=FOLDER python experiments/pretrained.py
+
+Reads weights/*.safetensors of TOPGAP_DATA, as `topgap evaluate --config configs/cifar10.py --weights FILE` does.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from topgap_jax import setup
+from topgap_jax.measure.results import to_json
+from topgap_jax.progress import write_text
+from topgap_jax.run.cpu import configure_cpu
+from topgap_jax.run.provenance import provenance
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED = {"resnet20": 8.27, "resnet32": 7.37, "resnet44": 6.90, "resnet4b": 22.80}  # error, %
+
+
+def main() -> None:
+    if not os.environ.get("TOPGAP_DATA"):
+        raise SystemExit("set TOPGAP_DATA to the folder with tfds/ and weights/")
+    print(configure_cpu(), file=sys.stderr)
+    networks = {}
+    for network, published in PUBLISHED.items():
+        (path,) = Path(os.environ["TOPGAP_DATA"], "weights").glob(f"{network}_*.safetensors")
+        loaded = setup.from_weights(ROOT / "configs" / "cifar10.py", (), path)
+        (row,) = setup.evaluate(loaded, splits="test", evaluators="accuracy()")
+        networks[path.stem] = {"published_error": published, "row": to_json(row._replace(measures=row.numbers))}
+        print(f"{path.stem}: error {100 * (1 - row.measures['accuracy'].value):.2f} %, published {published:.2f} %")
+    write_text(
+        ROOT / "results" / "pretrained.json", json.dumps({**provenance(), "networks": networks}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
