@@ -9,7 +9,7 @@ The controls: plain training, the same attack without the alignment loss, and ad
 300 steps, since a step takes many times as long as a plain one (README, Speed). A gradient that shows the image
 whatever the class is aligned too: look at cosine_true beside cosine_wrong in metrics.jsonl.
 
-Measured on 10,000 test images, three seeds (results/systems.json): accuracy .385 ± .006, plain .443 ± .002; 340 and 30
+Measured on 10,000 test images, three seeds (results/art.json): accuracy .385 ± .006, plain .443 ± .002; 340 and 30
 CPU seconds a run.
 """
 

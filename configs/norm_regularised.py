@@ -15,8 +15,8 @@ elastic the quadratic part is small: where |g| is .0018, its mean after 4 epochs
 of the perturbation equal, but with 280, and hardly with 40, the net did not leave chance in 4 epochs (tried). Logged:
 the penalty, the clean loss, and the perturbation's cost.
 
-Measured on 1,000 test images, three seeds (results/systems.json): accuracy .913 ± .022, standard .928 ± .042; 73 and 47
-CPU seconds a run. Two of three seeds of l2_norm and one of group_norm did not train well.
+Measured on 1,000 test images, three seeds (results/norm_regularised.json): accuracy .913 ± .022, standard .928 ± .042;
+73 and 47 CPU seconds a run. Two of three seeds of l2_norm and one of group_norm did not train well.
 """
 
 from ml_collections import ConfigDict

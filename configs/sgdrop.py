@@ -9,7 +9,7 @@ random. The rate grows from 0: at .1 from the first step on, a small net on shap
 (tried), since the label's logit loses most of what it has. With `sgdrop(.., teacher=True)` and --config.ema=.999 the
 saliency comes from averaged weights, which are then evaluated too: its control needs the same --config.ema.
 
-Measured on 10,000 test images, three seeds (results/systems.json): accuracy .564 ± .011, plain .582 ± .016,
+Measured on 10,000 test images, three seeds (results/sgdrop.json): accuracy .564 ± .011, plain .582 ± .016,
 random_matched .586 ± .002; 115, 118 and 154 CPU seconds a run.
 """
 

@@ -38,7 +38,7 @@ def test_values():
     assert build("mean", TABLE, VALUES) == (0.5, 0.5, 0.5)
     attack = build("pgd(linf(eps), score=margin, steps=steps)", TABLE, VALUES)
     assert isinstance(attack, Attack) and attack.steps == 7
-    assert attack.name == "pgd-7, linf(0.03137)"
+    assert attack.name == "pgd-7, linf(8/255)"
 
 
 def test_signature():

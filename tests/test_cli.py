@@ -113,7 +113,7 @@ def test_evaluate_adds_rows_to_a_run(run):
     words = ("--split", "test[:5], validation[:5]", "--evaluators", "accuracy(), robust(fgsm(linf(eps)))")
     code, out, err = topgap("evaluate", "--workdir", workdir, *words, "--config.eps=4/255", "--batch", 5)
     assert code == 0 and err.count("reading") == 2
-    assert "\ntest[:5]: robust(fgsm(linf(eps))) with eps=4/255\n  accuracy under fgsm, linf(0.01569)  " in out
+    assert "\ntest[:5]: robust(fgsm(linf(eps))) with eps=4/255\n  accuracy under fgsm, linf(4/255)  " in out
     assert "\nrobust(fgsm(linf(eps))) with eps=4/255 on test[:5]: not audited; not measured beside it: " in out
     rows = json.loads((workdir / "evaluation.json").read_text())["rows"]
     assert [(row["split"], row["evaluator"], row["overrides"], row["examples"]) for row in rows] == [

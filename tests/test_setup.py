@@ -262,10 +262,10 @@ def test_what_is_set_and_not_read_is_said(capsys, monkeypatch):
     monkeypatch.setattr(setup.commands, "validation", lambda chosen: None)
     model = ("model", "resnet4b(classes=classes, mean=(.5, .5, .5), std=(.2, .2, .2))")
     quiet = ("evaluators", "accuracy()"), ("explain", "gradient()"), ("backbone", "resnet20()")
-    words = "topgap: config.{} set and has no effect: '" + model[1] + "' does not name it"
+    words = "topgap: config.{} no effect: nothing in config.model = '" + model[1] + "' reads it"
     for stated, keys in (
-        (("mean", "(.4, .4, .4)"), "mean and config.backbone are"),
-        (("std", "(.2, .2, .2)"), "std and config.backbone are"),
+        (("mean", "(.4, .4, .4)"), "mean and config.backbone have"),
+        (("std", "(.2, .2, .2)"), "std and config.backbone have"),
     ):
         setup.parts(setup.experiment(TINY, [model, *quiet, stated]))
         assert capsys.readouterr().err.splitlines() == [words.format(keys)]

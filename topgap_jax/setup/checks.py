@@ -30,8 +30,10 @@ def unread(chosen: Experiment) -> None:
         if configs.is_expression(config, key):
             configs.choice(config, key, chosen.methods, **context(chosen))
     if keys:
-        listed, verb = " and ".join(f"config.{key}" for key in keys), "is" if len(keys) == 1 else "are"
-        print(f"topgap: {listed} {verb} set and has no effect: '{config.model}' does not name it", file=sys.stderr)
+        listed, verb = " and ".join(f"config.{key}" for key in keys), "has" if len(keys) == 1 else "have"
+        print(
+            f"topgap: {listed} {verb} no effect: nothing in config.model = '{config.model}' reads it", file=sys.stderr
+        )
 
 
 def model(chosen: Experiment) -> None:
