@@ -1,4 +1,5 @@
-"""docs/results.md from results/*.json: every table of the README and the documents, each with the script and the file behind it."""
+"""docs/results.md from results/*.json: every table of the README and the documents, each with the script and the file
+behind it."""
 
 import json
 import statistics

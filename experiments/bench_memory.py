@@ -2,9 +2,10 @@
 
     python experiments/bench_memory.py
 
-Planned: arguments, results and temporary buffers of the largest compiled program, as XLA lays them out. That is the same every time.
-Peak: the largest resident memory of a process, one per measurement, after ten calls (three of the slower paths). It holds JAX, the compiler and what malloc keeps;
-how often malloc finds a freed block again is a matter of luck (a step more is a whole temporary buffer), hence the range.
+Planned: arguments, results and temporary buffers of the largest compiled program, as XLA lays them out. That is the
+same every time. Peak: the largest resident memory of a process, one per measurement, after ten calls (three of the
+slower paths). It holds JAX, the compiler and what malloc keeps; how often malloc finds a freed block again is a matter
+of luck (a step more is a whole temporary buffer), hence the range.
 """
 
 import argparse

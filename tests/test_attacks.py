@@ -1,4 +1,5 @@
-"""Laws of every attack, the linear model whose answers are known, and what training and evaluation each take from the state."""
+"""Laws of every attack, the linear model whose answers are known, and what training and evaluation each take from the
+state."""
 
 import functools
 
@@ -113,7 +114,8 @@ def test_the_state_says_what_happened(row):
 
 @pytest.mark.parametrize("row", [row for row in ROWS if attack_of(row).aim == "label"])
 def test_the_verdict_is_true(row):
-    """Broken: the best point is misclassified. Not broken: the best point is the clean image. Misclassified images stay."""
+    """Broken: the best point is misclassified. Not broken: the best point is the clean image. Misclassified images
+    stay."""
     states, state = run(row)
     broken = np.asarray(state.status) == BROKEN
     assert broken[-2:].all() and 2 < broken.sum()
@@ -160,7 +162,8 @@ def test_each_example_by_itself(row):
 
 
 def test_runs_and_radii_are_arguments():
-    """`run` numbers restarts, each from keys of its own, the first from the example's; `eps` is per example: one program."""
+    """`run` numbers restarts, each from keys of its own, the first from the example's; `eps` is per example: one
+    program."""
     attack = make("pgd(linf(.06), steps=2)")
     call = jax.jit(lambda run, eps: steps_of(attack, KEYS, PREDICT, IMAGES, LABELS, run=run, eps=eps)[1])
     number, eps = jnp.arange(B, dtype=jnp.int32) % 2, jnp.linspace(0.01, 0.08, B)

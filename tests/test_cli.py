@@ -296,7 +296,8 @@ def test_the_command_is_stored_as_a_shell_takes_it(monkeypatch):
 
 
 def test_a_mistake_leaves_a_workdir_that_takes_the_correction(run, tmp_path):
-    """What is looked at may change when a run is taken up again, config.json follows; what decides the weights may not."""
+    """What is looked at may change when a run is taken up again, config.json follows; what decides the weights may
+    not."""
     workdir = shutil.copytree(run[0], tmp_path / "again")
     train = ("train", "--config", TINY, "--workdir", workdir)
     for mistake in ("test=tset", "evaluators=regions(bnk)", "explain=grad_cam('nope')"):

@@ -1,4 +1,5 @@
-"""Grad-CAM's default layer on networks of every kind: the last map that the logits depend on, or an error that says what to give."""
+"""Grad-CAM's default layer on networks of every kind: the last map that the logits depend on, or an error that says
+what to give."""
 
 import collections
 import dataclasses
@@ -377,7 +378,8 @@ class Record:
 
 @pytest.mark.parametrize("kind", ["defaultdict", "attributes", "frozen", "dataclass"])
 def test_outputs_of_any_kind(kind):
-    """A submodule may return what it likes: where it can, the values in it have names, and the container is the same."""
+    """A submodule may return what it likes: where it can, the values in it have names, and the container is the
+    same."""
 
     def returned(x):
         x = conv(8, "features")(x)

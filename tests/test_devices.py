@@ -1,4 +1,5 @@
-"""One device, eight, two processes: the same training; what `configure_cpu` sets, and that a user's own settings win."""
+"""One device, eight, two processes: the same training; what `configure_cpu` sets, and that a user's own settings
+win."""
 
 import json
 import os

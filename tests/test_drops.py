@@ -61,7 +61,8 @@ def test_what_the_worked_case_drops(granularity, label, rate, dropped, realised,
     [(0.25, 0.8259395, (-0.4216324, 0.2810883), [(1, 0, 0)]), (0.0, 0.1269280, (-0.0894022, 0.0596015), [])],
 )
 def test_loss_and_gradient_of_the_worked_case(rate, loss, gradient, zero):
-    """The gradient of the features is that of the head, and zero where they were dropped: nothing flows through the saliency."""
+    """The gradient of the features is that of the head, and zero where they were dropped: nothing flows through the
+    saliency."""
 
     def cross_entropy(z):
         return optax.softmax_cross_entropy(GAP(apply(drops.sgdrop(rate=rate), z)[0]), TARGETS[0])[0]
@@ -89,7 +90,8 @@ def test_the_head_may_give_anything_of_the_label():
     ],
 )
 def test_attribution_under_top_gap(k, label, expected, total):
-    """Closed form: features * W[:, y] * weight of the position in the pool; three positions tie at 4.5 and share evenly."""
+    """Closed form: features * W[:, y] * weight of the position in the pool; three positions tie at 4.5 and share
+    evenly."""
     found = drops.attribution((Z, lambda z: pool.top_gap(k=k)(z @ W + BIAS)), TARGETS[label])
     values = np.zeros((1, 2, 2, 2))
     for place, value in expected.items():

@@ -1,4 +1,5 @@
-"""Explanations from pixel gradients: quadrature, completeness, baselines, SmoothGrad, against plain NumPy and worked cases."""
+"""Explanations from pixel gradients: quadrature, completeness, baselines, SmoothGrad, against plain NumPy and worked
+cases."""
 
 import flax.linen as nn
 import jax
@@ -206,7 +207,8 @@ def test_smooth_keys():
 
 
 def test_canonical_convs():
-    """Convolutions of every kind and layout, through jit and remat; in the compiled loop none has a transposed kernel."""
+    """Convolutions of every kind and layout, through jit and remat; in the compiled loop none has a transposed
+    kernel."""
     grouped = draw(3, 3, 1, 6)
 
     def f(images):

@@ -193,7 +193,8 @@ def test_loops_of_the_other_path(monkeypatch):
 
 @pytest.mark.slow
 def test_no_program_needs_more_memory(monkeypatch):
-    """The buffers that XLA plans for an attack's gradient and for a training step of ResNet-20, on both paths, against plain JAX."""
+    """The buffers that XLA plans for an attack's gradient and for a training step of ResNet-20, on both paths, against
+    plain JAX."""
     model = models.classifier(
         models.resnet20(), models.map_head(pool.gap()), classes=4, mean=(0.5,) * 3, std=(0.25,) * 3
     )

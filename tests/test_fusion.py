@@ -1,4 +1,5 @@
-"""`fold_batch_norm` and `fused`: the same numbers with fewer passes over memory, and hands off where they do not apply."""
+"""`fold_batch_norm` and `fused`: the same numbers with fewer passes over memory, and hands off where they do not
+apply."""
 
 import collections
 
@@ -149,7 +150,8 @@ def test_folding_removes_the_products(plain):
 
 
 def test_training_mode():
-    """What the statistics use stays, and is normalised by one product and one sum: same numbers, statistics and gradients."""
+    """What the statistics use stays, and is normalised by one product and one sum: same numbers, statistics and
+    gradients."""
 
     model, variables = ONE_BLOCK, drawn(ONE_BLOCK)
 
@@ -186,7 +188,8 @@ def test_what_is_not_folded():
     ):
         assert_same(*jax.jit(lambda x, f=f: (fold_batch_norm(f)(x), f(x)))(IMAGES))
         assert counted(fold_batch_norm(f), IMAGES) == counted(f, IMAGES)
-    # One row and column, where a branch looks like a factor per channel to the other: one takes the sum, both are right.
+    # One row and column, where a branch looks like a factor per channel to the other: one takes the sum, both are
+    # right.
     pixel, a, b = IMAGES[:1, :1, :1], draw(5), draw(5)
     for f in (lambda x: convolve(x) * a + convolve(x * 2) * b, lambda x: convolve(x) * convolve(x + 1)):
         assert_same(*jax.jit(lambda x, f=f: (fold_batch_norm(f)(x), f(x)))(pixel))
@@ -318,7 +321,8 @@ def test_fused_in_a_shard_map(squared_gradient):
 
 @needs_onednn
 def test_fused_hands_off():
-    """Values with other uses stay; both branches of a sum; relu6; infinity and NaN pass a fused ReLU, whatever their sign."""
+    """Values with other uses stay; both branches of a sum; relu6; infinity and NaN pass a fused ReLU, whatever their
+    sign."""
     w, b = draw(3, 3, 3, 3) / 5, draw(3)
     convolve = fast_convs(
         lambda x: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))

@@ -101,7 +101,8 @@ def test_nothing_flows_through_the_perturbation(s, error):
 
 
 def test_exact_for_a_logistic_model():
-    """norm_regularised 11.2: two classes with margin w.x + b; the adversary lowers it by exactly eps |w|_1, box or not."""
+    """norm_regularised 11.2: two classes with margin w.x + b; the adversary lowers it by exactly eps |w|_1, box or
+    not."""
     w = np.array([2, -1, 0.5])
     weights = jnp.asarray(np.stack([0 * w, w]), jnp.float32)
     model = Model(
@@ -177,7 +178,8 @@ def test_the_iterative_solver_finds_the_maximiser_of_an_affine_loss(row):
 
 
 class Bent(NamedTuple):
-    """Cross-entropy of a network of 20 cosines of the pixels, so bent that a step of the first size often leads down."""
+    """Cross-entropy of a network of 20 cosines of the pixels, so bent that a step of the first size often leads
+    down."""
 
     inner: np.ndarray
     phase: np.ndarray
@@ -266,7 +268,8 @@ def test_no_step_of_the_iterative_solver_goes_down(row, bent):
 
 
 def test_the_box_cuts_only_what_stays_exact():
-    """l1_norm is cut by the pixel box (row 15 of the table); the closed forms of the others are not, as the authors' are."""
+    """l1_norm is cut by the pixel box (row 15 of the table); the closed forms of the others are not, as the authors'
+    are."""
     images = jnp.asarray(np.random.default_rng(0).integers(2, size=(2, 6, 6, 3)), jnp.float32)  # black and white
     gradient = jnp.asarray(np.random.default_rng(1).normal(size=images.shape), jnp.float32)
     for row in PENALTIES:
@@ -305,7 +308,8 @@ def followed():
 
 @pytest.mark.parametrize("row", PENALTIES)
 def test_it_is_standard_at_the_perturbed_images(row, standard, followed):
-    """In value, statistics and gradient; the gradient that is followed is that of eval mode, and leaves no statistics."""
+    """In value, statistics and gradient; the gradient that is followed is that of eval mode, and leaves no
+    statistics."""
     penalty = build(row, penalties.TABLE)
     delta = perturbation(penalty, "fast", 7, BATCH["image"], None, followed, None)
     (value, (loss, metrics, stats)), gradient = differentiated(norm_regularised(penalty))(BATCH["image"])

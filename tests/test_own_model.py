@@ -1,4 +1,5 @@
-"""Bring your own model: a Linen and an NNX network that nobody prepared, trained, evaluated and explained, in Python and by `topgap`."""
+"""Bring your own model: a Linen and an NNX network that nobody prepared, trained, evaluated and explained, in Python
+and by `topgap`."""
 
 import shutil
 from pathlib import Path

@@ -92,7 +92,8 @@ def test_worked_groups_of_three():
 
 @pytest.mark.parametrize("row", ["l1_norm(EPS)", "l2_norm(EPS)", "group_norm(EPS, 2)"])
 def test_a_small_perturbation_of_an_image_is_inside(row):
-    """(x + delta) - x in float32, as the pixel box leaves it, against a quarter of a grey level; a tenth more is outside."""
+    """(x + delta) - x in float32, as the pixel box leaves it, against a quarter of a grey level; a tenth more is
+    outside."""
     penalty = make(row.replace("EPS", "0.25/255"))
     random = np.random.default_rng(3)
     images, g = (jnp.asarray(draw(size=(64, *SHAPE)), jnp.float32) for draw in (random.uniform, random.normal))

@@ -82,7 +82,8 @@ def test_every_row_is_here():
 
 @functools.cache
 def compiled(row):
-    """(maps (8, 3, 3, 2), cotangent (8, 2)) -> logits, gradient, and logits of the maps in bf16 and of these in float32.
+    """(maps (8, 3, 3, 2), cotangent (8, 2)) -> logits, gradient, and logits of the maps in bf16 and of these in
+    float32.
 
     One program a row for all laws.
     """
@@ -250,7 +251,8 @@ def real_k():
     st.floats(1, 12, width=32) | st.integers(1, 12).map(float),
 )
 def test_the_smallest_upper_bound(real_k, values, k):
-    """P_k(x) = min over tau of tau + sum_i max(x_i - tau, 0) / k (a minimiser is one of the x_i), and the weights sum to 1."""
+    """P_k(x) = min over tau of tau + sum_i max(x_i - tau, 0) / k (a minimiser is one of the x_i), and the weights sum
+    to 1."""
     logit, weights = real_k(np.array(values, np.float32), k)
     x = np.array(values, np.float32).astype(np.float64)
     bound = min(tau + np.maximum(x - tau, 0).sum() / k for tau in x)
@@ -282,7 +284,8 @@ def test_input_gradient_is_the_mean_of_the_chosen_rows():
 
 @pytest.mark.parametrize("row", ["top_gap(k=3)"])
 def test_transformations(row):
-    """vmap, pmap, shard_map, a split batch and a mesh with Explicit axes give the plain result, and the plain gradient."""
+    """vmap, pmap, shard_map, a split batch and a mesh with Explicit axes give the plain result, and the plain
+    gradient."""
     maps, pooled = jnp.asarray(maps_of(10)), make(row)
     function = lambda maps: (pooled(maps), jax.grad(lambda maps: (pooled(maps) ** 2).sum())(maps))
     expected = jax.jit(function)(maps)

@@ -176,7 +176,8 @@ MODELS = {  # config text: tensors of the file, the data's classes
 
 @pytest.mark.parametrize("text", MODELS)
 def test_names_and_shapes_of_every_architecture(text, monkeypatch):
-    """The file is described as this model, and this model asks for exactly the file's tensors (none of them is made)."""
+    """The file is described as this model, and this model asks for exactly the file's tensors (none of them is
+    made)."""
     shapes, classes = MODELS[text]
     described = pretrained.Description({k: v for k, v in shapes.items() if not k.endswith("tracked")}, {})
     monkeypatch.setattr(pretrained, "read", lambda path: described)
@@ -194,7 +195,8 @@ def test_names_and_shapes_of_every_architecture(text, monkeypatch):
 
 
 def test_vgg_and_pre_activation_names_of_cifar_authors():
-    """Those of kuangliu's nets, which end in `classifier` and `linear`, and of Rice et al.'s, whose last norm is `bn`."""
+    """Those of kuangliu's nets, which end in `classifier` and `linear`, and of Rice et al.'s, whose last norm is
+    `bn`."""
 
     def names(model, known=()):
         variables = jax.eval_shape(model.init, jax.random.key(0), ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))

@@ -1,4 +1,5 @@
-"""Rules for ReLU and max pooling in networks nobody edited, against the worked cases of `papers/guided_nonlinearity.md` 11."""
+"""Rules for ReLU and max pooling in networks nobody edited, against the worked cases of `papers/guided_nonlinearity.md`
+11."""
 
 import equinox as eqx
 import flax.linen as nn

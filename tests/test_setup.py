@@ -138,7 +138,8 @@ def test_what_the_command_line_changed_stands_in_the_row(run):
 
 
 def test_weights_from_a_file(tmp_path, capsys, reads):
-    """A file in PyTorch naming; what it says of its normalisation goes before the config, the command line goes first."""
+    """A file in PyTorch naming; what it says of its normalisation goes before the config, the command line goes
+    first."""
     chosen = setup.experiment(TINY)
     variables = assembly.init(chosen)
     path = tmp_path / "net.safetensors"

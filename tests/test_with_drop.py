@@ -1,4 +1,5 @@
-"""`with_drop` at layers of models that know nothing of it: what it drops, what it leaves alone, and that it costs no second trunk."""
+"""`with_drop` at layers of models that know nothing of it: what it drops, what it leaves alone, and that it costs no
+second trunk."""
 
 from pathlib import Path
 
@@ -80,7 +81,8 @@ mostly_linen = pytest.mark.parametrize("foreign", ["linen", slow("nnx")], indire
 @pytest.mark.parametrize("jitted", [slow(False, id="eager"), pytest.param(True, id="jit")])
 @pytest.mark.parametrize("teacher", [False, True], ids=["student", "teacher"])
 def test_sgdrop_by_hand(foreign, teacher, jitted):
-    """Logits (dropout of the module's own included), batch statistics, the rate, and gradients through the kept elements only."""
+    """Logits (dropout of the module's own included), batch statistics, the rate, and gradients through the kept
+    elements only."""
     model, layer, _, variables = foreign
     kept = by_hand(foreign, teacher=teacher)
     dropping = with_drop(model, layer, drops.sgdrop(rate=0.3, teacher=teacher))
@@ -236,7 +238,8 @@ PYRAMID = models.pyramid_head(pool.gap(), width=4, levels=2)
 
 
 def test_a_layer_beside_a_pyramid():
-    """The head reads the branches past the layer in eval mode: a second trunk up to where the last one starts, and the numbers of it."""
+    """The head reads the branches past the layer in eval mode: a second trunk up to where the last one starts, and the
+    numbers of it."""
     model = small(PYRAMID)
     variables, rate = drawn(model), 0.3
     dropping = with_drop(model, "stage3", drops.sgdrop(rate=rate))

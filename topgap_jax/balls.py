@@ -1,4 +1,5 @@
-"""The perturbations an attack may use: `linf(8/255)`, `l2(0.5)`, cut by the pixel box [0, 1] (`papers`: attacks 3 and 4).
+"""The perturbations an attack may use: `linf(8/255)`, `l2(0.5)`, cut by the pixel box [0, 1] (`papers`: attacks 3 and
+4).
 
 eps (b,) is each example's own radius, so that a curve over radii is one program; the ball's number is the default.
 """
@@ -14,7 +15,8 @@ AXES = (1, 2, 3)
 
 
 def linf(eps: float) -> Ball:
-    """No pixel value moves by more than `eps` (pixels in [0, 1]): ascent is the gradient's sign, start uniform in the cube."""
+    """No pixel value moves by more than `eps` (pixels in [0, 1]): ascent is the gradient's sign, start uniform in the
+    cube."""
     check_number("eps", eps, 0)
 
     def start(keys, images, eps):
@@ -39,8 +41,8 @@ def linf(eps: float) -> Ball:
 def l2(eps: float) -> Ball:
     """The perturbation's Euclidean length is at most `eps`: ascent is g / |g|, start uniform in the ball.
 
-    The projection scales to the ball, then cuts by the box: feasible, and what all references do, but not the nearest point
-    of the intersection.
+    The projection scales to the ball, then cuts by the box: feasible, and what all references do, but not the nearest
+    point of the intersection.
     """
     check_number("eps", eps, 0)
 

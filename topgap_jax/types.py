@@ -1,4 +1,5 @@
-"""Every type of the library. b images of h x w x c pixels in [0, 1], k classes; keys (b,) are typed keys, one per example.
+"""Every type of the library. b images of h x w x c pixels in [0, 1], k classes; keys (b,) are typed keys, one per
+example.
 
 A method with options is a function that returns one of these. Images are float32, labels int32; normalisation is inside
 the model, so an epsilon means what it says. Scores, losses and maps are per example; a mean is taken once, at the end.
@@ -18,9 +19,9 @@ Array: TypeAlias = jax.Array
 Keys: TypeAlias = Array  # (b,) typed keys
 Variables: TypeAlias = Mapping[str, Any]  # "params", "batch_stats", in training also "ema" = {"params", "batch_stats"}
 Batch: TypeAlias = Mapping[str, Array]
-"""`image` (b, h, w, c), `targets` (b, k) (mixed labels are rows), `label` (b,), `id` (b,) int32 row of the split, `mask` (b,) bool
-(False: padding), and what the data set offers: `box` (b, 4) as (ymin, xmin, ymax, xmax) in [0, 1], `region` (b, h, w) uint8
-(0 outside, 1 inside, 2 unsure), `group` (b,) int32."""
+"""`image` (b, h, w, c), `targets` (b, k) (mixed labels are rows), `label` (b,), `id` (b,) int32 row of the split,
+`mask` (b,) bool (False: padding), and what the data set offers: `box` (b, 4) as (ymin, xmin, ymax, xmax) in [0, 1],
+`region` (b, h, w) uint8 (0 outside, 1 inside, 2 unsure), `group` (b,) int32."""
 
 
 class Output(NamedTuple):
@@ -78,7 +79,8 @@ class Ball(NamedTuple):
 
 
 class Penalty(NamedTuple):
-    """A cost R of a perturbation, and through it a penalty R* on the gradient: sup over delta of <g, delta> - R(delta) = R*(g).
+    """A cost R of a perturbation, and through it a penalty R* on the gradient: sup over delta of <g, delta> - R(delta)
+    = R*(g).
 
     value(gradient) -> (b,)                                      R*(g), the penalty that lands on the gradient map
     cost(delta) -> (b,)                                          R(delta); of a constraint 0 inside and inf outside
@@ -106,7 +108,8 @@ class Pool(Protocol):
 
 
 class Cost(NamedTuple):
-    """What a method asks of the network per image: forward passes, and gradient evaluations (one forward and one backward each).
+    """What a method asks of the network per image: forward passes, and gradient evaluations (one forward and one
+    backward each).
 
     Costs add up and can be multiplied by a number: `steps * attack.cost(predict, images) + Cost(1, 0)`.
     """
@@ -122,7 +125,8 @@ class Cost(NamedTuple):
 
 
 Costs: TypeAlias = Callable[[Predict, Any], Cost]
-"""cost(predict, images (b, h, w, c), arrays or their shapes) -> Cost, from shapes alone: it may trace `predict`, never run it."""
+"""cost(predict, images (b, h, w, c), arrays or their shapes) -> Cost, from shapes alone: it may trace `predict`, never
+run it."""
 
 
 class Attack(NamedTuple):
@@ -135,9 +139,9 @@ class Attack(NamedTuple):
     aim                                                          what it changes: the "label", or the "map" of an explanation
     runs                                                         restarts x targets: values of `run`, below which it stays
 
-    The state is `attacks.state.State`, every leaf of which has the leading axis b. `run` (b,) numbers restart and target of each
-    example, 0 if not given; `eps` (b,) is its radius, the ball's own if not given. `attacks.finish` books the last iterate of
-    an attack on the label.
+    The state is `attacks.state.State`, every leaf of which has the leading axis b. `run` (b,) numbers restart and
+    target of each example, 0 if not given; `eps` (b,) is its radius, the ball's own if not given. `attacks.finish`
+    books the last iterate of an attack on the label.
     """
 
     init: Callable[..., Any]
@@ -155,7 +159,8 @@ Runs: TypeAlias = tuple[Attack, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Explain:
-    """Where the network looks: a hashable record that is called, explain(keys (b,), predict, images, labels (b,)) -> maps.
+    """Where the network looks: a hashable record that is called, explain(keys (b,), predict, images, labels (b,)) ->
+    maps.
 
     maps(keys, predict, images, labels) -> (b, h', w')           at the method's own resolution; of a family one array a name
     cost(predict, images) -> Cost                                of one map
@@ -206,7 +211,8 @@ class Drop(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Another way to compute an operation of a network, such as its ReLUs, forward or backward; None leaves it as it is.
+    """Another way to compute an operation of a network, such as its ReLUs, forward or backward; None leaves it as it
+    is.
 
     forward(operation, *inputs) -> output
     backward(operation, gradient, *inputs) -> gradient of the input, a tuple where there are several
@@ -297,9 +303,9 @@ class Evaluator(NamedTuple):
     host({name: (b, ...)}, NumPy) -> {name: (b, ...)}            optional, work that is not arithmetic on arrays
     prepare(training, classes) -> prepared                       optional: what the rows need of the training split
 
-    training: {"image" (m, h, w, c) uint8, "label", "box"?, "region"?}, NumPy, or None where there is none to be had: then rows
-    that need one are absent, and the summary says why. `prepared` is a tree of arrays ({} without `prepare`), an argument of
-    the jitted rows and no constant in them.
+    training: {"image" (m, h, w, c) uint8, "label", "box"?, "region"?}, NumPy, or None where there is none to be had:
+    then rows that need one are absent, and the summary says why. `prepared` is a tree of arrays ({} without `prepare`),
+    an argument of the jitted rows and no constant in them.
     """
 
     rows: Callable[..., Mapping[str, Array]]

@@ -45,7 +45,8 @@ def _layer_name(layer, known):
 
 
 def _vgg_names(layers):
-    """{"stem/conv1": "features.0", "stem/norm1": "features.1", ...}: convolution, norm, ReLU, and a pooling after each stage."""
+    """{"stem/conv1": "features.0", "stem/norm1": "features.1", ...}: convolution, norm, ReLU, and a pooling after each
+    stage."""
     if "stem/conv1" not in layers:
         return {}
     names, index = {}, 0

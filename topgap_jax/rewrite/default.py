@@ -35,8 +35,9 @@ class Features(NamedTuple):
 def last_features(closed: ClosedJaxpr, arrays: Sequence[Any]) -> str:
     """The name of the last (b, h, w, c) value that the results depend on, before the class maps and the pooling.
 
-    Last in the order of computation, wherever its name is given. UserError where there is none, where a later one stands in a
-    loop or has a name that is met twice, where the positions are mixed after it, and where the axes are (b, c, h, w).
+    Last in the order of computation, wherever its name is given. UserError where there is none, where a later one
+    stands in a loop or has a name that is met twice, where the positions are mixed after it, and where the axes are (b,
+    c, h, w).
     """
     jaxpr = inline(closed, arrays, remat=True).jaxpr
     reading, live = follow(jaxpr, images_and_others(jaxpr)), needed(jaxpr)
@@ -121,7 +122,8 @@ def _is_maps(eqn: JaxprEqn) -> bool:
 
 
 def _label(jaxpr, features: Features, live: set[int]) -> str:
-    """The outermost of the value's names that everything behind it is computed from, and rather "stage4" than "backbone['stage4']".
+    """The outermost of the value's names that everything behind it is computed from, and rather "stage4" than
+    "backbone['stage4']".
 
     UserError where each of them is met twice.
     """

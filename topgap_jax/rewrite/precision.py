@@ -17,9 +17,9 @@ HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 def in_float32(f: Callable) -> Callable:
     """f with float32 wherever it computes in bfloat16 or float16; a function that does neither is unchanged.
 
-    A network with float32 parameters and bf16 layers gives what it gives with float32 layers. Works on any JAX function, under
-    jit and remat and in derivatives of any order; functions with a `custom_jvp` of their own keep it, those with a `custom_vjp`
-    do not. Raises UserError for half precision inside a primitive that cannot be entered.
+    A network with float32 parameters and bf16 layers gives what it gives with float32 layers. Works on any JAX
+    function, under jit and remat and in derivatives of any order; functions with a `custom_jvp` of their own keep it,
+    those with a `custom_vjp` do not. Raises UserError for half precision inside a primitive that cannot be entered.
     """
 
     def call(*args, **kwargs):

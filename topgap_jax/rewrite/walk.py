@@ -1,4 +1,5 @@
-"""The way back from a classifier's logits to the features that it pools: global average pooling and a dense layer, however written."""
+"""The way back from a classifier's logits to the features that it pools: global average pooling and a dense layer,
+however written."""
 
 import math
 from collections.abc import Callable
@@ -27,8 +28,8 @@ class Step(NamedTuple):
 class Walk(NamedTuple):
     """What leads from features to logits, in the order of computation.
 
-    features: the variable; order: its axes as (b, h, w, c); before, after: steps on either side of the product, which is None
-    where the features are class maps already; end: the equation whose result the pooled class maps replace.
+    features: the variable; order: its axes as (b, h, w, c); before, after: steps on either side of the product, which
+    is None where the features are class maps already; end: the equation whose result the pooled class maps replace.
     """
 
     features: Any
@@ -42,8 +43,8 @@ class Walk(NamedTuple):
 def walk_from(jaxpr: Jaxpr, target: JaxprEqn, full: str) -> Walk:
     """The walk from the dense layer's output, which is named `full` by `target`.
 
-    An output with positions is class maps, whose pooling comes behind it: the walk starts from its end. UserError for anything
-    but reshapes, transposes, dropout, factors and one product on the way.
+    An output with positions is class maps, whose pooling comes behind it: the walk starts from its end. UserError for
+    anything but reshapes, transposes, dropout, factors and one product on the way.
     """
     made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     of_images = depending(jaxpr, jaxpr.invars)

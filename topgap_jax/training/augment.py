@@ -1,8 +1,9 @@
-"""Augmentation on the device: a random change of a batch, `(keys (b,), batch, predict) -> batch`, inside the jitted step.
+"""Augmentation on the device: a random change of a batch, `(keys (b,), batch, predict) -> batch`, inside the jitted
+step.
 
 Every example draws from its own key, so it does not depend on its neighbours (mixup and cutmix draw a partner among the
-unmasked rows). Padding (`mask` False) stays as it is. Images stay in [0, 1]. What moves pixels drops `box` and `region` from
-the batch, which would no longer fit.
+unmasked rows). Padding (`mask` False) stays as it is. Images stay in [0, 1]. What moves pixels drops `box` and `region`
+from the batch, which would no longer fit.
 """
 
 import jax
@@ -25,8 +26,8 @@ def flip() -> Augment:
 
 
 def crop_flip(padding: int = 4) -> Augment:
-    """A random window of the image padded with `padding` black pixels on every side, flipped with probability 1/2 (He et al.
-    2016, arXiv 1512.03385, section 4.2)."""
+    """A random window of the image padded with `padding` black pixels on every side, flipped with probability 1/2 (He
+    et al. 2016, arXiv 1512.03385, section 4.2)."""
     check_number("padding", padding, 0, whole=True)
 
     def augment(keys, batch, predict):
@@ -44,8 +45,9 @@ def crop_flip(padding: int = 4) -> Augment:
 def random_resized_crop(
     scale: tuple[float, float] = (0.25, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
 ) -> Augment:
-    """A random part of the image, of area in `scale` and of log-uniform aspect `ratio`, stretched to the full size (bilinear,
-    antialiased; Szegedy et al. 2015, arXiv 1409.4842). A side that would be longer than the image's is the image's."""
+    """A random part of the image, of area in `scale` and of log-uniform aspect `ratio`, stretched to the full size
+    (bilinear, antialiased; Szegedy et al. 2015, arXiv 1409.4842). A side that would be longer than the image's is the
+    image's."""
     _check_range("scale", scale, 1e-3, 1)
     _check_range("ratio", ratio, 1e-3, 1e3)
 
@@ -66,8 +68,9 @@ def random_resized_crop(
 
 
 def cutout(size: int, value: float = 0.5) -> Augment:
-    """A square of `size` pixels a side set to `value`, its centre anywhere, cut at the border (DeVries & Taylor 2017, arXiv
-    1708.04552). The paper fills with the data's mean; mid-grey stands for it, since images are normalised in the model."""
+    """A square of `size` pixels a side set to `value`, its centre anywhere, cut at the border (DeVries & Taylor 2017,
+    arXiv 1708.04552). The paper fills with the data's mean; mid-grey stands for it, since images are normalised in the
+    model."""
     check_number("size", size, 1, whole=True)
     check_number("value", value, 0, 1)
 
@@ -83,7 +86,8 @@ def cutout(size: int, value: float = 0.5) -> Augment:
 def colour_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4) -> Augment:
     """Brightness, contrast and saturation, in this order, each by a factor uniform in [1 - x, 1 + x].
 
-    x -> factor x; mean + factor (x - mean), the mean of the image's grey; grey + factor (x - grey). Clipped to [0, 1] after each.
+    x -> factor x; mean + factor (x - mean), the mean of the image's grey; grey + factor (x - grey). Clipped to [0, 1]
+    after each.
     """
     for name, amount in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
         check_number(name, amount, 0, 1)
@@ -119,9 +123,11 @@ def mixup(alpha: float = 0.2) -> Augment:
 
 
 def cutmix(alpha: float = 1.0) -> Augment:
-    """A rectangle of a partner's image pasted in, area about 1 - w, w ~ Beta(alpha, alpha) (Yun et al. 2019, arXiv 1905.04899).
+    """A rectangle of a partner's image pasted in, area about 1 - w, w ~ Beta(alpha, alpha) (Yun et al. 2019, arXiv
+    1905.04899).
 
-    The targets are mixed by the area really pasted: the rectangle is cut at the border. `label` stays the example's own.
+    The targets are mixed by the area really pasted: the rectangle is cut at the border. `label` stays the example's
+    own.
     """
     check_number("alpha", alpha, 1e-3)
 
@@ -139,7 +145,8 @@ def cutmix(alpha: float = 1.0) -> Augment:
 
 
 def partners(keys: Keys, mask: Array) -> Array:
-    """For every unmasked row another one (b,): the next in the order of per-example uniforms, the last one's is the first.
+    """For every unmasked row another one (b,): the next in the order of per-example uniforms, the last one's is the
+    first.
 
     A masked row, or one that is alone, is its own partner.
     """
