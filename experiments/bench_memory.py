@@ -51,7 +51,8 @@ def measure(title, count, folder):
 def line(title, row):
     """A row of the printed table."""
     cells = [
-        f"{r['planned_mb']:.0f}; {statistics.median(r['peaks_mb']):.0f} [{min(r['peaks_mb']):.0f}-{max(r['peaks_mb']):.0f}]"
+        f"{r['planned_mb']:.0f}; {statistics.median(r['peaks_mb']):.0f}"
+        f" [{min(r['peaks_mb']):.0f}-{max(r['peaks_mb']):.0f}]"
         for r in row.values()
     ]
     return [title, *cells]

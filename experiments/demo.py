@@ -84,8 +84,9 @@ def beside_the_study(rows: Mapping[str, Sequence[Row]]) -> str:
             lines.append([*line, change["verdict"]])
     seeds = len(stored["runs"][control])
     return (
-        f"{aligned(lines, right=range(1, 8))}\nright of |: {seeds} seeds of the same comparison, paired by seed; left: one seed, "
-        "which decides nothing, and PGD, object, background and ERF on 500 images of a split; robust numbers are not audited"
+        f"{aligned(lines, right=range(1, 8))}\nright of |: {seeds} seeds of the same comparison, paired by seed; left:"
+        " one seed, which decides nothing, and PGD, object, background and ERF on 500 images of a split; robust"
+        " numbers are not audited"
     )
 
 

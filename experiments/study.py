@@ -3,7 +3,7 @@
     python experiments/study.py shapes [--arms gap 'top_gap .14'] [--seeds 0 1]
     python experiments/study.py systems                 # sgdrop, norm_regularised, art and guided
     python experiments/study.py shapes --table          # its table, from results/shapes.json
-    python experiments/study.py shapes --arms gap --seeds 0 --check    # once more, in runs/check, beside the stored numbers
+    python experiments/study.py shapes --arms gap --seeds 0 --check  # once more, beside the stored numbers
     python experiments/study.py --page                  # runs/study/page.html: every arm's maps beside the control's
     python experiments/study.py --docs                  # docs/results.md, from results/*.json; nothing is trained
 
@@ -18,8 +18,8 @@ results/<study>.json, of one form for all:
 
     study, config                            its name, its config file
     runs {arm: {seed: {
-        overrides, explain                   keys of the config that the arm sets, with their texts; what stands for EXPLAIN
-        rows                                 of measure.results.to_json, without curves: split, evaluator, measures, cost, audit
+        overrides, explain                   keys that the arm sets, with their texts; what stands for EXPLAIN
+        rows                                 of measure.results.to_json, without curves
         steps, train_cpu_seconds, evaluate_cpu_seconds
         command, commit, versions, ...}}}    run.provenance: with what, and on what hardware
     comparison {"split | evaluator | name": {arms {arm: {mean, std}}, differences {"arm - control": {mean, low, high,
@@ -252,8 +252,8 @@ def table(study: Study, comparison: Mapping[str, Any]) -> str:
 def systems_table(names: Sequence[str], comparisons: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: each system's claims beside its controls, with their verdicts."""
     head = [
-        "system", "turned on by", "the paper claims", "measured here: method; minus plain; minus the control that decides",
-        "accuracy: plain, method, deciding control", "verdict",
+        "system", "turned on by", "the paper claims",
+        "measured here: method; minus plain; minus the control that decides", "accuracy: plain, method, deciding control", "verdict",
     ]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     for name in names:
@@ -269,7 +269,8 @@ def systems_table(names: Sequence[str], comparisons: Mapping[str, Mapping[str, A
         arms = dict.fromkeys((controls[0], study.method, study.decides))
         paper = study.paper if " " in study.paper else f"[{study.paper}](https://arxiv.org/abs/{study.paper})"
         lines.append([
-            f"{study.title} ({paper})", study.turned_on, study.claimed, f"{'<br>'.join(cells)} (decides: {study.decides})",
+            f"{study.title} ({paper})", study.turned_on, study.claimed,
+            f"{'<br>'.join(cells)} (decides: {study.decides})",
             ", ".join(spread(accuracy[arm]) for arm in arms), "<br>".join(verdicts),
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

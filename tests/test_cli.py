@@ -243,7 +243,10 @@ def test_help_and_compare_import_little():
     """Seconds that nobody should wait for: data sets, checkpoints, figures, and for `compare` Flax."""
     heavy = ["tensorflow_datasets", "orbax", "grain", "matplotlib", "tensorboardX", "flax.nnx", "scipy.ndimage"]
     for words, names in ((["help", "pgd"], heavy), (["compare", "nowhere"], [*heavy, "flax", "optax", "scipy"])):
-        code = f"import sys; from topgap_jax.cli import main; main({words}); print([n for n in {names} if n in sys.modules])"
+        code = (
+            f"import sys; from topgap_jax.cli import main; main({words}); print([n for n in {names} if n in"
+            " sys.modules])"
+        )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
         assert done.stdout.splitlines()[-1] == "[]"
 

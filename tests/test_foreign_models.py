@@ -305,7 +305,10 @@ def test_bf16():
     assert np.abs(pooled(pool.gmp()) - logits).max() > 0.1
 
 
-NOTHING_ELSE = "it must be global average pooling (a mean over the spatial axes, or a full-window average pool) and this dense layer"
+NOTHING_ELSE = (
+    "it must be global average pooling (a mean over the spatial axes, or a full-window average pool) and this dense"
+    " layer"
+)
 STOPS = {
     "layer norm": (
         lambda x, train: nn.Dense(5)(nn.LayerNorm()(x.mean((1, 2)))),

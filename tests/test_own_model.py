@@ -100,7 +100,8 @@ def test_by_command(kind, tmp_path, monkeypatch):
     name = "my_linen" if kind == "linen" else "my_nnx"
     assert (code, err) == (
         2,
-        f"topgap: {workdir}/config.json: '{name}' comes from {file}, which is not there any more; put it back, or correct "
+        f"topgap: {workdir}/config.json: '{name}' comes from {file}, which is not there any more; put it back, or"
+        " correct "
         f'"file" in {workdir}/config.json\n',
     )
 

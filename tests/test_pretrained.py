@@ -240,8 +240,9 @@ def test_missing_unexpected_and_mis_shaped_tensors_are_listed(tmp_path, cifar):
     wrong["layer4.0.conv1.weight"] = np.zeros(3, np.float32)
     wrong["linear.weight"] = np.zeros((100, 64), np.float32)
     save_file(wrong, path)
-    assert error(pretrained.load, path, small()) == (
-        f"{path} does not fit the model: missing: layer1.0.conv1.weight; unexpected: layer4.0.conv1.weight; "
+    assert (
+        error(pretrained.load, path, small())
+        == f"{path} does not fit the model: missing: layer1.0.conv1.weight; unexpected: layer4.0.conv1.weight; "
         "mis-shaped: linear.weight (100, 64) instead of (10, 64)"
     )
 
@@ -279,8 +280,9 @@ def test_objects_in_npz_are_not_unpickled(tmp_path):
 
 
 def test_other_files(tmp_path):
-    assert error(pretrained.describe, "w.onnx") == (
-        "w.onnx: weights are read from .safetensors or .npz files in PyTorch naming, not from '.onnx'"
+    assert (
+        error(pretrained.describe, "w.onnx")
+        == "w.onnx: weights are read from .safetensors or .npz files in PyTorch naming, not from '.onnx'"
     )
     assert error(pretrained.describe, "none.safetensors") == "there is no weights file 'none.safetensors'"
     broken = tmp_path / "broken.safetensors"
@@ -294,17 +296,19 @@ def test_other_files(tmp_path):
 def test_metadata_that_are_no_numbers(tmp_path, cifar):
     path = tmp_path / "w.safetensors"
     save_file(cifar, path, {"mean": "about a half"})
-    assert error(pretrained.describe, path) == (
-        f"{path}: the metadata say mean='about a half'; expected numbers like '0.485,0.456,0.406'"
+    assert (
+        error(pretrained.describe, path)
+        == f"{path}: the metadata say mean='about a half'; expected numbers like '0.485,0.456,0.406'"
     )
 
 
 def test_a_head_that_pytorch_has_no_names_for(tmp_path, cifar):
     path = tmp_path / "w.safetensors"
     save_file(cifar, path)
-    assert error(pretrained.load, path, small(models.pyramid_head(pool.gap(), width=4))) == (
-        "the layer 'head/lateral_stage1' of this model has no name in PyTorch's files: weights are read into backbones with "
-        "map_head(pool), VGG also with vgg_head(), and into resnet4b"
+    assert (
+        error(pretrained.load, path, small(models.pyramid_head(pool.gap(), width=4)))
+        == "the layer 'head/lateral_stage1' of this model has no name in PyTorch's files: weights are read into"
+        " backbones with map_head(pool), VGG also with vgg_head(), and into resnet4b"
     )
 
 

@@ -91,7 +91,7 @@ def test_sgdrop_by_hand(foreign, teacher, jitted):
     def with_gradient(apply):
         loss = lambda params: (lambda out: ((out.logits * weights).sum(), out))(apply({**variables, "params": params}))
         run = lambda params: jax.value_and_grad(loss, has_aux=True)(params)
-        ((_, out), gradient) = (jax.jit(run) if jitted else run)(variables["params"])
+        (_, out), gradient = (jax.jit(run) if jitted else run)(variables["params"])
         return out, gradient
 
     edit = lambda value: jnp.where(kept, value, 0)
@@ -437,10 +437,16 @@ def test_a_config_says_it():
     out = jax.jit(lambda v: model.apply(v, jnp.ones((2, 32, 32, 3)), train=True, keys=KEYS[:2], targets=jnp.eye(3)[:2]))(variables)  # fmt: skip
     assert isinstance(out, Output) and out.logs["drop_rate"].max() <= 0.25
     for text, words in {
-        "with_drop(resnet20(), 'stage3', sgdrop())": "config.model: with_drop: model must be a value of type Model, got ResNet(",
-        "with_drop(mine(), 'stage3', sgdrop)": "config.model: 'sgdrop' must be called: sgdrop(*, rate=0.1, granularity='element', teacher=False)",
+        "with_drop(resnet20(), 'stage3', sgdrop())": (
+            "config.model: with_drop: model must be a value of type Model, got ResNet("
+        ),
+        "with_drop(mine(), 'stage3', sgdrop)": (
+            "config.model: 'sgdrop' must be called: sgdrop(*, rate=0.1, granularity='element', teacher=False)"
+        ),
         "with_drop(mine(), 'stage3', sgdrop(rate=2))": "config.model: sgdrop: rate must be a number in [0, 1], got 2",
-        "with_drop(mine(), 'stage3', gap())": "config.model: with_drop: drop must be a value of type Drop or None, got ",
+        "with_drop(mine(), 'stage3', gap())": (
+            "config.model: with_drop: drop must be a value of type Drop or None, got "
+        ),
     }.items():
         config.model = text
         with pytest.raises(UserError) as raised:

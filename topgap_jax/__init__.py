@@ -17,7 +17,8 @@ from topgap_jax.errors import UserError
 __version__ = "0.1.0"
 
 ROOMS = (
-    "types", "edges", "build", "engine", "norms", "order", "keys", "mesh", "pool", "scores", "balls", "penalties", "rewrite",
+    "types", "edges", "build",
+    "engine", "norms", "order", "keys", "mesh", "pool", "scores", "balls", "penalties", "rewrite",
     "metrics", "drops", "rules", "explain", "attacks", "models", "evaluators", "training",
     "progress", "data", "pretrained", "measure", "run", "setup", "report",
 )  # fmt: skip

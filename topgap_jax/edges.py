@@ -48,8 +48,8 @@ def check_images(where: str, images: Any) -> None:
         advice = "give images / 255" if high > 2 else "give (images + 1) / 2" if low >= -1 - 1e-6 and low < 0 else ""
         advice = advice or "give pixels from 0 to 1"
         raise UserError(
-            f"{where}: images must be float in [0, 1], these are {images.dtype} from {low:.4g} to {high:.4g}; {advice}; "
-            "normalisation belongs inside the model"
+            f"{where}: images must be float in [0, 1], these are {images.dtype} from {low:.4g} to {high:.4g}; {advice};"
+            " normalisation belongs inside the model"
         )
 
 

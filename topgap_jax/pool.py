@@ -74,7 +74,8 @@ def top_gap(k: int | float | Callable | None = None, *, fraction: float | Callab
             count = positions(amount, n)
         elif amount > n:
             raise UserError(
-                f"top_gap: k={amount} is more than the {n} positions of {maps.shape[1]}x{maps.shape[2]} maps; give k <= {n}"
+                f"top_gap: k={amount} is more than the {n} positions of {maps.shape[1]}x{maps.shape[2]} maps; give k"
+                f" <= {n}"
             )
         else:
             count = amount

@@ -74,8 +74,8 @@ def find(name: str) -> Path:
         each.relative_to(root).parts[0] for each in (*root.glob(f"*/*/{FEATURES}"), *root.glob(f"*/*/*/{FEATURES}"))
     }
     raise UserError(
-        f"tfds('{name}') is not prepared in {root} (set TOPGAP_DATA to a folder that holds tfds/, or TFDS_DATA_DIR to the "
-        f"folder of the sets); {choices(path, there)}"
+        f"tfds('{name}') is not prepared in {root} (set TOPGAP_DATA to a folder that holds tfds/, or TFDS_DATA_DIR to"
+        f" the folder of the sets); {choices(path, there)}"
     )
 
 

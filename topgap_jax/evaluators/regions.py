@@ -24,12 +24,12 @@ def regions(*, fill: float | tuple[float, ...] = 0.5) -> Evaluator:
     """Does the network look at the object? Accuracy after changing one side of the region; unsure pixels are on no
     side.
 
-    - foreground_sensitivity: noise of norm r sqrt(h w c) on the object, then on the background: (a_bg - a_fg) / (2 min(a, 1 - a)),
-      a the mean of the two accuracies; undefined where a is 0 or 1. Positive: the object matters more (Moayeri et al.
-      2022, arXiv 2201.10766). The value is at r = .2, the curve at .1, .2, .4.
-    - foreground_accuracy, background_accuracy: everything else has the colour `fill` (in [0, 1]; take the training mean).
-    - background_gap: accuracy on backgrounds of the own class minus that on those of a random other class (Xiao et al. 2020,
-      arXiv 2006.09994), from the training split (`background_bank`); absent without one.
+    - foreground_sensitivity: noise of norm r sqrt(h w c) on the object, then on the background:
+      (a_bg - a_fg) / (2 min(a, 1 - a)), a the mean of the two accuracies; undefined where a is 0 or 1. Positive: the
+      object matters more (Moayeri et al. 2022, arXiv 2201.10766). The value is at r = .2, the curve at .1, .2, .4.
+    - foreground_accuracy, background_accuracy: everything else has the colour `fill` (in [0, 1]; the training mean).
+    - background_gap: accuracy on backgrounds of the own class minus that on those of a random other class (Xiao et al.
+      2020, arXiv 2006.09994), from the training split (`background_bank`); absent without one.
 
     Images whose region is empty or full are left out and counted as `left_out`. Needs data with regions.
     """

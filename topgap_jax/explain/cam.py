@@ -22,7 +22,8 @@ def cam() -> Explain:
             _, values = read(predict, "maps")(images)
         except UserError as error:
             raise UserError(
-                f"cam: the model has no class maps named 'maps' (use map_head, pyramid_head or rewrite.with_pool): {error}"
+                "cam: the model has no class maps named 'maps' (use map_head, pyramid_head or rewrite.with_pool):"
+                f" {error}"
             ) from None
         return jnp.take_along_axis(values.astype(jnp.float32), labels[:, None, None, None], -1)[..., 0]
 

@@ -165,7 +165,8 @@ def _broadcast(baseline: Any, images: Array) -> Array:
         shape = getattr(baseline, "shape", None)
         what = f"an array of shape {shape}" if shape is not None else repr(baseline)
         raise UserError(
-            f"integrated: baseline must be a number, one per channel or an array for images of shape {images.shape}, got {what}"
+            f"integrated: baseline must be a number, one per channel or an array for images of shape {images.shape},"
+            f" got {what}"
         ) from None
 
 

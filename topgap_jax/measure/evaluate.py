@@ -156,8 +156,8 @@ def _check_logits(model, variables, data, mesh, weights):
     if wrong:
         layer = first_not_finite(bind(model, variables), batch["image"])
         raise UserError(
-            f"{weights or 'the model'}: the logits of {wrong} of the first {len(ids)} images are not finite, from layer "
-            f"'{layer}' on; its weights or its normalisation overflow: evaluate an earlier checkpoint"
+            f"{weights or 'the model'}: the logits of {wrong} of the first {len(ids)} images are not finite, from layer"
+            f" '{layer}' on; its weights or its normalisation overflow: evaluate an earlier checkpoint"
         )
 
 

@@ -41,7 +41,8 @@ class VGG(nn.Module):
     def __call__(self, images: Array, train: bool = False) -> dict[str, Array]:
         if min(images.shape[1:3]) < 32:
             raise UserError(
-                f"VGG halves its images five times and needs at least 32x32 pixels, got {images.shape[1]}x{images.shape[2]}"
+                "VGG halves its images five times and needs at least 32x32 pixels, got"
+                f" {images.shape[1]}x{images.shape[2]}"
             )
         x, features = images, {}
         names = ("stem", "stage1", "stage2", "stage3", "stage4")

@@ -37,7 +37,8 @@ def with_drop(model: Model, layer: str, drop: Drop | None) -> Model:
             return f(images)
         if drop.teacher and "ema" not in variables:
             raise UserError(
-                "with_drop: teacher=True takes the saliency from averaged weights, and there are none; set config.ema, e.g. 0.999"
+                "with_drop: teacher=True takes the saliency from averaged weights, and there are none; set config.ema,"
+                " e.g. 0.999"
             )
         # One pass holds the trunk: the head is the network with this layer given, so what leads to the layer is dead
         # code.

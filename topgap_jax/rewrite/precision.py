@@ -44,7 +44,8 @@ def _rule(eqn, values, read):
         return rebuild(eqn, values, _run)
     if any(True for _ in subjaxprs(eqn)):
         raise UserError(
-            f"in_float32: half precision inside '{eqn.primitive.name}', which cannot be entered; give the model float32 layers"
+            f"in_float32: half precision inside '{eqn.primitive.name}', which cannot be entered; give the model float32"
+            " layers"
         )
     if eqn.primitive is convert_element_type_p and eqn.params["new_dtype"] in HALF:
         return [values[0].astype(jnp.float32)]

@@ -107,7 +107,8 @@ def _end_of_pooling(jaxpr: Jaxpr, target: JaxprEqn, full: str, of_images: set) -
     if end is None:
         what = _what(eqn) if eqn else "its pooling" if later else "nothing"
         raise _stop(
-            f"behind '{full}', a map of shape {target.outvars[0].aval.shape}, there is {what}, no mean over its positions"
+            f"behind '{full}', a map of shape {target.outvars[0].aval.shape}, there is {what}, no mean over its"
+            " positions"
         )
     return end
 
@@ -189,8 +190,9 @@ def _reshaped(labels: Labels, out: tuple[int, ...], shape: tuple[int, ...], stop
 
 def _stop(what: str) -> UserError:
     return UserError(
-        f"with_pool: {what}; it must be global average pooling (a mean over the spatial axes, or a full-window average pool) and "
-        "this dense layer or 1x1 convolution, behind it or before it, with nothing but reshapes, transposes and dropout between"
+        f"with_pool: {what}; it must be global average pooling (a mean over the spatial axes, or a full-window average"
+        " pool) and this dense layer or 1x1 convolution, behind it or before it, with nothing but reshapes, transposes"
+        " and dropout between"
     )
 
 

@@ -327,4 +327,7 @@ def _not_finite(workdir: Path, step: int, loss: float) -> str:
     kept = (
         f"the last good checkpoint is {workdir / 'checkpoints' / 'last' / str(last)}" if last else "no checkpoint yet"
     )
-    return f"the loss or a parameter is not finite at step {step} (loss {loss:.4g}); {kept}; lower the learning rate or clip"
+    return (
+        f"the loss or a parameter is not finite at step {step} (loss {loss:.4g}); {kept}; lower the learning rate or"
+        " clip"
+    )
