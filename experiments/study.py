@@ -253,7 +253,8 @@ def systems_table(names: Sequence[str], comparisons: Mapping[str, Mapping[str, A
     """Markdown: each system's claims beside its controls, with their verdicts."""
     head = [
         "system", "turned on by", "the paper claims",
-        "measured here: method; minus plain; minus the control that decides", "accuracy: plain, method, deciding control", "verdict",
+        "measured here: method; minus plain; minus the control that decides",
+        "accuracy: plain, method, deciding control", "verdict",
     ]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     for name in names:
