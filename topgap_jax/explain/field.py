@@ -10,6 +10,7 @@ from jax import lax
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite import read
+from topgap_jax.rewrite.speed import map_over
 from topgap_jax.types import Array, Cost, Explain, Predict
 
 COUNTS = {"centre": 1, "corner": 4}
@@ -68,8 +69,7 @@ def fields(
         (gradient,) = pull((places * weights[:, None, None, :]).astype(value.dtype))
         return jnp.abs(gradient.astype(jnp.float32)).sum(-1)
 
-    # Only where it is needed: on a CPU, convolutions inside a loop fall to XLA's naive form.
-    return jax.vmap(one)(indices) if len(indices) <= chunk else lax.map(one, indices, batch_size=chunk)
+    return map_over(one, (indices,), chunk=chunk)
 
 
 def pixel(position: str | tuple[int, int], maps: tuple[int, int], image: tuple[int, int]) -> tuple[float, float]:

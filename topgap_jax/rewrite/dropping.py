@@ -2,11 +2,11 @@
 
 import zlib
 
-import jax
 from jax import lax
 from jax.extend.core.primitives import name_p
 
 from topgap_jax.errors import UserError
+from topgap_jax.keys import fold_in
 from topgap_jax.rewrite.fusion import fused
 from topgap_jax.rewrite.interpreter import enters, evaluate, rebuild, subjaxprs, trace
 from topgap_jax.rewrite.names import _layers, _run, read, tap
@@ -61,7 +61,7 @@ def with_drop(model: Model, layer: str, drop: Drop | None) -> Model:
 
 def _own_keys(keys, layer):
     """Keys of this layer: `keys` themselves serve the random layers of the user's module."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, zlib.crc32(layer.encode()))
+    return fold_in(keys, zlib.crc32(layer.encode()))
 
 
 def _unnamed(f):

@@ -12,6 +12,7 @@ from jax import lax
 
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
+from topgap_jax.keys import split
 from topgap_jax.types import Array, Augment, Batch, Keys
 
 
@@ -31,7 +32,7 @@ def crop_flip(padding: int = 4) -> Augment:
     check_number("padding", padding, 0, whole=True)
 
     def augment(keys, batch, predict):
-        crop_keys, flip_keys = _split(keys, 2)
+        crop_keys, flip_keys = split(keys, 2)
         offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, 2 * padding + 1))(crop_keys)
         _, *shape = batch["image"].shape
         padded = jnp.pad(batch["image"], ((0, 0), (padding, padding), (padding, padding), (0, 0)))
@@ -112,7 +113,7 @@ def mixup(alpha: float = 0.2) -> Augment:
     check_number("alpha", alpha, 1e-3)
 
     def augment(keys, batch, predict):
-        partner_keys, weight_keys = _split(keys, 2)
+        partner_keys, weight_keys = split(keys, 2)
         partner = partners(partner_keys, batch["mask"])
         weight = jax.vmap(lambda key: jax.random.beta(key, alpha, alpha))(weight_keys)
         share = weight[:, None, None, None]
@@ -133,7 +134,7 @@ def cutmix(alpha: float = 1.0) -> Augment:
 
     def augment(keys, batch, predict):
         _, h, w, _ = batch["image"].shape
-        partner_keys, weight_keys, box_keys = _split(keys, 3)
+        partner_keys, weight_keys, box_keys = split(keys, 3)
         partner = partners(partner_keys, batch["mask"])
         weight = jax.vmap(lambda key: jax.random.beta(key, alpha, alpha))(weight_keys)
         sides = jnp.sqrt(1 - weight)[:, None] * jnp.array([h, w])
@@ -155,10 +156,6 @@ def partners(keys: Keys, mask: Array) -> Array:
     position = jnp.arange(b)
     following = order[jnp.where(position + 1 < mask.sum(), position + 1, 0)]
     return jnp.where(mask, jnp.zeros_like(order).at[order].set(following), position)
-
-
-def _split(keys: Keys, n: int) -> Array:
-    return jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(keys)
 
 
 def _unmasked(batch: Batch) -> Array:
