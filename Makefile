@@ -18,10 +18,10 @@ demo: install ## train two classifiers on the embedded data set, evaluate them, 
 results: install ## docs/results.md from results/*.json, and which script made which number (trains nothing)
 	$(BIN)/python experiments/study.py --docs
 
-test: install-dev lint ## ruff, import-linter, tests and doctests (at most 15 minutes on 2 cores)
+test: install-dev lint ## ruff, import-linter, tests and doctests (at most 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
-test-all: install-dev lint ## everything, every row under every transformation (at most 75 minutes)
+test-all: install-dev lint ## everything, every row under every transformation (at most 60 minutes)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-smoke: install-dev ## the few minutes that CI spends on the other JAX line

@@ -4,9 +4,9 @@ topgap train --config configs/cifar10.py --workdir runs/cifar10_gap
 topgap train --config configs/cifar10.py --config.pool='top_gap(k=16)' --workdir runs/cifar10_top_gap
 topgap evaluate --config configs/cifar10.py --weights resnet20_cifar10.safetensors
 
-Measured on 10,000 test images, one seed, 15 epochs on 45,000 images, 42 and 48 CPU minutes with other work on the machine
-(results/cifar10.json): accuracy 87.65 % with gap(), 88.00 % with top_gap(k=16); their 95 % intervals overlap, and one seed
-decides nothing.
+Measured on 10,000 test images, one seed, 15 epochs on 45,000 images, 42 and 48 CPU minutes with other work on the
+machine (results/cifar10.json): accuracy 87.65 % with gap(), 88.00 % with top_gap(k=16); their 95 % intervals overlap,
+and one seed decides nothing.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Norm-regularised training on shapes: the loss carries a norm of the input gradient, a sparse map's or a connected map's.
+"""Norm-regularised training on shapes: the norm of the input gradient in the loss makes sparse or connected maps.
 
 topgap train --config configs/norm_regularised.py --workdir runs/l1
 topgap train --config configs/norm_regularised.py --arm group_norm --workdir runs/group
@@ -6,14 +6,17 @@ topgap train --config configs/norm_regularised.py --arm elastic --workdir runs/e
 topgap train --config configs/norm_regularised.py --arm standard --workdir runs/plain
 topgap train --config configs/norm_regularised.py --arm pgd --workdir runs/pgd
 
-Plain training and adversarial training of the same radius are the controls: any adversarial training makes maps sparser, and
-l1_norm in one step is FGSM training. 13.9 is the square root of the 192 values in a tile of 8x8 pixels, which makes its
-penalty as large as l1_norm's where a tile's gradients are equal; 110.9 is the square root of the 12,288 values of an image,
-which makes l2_norm's perturbation as large in the Euclidean norm. The official code's radius, .01 in normalised units, is
-.6/255; at 2/255 one of two seeds stayed at chance with every norm, and with R+FGSM (tried). In elastic the quadratic part is
-small: where |g| is .0018, its mean after 4 epochs with l1_norm, 280 would make both parts of the perturbation equal, but with
-280, and hardly with 40, the net did not leave chance in 4 epochs (tried). Logged: the penalty, the clean loss, and the
-perturbation's cost.
+Plain training and adversarial training of the same radius are the controls: any adversarial training makes maps
+sparser, and l1_norm in one step is FGSM training. 13.9 is the square root of the 192 values in a tile of 8x8 pixels,
+which makes its penalty as large as l1_norm's where a tile's gradients are equal; 110.9 is the square root of the 12,288
+values of an image, which makes l2_norm's perturbation as large in the Euclidean norm. The official code's radius, .01
+in normalised units, is .6/255; at 2/255 one of two seeds stayed at chance with every norm, and with R+FGSM (tried). In
+elastic the quadratic part is small: where |g| is .0018, its mean after 4 epochs with l1_norm, 280 would make both parts
+of the perturbation equal, but with 280, and hardly with 40, the net did not leave chance in 4 epochs (tried). Logged:
+the penalty, the clean loss, and the perturbation's cost.
+
+Measured on 1,000 test images, three seeds (results/norm_regularised.json): accuracy .913 ± .022, standard .928 ± .042;
+73 and 47 CPU seconds a run. Two of three seeds of l2_norm and one of group_norm did not train well.
 """
 
 from ml_collections import ConfigDict

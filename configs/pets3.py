@@ -4,9 +4,10 @@ topgap train --config configs/pets3.py --workdir runs/pets_gap
 topgap train --config configs/pets3.py --config.pool='top_gap(fraction=.28)' --workdir runs/pets_top_gap
 topgap explain --workdir runs/pets_top_gap
 
-Measured on 298 test images, one seed, 1.9 CPU minutes an arm (results/pets3.json): accuracy 79.2 % with gap(), 78.5 % with
-top_gap(fraction=.28). IoU of the class map with the mask at tau .5: .375 and .444; at its best tau .448 and .446; a centred
-box has .464, the full image .403. MaxBoxAcc .862 and .852; centred box .883, full image .849: no arm beats the centred box.
+Measured on 298 test images, one seed, 1.9 CPU minutes an arm (results/pets3.json): accuracy 79.2 % with gap(), 78.5 %
+with top_gap(fraction=.28). IoU of the class map with the mask at tau .5: .375 and .444; at its best tau .448 and .446;
+a centred box has .464, the full image .403. MaxBoxAcc .862 and .852; centred box .883, full image .849: no arm beats
+the centred box.
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,16 @@
-"""SGDrop on little data: 2,000 images of CIFAR-10, a net of 7 MMAC, the last features dropped where they speak for the label.
+"""SGDrop on 2,000 images of CIFAR-10: a net of 7 MMAC, the last features dropped where they speak for the label.
 
 topgap train --config configs/sgdrop.py --workdir runs/sgdrop
 topgap train --config configs/sgdrop.py --arm plain --workdir runs/sgdrop_plain
 topgap train --config configs/sgdrop.py --arm random_matched --workdir runs/sgdrop_random
 
-The second is plain training; the third, the control that decides, drops as many elements of every image, drawn at random. The
-rate grows from 0: at .1 from the first step on, a small net on shapes did not leave chance in 6 epochs (tried), since the
-label's logit loses most of what it has. With `sgdrop(.., teacher=True)` and --config.ema=.999 the saliency comes from averaged
-weights, which are then evaluated too: its control needs the same --config.ema.
+The second is plain training; the third, the control that decides, drops as many elements of every image, drawn at
+random. The rate grows from 0: at .1 from the first step on, a small net on shapes did not leave chance in 6 epochs
+(tried), since the label's logit loses most of what it has. With `sgdrop(.., teacher=True)` and --config.ema=.999 the
+saliency comes from averaged weights, which are then evaluated too: its control needs the same --config.ema.
+
+Measured on 10,000 test images, three seeds (results/sgdrop.json): accuracy .564 ± .011, plain .582 ± .016,
+random_matched .586 ± .002; 115, 118 and 154 CPU seconds a run.
 """
 
 from ml_collections import ConfigDict

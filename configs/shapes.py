@@ -3,6 +3,9 @@
 topgap train --config configs/shapes.py --workdir runs/shapes_gap
 topgap train --config configs/shapes.py --config.pool='top_gap(fraction=.14)' --workdir runs/shapes_top_gap
 topgap train --config configs/shapes.py --config.drop='sgdrop(rate=linear(0, .1, total_steps))' --workdir runs/sgdrop
+
+Measured on 1,000 images a split, five seeds (results/shapes.json): accuracy on test .930 with gap() and .918 with
+top_gap(fraction=.14), on test_shifted .477 and .499, undecided; 52 CPU seconds a run, 46 to evaluate it.
 """
 
 from ml_collections import ConfigDict

@@ -96,7 +96,8 @@ def machine():
 
 
 def load_average():
-    """Runnable processes over the last 1, 5 and 15 minutes: far above the number of cores, the wall times say little."""
+    """Runnable processes over the last 1, 5 and 15 minutes: far above the number of cores, the wall times say
+    little."""
     return [round(load, 2) for load in os.getloadavg()]
 
 

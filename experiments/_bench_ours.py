@@ -1,4 +1,5 @@
-"""The JAX process of bench_core.py, bench_loops.py, bench_memory.py and bench_pool.py: the paths as `topgap train` and `topgap evaluate` run them.
+"""The JAX process of bench_core.py, bench_loops.py, bench_memory.py and bench_pool.py: the paths as `topgap train` and
+`topgap evaluate` run them.
 
 BENCH_DEVICES: over how many devices the batch is split; TOPGAP_ONEDNN=off: without the custom calls.
 """
@@ -32,7 +33,8 @@ LINF = tg.balls.linf(8 / 255)
 
 
 def prepare(path, network, k, images, labels, weights=None, head="maps", classes=10, engine=True):
-    """k: of `top_gap`, None for `gap`. images, labels: .npy files, uint8 and int32. weights: random if there is no such file. engine: or plain JAX."""
+    """k: of `top_gap`, None for `gap`. images, labels: .npy files, uint8 and int32. weights: random if there is no such
+    file. engine: or plain JAX."""
     pool = tg.pool.gap() if k is None else tg.pool.top_gap(k=k)
     model = tg.models.classifier(BACKBONES[network](), HEADS[head](pool), classes=classes, **IMAGENET)
     pixels, labels = np.load(images), np.load(labels)
@@ -74,7 +76,8 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
         return run, run
 
     def pgd():
-        """As `measure.robust` does it: one jitted step at a time, and the host asks each time whether any is unbroken."""
+        """As `measure.robust` does it: one jitted step at a time, and the host asks each time whether any is
+        unbroken."""
         attack = tg.attacks.pgd(LINF, steps=20)
         keys = jax.random.split(jax.random.key(0), len(y))
 

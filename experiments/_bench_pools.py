@@ -1,4 +1,5 @@
-"""The pooling process of bench_pool.py: ways of top-k pooling that all give the same logits and the same even-tie gradient.
+"""The pooling process of bench_pool.py: ways of top-k pooling that all give the same logits and the same even-tie
+gradient.
 
 Exception: `top_k` with its own gradient gives one of the tied positions everything.
 """

@@ -1,4 +1,5 @@
-"""The process of bench_systems.py: the training step of `topgap train`, its model and objective given as the texts of a config."""
+"""The process of bench_systems.py: the training step of `topgap train`, its model and objective given as the texts of a
+config."""
 
 import jax
 import jax.numpy as jnp

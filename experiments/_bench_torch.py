@@ -1,4 +1,5 @@
-"""The PyTorch process of bench_core.py: the same network and the same steps, written as PyTorch users write them, channels_last.
+"""The PyTorch process of bench_core.py: the same network and the same steps, written as PyTorch users write them,
+channels_last.
 
 Runs in the peers' own environment (torch, numpy, safetensors), started by the driver.
 """

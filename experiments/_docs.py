@@ -1,4 +1,5 @@
-"""docs/results.md from results/*.json: every table of the README and the documents, each with the script and the file behind it."""
+"""docs/results.md from results/*.json: every table of the README and the documents, each with the script and the file
+behind it."""
 
 import json
 import statistics
@@ -20,13 +21,15 @@ INTRODUCTION = """\
 
 Written by `make results` from `results/*.json`; nothing is trained for it. Each table says which script made its file.
 
-A row of a study gives the mean of the plain control over its seeds ± the sample's standard deviation, and of every other arm its
-mean and its difference from the control, paired by seed, with a 95 % t interval: bold where the interval leaves out 0, otherwise
-undecided. No interval is corrected for the number of rows. Within a study all arms have the same network, data, steps and seeds.
-Robust numbers are PGD-20 with one start, not audited: upper bounds. Nothing here is a paper's own training budget."""
+A row of a study gives the mean of the plain control over its seeds ± the sample's standard deviation, and of every
+other arm its mean and its difference from the control, paired by seed, with a 95 % t interval: bold where the
+interval leaves out 0, otherwise undecided. No interval is corrected for the number of rows. Within a study all arms
+have the same network, data, steps and seeds. Robust numbers are PGD-20 with one start, not audited: upper bounds.
+Nothing here is a paper's own training budget."""
 SYSTEMS_TEXT = """\
-A claim is "reproduced" only where the method differs on the claimed side from plain training *and* from the control that decides,
-"not reproduced" where it lies on the other side of one of them, else "undecided": the commonest verdict of three seeds."""
+A claim is "reproduced" only where the method differs on the claimed side from plain training *and* from the control
+that decides, "not reproduced" where it lies on the other side of one of them, else "undecided": the commonest verdict
+of three seeds."""
 ONE_SEED = "One seed: every difference is undecided."
 
 
@@ -142,8 +145,9 @@ def core(stored: Mapping[str, Any]) -> str:
         cells = [f"{ratio['median']:.2f} [{ratio['range'][0]:.2f}-{ratio['range'][1]:.2f}]" for ratio in ratios]
         lines.append([path, *cells, f"{ms[0]:.0f} / {ms[1]:.0f}"])
     return (
-        "PyTorch's time over ours (above 1 ours is faster), medians of 7 interleaved rounds [range]; ResNet-20 unless said, batch "
-        "128, float32. \"XLA\" is the engine without oneDNN; PyTorch is channels-last, with the better of two thread settings.\n\n"
+        "PyTorch's time over ours (above 1 ours is faster), medians of 7 interleaved rounds [range]; ResNet-20 unless "
+        "said, batch 128, float32. \"XLA\" is the engine without oneDNN; PyTorch is channels-last, with the better of "
+        "two thread settings.\n\n"
     ) + markdown(["path", *names, "PyTorch / oneDNN, ms"], lines)  # fmt: skip
 
 
@@ -170,7 +174,10 @@ def pool(stored: Mapping[str, Any]) -> str:
         ["ms, median / minimum", *(f"{tuple(shape['maps'])}, k = {shape['k']}" for shape in stored["shapes"])],
         [[way, *(f"{r['median_ms']:.1f} / {r['min_ms']:.1f}" for r in rows)] for way, rows in stored["ways"].items()],
     )
-    return f"A training step with `top_gap` over the same step with `gap`.\n\n{steps}\n\nForward and backward of one pooling.\n\n{ways}"
+    return (
+        f"A training step with `top_gap` over the same step with `gap`.\n\n{steps}\n\nForward and backward of one"
+        f" pooling.\n\n{ways}"
+    )
 
 
 def steps(stored: Mapping[str, Any]) -> str:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-# torchvision's published wheel is a CUDA build: without CUDA only the shape rules of its own operators complain at import.
+# torchvision's published wheel is a CUDA build: without CUDA only the shape rules of its own operators complain at
+# import.
 register = torch.library.register_fake
 torch.library.register_fake = lambda op, *rest, **words: (
     (lambda f: f) if str(op).startswith("torchvision::") else register(op, *rest, **words)

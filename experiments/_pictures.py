@@ -20,8 +20,9 @@ def page(names: Sequence[str], runs: Path, count: int = 6) -> Path:
     parts = [section(name, runs, count) for name in names]
     write_text(
         runs / "page.html",
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>Methods "
-        f"beside their controls</title><style>{STYLE}</style><h1>Methods beside their controls</h1>{''.join(parts)}</html>\n",
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport"
+        f" content='width=device-width'><title>Methods beside their controls</title><style>{STYLE}</style><h1>Methods"
+        f" beside their controls</h1>{''.join(parts)}</html>\n",
     )
     return runs / "page.html"
 
@@ -39,10 +40,15 @@ def section(name: str, runs: Path, count: int) -> str:
         methods.append(f"{arm_name} {method}")
     # An arm's own verdict on an image would stand beside the maps of all: the true class alone is said.
     picture = sheets.sheet(
-        runs / "pictures" / f"{name}.png", shown.images, names=[(true, "") for true, _ in shown.names], maps=maps, title=study.title
-    )  # fmt: skip
+        runs / "pictures" / f"{name}.png",
+        shown.images,
+        names=[(true, "") for true, _ in shown.names],
+        maps=maps,
+        title=study.title,
+    )
     return (
-        f"<h2>{html.escape(study.title)}</h2><p>The paper claims {html.escape(study.claimed)}. Accuracy of each arm on test, "
-        f"seed 0: {html.escape(', '.join(accuracy))}. Maps: {html.escape(', '.join(methods))}.</p><img "
-        f"alt='{html.escape(study.title)}' src='data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}'>"
+        f"<h2>{html.escape(study.title)}</h2><p>The paper claims {html.escape(study.claimed)}. Accuracy of each arm on"
+        f" test, seed 0: {html.escape(', '.join(accuracy))}. Maps: {html.escape(', '.join(methods))}.</p><img"
+        f" alt='{html.escape(study.title)}'"
+        f" src='data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}'>"
     )

@@ -1,4 +1,5 @@
-"""The table of studies: what each trains, what it measures, and what has to hold before an effect is the method's own."""
+"""The table of studies: what each trains, what it measures, and what has to hold before an effect is the method's
+own."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,9 +8,9 @@ from typing import NamedTuple
 class Arm(NamedTuple):
     """One way to train and explain.
 
-    of: the arm of the config file that it is, "" where the config is used as it stands; overrides: keys of the config on top;
-    explain: the explanation that stands for EXPLAIN in the study's evaluators; trained_as: the arm whose trained run it looks
-    at, "" its own.
+    of: the arm of the config file that it is, "" where the config is used as it stands; overrides: keys of the config
+    on top; explain: the explanation that stands for EXPLAIN in the study's evaluators; trained_as: the arm whose
+    trained run it looks at, "" its own.
     """
 
     of: str = ""
@@ -29,9 +30,10 @@ class Claim(NamedTuple):
 class Study(NamedTuple):
     """Arms of one config, each with every seed; the first arm is the plain control.
 
-    method: the arm that the claims are about; decides: the control that it must beat, as well as the plain one, before an
-    effect is the method's own; evaluators: (split, text), () for those of the config on its test splits; shown: {"evaluator |
-    name": words}, the rows of its table on every split that has them; pictures: the explanation of `--page`, "" the arm's own.
+    method: the arm that the claims are about; decides: the control that it must beat, as well as the plain one, before
+    an effect is the method's own; evaluators: (split, text), () for those of the config on its test splits; shown:
+    {"evaluator | name": words}, the rows of its table on every split that has them; pictures: the explanation of
+    `--page`, "" the arm's own.
     """
 
     title: str
@@ -173,8 +175,8 @@ STUDIES = {
         turned_on="`norm_regularised(l1_norm(eps))`",
         claimed="sparser gradient maps",
         config="norm_regularised.py",
-        # l2_norm: as large in the Euclidean norm as l1_norm's perturbation, but its penalty is not of the l1 kind. r_fgsm is the
-        # dual twin of l1_norm, so it decides nothing: adversarial training of the same radius.
+        # l2_norm: as large in the Euclidean norm as l1_norm's perturbation, but its penalty is not of the l1 kind.
+        # r_fgsm is the dual twin of l1_norm, so it decides nothing: adversarial training of the same radius.
         arms={name: Arm(name) for name in ("standard", "l1_norm", "group_norm", "l2_norm", "r_fgsm")},
         method="l1_norm",
         decides="l2_norm",

@@ -2,10 +2,11 @@
 
     python experiments/bench_core.py --peer-python bench-env/bin/python
 
-ResNet-20 (ResNet-18 with the CIFAR stem in the last line), batch 128, 32x32, float32. Each path has four processes of ours
-(the engine with oneDNN on one and on two devices, the engine without oneDNN, plain JAX) and two of PyTorch (channels_last),
-asked in turn; PyTorch counts with the better of its two settings. With --compile a third one uses torch.compile, beside and
-not counted. Ratio = PyTorch's time over ours: above 1 ours is faster. The peer's environment needs torch, numpy and safetensors.
+ResNet-20 (ResNet-18 with the CIFAR stem in the last line), batch 128, 32x32, float32. Each path has four processes of
+ours (the engine with oneDNN on one and on two devices, the engine without oneDNN, plain JAX) and two of PyTorch
+(channels_last), asked in turn; PyTorch counts with the better of its two settings. With --compile a third one uses
+torch.compile, beside and not counted. Ratio = PyTorch's time over ours: above 1 ours is faster. The peer's environment
+needs torch, numpy and safetensors.
 """
 
 import argparse

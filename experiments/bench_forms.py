@@ -2,8 +2,8 @@
 
     python experiments/bench_forms.py
 
-One process without oneDNN, the two forms of a layer called in turn; ratio = lax's time over ours, median over the rounds (above 1
-ours is faster). The layers are those of a ResNet-20 at batch 128, and others with few channels.
+One process without oneDNN, the two forms of a layer called in turn; ratio = lax's time over ours, median over the
+rounds (above 1 ours is faster). The layers are those of a ResNet-20 at batch 128, and others with few channels.
 """
 
 import argparse

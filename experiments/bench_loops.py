@@ -1,9 +1,11 @@
-"""Whether an attack in a loop costs what it costs written out: PGD-10 in one compiled program, each way, on each path of the engine.
+"""Whether an attack in a loop costs what it costs written out: PGD-10 in one compiled program, each way, on each path
+of the engine.
 
     python experiments/bench_loops.py
 
-ResNet-20 (pretrained where TOPGAP_DATA has it), batch 128, 32x32. One process per way, asked in turn; ratio = time of the loop over
-time of the ten steps written out, median over the rounds. Plain JAX beside: in a loop, XLA's CPU has naive loops for its gradients.
+ResNet-20 (pretrained where TOPGAP_DATA has it), batch 128, 32x32. One process per way, asked in turn; ratio = time of
+the loop over time of the ten steps written out, median over the rounds. Plain JAX beside: in a loop, XLA's CPU has
+naive loops for its gradients.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
     python experiments/bench_memory.py
 
-Planned: arguments, results and temporary buffers of the largest compiled program, as XLA lays them out. That is the same every time.
-Peak: the largest resident memory of a process, one per measurement, after ten calls (three of the slower paths). It holds JAX, the compiler and what malloc keeps;
-how often malloc finds a freed block again is a matter of luck (a step more is a whole temporary buffer), hence the range.
+Planned: arguments, results and temporary buffers of the largest compiled program, as XLA lays them out. That is the
+same every time. Peak: the largest resident memory of a process, one per measurement, after ten calls (three of the
+slower paths). It holds JAX, the compiler and what malloc keeps; how often malloc finds a freed block again is a matter
+of luck (a step more is a whole temporary buffer), hence the range.
 """
 
 import argparse
@@ -50,7 +51,8 @@ def measure(title, count, folder):
 def line(title, row):
     """A row of the printed table."""
     cells = [
-        f"{r['planned_mb']:.0f}; {statistics.median(r['peaks_mb']):.0f} [{min(r['peaks_mb']):.0f}-{max(r['peaks_mb']):.0f}]"
+        f"{r['planned_mb']:.0f}; {statistics.median(r['peaks_mb']):.0f}"
+        f" [{min(r['peaks_mb']):.0f}-{max(r['peaks_mb']):.0f}]"
         for r in row.values()
     ]
     return [title, *cells]

@@ -2,8 +2,8 @@
 
     python experiments/bench_pool.py
 
-The goals: at most 1.05x where ResNet-20 pools its 10 class maps (128, 8, 8, 10), at most 1.10x where it pools
-(128, 16, 16, 64) maps. One process per setting, asked in turn; ratio = time with top_gap over time with gap, median over the
+The goals: at most 1.05x where ResNet-20 pools its 10 class maps (128, 8, 8, 10), at most 1.10x where it pools (128, 16,
+16, 64) maps. One process per setting, asked in turn; ratio = time with top_gap over time with gap, median over the
 rounds. The ratio of CPU times is the steadier one where other programs share the machine.
 """
 

@@ -1,10 +1,11 @@
-"""What each system costs: its training step beside the plain one of the same network, against the limit that was set for it.
+"""What each system costs: its training step beside the plain one of the same network, against the limit that was set
+for it.
 
     python experiments/bench_systems.py
     python experiments/bench_systems.py --only sgdrop --rounds 7
 
-One process per arm, the two of a pair asked in turn; ratio = time of the arm over time of its control, median over the rounds.
-The ratio of CPU times is the steadier one where other programs share the machine.
+One process per arm, the two of a pair asked in turn; ratio = time of the arm over time of its control, median over the
+rounds. The ratio of CPU times is the steadier one where other programs share the machine.
 """
 
 import argparse

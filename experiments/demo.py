@@ -1,9 +1,10 @@
-"""`make demo`: two classifiers on `shapes`, the same pyramid head once with GAP and once with Top-GAP, and what they look at.
+"""`make demo`: two classifiers on `shapes`, the same pyramid head once with GAP and once with Top-GAP, and what they
+look at.
 
-Two arms of the study `shapes` (experiments/study.py), one seed: trains both, evaluates them, writes runs/demo/report.html with
-the pictures in it, prints the comparison beside the stored seeds of the study (one seed decides nothing), and says in two
-sentences what was seen. What needs many passes is measured on the first 500 images of a split, where the study takes 1,000.
-Run again, it goes on where it was.
+Two arms of the study `shapes` (experiments/study.py), one seed: trains both, evaluates them, writes
+runs/demo/report.html with the pictures in it, prints the comparison beside the stored seeds of the study (one seed
+decides nothing), and says in two sentences what was seen. What needs many passes is measured on the first 500 images of
+a split, where the study takes 1,000. Run again, it goes on where it was.
 """
 
 import os
@@ -84,8 +85,9 @@ def beside_the_study(rows: Mapping[str, Sequence[Row]]) -> str:
             lines.append([*line, change["verdict"]])
     seeds = len(stored["runs"][control])
     return (
-        f"{aligned(lines, right=range(1, 8))}\nright of |: {seeds} seeds of the same comparison, paired by seed; left: one seed, "
-        "which decides nothing, and PGD, object, background and ERF on 500 images of a split; robust numbers are not audited"
+        f"{aligned(lines, right=range(1, 8))}\nright of |: {seeds} seeds of the same comparison, paired by seed; left:"
+        " one seed, which decides nothing, and PGD, object, background and ERF on 500 images of a split; robust"
+        " numbers are not audited"
     )
 
 

@@ -2,9 +2,10 @@
 
     TOPGAP_PEER_PYTHON=bench-env/bin/python python experiments/parity_torchvision.py
 
-ResNet-18/34/50 and VGG-11/16 with batch norm, random weights and random batch statistics, 1000 classes, two images of each of
-two sizes. `pretrained.describe` picks the architecture, `pretrained.load` reads the file, as `topgap evaluate --weights` does.
-Largest difference of the logits, relative to the largest logit; at most 1e-4. Writes results/parity_torchvision.json.
+ResNet-18/34/50 and VGG-11/16 with batch norm, random weights and random batch statistics, 1000 classes, two images of
+each of two sizes. `pretrained.describe` picks the architecture, `pretrained.load` reads the file, as `topgap evaluate
+--weights` does. Largest difference of the logits, relative to the largest logit; at most 1e-4. Writes
+results/parity_torchvision.json.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Do the pretrained weights give the errors that their authors publish? CIFAR-10, 10,000 test images: results/pretrained.json.
+"""Do the pretrained weights give the errors that their authors publish? CIFAR-10, 10,000 test images:
+results/pretrained.json.
 
     TOPGAP_DATA=FOLDER python experiments/pretrained.py
 

@@ -1,9 +1,10 @@
-"""Do several devices on one CPU survive a loaded machine? Training steps at 2 and at 8 devices, while busy loops load every core.
+"""Do several devices on one CPU survive a loaded machine? Training steps at 2 and at 8 devices, while busy loops load
+every core.
 
     python experiments/stress_devices.py [--steps 5000] [--devices 2 8] [--out results/stress_devices.json]
 
-A collective whose threads do not all arrive aborts the process; `configure_cpu` gives threads and time enough. This starts
-the load and the training processes, ends both, and counts the steps taken and the processes that died.
+A collective whose threads do not all arrive aborts the process; `configure_cpu` gives threads and time enough. This
+starts the load and the training processes, ends both, and counts the steps taken and the processes that died.
 """
 
 import argparse

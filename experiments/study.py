@@ -3,30 +3,30 @@
     python experiments/study.py shapes [--arms gap 'top_gap .14'] [--seeds 0 1]
     python experiments/study.py systems                 # sgdrop, norm_regularised, art and guided
     python experiments/study.py shapes --table          # its table, from results/shapes.json
-    python experiments/study.py shapes --arms gap --seeds 0 --check    # once more, in runs/check, beside the stored numbers
+    python experiments/study.py shapes --arms gap --seeds 0 --check  # once more, beside the stored numbers
     python experiments/study.py --page                  # runs/study/page.html: every arm's maps beside the control's
     python experiments/study.py --docs                  # docs/results.md, from results/*.json; nothing is trained
 
-`_studies.py` holds the table. Within a study all arms have the same network, data, steps and seeds. One seed of one arm is
-trained and evaluated at a time, and results/<study>.json is written after each; a run that is there is not made again. A
-difference of two arms is paired by seed and given with its 95 % t interval; one whose interval holds 0 is "undecided", and so
-is every difference of one seed. A claim is "reproduced" if the method differs on its side from the plain control and from the
-one that decides, "not reproduced" if it lies on the other side of one of them, else "undecided"; "undefined" where a run has no
-such number. No interval is corrected for the number of rows.
+`_studies.py` holds the table. Within a study all arms have the same network, data, steps and seeds. One seed of one arm
+is trained and evaluated at a time, and results/<study>.json is written after each; a run that is there is not made
+again. A difference of two arms is paired by seed and given with its 95 % t interval; one whose interval holds 0 is
+"undecided", and so is every difference of one seed. A claim is "reproduced" if the method differs on its side from the
+plain control and from the one that decides, "not reproduced" if it lies on the other side of one of them, else
+"undecided"; "undefined" where a run has no such number. No interval is corrected for the number of rows.
 
 results/<study>.json, of one form for all:
 
     study, config                            its name, its config file
     runs {arm: {seed: {
-        overrides, explain                   keys of the config that the arm sets, with their texts; what stands for EXPLAIN
-        rows                                 of measure.results.to_json, without curves: split, evaluator, measures, cost, audit
+        overrides, explain                   keys that the arm sets, with their texts; what stands for EXPLAIN
+        rows                                 of measure.results.to_json, without curves
         steps, train_cpu_seconds, evaluate_cpu_seconds
         command, commit, versions, ...}}}    run.provenance: with what, and on what hardware
-    comparison {"split | evaluator | name": {arms {arm: {mean, std}}, differences {"arm - control": {mean, low, high, verdict}}}}
-    claims [{claim, measure, verdict}]
+    comparison {"split | evaluator | name": {arms {arm: {mean, std}}, differences {"arm - control": {mean, low, high,
+    verdict}}}} claims [{claim, measure, verdict}]
 
-The comparison holds the measures that the study shows or claims, over the seeds that every arm has; standard deviations are
-those of the sample, null for one seed. All of it follows from `runs`.
+The comparison holds the measures that the study shows or claims, over the seeds that every arm has; standard deviations
+are those of the sample, null for one seed. All of it follows from `runs`.
 """
 
 import argparse
@@ -129,7 +129,8 @@ def stored(name: str) -> dict[str, Any]:
 
 
 def store(name: str, arm_name: str, seed: int, run: Mapping[str, Any]) -> None:
-    """Put a run into results/<name>.json. The file is read again: another process may have written its own meanwhile."""
+    """Put a run into results/<name>.json. The file is read again: another process may have written its own
+    meanwhile."""
     study, runs = STUDIES[name], stored(name)["runs"]
     runs.setdefault(arm_name, {})[str(seed)] = run
     runs = {arm: dict(sorted(runs[arm].items(), key=lambda item: int(item[0]))) for arm in study.arms if arm in runs}
@@ -166,7 +167,8 @@ def numbers(study: Study, arm_name: str, rows: Iterable[results.Row]) -> dict[st
 
 
 def compare(study: Study, runs: Mapping[str, Any]) -> dict[str, Any]:
-    """The measures that the study shows or claims: each arm over its seeds, and the differences that decide, paired by seed."""
+    """The measures that the study shows or claims: each arm over its seeds, and the differences that decide, paired by
+    seed."""
     values = {
         arm: {seed: numbers(study, arm, map(results.from_json, run["rows"])) for seed, run in runs.get(arm, {}).items()}
         for arm in study.arms
@@ -198,7 +200,8 @@ def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
-    """Mean difference a - b with its 95 % t interval (None for one pair) and a verdict: "higher", "lower", "undecided"."""
+    """Mean difference a - b with its 95 % t interval (None for one pair) and a verdict: "higher", "lower",
+    "undecided"."""
     difference = np.subtract(a, b)
     if not np.isfinite(difference).all():
         raise ValueError(f"not every seed has a number: {a} and {b}")
@@ -227,7 +230,8 @@ def judge(study: Study, comparison: Mapping[str, Any], claim) -> str:
 
 
 def table(study: Study, comparison: Mapping[str, Any]) -> str:
-    """Markdown: of the control mean ± standard deviation, of each other arm its mean and its difference from the control."""
+    """Markdown: of the control mean ± standard deviation, of each other arm its mean and its difference from the
+    control."""
     control, *others = study.arms
     last = [f"{study.method} - {study.decides}"] * (study.decides != control)
     digits = 3 if comparison and next(iter(comparison.values()))["arms"][control]["std"] is not None else 4
@@ -248,7 +252,8 @@ def table(study: Study, comparison: Mapping[str, Any]) -> str:
 def systems_table(names: Sequence[str], comparisons: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: each system's claims beside its controls, with their verdicts."""
     head = [
-        "system", "turned on by", "the paper claims", "measured here: method; minus plain; minus the control that decides",
+        "system", "turned on by", "the paper claims",
+        "measured here: method; minus plain; minus the control that decides",
         "accuracy: plain, method, deciding control", "verdict",
     ]  # fmt: skip
     lines = [head, ["---"] * len(head)]
@@ -265,7 +270,8 @@ def systems_table(names: Sequence[str], comparisons: Mapping[str, Mapping[str, A
         arms = dict.fromkeys((controls[0], study.method, study.decides))
         paper = study.paper if " " in study.paper else f"[{study.paper}](https://arxiv.org/abs/{study.paper})"
         lines.append([
-            f"{study.title} ({paper})", study.turned_on, study.claimed, f"{'<br>'.join(cells)} (decides: {study.decides})",
+            f"{study.title} ({paper})", study.turned_on, study.claimed,
+            f"{'<br>'.join(cells)} (decides: {study.decides})",
             ", ".join(spread(accuracy[arm]) for arm in arms), "<br>".join(verdicts),
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -2,8 +2,9 @@
 
 import os
 
-# Both are read when JAX starts. NPROC sizes XLA's thread pool: with fewer threads than devices need, a collective can starve.
-# Small programs that run a few times: at LLVM's level 0 the tests take a third less time, and XLA's own passes are the same.
+# Both are read when JAX starts. NPROC sizes XLA's thread pool: with fewer threads than devices need, a collective can
+# starve. Small programs that run a few times: at LLVM's level 0 the tests take a third less time, and XLA's own passes
+# are the same.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0",
@@ -29,7 +30,8 @@ settings.load_profile("topgap")
 
 @pytest.fixture(scope="session")
 def topgap_data() -> Path:
-    """The folder of real data sets and weights; tests that need it are skipped, with this reason, where it is not at hand."""
+    """The folder of real data sets and weights; tests that need it are skipped, with this reason, where it is not at
+    hand."""
     folder = os.environ.get("TOPGAP_DATA", "")
     if not folder or not Path(folder, "tfds").is_dir():
         pytest.skip("TOPGAP_DATA is not set to a folder with tfds/ and weights/")

@@ -1,4 +1,5 @@
-"""What every law runs on: one tiny network, one batch of eight images, and the ways in which a function may be transformed.
+"""What every law runs on: one tiny network, one batch of eight images, and the ways in which a function may be
+transformed.
 
 All families share the shapes, so that programs compile once and a new row costs one small compilation.
 """
@@ -74,7 +75,8 @@ def make(call):
 
 
 def transformed(f):
-    """(name, g) for g that does f(keys, images, labels) another way: split over devices, one example at a time, eagerly."""
+    """(name, g) for g that does f(keys, images, labels) another way: split over devices, one example at a time,
+    eagerly."""
     mesh, spec = data_mesh(), PartitionSpec("data")
     one = lambda key, image, label: jax.tree.map(lambda x: x[0], f(key[None], image[None], label[None]))
     yield "eager", f

@@ -1,4 +1,4 @@
-"""A user's own config file: two networks written as the examples of Flax write theirs, which know nothing of class maps.
+"""A user's own config file: two networks written as the examples of Flax write theirs, without class maps.
 
 `config.model = "with_pool(my_linen(classes), dense='Dense_0', pool=pool)"` or `"my_nnx(classes, pool)"`.
 """

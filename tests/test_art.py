@@ -125,8 +125,8 @@ def test_worked_mining():
 
 
 def test_mining_laws():
-    """art T5 and T16: never below the unmined loss, equal to it where both images are one; equal to the masked 2b x 2b form of
-    the authors' code; free of the vectors' scales.
+    """art T5 and T16: never below the unmined loss, equal to it where both images are one; equal to the masked 2b x 2b
+    form of the authors' code; free of the vectors' scales.
     """
     random = np.random.default_rng(0)
     rows = random.normal(size=(3, 2 * B, 7))
@@ -222,7 +222,8 @@ def test_inside_ball_and_box_and_reproducible(run):
 
 
 def test_the_attack_raises_what_it_is_for(run):
-    """The loss restricted to the entries that are largest at the start, written out here; from the start on, and above noise."""
+    """The loss restricted to the entries that are largest at the start, written out here; from the start on, and above
+    noise."""
     _, _, attacked = run()
     start = jnp.clip(BATCH["image"] + balls.linf(EPS).start(KEYS, BATCH["image"], jnp.full(B, EPS)), 0, 1)
     relu = bind(MODEL, VARIABLES, train=True)
@@ -261,7 +262,8 @@ OTHER = ", variant='abs_mean', k=12, weight=2, remat=True"
 
 @pytest.mark.parametrize("options", ["", pytest.param(OTHER, marks=pytest.mark.slow)])
 def test_the_loss_and_its_gradient(options):
-    """Equal to the parts put together here with the attacked images held fixed; only the pass on these leaves statistics."""
+    """Equal to the parts put together here with the attacked images held fixed; only the pass on these leaves
+    statistics."""
     objective = make(f"art(mean=mean, std=std{options})")
     weight, variant = (2, "abs_mean") if options else (0.5, "signed")
 
@@ -287,7 +289,8 @@ def test_the_loss_and_its_gradient(options):
 
 @pytest.mark.slow
 def test_training_aligns():
-    """40 steps on a fixed batch of noise: with the triplet loss, p ends nearer to the image than n by more than without it."""
+    """40 steps on a fixed batch of noise: with the triplet loss, p ends nearer to the image than n by more than without
+    it."""
 
     def train(weight):
         objective, optimizer = art(mean=MEAN, std=STD, weight=weight), optax.adam(0.02)

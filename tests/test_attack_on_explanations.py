@@ -1,4 +1,5 @@
-"""The top-k attack on explanations: its laws, the quadratic whose first step is known, and what it needs to work at all."""
+"""The top-k attack on explanations: its laws, the quadratic whose first step is known, and what it needs to work at
+all."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,8 @@ def overlap(state):
 
 
 def test_it_keeps_the_label_and_what_it_measured():
-    """The verdicts are of the network itself: label, overlap of the k highest, and the misclassified image untouched."""
+    """The verdicts are of the network itself: label, overlap of the k highest, and the misclassified image
+    untouched."""
     state = jax.jit(lambda: run(make("grad_cam()")))()
     np.testing.assert_array_equal(jnp.argmax(predict(state.best), -1)[:-1], LABELS[:-1])
     np.testing.assert_array_equal(state.best[-1], IMAGES[-1])

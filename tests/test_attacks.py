@@ -1,4 +1,5 @@
-"""Laws of every attack, the linear model whose answers are known, and what training and evaluation each take from the state."""
+"""Laws of every attack, the linear model whose answers are known, and what training and evaluation each take from the
+state."""
 
 import functools
 
@@ -113,7 +114,8 @@ def test_the_state_says_what_happened(row):
 
 @pytest.mark.parametrize("row", [row for row in ROWS if attack_of(row).aim == "label"])
 def test_the_verdict_is_true(row):
-    """Broken: the best point is misclassified. Not broken: the best point is the clean image. Misclassified images stay."""
+    """Broken: the best point is misclassified. Not broken: the best point is the clean image. Misclassified images
+    stay."""
     states, state = run(row)
     broken = np.asarray(state.status) == BROKEN
     assert broken[-2:].all() and 2 < broken.sum()
@@ -160,7 +162,8 @@ def test_each_example_by_itself(row):
 
 
 def test_runs_and_radii_are_arguments():
-    """`run` numbers restarts, each from keys of its own, the first from the example's; `eps` is per example: one program."""
+    """`run` numbers restarts, each from keys of its own, the first from the example's; `eps` is per example: one
+    program."""
     attack = make("pgd(linf(.06), steps=2)")
     call = jax.jit(lambda run, eps: steps_of(attack, KEYS, PREDICT, IMAGES, LABELS, run=run, eps=eps)[1])
     number, eps = jnp.arange(B, dtype=jnp.int32) % 2, jnp.linspace(0.01, 0.08, B)
@@ -326,17 +329,24 @@ def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
         ),
         (
             lambda: attacked(images=2 * IMAGES - 1),
-            "attack: images must be float in [0, 1], these are float32 from -0.9996 to 0.999; give (images + 1) / 2; "
-            "normalisation belongs inside the model",
+            (
+                "attack: images must be float in [0, 1], these are float32 from -0.9996 to 0.999; give (images + 1) /"
+                " 2; normalisation belongs inside the model"
+            ),
         ),
         (
             lambda: attacked(images=(255 * IMAGES).astype(jnp.uint8)),
-            "attack: images must be float in [0, 1], these are uint8 from 0 to 254; give images / 255; "
-            "normalisation belongs inside the model",
+            (
+                "attack: images must be float in [0, 1], these are uint8 from 0 to 254; give images / 255; "
+                "normalisation belongs inside the model"
+            ),
         ),
         (
             lambda: attacked(images=IMAGES[0]),
-            "attack: images must be an array (b, h, w, c) of at least one image, got an array of shape (6, 6, 3) and type float32",
+            (
+                "attack: images must be an array (b, h, w, c) of at least one image, got an array of shape (6, 6, 3)"
+                " and type float32"
+            ),
         ),
         (lambda: attacked(labels=LABELS.at[3].set(99)), "attack: label 99 is no class of a network with 4 logits"),
         (lambda: attacked(labels=LABELS.at[3].set(-1)), "attack: label -1 is no class of a network with 4 logits"),
@@ -346,7 +356,10 @@ def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
         ),
         (
             lambda: attacked(labels=LABELS.astype(jnp.float32)),
-            "attack: labels must be an int array (8,), one class for each image, got an array of shape (8,) and type float32",
+            (
+                "attack: labels must be an int array (8,), one class for each image, got an array of shape (8,) and"
+                " type float32"
+            ),
         ),
         (
             lambda: attacked(keys=None),
@@ -354,8 +367,10 @@ def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
         ),
         (
             lambda: attacked(keys=KEYS[0]),
-            "attack: keys must be 8 typed keys, one for each image, got an array of shape () and type key<fry>; "
-            "jax.random.split(jax.random.key(0), 8) gives them",
+            (
+                "attack: keys must be 8 typed keys, one for each image, got an array of shape () and type key<fry>; "
+                "jax.random.split(jax.random.key(0), 8) gives them"
+            ),
         ),
     ],
 )

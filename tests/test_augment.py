@@ -209,7 +209,8 @@ def test_a_resized_crop_of_everything_is_the_image():
 
 
 def test_a_resized_crop_of_a_ramp_is_a_part_of_the_ramp():
-    """Bilinear resizing of x keeps it linear (away from the border), with slope sqrt(area ratio) when the aspect is fixed."""
+    """Bilinear resizing of x keeps it linear (away from the border), with slope sqrt(area ratio) when the aspect is
+    fixed."""
     ramp = jnp.broadcast_to((jnp.arange(32) / 31)[None, None, :, None], (B, 32, 32, 3))
     batch = {**make_batch(), "image": ramp, "mask": jnp.ones(B, bool)}
     out = augment.random_resized_crop(scale=(0.25, 0.25), ratio=(1, 1))(keys(), batch, None)["image"]

@@ -65,7 +65,8 @@ def test_projection_formulas():
 @rows
 @pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
 def test_ascent_attains_the_dual_norm(name, scale):
-    """<g, ascent(g)> = dual_norm(g), of unit size, and no random direction of unit size does better, whatever the gradient's scale."""
+    """<g, ascent(g)> = dual_norm(g), of unit size, and no random direction of unit size does better, whatever the
+    gradient's scale."""
     ball, gradient = balls.TABLE[name](0.1), noise_of(2, scale=scale)
     direction = ball.ascent(gradient)
     np.testing.assert_allclose(SIZES[name](direction), 1, rtol=1e-5)

@@ -38,7 +38,7 @@ def test_values():
     assert build("mean", TABLE, VALUES) == (0.5, 0.5, 0.5)
     attack = build("pgd(linf(eps), score=margin, steps=steps)", TABLE, VALUES)
     assert isinstance(attack, Attack) and attack.steps == 7
-    assert attack.name == "pgd-7, linf(0.03137)"
+    assert attack.name == "pgd-7, linf(8/255)"
 
 
 def test_signature():
@@ -62,7 +62,10 @@ ERRORS = {
     "pgd(8)": f"pgd: ball must be a value of type Ball, got 8; {PGD}",
     "pgd(linf(.1), score='margin')": f"pgd: score must be a function of type Score, got 'margin'; {PGD}",
     "pgd(linf(.1), steps=2.5)": "pgd: steps must be a whole number of at least 1, got 2.5",
-    "top_gap(k='4')": "top_gap: k must be a number or a function of type Callable or None, got '4'; usage: top_gap(k=None, *, fraction=None)",
+    "top_gap(k='4')": (
+        "top_gap: k must be a number or a function of type Callable or None, got '4'; usage: top_gap(k=None, *,"
+        " fraction=None)"
+    ),
     "top_gap(k=1, k=2)": "top_gap: 'k' is given 2 times; usage: top_gap(k=None, *, fraction=None)",
     "linf('a')": "linf: eps must be a number of at least 0, got 'a'",
     "linf(1e999)": "linf: eps must be a number of at least 0, got inf",
@@ -113,8 +116,9 @@ def test_at_most_three_names_are_proposed():
     table = {f"top_{letter}": len for letter in "abcdef"}
     with pytest.raises(UserError) as raised:
         build("top_(1)", table)
-    assert str(raised.value) == (
-        "unknown name 'top_'; did you mean 'top_f' or 'top_e' or 'top_d'? 'topgap help' lists the names"
+    assert (
+        str(raised.value)
+        == "unknown name 'top_'; did you mean 'top_f' or 'top_e' or 'top_d'? 'topgap help' lists the names"
     )
 
 

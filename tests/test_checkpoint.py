@@ -79,8 +79,8 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkey
     with pytest.raises(UserError) as error:
         write(tmp_path, (2,))
     assert str(error.value) == (
-        f"the checkpoint of step 2 needs 16 MB in {folder}, and 5 MB are free on that disk; make room, then give the same "
-        "command again: it goes on from the checkpoint before"
+        f"the checkpoint of step 2 needs 16 MB in {folder}, and 5 MB are free on that disk; make room, then give the "
+        "same command again: it goes on from the checkpoint before"
     )
     assert [path.name for path in folder.iterdir()] == ["1"] and checkpoint.latest_step(tmp_path) == 1
     monkeypatch.undo()
@@ -88,7 +88,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkey
     assert checkpoint.latest_step(tmp_path) == 2
 
 
-# Where one array cannot be read, Orbax leaves the coroutines of the others behind; Python 3.13 says so when it collects them.
+# Where one array cannot be read, Orbax leaves the coroutines of the others behind; Python 3.13 says so.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_errors_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"^there is no checkpoint in .*/checkpoints/last; train first: topgap train"):

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: each command from start to end, its words, and one line and exit code 2 for a mistake."""
+"""The command line as a user meets it: each command from start to end, and one line and exit code 2 for a mistake."""
 
 import contextlib
 import errno
@@ -22,6 +22,7 @@ from PIL import Image
 import topgap_jax
 from tests.test_setup import store
 from topgap_jax import cli, engine, setup
+from topgap_jax.measure import results
 from topgap_jax.mesh import data_mesh
 from topgap_jax.progress import read_metrics
 from topgap_jax.run import fit as fit_module
@@ -35,7 +36,7 @@ NAMES = ("loss", "accuracy")
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """One device of the eight that tests have, since 20 examples cannot be split over eight; and memory as pytest has it."""
+    """One device of the eight that tests have: 20 examples cannot be split over eight; and memory as pytest has it."""
     patch(monkeypatch)
 
 
@@ -87,9 +88,9 @@ def test_train_tells_what_it_does_and_shows_the_results(run):
     ]
     assert "epoch 2/2, loss " in err
     assert re.match(
-        r"shapes\(train=60, validation=20, test=20\), checkpoint best, step [36]\n\nsplit  evaluator  ", out
+        r"shapes\(train=60, validation=20, test=20\), checkpoint best, step [36]\n\n +value +images +forwards", out
     )
-    assert re.search(r"^test   accuracy\(\)  +accuracy  +\d\.?\d* \[.*\]  +20 +1 +0 ", out, re.M)
+    assert re.search(r"^test: accuracy\(\)\n  accuracy  +\d\.?\d* \[.*\]  +20 +1 +0 ", out, re.M)
     assert {path.name for path in workdir.iterdir()} == {
         "checkpoints", "config.json", "evaluation.json", "lock", "metrics.jsonl", "tensorboard", "versions.json"
     }  # fmt: skip
@@ -112,16 +113,16 @@ def test_evaluate_adds_rows_to_a_run(run):
     words = ("--split", "test[:5], validation[:5]", "--evaluators", "accuracy(), robust(fgsm(linf(eps)))")
     code, out, err = topgap("evaluate", "--workdir", workdir, *words, "--config.eps=4/255", "--batch", 5)
     assert code == 0 and err.count("reading") == 2
-    assert "\ntest[:5]        robust(fgsm(linf(eps))) with eps=4/255  robust_accuracy " in out
+    assert "\ntest[:5]: robust(fgsm(linf(eps))) with eps=4/255\n  accuracy under fgsm, linf(4/255)  " in out
     assert "\nrobust(fgsm(linf(eps))) with eps=4/255 on test[:5]: not audited; not measured beside it: " in out
     rows = json.loads((workdir / "evaluation.json").read_text())["rows"]
-    assert [(row["split"], row["evaluator"], row["examples"]) for row in rows] == [
-        ("test", "accuracy()", 20),
-        ("test", "regions(fill=mean)", 20),
-        ("test[:5]", "accuracy()", 5),
-        ("test[:5]", "robust(fgsm(linf(eps))) with eps=4/255", 5),
-        ("validation[:5]", "accuracy()", 5),
-        ("validation[:5]", "robust(fgsm(linf(eps))) with eps=4/255", 5),
+    assert [(row["split"], row["evaluator"], row["overrides"], row["examples"]) for row in rows] == [
+        ("test", "accuracy()", {}, 20),
+        ("test", "regions(fill=mean)", {}, 20),
+        ("test[:5]", "accuracy()", {}, 5),
+        ("test[:5]", "robust(fgsm(linf(eps)))", {"eps": "4/255"}, 5),
+        ("validation[:5]", "accuracy()", {}, 5),
+        ("validation[:5]", "robust(fgsm(linf(eps)))", {"eps": "4/255"}, 5),
     ]
 
 
@@ -160,10 +161,10 @@ def test_layers_have_the_shapes_of_the_configs_image_size(run):
 
 def test_compare_and_report(run, tmp_path):
     code, out, _ = topgap("compare", run[0])
-    assert code == 0 and re.search(r"^  foreground_sensitivity +regions\(fill=mean\) ", out, re.M)
+    assert code == 0 and re.search(r"^test: regions\(fill=mean\)\n  foreground sensitivity  ", out, re.M)
     code, out, _ = topgap("report", run[0], "--out", tmp_path / "page.html")
     assert (code, out) == (0, f"{tmp_path / 'page.html'}\n")
-    assert "foreground_sensitivity" in (tmp_path / "page.html").read_text().replace(" ", "_").lower()
+    assert "foreground sensitivity" in (tmp_path / "page.html").read_text().lower()
 
 
 def test_evaluate_weights_of_a_file(tmp_path):
@@ -180,7 +181,7 @@ def test_public_weights_on_real_images(topgap_data):
     weights = topgap_data / "weights" / "resnet20_cifar10.safetensors"
     words = ("--split", "test[:200]", "--evaluators", "accuracy()", "--batch", 100)
     code, out, _ = topgap("evaluate", "--config", ROOT / "configs" / "cifar10.py", "--weights", weights, *words)
-    accuracy = re.search(r"^test\[:200\]  accuracy\(\)  accuracy +(\S+) ", out, re.M)
+    accuracy = re.search(r"^test\[:200\]: accuracy\(\)\n  accuracy +(\S+) ", out, re.M)
     assert code == 0 and 0.87 < float(accuracy[1]) < 0.97
 
 
@@ -239,10 +240,13 @@ def test_topgap_alone_is_its_help_and_it_knows_its_version():
 
 
 def test_help_and_compare_import_little():
-    """Seconds that nobody should wait for: data sets, checkpoints, figures, and for `compare` JAX itself."""
+    """Seconds that nobody should wait for: data sets, checkpoints, figures, and for `compare` Flax."""
     heavy = ["tensorflow_datasets", "orbax", "grain", "matplotlib", "tensorboardX", "flax.nnx", "scipy.ndimage"]
-    for words, names in ((["help", "pgd"], heavy), (["compare", "nowhere"], [*heavy, "jax"])):
-        code = f"import sys; from topgap_jax.cli import main; main({words}); print([n for n in {names} if n in sys.modules])"
+    for words, names in ((["help", "pgd"], heavy), (["compare", "nowhere"], [*heavy, "flax", "optax", "scipy"])):
+        code = (
+            f"import sys; from topgap_jax.cli import main; main({words}); print([n for n in {names} if n in"
+            " sys.modules])"
+        )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
         assert done.stdout.splitlines()[-1] == "[]"
 
@@ -295,7 +299,8 @@ def test_the_command_is_stored_as_a_shell_takes_it(monkeypatch):
 
 
 def test_a_mistake_leaves_a_workdir_that_takes_the_correction(run, tmp_path):
-    """What is looked at may change when a run is taken up again, and config.json follows; what decides the weights may not."""
+    """What is looked at may change when a run is taken up again, config.json follows; what decides the weights may
+    not."""
     workdir = shutil.copytree(run[0], tmp_path / "again")
     train = ("train", "--config", TINY, "--workdir", workdir)
     for mistake in ("test=tset", "evaluators=regions(bnk)", "explain=grad_cam('nope')"):
@@ -475,8 +480,8 @@ def test_two_devices_agree_with_one(run, tmp_path):
     for one, two in zip(*(read_metrics(workdir) for workdir in (run[0], tmp_path / "two")), strict=True):
         assert (one["kind"], one["step"]) == (two["kind"], two["step"])
         np.testing.assert_allclose([two[name] for name in NAMES], [one[name] for name in NAMES], rtol=1e-4)
-    tables = [json.loads((folder / "evaluation.json").read_text())["rows"] for folder in (run[0], tmp_path / "two")]
-    for one, two in zip(tables[0], tables[1]):
-        assert one["evaluator"] == two["evaluator"]
-        for name, value in one["values"].items():
-            assert two["values"][name] == pytest.approx(value, rel=1e-3), name
+    tables = [results.read(folder / "evaluation.json").rows for folder in (run[0], tmp_path / "two")]
+    for one, two in zip(*tables):
+        assert one.key == two.key
+        for name, measure in one.numbers.items():
+            assert two.numbers[name].value == pytest.approx(measure.value, rel=1e-3), name

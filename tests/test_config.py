@@ -157,7 +157,10 @@ def test_override_keeps_the_type(key, text, value):
         (
             "epoch",
             "3",
-            "--config.epoch: there is no such key; did you mean 'epochs'? 'topgap help config' lists the keys; the config's own are eps",
+            (
+                "--config.epoch: there is no such key; did you mean 'epochs'? 'topgap help config' lists the keys; the"
+                " config's own are eps"
+            ),
         ),
         ("", "3", "--config.: there is no such key; 'topgap help config' lists the keys; the config's own are eps"),
         ("epochs", "1.5", "--config.epochs: expected a whole number like 2, got '1.5'"),
@@ -289,8 +292,9 @@ def test_methods_of_ones_own(tmp_path, monkeypatch):
     assert config.image_size == (32, 32), "a tuple again, not JSON's list"
     folder.rename(tmp_path / "elsewhere")
     text = error(configs.load, stored)
-    assert text == (
-        f"{stored}: 'mine' comes from {path}, which is not there any more; put it back, or correct \"file\" in {stored}"
+    assert (
+        text == f"{stored}: 'mine' comes from {path}, which is not there any more; put it back, or correct \"file\" in"
+        f" {stored}"
     )
 
 
@@ -331,5 +335,6 @@ def test_a_text_that_does_not_fit_its_key(key, text, words):
 def test_a_list_from_the_command_line_names_its_argument():
     text = error(configs.choices, configs.load(TINY)[0], "evaluators", {}, "accuracy(), cam()", "--evaluators")
     assert text.startswith(
-        "--evaluators: 'cam' is not an evaluator; choose from accuracy, attributional_robustness, coverage, localisation, "
+        "--evaluators: 'cam' is not an evaluator; choose from accuracy, attributional_robustness, coverage,"
+        " localisation, "
     )

@@ -261,7 +261,8 @@ def test_a_stream_reads_only_a_bounded_number_of_records_ahead():
 
 @pytest.mark.slow
 def test_worker_processes_give_the_same_batches_and_errors(tmp_path):
-    """In a process of its own: grain's workers start new interpreters, and warn of leaked shared memory at their end."""
+    """In a process of its own: grain's workers start new interpreters, and warn of leaked shared memory at their
+    end."""
     script = tmp_path / "workers.py"
     script.write_text(WORKERS)
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)

@@ -1,4 +1,5 @@
-"""Grad-CAM's default layer on networks of every kind: the last map that the logits depend on, or an error that says what to give."""
+"""Grad-CAM's default layer on networks of every kind: the last map that the logits depend on, or an error that says
+what to give."""
 
 import collections
 import dataclasses
@@ -257,8 +258,10 @@ ERRORS = {
     "MLP-Mixer": (mixer, MIXED),
     "a loop": (
         looped,
-        "the last named (b, h, w, c) value, 'Conv_0', stands in a loop or another function that cannot be entered: "
-        f"give a layer outside it, such as layer='stem', or name what comes out of the loop, {HINT}",
+        (
+            "the last named (b, h, w, c) value, 'Conv_0', stands in a loop or another function that cannot be entered: "
+            f"give a layer outside it, such as layer='stem', or name what comes out of the loop, {HINT}"
+        ),
     ),
     "only a loop": (
         lambda x: looped(x, layer=lambda: nn.Conv(3, (3, 3)), start=lambda x: x),
@@ -275,8 +278,10 @@ ERRORS = {
     ),
     "channels first": (
         channels_first,
-        "the last named value before the pooling, 'features' (2, 8, 16, 16), has the axes (b, c, h, w): name its transpose, "
-        "topgap_jax.rewrite.name(value.transpose(0, 2, 3, 1), 'features')",
+        (
+            "the last named value before the pooling, 'features' (2, 8, 16, 16), has the axes (b, c, h, w): name its"
+            " transpose, topgap_jax.rewrite.name(value.transpose(0, 2, 3, 1), 'features')"
+        ),
     ),
 }
 
@@ -377,7 +382,8 @@ class Record:
 
 @pytest.mark.parametrize("kind", ["defaultdict", "attributes", "frozen", "dataclass"])
 def test_outputs_of_any_kind(kind):
-    """A submodule may return what it likes: where it can, the values in it have names, and the container is the same."""
+    """A submodule may return what it likes: where it can, the values in it have names, and the container is the
+    same."""
 
     def returned(x):
         x = conv(8, "features")(x)

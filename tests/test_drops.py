@@ -13,6 +13,7 @@ from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import data_mesh, split
 
+SLOW = pytest.mark.slow
 # The worked case: two by two positions, two channels, two classes, global average pooling and a dense layer.
 Z = jnp.array([[[[1.0, 2], [0, 4]], [[3, 1], [2, 0]]]])
 W, BIAS = jnp.array([[2.0, -1], [1, 3]]), jnp.array([0.5, -0.5])
@@ -60,7 +61,8 @@ def test_what_the_worked_case_drops(granularity, label, rate, dropped, realised,
     [(0.25, 0.8259395, (-0.4216324, 0.2810883), [(1, 0, 0)]), (0.0, 0.1269280, (-0.0894022, 0.0596015), [])],
 )
 def test_loss_and_gradient_of_the_worked_case(rate, loss, gradient, zero):
-    """The gradient of the features is that of the head, and zero where they were dropped: nothing flows through the saliency."""
+    """The gradient of the features is that of the head, and zero where they were dropped: nothing flows through the
+    saliency."""
 
     def cross_entropy(z):
         return optax.softmax_cross_entropy(GAP(apply(drops.sgdrop(rate=rate), z)[0]), TARGETS[0])[0]
@@ -88,7 +90,8 @@ def test_the_head_may_give_anything_of_the_label():
     ],
 )
 def test_attribution_under_top_gap(k, label, expected, total):
-    """Closed form: features * W[:, y] * weight of the position in the pool; three positions tie at 4.5 and share evenly."""
+    """Closed form: features * W[:, y] * weight of the position in the pool; three positions tie at 4.5 and share
+    evenly."""
     found = drops.attribution((Z, lambda z: pool.top_gap(k=k)(z @ W + BIAS)), TARGETS[label])
     values = np.zeros((1, 2, 2, 2))
     for place, value in expected.items():
@@ -99,8 +102,26 @@ def test_attribution_under_top_gap(k, label, expected, total):
     np.testing.assert_allclose(found, Z * W[:, label] * weights, atol=1e-6)
 
 
-@pytest.mark.parametrize("n, rate, count", [(10, .2, 2), (16, .25, 4), (9, .25, 2), (8, .25, 2), (100, .1, 10), (8192, .1, 820), (25088, .1, 2509), (31, .1, 3), (31, .3, 9)])  # fmt: skip
-@pytest.mark.parametrize("schedule", [False, True], ids=["number", "schedule"])
+@pytest.mark.parametrize(
+    "n, rate, count",
+    [
+        (10, 0.2, 2),
+        (8192, 0.1, 820),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in [
+                (16, 0.25, 4),
+                (9, 0.25, 2),
+                (8, 0.25, 2),
+                (100, 0.1, 10),
+                (25088, 0.1, 2509),
+                (31, 0.1, 3),
+                (31, 0.3, 9),
+            ]
+        ),
+    ],
+)
+@pytest.mark.parametrize("schedule", [False, pytest.param(True, marks=SLOW)], ids=["number", "schedule"])
 def test_how_many_are_dropped(n, rate, count, schedule):
     """ceil((n - 1) rate) of distinct values, the largest."""
     z = jnp.arange(n, dtype=jnp.float32)[None, None, None] + 1
@@ -194,10 +215,24 @@ def test_every_row_is_here():
     assert {name for row in ROWS for name in drops.TABLE if name in row} == set(drops.TABLE)
 
 
+WEIGHTS = jnp.asarray(random.normal(size=FEATURES.shape), jnp.float32)
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_laws(row):
     drop = make(row)
-    features, rate = run(drop)
+
+    @jax.jit
+    def found(z, source, third):
+        def weighed(z, source):
+            features, rate = run(drop, z, source)
+            return (features * WEIGHTS).sum(), (features, rate)
+
+        gradients, (features, rate) = jax.grad(weighed, (0, 1), has_aux=True)(z, source)
+        alone = run(drop, z[third], targets=MIXED[third], keys=KEYS[third])[0]
+        return features, rate, gradients, alone, run(drop, z.astype(jnp.bfloat16))
+
+    features, rate, gradients, alone, (half, rate_half) = found(FEATURES, FEATURES, jnp.array([2]))
     assert features.shape == FEATURES.shape and features.dtype == jnp.float32
     assert rate.shape == (B,) and rate.dtype == jnp.float32
     np.testing.assert_allclose(rate, (features == 0).reshape(B, -1).mean(1), atol=1e-6)
@@ -206,34 +241,40 @@ def test_laws(row):
     scale = 1 / 0.7 if "dropout" in row else 1.0
     kept = features != 0
     np.testing.assert_allclose(features, jnp.where(kept, FEATURES * scale, 0), rtol=1e-6)
-
-    for function in (jax.jit(lambda z: run(drop, z)), jax.jit(lambda z: run(drop, z), in_shardings=split(data_mesh(jax.devices()[:2])))):  # fmt: skip
-        again, rate_again = function(FEATURES)
-        np.testing.assert_array_equal(again == 0, features == 0)
-        np.testing.assert_allclose(again, features, rtol=1e-6)
-        np.testing.assert_allclose(rate_again, rate, atol=1e-6)
-    alone = run(drop, FEATURES[2:3], targets=MIXED[2:3], keys=KEYS[2:3])
-    np.testing.assert_array_equal(alone[0][0], features[2])
-    one_by_one = jax.vmap(lambda z, t, key: run(drop, z[None], targets=t[None], keys=key[None])[0][0])
-    np.testing.assert_array_equal(one_by_one(FEATURES, MIXED, KEYS), features)
-
-    weights = jnp.asarray(random.normal(size=FEATURES.shape), jnp.float32)
-    gradient = jax.grad(lambda z: (run(drop, z)[0] * weights).sum())(FEATURES)
-    np.testing.assert_allclose(gradient, jnp.where(kept, weights * scale, 0), rtol=1e-6)
-    # Not from the source either: it says where, not how much.
-    assert not jax.grad(lambda source: (run(drop, FEATURES, source)[0] * weights).sum())(FEATURES).any()
-
-    half, rate_half = run(drop, FEATURES.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(alone[0], features[2])
+    np.testing.assert_allclose(gradients[0], jnp.where(kept, WEIGHTS * scale, 0), rtol=1e-6)
+    assert not gradients[1].any()  # nor from the source: it says where, not how much
     assert half.dtype == jnp.bfloat16 and rate_half.dtype == jnp.float32
     np.testing.assert_allclose(rate_half, rate, atol=0.05)
 
 
+@pytest.mark.parametrize(
+    "row", [row if row == "random_matched(sgdrop(rate=.2))" else pytest.param(row, marks=SLOW) for row in ROWS]
+)
+def test_every_way_to_call_it(row):
+    """Eagerly, one by one under `vmap`, and with the batch split over two devices it is what it is under `jit`."""
+    drop = make(row)
+    features, rate = jax.jit(lambda z: run(drop, z))(FEATURES)
+    two = jax.jit(lambda z: run(drop, z), in_shardings=split(data_mesh(jax.devices()[:2])))
+    for again, rate_again in (two(FEATURES), run(drop)):
+        np.testing.assert_array_equal(again == 0, features == 0)
+        np.testing.assert_allclose(again, features, rtol=1e-6)
+        np.testing.assert_allclose(rate_again, rate, atol=1e-6)
+    one_by_one = jax.vmap(lambda z, t, key: run(drop, z[None], targets=t[None], keys=key[None])[0][0])
+    np.testing.assert_allclose(jax.jit(one_by_one)(FEATURES, MIXED, KEYS), features, rtol=1e-6)
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_rate_0_is_the_identity(row):
-    for zero in ("0", "nothing"):
-        number = row.replace(".3", zero).replace(".25", zero).replace(".2", zero)
-        drop = build(number, drops.TABLE, {"nothing": lambda step: 0.0 * step})
-        features, rate = run(drop)
+    number, schedule = (
+        build(
+            row.replace(".3", zero).replace(".25", zero).replace(".2", zero),
+            drops.TABLE,
+            {"nothing": lambda step: 0.0 * step},
+        )
+        for zero in ("0", "nothing")
+    )
+    for features, rate in jax.jit(lambda z: (run(number, z), run(schedule, z)))(FEATURES):
         np.testing.assert_array_equal(features, FEATURES)
         assert not rate.any()
 
@@ -250,6 +291,7 @@ def test_a_schedule_of_the_rate(make):
 def test_random_matched_drops_as_many_units_elsewhere(row):
     """Exactly as many per example, evenly over all places, as whole locations or channels."""
     control, inner = make(row), make(row[len("random_matched(") : -1])
+    plain = jax.jit(lambda keys: run(inner, keys=keys))
     axes = {"element": (), "location": (3,), "channel": (1, 2)}[inner.granularity]
     places, jitted = np.zeros((H, H, CHANNELS)), jax.jit(lambda keys: run(control, keys=keys))
     for seed in range(200):
@@ -257,7 +299,7 @@ def test_random_matched_drops_as_many_units_elsewhere(row):
         features, rate = jitted(keys)
         places += np.asarray(features == 0).sum(0)
         if seed < 5:
-            matched, expected = run(inner, keys=keys)
+            matched, expected = plain(keys)
             np.testing.assert_allclose(rate, expected, atol=1e-6)
             dropped = np.asarray(features == 0)
             np.testing.assert_array_equal(dropped.reshape(B, -1).sum(1), np.asarray(matched == 0).reshape(B, -1).sum(1))
@@ -268,8 +310,10 @@ def test_random_matched_drops_as_many_units_elsewhere(row):
 
 def test_other_keys_drop_others():
     for row in ("dropout(.3)", "random_matched(sgdrop(rate=.2))"):
-        other = run(make(row), keys=jax.random.split(jax.random.key(1), B))[0]
-        assert ((other == 0) != (run(make(row))[0] == 0)).any((1, 2, 3)).all()
+        drop = make(row)
+        drawn = jax.jit(lambda keys, drop=drop: run(drop, keys=keys)[0])
+        other = drawn(jax.random.split(jax.random.key(1), B))
+        assert ((other == 0) != (drawn(KEYS) == 0)).any((1, 2, 3)).all()
 
 
 def test_errors():

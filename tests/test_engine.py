@@ -1,4 +1,5 @@
-"""The engine's convolution against plain lax: numbers, derivatives of any order, every transformation, on both of its paths."""
+"""The engine's convolution against plain lax: numbers, derivatives of any order, every transformation, on both of its
+paths."""
 
 import functools
 
@@ -70,7 +71,8 @@ def geometries(draw):
 
 
 def everything(f, x, w, dy, dx, dw):
-    """The result, both gradients, and the derivatives of these in the directions dx and dw: what second order is made of."""
+    """The result, both gradients, and the derivatives of these in the directions dx and dw: what second order is made
+    of."""
     y, back = jax.vjp(f, x, w)
     gradients = lambda x, w, dy: jax.vjp(f, x, w)[1](dy)
     return y, back(dy), jax.jvp(f, (x, w), (dx, dw))[1], jax.vjp(gradients, x, w, dy)[1]((dx, dw))
@@ -79,7 +81,8 @@ def everything(f, x, w, dy, dx, dw):
 @settings(max_examples=2)
 @given(geometries())
 def test_numbers(geometry):
-    """Kernel 1 to 7, stride 1 to 3, any padding, 1 to 64 channels, batch 1 to 130: first and second derivatives as of lax."""
+    """Kernel 1 to 7, stride 1 to 3, any padding, 1 to 64 channels, batch 1 to 130: first and second derivatives as of
+    lax."""
     check_numbers(geometry)
 
 

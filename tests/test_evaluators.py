@@ -328,7 +328,8 @@ def test_background_bank():
 
 
 def test_receptive_field_by_hand():
-    """Two all-ones convolutions on 9 x 9 (topgap.md 14.6); the map is constant inside, so its top is the first of the centre."""
+    """Two all-ones convolutions on 9 x 9 (topgap.md 14.6); the map is constant inside, so its top is the first of the
+    centre."""
     options = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
     convolve = lambda images: jax.lax.conv_general_dilated(images, jnp.ones((3, 3, 1, 1)), **options)
     maps = lambda images: jnp.tile(convolve(convolve(images)), (1, 1, 1, 2))
@@ -364,7 +365,8 @@ def test_empty_fields_are_counted():
 
 
 def test_measures_by_hand():
-    """Image 0: 15 equal pixels of 64 in the object; image 1: one pixel outside it; the third image has no red at all."""
+    """Image 0: 15 equal pixels of 64 in the object; image 1: one pixel outside it; the third image has no red at
+    all."""
     batch = red_square()
     batch = {key: jnp.concatenate([value, value[:1]]) for key, value in batch.items()}
     batch["image"] = batch["image"].at[2].set(0)

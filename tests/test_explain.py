@@ -173,7 +173,10 @@ def test_errors():
         (
             explain.cam(),
             plain,
-            "cam: the model has no class maps named 'maps' (use map_head, pyramid_head or rewrite.with_pool): no layer 'maps'; layers: pixels",
+            (
+                "cam: the model has no class maps named 'maps' (use map_head, pyramid_head or rewrite.with_pool): no"
+                " layer 'maps'; layers: pixels"
+            ),
         ),
         (explain.grad_cam("stage9"), plain, "no layer 'stage9'; layers: pixels"),
         (

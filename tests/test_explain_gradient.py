@@ -1,4 +1,5 @@
-"""Explanations from pixel gradients: quadrature, completeness, baselines, SmoothGrad, against plain NumPy and worked cases."""
+"""Explanations from pixel gradients: quadrature, completeness, baselines, SmoothGrad, against plain NumPy and worked
+cases."""
 
 import flax.linen as nn
 import jax
@@ -206,7 +207,8 @@ def test_smooth_keys():
 
 
 def test_canonical_convs():
-    """Convolutions of every kind and layout, through jit and remat; in the compiled loop none has a transposed kernel."""
+    """Convolutions of every kind and layout, through jit and remat; in the compiled loop none has a transposed
+    kernel."""
     grouped = draw(3, 3, 1, 6)
 
     def f(images):
@@ -279,19 +281,31 @@ def test_errors():
         (lambda: explain.smooth(explain.gradient(), sigma=-1), "sigma must be a number of at least 0, got -1"),
         (
             lambda: explain.integrated(baseline=(0.1, 0.2))(KEYS, predict, IMAGES, LABELS),
-            "integrated: baseline must be a number, one per channel or an array for images of shape (8, 6, 6, 3), got (0.1, 0.2)",
+            (
+                "integrated: baseline must be a number, one per channel or an array for images of shape (8, 6, 6, 3),"
+                " got (0.1, 0.2)"
+            ),
         ),
         (
             lambda: explain.integrated(baseline="black")(KEYS, predict, IMAGES, LABELS),
-            "integrated: baseline must be a number, one per channel or an array for images of shape (8, 6, 6, 3), got 'black'",
+            (
+                "integrated: baseline must be a number, one per channel or an array for images of shape (8, 6, 6, 3),"
+                " got 'black'"
+            ),
         ),
         (
             lambda: explain.integrated(baseline=np.zeros((5, 5)))(KEYS, predict, IMAGES, LABELS),
-            "integrated: baseline must be a number, one per channel or an array for images of shape (8, 6, 6, 3), got an array of shape (5, 5)",
+            (
+                "integrated: baseline must be a number, one per channel or an array for images of shape (8, 6, 6, 3),"
+                " got an array of shape (5, 5)"
+            ),
         ),
         (
             lambda: explain.gradient(rules=guided)(KEYS, smooth_predict, IMAGES, LABELS),
-            "with_rules: the function has no functions named relu or relu6 and maximum(x, 0), nor max pooling (reduce_window_max)",
+            (
+                "with_rules: the function has no functions named relu or relu6 and maximum(x, 0), nor max pooling"
+                " (reduce_window_max)"
+            ),
         ),
     ]:
         assert message(call) == text

@@ -1,4 +1,5 @@
-"""`first_not_finite` names the layer at fault, and nothing that is not finite becomes finite on the way to the logits."""
+"""`first_not_finite` names the layer at fault, and nothing that is not finite becomes finite on the way to the
+logits."""
 
 import flax.linen as nn
 import jax

@@ -144,7 +144,9 @@ def nan_gradient(step, loss):
     return loss + jnp.sqrt(jnp.where(step < 8, 1.0, 0.0) * loss)  # finite, but not its gradient
 
 
-@pytest.mark.parametrize(("spoil", "value"), [(nan_loss, "nan"), (nan_gradient, "")])
+@pytest.mark.parametrize(
+    ("spoil", "value"), [pytest.param(nan_loss, "nan", marks=pytest.mark.slow), (nan_gradient, "")]
+)
 def test_a_loss_that_is_not_finite_stops(tmp_path, spoil, value):
     inner = standard()
 

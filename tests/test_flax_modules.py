@@ -1,4 +1,5 @@
-"""`linen`, `nnx` and `bind`: what a user's module is told, what it may return, and that a call leaves nothing behind."""
+"""`linen`, `nnx` and `bind`: what a user's module is told, what it may return, and that a call leaves nothing
+behind."""
 
 import flax.linen as nn
 import jax
@@ -168,7 +169,8 @@ def test_linen_batch_statistics(train):
 
 
 def test_nnx_batch_statistics_and_leftovers(parts):
-    """Training moves the statistics by their momentum; a call changes neither the module nor the next call, jitted or not."""
+    """Training moves the statistics by their momentum; a call changes neither the module nor the next call, jitted or
+    not."""
     module, model, variables = parts
     content = lambda: jax.tree.map(
         np.asarray, [nnx.to_pure_dict(part) for part in nnx.state(module, nnx.Param, nnx.BatchStat)]

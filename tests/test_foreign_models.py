@@ -1,4 +1,5 @@
-"""`with_pool` on classifiers written as Flax's own examples write them, unlike ours: a Linen and an NNX one, and the ways to spell their ends."""
+"""`with_pool` on classifiers written as Flax's own examples write them, unlike ours: a Linen and an NNX one, and the
+ways to spell their ends."""
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,8 @@ KEYS = jax.random.split(jax.random.key(1), 4)
 
 
 class LinenCNN(nn.Module):
-    """After flax/examples: everything inline and compact, batch norm told by `train`, ReLU as a function, dropout before the last layer."""
+    """After flax/examples: everything inline and compact, batch norm told by `train`, ReLU as a function, dropout
+    before the last layer."""
 
     @nn.compact
     def __call__(self, x, train: bool = False):
@@ -34,7 +36,8 @@ class LinenCNN(nn.Module):
 
 
 class NNXCNN(nnx.Module):
-    """After the tutorial of NNX: layers made in __init__, a full-window average pool and a flattening, `rngs` at the call, dropout twice."""
+    """After the tutorial of NNX: layers made in __init__, a full-window average pool and a flattening, `rngs` at the
+    call, dropout twice."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.conv1 = nnx.Conv(3, 8, kernel_size=(3, 3), rngs=rngs)
@@ -141,7 +144,8 @@ def test_top_gap_equals_numpy(foreign, jitted):
 
 
 def test_dropout_acts_on_every_position(foreign):
-    """In training each feature is 0 at all positions, or twice as large at all (rate 1/2), as the pooled feature was."""
+    """In training each feature is 0 at all positions, or twice as large at all (rate 1/2), as the pooled feature
+    was."""
     model, dense, variables = foreign
     features = np.asarray(features_of(model, variables, train=True, keys=KEYS))
     kernel, bias = dense_of(variables, dense)
@@ -301,7 +305,10 @@ def test_bf16():
     assert np.abs(pooled(pool.gmp()) - logits).max() > 0.1
 
 
-NOTHING_ELSE = "it must be global average pooling (a mean over the spatial axes, or a full-window average pool) and this dense layer"
+NOTHING_ELSE = (
+    "it must be global average pooling (a mean over the spatial axes, or a full-window average pool) and this dense"
+    " layer"
+)
 STOPS = {
     "layer norm": (
         lambda x, train: nn.Dense(5)(nn.LayerNorm()(x.mean((1, 2)))),

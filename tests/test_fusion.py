@@ -1,4 +1,5 @@
-"""`fold_batch_norm` and `fused`: the same numbers with fewer passes over memory, and hands off where they do not apply."""
+"""`fold_batch_norm` and `fused`: the same numbers with fewer passes over memory, and hands off where they do not
+apply."""
 
 import collections
 
@@ -42,17 +43,24 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
+    strides: tuple = (2, 1)
+
     @nn.compact
     def __call__(self, x, train=False):
         x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(8, (3, 3))((x - 0.5) / 0.25)))
-        for stride in (1, 2, 1):
+        for stride in self.strides:
             x = Block(stride)(x, train)
         return pool.top_gap(k=3)(nn.Conv(4, (1, 1))(x))
 
 
-MODEL = models.linen(Net())
-VARIABLES = MODEL.init(jax.random.key(0), IMAGES)
-VARIABLES = jax.tree.map(lambda a: a + 0.1 * jnp.abs(draw(*a.shape)), VARIABLES)  # statistics that are not 0 and 1
+def drawn(model):
+    """Variables with statistics that are not 0 and 1."""
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
+    return jax.tree.map(lambda a: a + 0.1 * jnp.abs(draw(*a.shape)), variables)
+
+
+MODEL, ONE_BLOCK = models.linen(Net()), models.linen(Net((2,)))
+VARIABLES = drawn(MODEL)
 
 
 def predict(images):
@@ -86,24 +94,47 @@ def summed(f):
     return lambda images: cross_entropy(f(images), LABELS).sum()
 
 
-def test_folding_keeps_the_function():
-    """Logits and derivatives of first and second order, by images and by every parameter; with engine or lax convolutions."""
-    by_params = lambda transform: lambda variables: summed(transform(models.bind(MODEL, variables)))(IMAGES)
-    twice = lambda f: jax.grad(lambda x: (jax.grad(summed(f))(x) ** 2).sum())
-    logits, second = jax.jit(predict)(IMAGES), jax.jit(twice(predict))(IMAGES)
-    for transform in (
-        fold_batch_norm,
-        lambda f: fold_batch_norm(fast_convs(f)),
-        lambda f: fast_convs(fold_batch_norm(f)),
-    ):
-        f = transform(predict)
-        assert_same(jax.jit(f)(IMAGES), logits)
-        assert_same(jax.jit(twice(f))(IMAGES), second, 1e-4)
-    expected = jax.jit(jax.grad(by_params(lambda f: f)))(VARIABLES)
-    assert_same(jax.jit(jax.grad(by_params(fold_batch_norm)))(VARIABLES), expected, 1e-4)
+FOLDED = {
+    "before fast_convs": lambda f: fast_convs(fold_batch_norm(f)),
+    "after fast_convs": lambda f: fold_batch_norm(fast_convs(f)),
+    "alone": fold_batch_norm,
+}
 
 
-def test_folding_removes_the_products():
+def twice(f):
+    return jax.grad(lambda x: (jax.grad(summed(f))(x) ** 2).sum())
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The plain network's logits, and its gradients by the images, of first and second order."""
+    return jax.jit(lambda x: (predict(x), jax.grad(summed(predict))(x), twice(predict)(x)))(IMAGES)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "after fast_convs",
+        pytest.param("before fast_convs", marks=pytest.mark.slow),
+        pytest.param("alone", marks=pytest.mark.slow),
+    ],
+)
+def test_folding_keeps_the_function(order, plain):
+    """Logits and derivatives of second order, with engine or lax convolutions."""
+    f = FOLDED[order](predict)
+    logits, second = jax.jit(lambda x: (f(x), twice(f)(x)))(IMAGES)
+    assert_same(logits, plain[0])
+    assert_same(second, plain[2], 1e-4)
+
+
+def test_folding_keeps_the_gradient_of_the_parameters():
+    variables = drawn(ONE_BLOCK)
+    by_params = lambda transform: lambda variables: summed(transform(models.bind(ONE_BLOCK, variables)))(IMAGES)
+    found, expected = (jax.jit(jax.grad(by_params(f)))(variables) for f in (fold_batch_norm, lambda f: f))
+    assert_same(found, expected, 1e-4)
+
+
+def test_folding_removes_the_products(plain):
     """Nothing of full size is multiplied any more, forward or backward, under jit and remat too."""
     full = lambda f: [
         eqn.primitive.name
@@ -112,34 +143,37 @@ def test_folding_removes_the_products():
         and eqn.outvars[0].aval.shape[-1] == 8
         and eqn.outvars[0].aval.size > 1000
     ]
-    assert len(full(predict)) >= 16 and not full(quick) and not full(jax.grad(summed(quick)))
+    assert len(full(predict)) >= 12 and not full(quick) and not full(jax.grad(summed(quick)))
     whole = fold_batch_norm(jax.jit(jax.checkpoint(predict)))
-    assert_same(whole(IMAGES), predict(IMAGES))
+    assert_same(jax.jit(whole)(IMAGES), plain[0])
     assert counted(whole, IMAGES)["mul"] == counted(fold_batch_norm(predict), IMAGES)["mul"]
 
 
 def test_training_mode():
-    """What the statistics use stays, and is normalised by one product and one sum: same numbers, statistics and gradients."""
+    """What the statistics use stays, and is normalised by one product and one sum: same numbers, statistics and
+    gradients."""
+
+    model, variables = ONE_BLOCK, drawn(ONE_BLOCK)
 
     def loss(f):
         def of(params):
-            out = f({**VARIABLES, "params": params}, IMAGES, train=True)
+            out = f({**variables, "params": params}, IMAGES, train=True)
             return cross_entropy(out.logits, LABELS).sum(), out.batch_stats
 
         return jax.jit(jax.value_and_grad(of, has_aux=True))
 
-    folded = fold_batch_norm(MODEL.apply)
-    found, expected = (jax.tree.leaves(loss(f)(VARIABLES["params"])) for f in (folded, MODEL.apply))
+    folded = fold_batch_norm(model.apply)
+    found, expected = (jax.tree.leaves(loss(f)(variables["params"])) for f in (folded, model.apply))
     for x, y in zip(found, expected, strict=True):  # behind a batch norm a bias has a gradient of 0, but for rounding
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * max(1.0, float(jnp.abs(y).max())))
-    count = lambda f: counted(lambda x: f(VARIABLES, x, train=True).logits, IMAGES)
-    assert count(folded)["sub"] == count(MODEL.apply)["sub"]  # of vectors now
+    count = lambda f: counted(lambda x: f(variables, x, train=True).logits, IMAGES)
+    assert count(folded)["sub"] == count(model.apply)["sub"]  # of vectors now
     full = lambda f: [
         eqn.primitive.name
-        for eqn in jax.make_jaxpr(lambda x: f(VARIABLES, x, train=True).logits)(IMAGES).jaxpr.eqns
+        for eqn in jax.make_jaxpr(lambda x: f(variables, x, train=True).logits)(IMAGES).jaxpr.eqns
         if eqn.primitive.name in ("mul", "sub") and eqn.outvars[0].aval.shape[1:] in ((16, 16, 8), (8, 8, 8))
     ]
-    assert collections.Counter(full(MODEL.apply))["sub"] == 8 and "sub" not in full(folded)
+    assert collections.Counter(full(model.apply))["sub"] == 4 and "sub" not in full(folded)
 
 
 def test_what_is_not_folded():
@@ -152,19 +186,20 @@ def test_what_is_not_folded():
         lambda x: convolve(x) + v,  # a bias alone
         lambda x: (y := convolve(x)) / y.std((0, 1, 2)),
     ):
-        assert_same(fold_batch_norm(f)(IMAGES), f(IMAGES))
+        assert_same(*jax.jit(lambda x, f=f: (fold_batch_norm(f)(x), f(x)))(IMAGES))
         assert counted(fold_batch_norm(f), IMAGES) == counted(f, IMAGES)
-    # One row and column, where a branch looks like a factor per channel to the other: one takes the sum, both are right.
+    # One row and column, where a branch looks like a factor per channel to the other: one takes the sum, both are
+    # right.
     pixel, a, b = IMAGES[:1, :1, :1], draw(5), draw(5)
     for f in (lambda x: convolve(x) * a + convolve(x * 2) * b, lambda x: convolve(x) * convolve(x + 1)):
-        assert_same(fold_batch_norm(f)(pixel), f(pixel))
+        assert_same(*jax.jit(lambda x, f=f: (fold_batch_norm(f)(x), f(x)))(pixel))
     half = lambda x: lax.conv_general_dilated(
         x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), (1, 1), "SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"), preferred_element_type=jnp.float32,
     ) * v  # fmt: skip
-    assert_same(fold_batch_norm(half)(IMAGES), half(IMAGES))
+    assert_same(*jax.jit(lambda x: (fold_batch_norm(half)(x), half(x)))(IMAGES))
     edited = lambda f: tap(f, "Conv_0", lambda value: value * 2)
-    assert_same(edited(fold_batch_norm(predict))(IMAGES), edited(predict)(IMAGES))
+    assert_same(jax.jit(edited(fold_batch_norm(predict)))(IMAGES), jax.jit(edited(predict))(IMAGES))
 
 
 def test_every_form_of_the_factors():
@@ -197,41 +232,48 @@ needs_onednn = pytest.mark.skipif(not available(), reason="no oneDNN here")
 
 
 @needs_onednn
-def test_fused_numbers():
-    """Logits, input gradients, the step of an attack, and an attack in a loop."""
+def test_fused_numbers(plain):
+    """Logits, input gradients, and an attack in a loop; what is computed again under remat stays so."""
     gradient = lambda f: jax.grad(summed(f))
-    attack = attacks.pgd(balls.linf(8 / 255), steps=3)
-    start = attack.init(KEYS, predict, IMAGES, LABELS, predict(IMAGES))
-    step = lambda f: lambda state: attack.step(f, state)
-    loop = lambda f: lambda state: lax.fori_loop(0, 3, lambda _, state: attack.step(f, state), state)
-    assert_same(jax.jit(fused(quick))(IMAGES), jax.jit(predict)(IMAGES))
-    expected = jax.jit(gradient(predict))(IMAGES)
-    assert_same(jax.jit(fused(gradient(quick)))(IMAGES), expected)
-    assert_same(jax.jit(fused(gradient(jax.jit(quick))))(IMAGES), expected)
-    twice = lambda f: jax.grad(lambda x: (jax.grad(summed(f))(x) ** 2).sum())
-    assert_same(jax.jit(fused(twice(quick)))(IMAGES), jax.jit(twice(predict))(IMAGES), 1e-4)
-    for of in (step, loop):
-        assert_same(jax.jit(fused(of(quick)))(start).delta, jax.jit(of(predict))(start).delta)
-    # Eagerly, and under remat.
-    assert_same(fused(quick)(IMAGES), predict(IMAGES))
+    start = jax.jit(lambda x, logits: attack().init(KEYS, predict, x, LABELS, logits))(IMAGES, plain[0])
+    loop = lambda f: lambda state: lax.fori_loop(0, 2, lambda _, state: attack().step(f, state), state)
+    assert_same(jax.jit(fused(lambda x: (quick(x), gradient(quick)(x))))(IMAGES), plain[:2])
+    assert_same(jax.jit(fused(loop(quick)))(start).delta, jax.jit(loop(predict))(start).delta)
     again = fused(gradient(jax.checkpoint(quick)))
-    assert_same(jax.jit(again)(IMAGES), expected)
     barriers = lambda f: jax.jit(f).lower(IMAGES).as_text().count("optimization_barrier")
-    assert barriers(again) == barriers(gradient(jax.checkpoint(quick))) > 0  # what is computed again stays so
+    assert barriers(again) == barriers(gradient(jax.checkpoint(quick))) > 0
+
+
+def attack():
+    return attacks.pgd(balls.linf(8 / 255), steps=2)
+
+
+@needs_onednn
+@pytest.mark.slow
+def test_fused_numbers_of_other_programs(plain):
+    """Of a jitted function, of second order, one step of an attack, eagerly, and under remat."""
+    gradient = lambda f: jax.grad(summed(f))
+    assert_same(jax.jit(fused(gradient(jax.jit(quick))))(IMAGES), plain[1])
+    assert_same(jax.jit(fused(twice(quick)))(IMAGES), plain[2], 1e-4)
+    start = jax.jit(lambda x, logits: attack().init(KEYS, predict, x, LABELS, logits))(IMAGES, plain[0])
+    step = lambda f: lambda state: attack().step(f, state)
+    assert_same(jax.jit(fused(step(quick)))(start).delta, jax.jit(step(predict))(start).delta)
+    assert_same(fused(quick)(IMAGES), plain[0])
+    assert_same(jax.jit(fused(gradient(jax.checkpoint(quick))))(IMAGES), plain[1])
 
 
 @needs_onednn
 def test_fused_leaves_no_pass():
-    """9 convolutions with 7 ReLUs, and back: every ReLU, mask, sum and bias is in one of the calls.
+    """7 convolutions with 5 ReLUs, and back: every ReLU, mask, sum and bias is in one of the calls.
 
     Of the gradients, the images' has nothing behind it, and that of one of two branches is added to the other's.
     """
     text = str(jax.make_jaxpr(fused(jax.grad(summed(quick))))(IMAGES))
-    assert text.count("topgap_fused_convolution[") == 9 + 7 and text.count("topgap_convolution_input_gradient[") == 2
+    assert text.count("topgap_fused_convolution[") == 7 + 5 and text.count("topgap_convolution_input_gradient[") == 2
     sums = [line for line in text.splitlines() if "add_any" in line and ",8] =" in line]
     assert "topgap_convolution[" not in text and not sums
-    assert text.count("bias=True") == 9 and text.count("relu=True") == text.count("mask=True") == 7
-    assert text.count("residual=True") == 3 + 3
+    assert text.count("bias=True") == 7 and text.count("relu=True") == text.count("mask=True") == 5
+    assert text.count("residual=True") == 2 + 2
 
 
 @needs_onednn
@@ -240,33 +282,47 @@ def test_explained():
     found = [str(each) for each in explain_paths(fused(jax.grad(summed(quick))), IMAGES)]
     assert found[0] == "convolution      (8, 16, 16, 3) (3, 3, 3, 8): onednn (fused with bias, relu)"
     assert found[-2:] == [
-        "input gradient   (8, 16, 16, 8) (3, 3, 8, 8): onednn (fused with residual, mask)",
+        "input gradient   (8, 8, 8, 8) (1, 1, 8, 8): onednn (fused with residual, mask)",
         "input gradient   (8, 16, 16, 8) (3, 3, 3, 8): onednn",
     ]
 
 
+def squared(f):
+    """A gradient without labels, which need not be split."""
+    return jax.grad(lambda images: (f(images) ** 2).sum())
+
+
+@pytest.fixture(scope="module")
+def squared_gradient():
+    return jax.jit(squared(predict))(IMAGES)
+
+
 @needs_onednn
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_fused_on_devices(axis_type):
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)])
+def test_fused_on_devices(axis_type, squared_gradient):
     """A batch split over 8 devices: each computes its part, nothing is gathered or reduced."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",), axis_types=(axis_type,))
-    gradient = lambda f: jax.grad(lambda images: (jnp.tanh(f(images)) ** 2).sum())
     with jax.set_mesh(mesh):
         images = jax.device_put(IMAGES, NamedSharding(mesh, PartitionSpec("data")))
-        compiled = jax.jit(fused(gradient(quick))).lower(images).compile()
+        compiled = jax.jit(fused(squared(quick))).lower(images).compile()
         got = jax.device_get(compiled(images))
-    assert_same(got, jax.jit(gradient(predict))(IMAGES))
+    assert_same(got, squared_gradient)
     text = compiled.as_text()
     assert "all-gather" not in text and "all-reduce" not in text and "topgap_onednn" in text
+
+
+@needs_onednn
+def test_fused_in_a_shard_map(squared_gradient):
     split = PartitionSpec("data")
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
-    mapped = jax.shard_map(fused(gradient(quick)), mesh=mesh, in_specs=split, out_specs=split)
-    assert_same(jax.jit(mapped)(IMAGES), jax.jit(gradient(predict))(IMAGES))
+    mapped = jax.shard_map(fused(squared(quick)), mesh=mesh, in_specs=split, out_specs=split)
+    assert_same(jax.jit(mapped)(IMAGES), squared_gradient)
 
 
 @needs_onednn
 def test_fused_hands_off():
-    """Values with other uses stay; both branches of a sum; relu6; infinity and NaN pass a fused ReLU, whatever their sign."""
+    """Values with other uses stay; both branches of a sum; relu6; infinity and NaN pass a fused ReLU, whatever their
+    sign."""
     w, b = draw(3, 3, 3, 3) / 5, draw(3)
     convolve = fast_convs(
         lambda x: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -312,19 +368,22 @@ def test_derivatives_and_vmap_of_fused():
     assert_same(jax.jit(jax.vmap(ours))(two), jax.jit(jax.vmap(theirs))(two))
 
 
+METHODS = {
+    "grad_cam": explain.grad_cam(layer="Block_0"),
+    "smooth, integrated": explain.smooth(explain.integrated(steps=2), samples=2),
+    "gradient": explain.gradient(),
+    "field": explain.field("Block_1", channel="sum"),
+}
+
+
 @needs_onednn
-def test_fused_methods():
+@pytest.mark.parametrize("method", ["grad_cam", *(pytest.param(x, marks=pytest.mark.slow) for x in list(METHODS)[1:])])
+def test_fused_methods(method):
     """Explanations that tap, loop and vmap give the same maps."""
     net = models.fast(MODEL)
     f = lambda images: models.bind(net, VARIABLES)(images)
-    for method in (
-        explain.gradient(),
-        explain.grad_cam(layer="Block_1"),
-        explain.smooth(explain.integrated(steps=2), samples=2),
-        explain.field("Block_2", channel="sum"),
-    ):
-        maps = lambda f: lambda images: method(KEYS, f, images, LABELS)
-        assert_same(jax.jit(fused(maps(f)))(IMAGES), jax.jit(maps(predict))(IMAGES), 1e-4)
+    maps = lambda f: lambda images: METHODS[method](KEYS, f, images, LABELS)
+    assert_same(jax.jit(fused(maps(f)))(IMAGES), jax.jit(maps(predict))(IMAGES), 1e-4)
 
 
 def test_without_onednn(monkeypatch):
@@ -335,14 +394,13 @@ def test_without_onednn(monkeypatch):
 
 def test_names_that_nobody_asks_for():
     """A tap inside leaves names behind, which hold nothing up; where a tap is outside, they keep their values."""
-    tapped = tap(predict, "Block_2", lambda value: value * 0.5)
+    tapped = tap(predict, "Block_1", lambda value: value * 0.5)
     full = lambda f: [
         eqn.primitive.name
         for eqn in jax.make_jaxpr(f)(IMAGES).jaxpr.eqns
         if eqn.primitive.name in ("mul", "sub") and eqn.outvars[0].aval.size > 1000
     ]
     assert len(full(fold_batch_norm(tapped))) == len(full(fold_batch_norm(predict))) + 1
-    assert_same(fold_batch_norm(tapped)(IMAGES), tapped(IMAGES))
     edit = lambda value: jnp.tanh(value)
-    for layer in ("Conv_0", "Block_1/Conv_1", "Block_1"):
-        assert_same(tap(fold_batch_norm(tapped), layer, edit)(IMAGES), tap(tapped, layer, edit)(IMAGES))
+    every = lambda f: jax.jit(lambda x: [tap(f, layer, edit)(x) for layer in ("Conv_0", "Block_0/Conv_1")])
+    assert_same(every(fold_batch_norm(tapped))(IMAGES), every(tapped)(IMAGES))

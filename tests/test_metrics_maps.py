@@ -82,7 +82,8 @@ def test_a_map_without_a_positive_value_has_no_spread_and_no_energy():
 
 
 def test_energy_has_the_worked_value():
-    """baselines 13.13: map [[1, 2, 0], [3, 4, 0], [0, 0, 10]], box 2x2; -9 outside changes nothing, and unsure is on no side."""
+    """baselines 13.13: map [[1, 2, 0], [3, 4, 0], [0, 0, 10]], box 2x2; -9 outside changes nothing, and unsure is on no
+    side."""
     maps = jnp.array([[[1, 2, -9], [3, 4, 0], [0, 0, 10.0]]])
     box = {"image": jnp.zeros((1, 3, 3, 3)), "box": jnp.array([[0, 0, 2 / 3, 2 / 3]])}
     region = {"image": box["image"], "region": jnp.array([[[1, 1, 0], [1, 1, 0], [0, 0, 2]]])}

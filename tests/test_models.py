@@ -79,19 +79,24 @@ BACKBONES = {  # factory: channels of the stages, their strides, parameters with
 }
 
 
-@pytest.mark.parametrize("factory", BACKBONES)
-def test_backbone_stages_and_parameters(factory):
+DEEPER = ("resnet32", "resnet44", "resnet56", "resnet34")  # than another of their family
+
+
+@pytest.mark.parametrize("size", [(75, 48), pytest.param((64, 64), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "factory", [pytest.param(name, marks=pytest.mark.slow) if name in DEEPER else name for name in BACKBONES]
+)
+def test_backbone_stages_and_parameters(factory, size):
     channels, strides, count = BACKBONES[factory]
     backbone = models.TABLE[factory]()
     names = ["stem", "stage1", "stage2", "stage3", "stage4"][: len(channels)]
-    for size in ((64, 64), (75, 48)):
-        images = ShapeDtypeStruct((2, *size, 3), jnp.float32)
-        features, variables = jax.eval_shape(lambda x: backbone.init_with_output(KEY, x), images)
-        assert set(variables["params"]) == set(names) == set(features)
-        for name, channel, stride in zip(names, channels, strides):
-            # VGG's pooling drops an odd row, a strided convolution keeps it.
-            height, width = (n // stride if factory.startswith("vgg") else -(-n // stride) for n in size)
-            assert features[name].shape == (2, height, width, channel), name
+    images = ShapeDtypeStruct((2, *size, 3), jnp.float32)
+    features, variables = jax.eval_shape(lambda x: backbone.init_with_output(KEY, x), images)
+    assert set(variables["params"]) == set(names) == set(features)
+    for name, channel, stride in zip(names, channels, strides):
+        # VGG's pooling drops an odd row, a strided convolution keeps it.
+        height, width = (n // stride if factory.startswith("vgg") else -(-n // stride) for n in size)
+        assert features[name].shape == (2, height, width, channel), name
     assert parameters(models.classifier(backbone, models.map_head(gap()), classes=10, **RGB), 64) == count
 
 
@@ -323,7 +328,14 @@ def test_images_do_not_depend_on_their_neighbours_in_eval_mode():
     variables = filled(model.init, images)
     predict = jax.jit(models.bind(model, variables))
     np.testing.assert_allclose(predict(images)[1:2], predict(images[1:2]), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(predict(images), models.bind(model, variables)(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_eagerly_the_logits_are_the_same():
+    images = np.random.default_rng(0).random((3, 9, 8, 3), np.float32)
+    model = models.classifier(tiny(), models.map_head(top_gap(k=3)), classes=3, **RGB)
+    predict = models.bind(model, filled(model.init, images))
+    np.testing.assert_allclose(jax.jit(predict)(images), predict(images), rtol=1e-4, atol=1e-4)
 
 
 def test_training_moves_the_batch_statistics_by_a_tenth():

@@ -139,8 +139,8 @@ LOWERS = [
 ]
 POOLS = {"gap": pool.gap(), "top_gap": pool.top_gap(k=5)}
 SETTINGS = list(itertools.product(POOLS, ("float32", "bfloat16"), (1, 8)))
-# In these any two of pool, type and number of devices meet; the rows take turns with them, and all else is slow, as is ART,
-# which tests/test_art.py trains.
+# In these any two of pool, type and number of devices meet; the rows take turns with them, and all else is slow, as is
+# ART, which tests/test_art.py trains.
 QUICK = [("gap", "float32", 1), ("top_gap", "float32", 8), ("gap", "bfloat16", 8), ("top_gap", "bfloat16", 1)]
 DROPPED = {
     f"standard(), {drop}": drop for drop in ("sgdrop(rate=.1)", "random_matched(sgdrop(rate=.1))", "dropout(.1)")
@@ -154,7 +154,8 @@ CASES = [
 
 @pytest.mark.parametrize("row, pooling, dtype, devices", CASES)
 def test_the_loss_falls(row, pooling, dtype, devices):
-    """By 10 % in 20 steps on a fixed batch, each along the signs of the gradient: fewer programs than an optimiser has."""
+    """By 10 % in 20 steps on a fixed batch, each along the signs of the gradient: fewer programs than an optimiser
+    has."""
     objective, (model, variables) = make(row.split(", ")[0] if row in DROPPED else row), small(POOLS[pooling], dtype)
     if row in DROPPED:
         model = with_drop(model, "BatchNorm_0", build(DROPPED[row], drops.TABLE))

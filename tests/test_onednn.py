@@ -70,7 +70,8 @@ CASES = {  # what is done before, and what the line in the log says
     "case", [case if case == "not installed" else pytest.param(case, marks=SLOW) for case in CASES]
 )
 def test_without_it_everything_works(case, tmp_path):
-    """On another machine, with an unknown jaxlib, without or with a bad library: XLA's convolutions, and one line that says so."""
+    """On another machine, with an unknown jaxlib, without or with a bad library: XLA's convolutions, and one line that
+    says so."""
     before, said = CASES[case]
     script = tmp_path / "program.py"
     script.write_text(textwrap.dedent(PROGRAM.format(before=before)))
@@ -146,7 +147,8 @@ def test_first_use_by_many_threads(tmp_path):
 
 @SLOW
 def test_an_interrupted_start_a_guard_and_a_number_of_threads():
-    """A start that was interrupted is made again; a transfer guard is not meant for the self-test; OMP_NUM_THREADS wins."""
+    """A start that was interrupted is made again; a transfer guard is not meant for the self-test; OMP_NUM_THREADS
+    wins."""
     program = """
         import jax
         from topgap_jax.engine import onednn
@@ -194,7 +196,8 @@ def test_threads():
 
 @pytest.mark.parametrize(("count", "rounds"), [(20, 4), pytest.param(200, 49, marks=SLOW)])
 def test_memory_is_bounded(monkeypatch, count, rounds):
-    """10,000 calls over 200 shapes (in make test 100 over 20): kept is what they need, or the limit; memory does not grow."""
+    """10,000 calls over 200 shapes (in make test 100 over 20): kept is what they need, or the limit; memory does not
+    grow."""
     (loaded,) = onednn.KEPT
     wanted = list(dict.fromkeys(shapes(400)))[:count]
     assert len(wanted) == count
@@ -232,7 +235,8 @@ CACHED = """
 @SLOW
 @pytest.mark.parametrize("devices", [1, 2])
 def test_persistent_compilation_cache(devices, tmp_path):
-    """A second process compiles nothing and finds the same numbers; one without the library neither profits nor suffers."""
+    """A second process compiles nothing and finds the same numbers; one without the library neither profits nor
+    suffers."""
     script, cache = tmp_path / "program.py", tmp_path / "cache"
     script.write_text(textwrap.dedent(CACHED))
 

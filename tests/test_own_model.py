@@ -1,4 +1,5 @@
-"""Bring your own model: a Linen and an NNX network that nobody prepared, trained, evaluated and explained, in Python and by `topgap`."""
+"""Bring your own model: a Linen and an NNX network that nobody prepared, trained, evaluated and explained, in Python
+and by `topgap`."""
 
 import shutil
 from pathlib import Path
@@ -56,10 +57,10 @@ def test_in_python(kind, tmp_path):
     assert any(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(variables["batch_stats"]))
 
     split = resident_split(test, classes=6, batch=20)
-    (row,) = evaluate(model, variables, split, {"accuracy()": accuracy()}, split="test")
+    (row,) = evaluate(model, variables, split, {"accuracy()": accuracy()}, split="test", classes=6)
     images = jnp.asarray(test["image"] / np.float32(255))
-    logits = bind(model, variables)(images)
-    assert row["values"]["accuracy"] == pytest.approx(np.mean(np.argmax(logits, -1) == test["label"]))
+    logits = jax.jit(bind(model, variables))(images)
+    assert row.measures["accuracy"].value == pytest.approx(np.mean(np.argmax(logits, -1) == test["label"]))
 
     # Class maps are there although the network has none, and their four largest positions are the logits.
     labels = jnp.asarray(test["label"])
@@ -72,7 +73,7 @@ def test_in_python(kind, tmp_path):
     # Grad-CAM of the features in front of the class maps is what NumPy makes of them.
     _, dense, layer = MODELS[kind]
     found = jax.jit(lambda images: explain.grad_cam(layer)(keys, predict, images, labels))(images)
-    features = np.asarray(read(predict, layer)(images)[1])
+    features = np.asarray(jax.jit(read(predict, layer))(images)[1])
     kernel = np.asarray(variables["params"][dense]["kernel"])
     largest = np.asarray(maps) >= np.sort(np.asarray(maps).reshape(20, -1), 1)[:, -4, None, None]
     slopes = largest[..., None] * (features > 0) / 4 * kernel[:, labels].T[:, None, None, :]
@@ -87,19 +88,9 @@ def test_by_command(kind, tmp_path, monkeypatch):
     text, _, layer = MODELS[kind]
     workdir, file = tmp_path / "run", tmp_path / "mine.py"
     shutil.copy(FILE, file)
-    train = ("train", "--config", file, "--workdir", workdir, "--config.model", text)
-    code, out, err = topgap(*train)
+    code, out, err = topgap("train", "--config", file, "--workdir", workdir, "--config.model", text)
     assert code == 0 and losses_fall(workdir), err
-    assert "\ntest   accuracy()" in out and "localisation(cam(), boxes=False)" in out
-    final, losses = variables(workdir), [row["loss"] for row in read_metrics(workdir)]
-
-    # As if it had been killed after the last epoch but one.
-    shutil.rmtree(workdir / "checkpoints" / "last" / "15")
-    assert checkpoint.latest_step(workdir) == 12
-    assert topgap(*train)[0] == 0
-    np.testing.assert_array_equal(variables(workdir), final)
-    assert [row["loss"] for row in read_metrics(workdir)] == losses
-
+    assert "\ntest: accuracy()" in out and "\ntest: localisation(cam(), boxes=False)" in out
     code, out, _ = topgap("explain", "--workdir", workdir, "--methods", f"cam(), grad_cam('{layer}')", "--count", 2)
     assert code == 0 and out.startswith(f"{workdir}/sheets/test.png: 2 of 20 pictures")
     assert f"\n{layer} " in topgap("layers", "--workdir", workdir)[1]
@@ -109,9 +100,25 @@ def test_by_command(kind, tmp_path, monkeypatch):
     name = "my_linen" if kind == "linen" else "my_nnx"
     assert (code, err) == (
         2,
-        f"topgap: {workdir}/config.json: '{name}' comes from {file}, which is not there any more; put it back, or correct "
+        f"topgap: {workdir}/config.json: '{name}' comes from {file}, which is not there any more; put it back, or"
+        " correct "
         f'"file" in {workdir}/config.json\n',
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_killed_run_goes_on(kind, tmp_path, monkeypatch):
+    patch(monkeypatch)
+    workdir = tmp_path / "run"
+    train = ("train", "--config", FILE, "--workdir", workdir, "--config.model", MODELS[kind][0])
+    assert topgap(*train)[0] == 0
+    final, losses = variables(workdir), [row["loss"] for row in read_metrics(workdir)]
+    shutil.rmtree(workdir / "checkpoints" / "last" / "15")  # as if killed after the last epoch but one
+    assert checkpoint.latest_step(workdir) == 12
+    assert topgap(*train)[0] == 0
+    np.testing.assert_array_equal(variables(workdir), final)
+    assert [row["loss"] for row in read_metrics(workdir)] == losses
 
 
 def variables(workdir):

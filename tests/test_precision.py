@@ -1,4 +1,5 @@
-"""`in_float32`: what a half-precision function gives in float32, through everything that can be entered, and in its derivatives."""
+"""`in_float32`: what a half-precision function gives in float32, through everything that can be entered, and in its
+derivatives."""
 
 import flax.linen as nn
 import jax
@@ -36,7 +37,8 @@ def squared_gradient(f):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_a_network(dtype):
-    """Equal to the same network of float32 layers, in value and in the second derivative, eager, jitted and under remat."""
+    """Equal to the same network of float32 layers, in value and in the second derivative, eager, jitted and under
+    remat."""
     full, half = net(jnp.float32), net(dtype)
     assert np.abs(half(X) - full(X)).max() > 1e-4
     # A literal of the network, .37, stays what half precision makes of it.

@@ -176,7 +176,8 @@ MODELS = {  # config text: tensors of the file, the data's classes
 
 @pytest.mark.parametrize("text", MODELS)
 def test_names_and_shapes_of_every_architecture(text, monkeypatch):
-    """The file is described as this model, and this model asks for exactly the file's tensors (none of them is made)."""
+    """The file is described as this model, and this model asks for exactly the file's tensors (none of them is
+    made)."""
     shapes, classes = MODELS[text]
     described = pretrained.Description({k: v for k, v in shapes.items() if not k.endswith("tracked")}, {})
     monkeypatch.setattr(pretrained, "read", lambda path: described)
@@ -194,7 +195,8 @@ def test_names_and_shapes_of_every_architecture(text, monkeypatch):
 
 
 def test_vgg_and_pre_activation_names_of_cifar_authors():
-    """Those of kuangliu's nets, which end in `classifier` and `linear`, and of Rice et al.'s, whose last norm is `bn`."""
+    """Those of kuangliu's nets, which end in `classifier` and `linear`, and of Rice et al.'s, whose last norm is
+    `bn`."""
 
     def names(model, known=()):
         variables = jax.eval_shape(model.init, jax.random.key(0), ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
@@ -238,8 +240,9 @@ def test_missing_unexpected_and_mis_shaped_tensors_are_listed(tmp_path, cifar):
     wrong["layer4.0.conv1.weight"] = np.zeros(3, np.float32)
     wrong["linear.weight"] = np.zeros((100, 64), np.float32)
     save_file(wrong, path)
-    assert error(pretrained.load, path, small()) == (
-        f"{path} does not fit the model: missing: layer1.0.conv1.weight; unexpected: layer4.0.conv1.weight; "
+    assert (
+        error(pretrained.load, path, small())
+        == f"{path} does not fit the model: missing: layer1.0.conv1.weight; unexpected: layer4.0.conv1.weight; "
         "mis-shaped: linear.weight (100, 64) instead of (10, 64)"
     )
 
@@ -277,8 +280,9 @@ def test_objects_in_npz_are_not_unpickled(tmp_path):
 
 
 def test_other_files(tmp_path):
-    assert error(pretrained.describe, "w.onnx") == (
-        "w.onnx: weights are read from .safetensors or .npz files in PyTorch naming, not from '.onnx'"
+    assert (
+        error(pretrained.describe, "w.onnx")
+        == "w.onnx: weights are read from .safetensors or .npz files in PyTorch naming, not from '.onnx'"
     )
     assert error(pretrained.describe, "none.safetensors") == "there is no weights file 'none.safetensors'"
     broken = tmp_path / "broken.safetensors"
@@ -292,17 +296,19 @@ def test_other_files(tmp_path):
 def test_metadata_that_are_no_numbers(tmp_path, cifar):
     path = tmp_path / "w.safetensors"
     save_file(cifar, path, {"mean": "about a half"})
-    assert error(pretrained.describe, path) == (
-        f"{path}: the metadata say mean='about a half'; expected numbers like '0.485,0.456,0.406'"
+    assert (
+        error(pretrained.describe, path)
+        == f"{path}: the metadata say mean='about a half'; expected numbers like '0.485,0.456,0.406'"
     )
 
 
 def test_a_head_that_pytorch_has_no_names_for(tmp_path, cifar):
     path = tmp_path / "w.safetensors"
     save_file(cifar, path)
-    assert error(pretrained.load, path, small(models.pyramid_head(pool.gap(), width=4))) == (
-        "the layer 'head/lateral_stage1' of this model has no name in PyTorch's files: weights are read into backbones with "
-        "map_head(pool), VGG also with vgg_head(), and into resnet4b"
+    assert (
+        error(pretrained.load, path, small(models.pyramid_head(pool.gap(), width=4)))
+        == "the layer 'head/lateral_stage1' of this model has no name in PyTorch's files: weights are read into"
+        " backbones with map_head(pool), VGG also with vgg_head(), and into resnet4b"
     )
 
 

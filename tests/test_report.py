@@ -393,8 +393,10 @@ def test_a_run_of_version_0_1_0_is_shown_beside_one_of_today(tmp_path):
     )
     assert f"test: {ROBUST} with eps=4/255" in text.splitlines()
     assert f"old: {ROBUST} with eps=4/255 on test: not audited" in text.splitlines()
-    assert verdict(read_runs([old]))[0] == (
-        "old: accuracy on test is 0.500 [0.470, 0.530]; robust accuracy on test is 0.200 [0.180, 0.230], not audited."
+    assert (
+        verdict(read_runs([old]))[0]
+        == "old: accuracy on test is 0.500 [0.470, 0.530]; robust accuracy on test is 0.200 [0.180, 0.230], not"
+        " audited."
     )
     # Which of today's images the worst group has is told, of the old row nothing is known.
     assert "  worst-group accuracy, 104 of 1,000 images for new  " in text
@@ -478,12 +480,17 @@ def test_the_verdict_claims_no_more_than_the_intervals(tmp_path):
 
 def test_the_verdict_of_two_whole_runs(two_runs):
     assert verdict(read_runs(two_runs)) == [
-        "Accuracy on test does not differ measurably (gap 0.914, top_gap 0.920, intervals overlap); accuracy on "
-        "test_shifted does not differ measurably (gap 0.501, top_gap 0.521, intervals overlap); accuracy under pgd-20, "
-        "linf(0.007843) on test does not differ measurably (gap 0.457, top_gap 0.460, intervals overlap), not audited.",
-        "IoU of the map on test by localisation(cam()) does not differ measurably (gap 0.410, top_gap 0.430, intervals "
-        "overlap), IoU of the centred box 0.300; sensitivity on test by regions(): gap 0.120, top_gap 0.130, over 990 "
-        "of 1,000 images.",
+        (
+            "Accuracy on test does not differ measurably (gap 0.914, top_gap 0.920, intervals overlap); accuracy on"
+            " test_shifted does not differ measurably (gap 0.501, top_gap 0.521, intervals overlap); accuracy under"
+            " pgd-20, linf(0.007843) on test does not differ measurably (gap 0.457, top_gap 0.460, intervals overlap),"
+            " not audited."
+        ),
+        (
+            "IoU of the map on test by localisation(cam()) does not differ measurably (gap 0.410, top_gap 0.430,"
+            " intervals overlap), IoU of the centred box 0.300; sensitivity on test by regions(): gap 0.120, top_gap"
+            " 0.130, over 990 of 1,000 images."
+        ),
     ]
 
 

@@ -1,4 +1,5 @@
-"""Laws of names: what `tap`, `read` and `layers` do to Linen models, plain functions and everything JAX wraps around them."""
+"""Laws of names: what `tap`, `read` and `layers` do to Linen models, plain functions and everything JAX wraps around
+them."""
 
 import threading
 

@@ -1,4 +1,5 @@
-"""Rules for ReLU and max pooling in networks nobody edited, against the worked cases of `papers/guided_nonlinearity.md` 11."""
+"""Rules for ReLU and max pooling in networks nobody edited, against the worked cases of `papers/guided_nonlinearity.md`
+11."""
 
 import equinox as eqx
 import flax.linen as nn
@@ -153,8 +154,9 @@ def test_relu6():
     ],
 )
 def test_what_is_no_relu_stays(f):
-    assert message(with_rules(f, **guided_backprop), Z) == (
-        "with_rules: the function has no functions named relu or relu6 and maximum(x, 0)"
+    assert (
+        message(with_rules(f, **guided_backprop), Z)
+        == "with_rules: the function has no functions named relu or relu6 and maximum(x, 0)"
     )
     both = lambda z: (f(z), relu(z))
     seven = with_rules(both, relu=Rule(forward=lambda relu, z: 7 * z))
@@ -529,24 +531,27 @@ def test_inside_a_shard_map():
 
 def test_errors():
     plain, closed = lambda z: 2 * z, lambda z: lax.custom_linear_solve(relu, z, solve=lambda _, z: z)
-    assert message(with_rules(plain, **guided), Z) == (
-        "with_rules: the function has no functions named relu or relu6 and maximum(x, 0), nor max pooling (reduce_window_max)"
+    assert (
+        message(with_rules(plain, **guided), Z)
+        == "with_rules: the function has no functions named relu or relu6 and maximum(x, 0), nor max pooling"
+        " (reduce_window_max)"
     )
     assert (
         message(with_rules(relu, max_pool=Rule()), Z)
         == "with_rules: the function has no max pooling (reduce_window_max)"
     )
     assert with_rules(relu, **guided)(Z).tolist() == relu(Z).tolist()  # one rule of several finds its operation
-    assert message(with_rules(closed, **guided), jnp.ones(8)) == (
-        "with_rules: relu inside 'custom_linear_solve', which cannot be entered"
+    assert (
+        message(with_rules(closed, **guided), jnp.ones(8))
+        == "with_rules: relu inside 'custom_linear_solve', which cannot be entered"
     )
     assert message(with_rules, relu) == "with_rules: no rule is given, e.g. with_rules(predict, **guided)"
     assert (
         message(with_rules, relu, relu="guided") == "with_rules: relu must be a Rule(forward, backward), got 'guided'"
     )
     assert message(softplus, 0) == "beta must be a number of at least 1e-06, got 0"
-    assert message(explain.gradient, rules=5) == (
-        "rules must be like guided or softplus(50), for relu and max_pool; got 5"
+    assert (
+        message(explain.gradient, rules=5) == "rules must be like guided or softplus(50), for relu and max_pool; got 5"
     )
 
 

@@ -83,7 +83,8 @@ def test_formula_gradient_and_jit(name, classes):
 
 @pytest.mark.parametrize("gap", [1.0, 10.0, 17.0, 40.0, 80.0])
 def test_cross_entropy_does_not_saturate(gap):
-    """topgap 14.11: p_y - 1 is rounding noise at a margin of 16 and 0 from 17 on; this gradient is right, relative to its size."""
+    """topgap 14.11: p_y - 1 is rounding noise at a margin of 16 and 0 from 17 on; this gradient is right, relative to
+    its size."""
     logits = jnp.array([[gap, 0.0, -1.0]])
     exact = np.exp(np.array([0, -1.0]) - gap)
     loss, gradient = jax.value_and_grad(lambda z: scores.cross_entropy(z, jnp.array([0]))[0])(logits)
@@ -115,7 +116,8 @@ def test_bf16_logits_are_scored_in_float32():
 
 @given(st.lists(st.integers(-30, 30), min_size=4, max_size=4), st.integers(0, 3))
 def test_sign_says_misclassified(logits, label):
-    """margin > 0 iff another class is ahead, dlr has the margin's sign, cross_entropy > ln 2 only if misclassified or tied."""
+    """margin > 0 iff another class is ahead, dlr has the margin's sign, cross_entropy > ln 2 only if misclassified or
+    tied."""
     z, y = jnp.array([logits], jnp.float32), jnp.array([label])
     margin = float(scores.margin(z, y)[0])
     assert (margin > 0) == (max(logits) > logits[label])

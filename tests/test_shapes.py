@@ -69,7 +69,8 @@ def test_boxes_are_tight_and_objects_inside(train):
 
 
 def test_the_object_differs_in_colour_and_the_noise_is_what_it_says(train):
-    """Mean colour in- and outside at least .15 apart a channel (.4 U(.6, 1), cut at 0 and 1), residual noise .05 inside."""
+    """Mean colour in- and outside at least .15 apart a channel (.4 U(.6, 1), cut at 0 and 1), residual noise .05
+    inside."""
     image = train["image"].astype(np.float64) / 255
     inside, outside = train["region"] == 1, train["region"] == 0
     for i in range(100):

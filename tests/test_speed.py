@@ -1,4 +1,5 @@
-"""`fast`, `sum_over`, `map_over` and `loop`: a Python loop's numbers, under jit, on many devices, and through derivatives."""
+"""`fast`, `sum_over`, `map_over` and `loop`: a Python loop's numbers, under jit, on many devices, and through
+derivatives."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ def convolved(images):
 
 
 def slope(images, node, weight):
-    """A gradient by the images, as the explanations loop over: its convolution is the one that XLA's CPU has no fast loop for."""
+    """A gradient by the images, as the explanations loop over: its convolution is the one that XLA's CPU has no fast
+    loop for."""
     return jax.grad(lambda z: (convolved(z * node) * weight).sum())(images)
 
 
@@ -145,7 +147,8 @@ def test_fast_is_the_function_itself_elsewhere(monkeypatch):
 
 
 def test_fast_takes_the_engine_and_folds_batch_norm():
-    """One convolution with the scale inside, of the engine; same numbers and derivatives; options other than arrays steer it."""
+    """One convolution with the scale inside, of the engine; same numbers and derivatives; options other than arrays
+    steer it."""
     scale = jnp.float32([2.0, 0.5])
 
     def network(images, *, train=False):

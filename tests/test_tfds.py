@@ -42,7 +42,8 @@ FEATURES = {
 
 
 def write_set(root, splits: dict[str, list[dict]], name: str = "tiny", file_format: str = "array_record"):
-    """root/name/1.0.0 with splits {name: [{image bytes, mask bytes, label, bbox}, ...]}; the classes are cat and dog."""
+    """root/name/1.0.0 with splits {name: [{image bytes, mask bytes, label, bbox}, ...]}; the classes are cat and
+    dog."""
     folder = root / name / "1.0.0"
     folder.mkdir(parents=True)
     features = {"featuresDict": {"features": FEATURES}, "pythonClassName": f"{CORE}.features_dict.FeaturesDict"}

@@ -1,4 +1,4 @@
-"""A config small enough for the tests of the command line: 60 pictures, two epochs of three steps, a net of two convolutions."""
+"""A config small enough for tests of the command line: 60 pictures, two epochs of three steps, a tiny net."""
 
 from ml_collections import ConfigDict
 

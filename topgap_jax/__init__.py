@@ -1,9 +1,9 @@
 """Image classifiers that look at the right pixels, and the tools that prove it, in JAX and Flax.
 
-Rooms, from the ground up: `types`, `build`; `engine`, `norms`, `order`, `keys`, `mesh`, `pool`, `scores`, `balls`, `penalties`,
-`rewrite`; `metrics`, `drops`, `rules`, `explain`, `attacks`, `models`; `evaluators`, `training`; `progress`, `data`, `pretrained`,
-`measure`, `run`, `setup`; `report`. Everything that can be chosen is a small function that returns a value of
-one of the types in `topgap_jax.types`.
+Rooms, from the ground up: `types`, `edges`, `build`; `engine`, `norms`, `order`, `keys`, `mesh`, `pool`, `scores`,
+`balls`, `penalties`, `rewrite`; `metrics`, `drops`, `rules`, `explain`, `attacks`, `models`; `evaluators`, `training`;
+`progress`, `data`, `pretrained`, `measure`, `run`, `setup`; `report`. Everything that can be chosen is a small function
+that returns a value of one of the types in `topgap_jax.types`.
 
 >>> import topgap_jax as tg
 >>> tg.pool.top_gap(k=4), tg.attacks.pgd, tg.explain.grad_cam  # doctest: +ELLIPSIS
@@ -17,7 +17,8 @@ from topgap_jax.errors import UserError
 __version__ = "0.1.0"
 
 ROOMS = (
-    "types", "build", "engine", "norms", "order", "keys", "mesh", "pool", "scores", "balls", "penalties", "rewrite",
+    "types", "edges", "build",
+    "engine", "norms", "order", "keys", "mesh", "pool", "scores", "balls", "penalties", "rewrite",
     "metrics", "drops", "rules", "explain", "attacks", "models", "evaluators", "training",
     "progress", "data", "pretrained", "measure", "run", "setup", "report",
 )  # fmt: skip
@@ -25,7 +26,8 @@ __all__ = ["UserError", *ROOMS]
 
 
 def __getattr__(name: str):
-    # Rooms are imported when they are named: `data` and `report` take a second that a notebook on attacks need not wait.
+    # Rooms are imported when they are named: `data` and `report` take a second that a notebook on attacks need not
+    # wait.
     if name in ROOMS:
         return importlib.import_module(f"topgap_jax.{name}")
     raise AttributeError(f"module 'topgap_jax' has no attribute '{name}'")

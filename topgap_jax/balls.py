@@ -1,4 +1,5 @@
-"""The perturbations an attack may use: `linf(8/255)`, `l2(0.5)`, cut by the pixel box [0, 1] (`papers`: attacks 3 and 4).
+"""The perturbations an attack may use: `linf(8/255)`, `l2(0.5)`, cut by the pixel box [0, 1] (`papers`: attacks 3 and
+4).
 
 eps (b,) is each example's own radius, so that a curve over radii is one program; the ball's number is the default.
 """
@@ -14,7 +15,8 @@ AXES = (1, 2, 3)
 
 
 def linf(eps: float) -> Ball:
-    """No pixel value moves by more than `eps` (pixels in [0, 1]): ascent is the gradient's sign, start uniform in the cube."""
+    """No pixel value moves by more than `eps` (pixels in [0, 1]): ascent is the gradient's sign, start uniform in the
+    cube."""
     check_number("eps", eps, 0)
 
     def start(keys, images, eps):
@@ -26,7 +28,7 @@ def linf(eps: float) -> Ball:
         return _box(images, jnp.clip(delta, -eps, eps))
 
     return Ball(
-        name=f"linf({eps:.4g})",
+        name=f"linf({_text(eps)})",
         eps=eps,
         start=start,
         project=project,
@@ -39,8 +41,8 @@ def linf(eps: float) -> Ball:
 def l2(eps: float) -> Ball:
     """The perturbation's Euclidean length is at most `eps`: ascent is g / |g|, start uniform in the ball.
 
-    The projection scales to the ball, then cuts by the box: feasible, and what all references do, but not the nearest point
-    of the intersection.
+    The projection scales to the ball, then cuts by the box: feasible, and what all references do, but not the nearest
+    point of the intersection.
     """
     check_number("eps", eps, 0)
 
@@ -57,7 +59,7 @@ def l2(eps: float) -> Ball:
         return _box(images, delta * jnp.minimum(1.0, _wide(eps) / (_norm(delta) + 1e-12)))
 
     return Ball(
-        name=f"l2({eps:.4g})",
+        name=f"l2({_text(eps)})",
         eps=eps,
         start=start,
         project=project,
@@ -65,6 +67,13 @@ def l2(eps: float) -> Ball:
         dual_norm=lambda gradient: direction_and_length(gradient, AXES)[1][:, 0, 0, 0],
         size=lambda delta: _norm(delta)[:, 0, 0, 0],
     )
+
+
+def _text(eps):
+    """A radius as people write it: 8/255, .5."""
+    levels = round(eps * 255)
+    fraction = 0 < levels < 255 and abs(eps * 255 - levels) < 1e-6 and float(f"{eps:.2g}") != eps
+    return f"{levels}/255" if fraction else f"{eps:.4g}"
 
 
 def _box(images, delta):

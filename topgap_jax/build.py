@@ -30,8 +30,8 @@ OPERATORS = {
 def build(text: str, table: Mapping[str, Callable], values: Mapping[str, Any] | None = None, where: str = "") -> Any:
     """The value of `text`; a list separated by commas is a tuple.
 
-    table: name -> function that may be called; values: name -> value that may be named; where: the config key, for errors.
-    Raises UserError, and nothing else, with the choices, the signature and the closest match in one line.
+    table: name -> function that may be called; values: name -> value that may be named; where: the config key, for
+    errors. Raises UserError, and nothing else, with the choices, the signature and the closest match in one line.
 
     >>> build("f(8/255, steps=4)", {"f": lambda eps, steps: (round(eps, 3), steps)})
     (0.031, 4)
@@ -46,7 +46,7 @@ def build(text: str, table: Mapping[str, Callable], values: Mapping[str, Any] | 
         column = f" at column {error.offset}" if error.offset else ""
         raise UserError(f"{_at(where)}{_short(text)} is not an expression: {_line(error.msg)}{column}") from None
     except (RecursionError, MemoryError, ValueError) as error:
-        # ast.parse raises ValueError on NUL bytes and on integers of thousands of digits, the others on very deep nesting.
+        # ast.parse raises ValueError on NUL bytes and integers of thousands of digits, the others on deep nesting.
         raise UserError(f"{_at(where)}{_short(text)} cannot be read: {_line(error)}") from None
 
 
@@ -109,7 +109,8 @@ def _value(node: ast.AST, table: Mapping[str, Callable], values: Mapping[str, An
     if isinstance(node, ast.Call):
         return _call(node, table, values, where)
     raise UserError(
-        f"{_at(where)}'{_short(ast.unparse(node))[1:-1]}' is not allowed: only calls, names, numbers, text and tuples are"
+        f"{_at(where)}'{_short(ast.unparse(node))[1:-1]}' is not allowed: "
+        "only calls, names, numbers, text and tuples are"
     )
 
 
@@ -152,7 +153,8 @@ def _call(node: ast.Call, table: Mapping[str, Callable], values: Mapping[str, An
         if kinds and not any(fits(value) for _, fits in kinds):
             due = " or ".join(dict.fromkeys(kind for kind, _ in kinds))
             raise UserError(
-                f"{_at(where)}{name}: {parameter} must be {due}, got {_short(value)}; usage: {signature(name, function)}"
+                f"{_at(where)}{name}: {parameter} must be {due}, got {_short(value)}; "
+                f"usage: {signature(name, function)}"
             )
     try:
         return function(*bound.args, **bound.kwargs)

@@ -16,7 +16,7 @@ from topgap_jax.errors import UserError
 
 CONFIG_HELP = """\
 Any key of a config can be set on the command line: --config.epochs=4 --config.eps=4/255 --config.pool='top_gap(k=4)'.
-`topgap help config` lists the keys; their texts are calls, `topgap help` lists every name, `topgap help NAME` explains one."""
+`topgap help config` lists the keys, `topgap help` the names that texts may use, `topgap help NAME` explains one."""
 
 MAIN_HELP = f"""\
 examples:
@@ -30,8 +30,9 @@ examples:
 """
 
 TRAIN_HELP = f"""\
-The folder holds the config, checkpoints, metrics.jsonl (and the same for TensorBoard) and the results. The same command,
-given again, goes on where a run was stopped (SIGTERM and Ctrl-C save first) and ends with the same weights, bit for bit.
+The folder holds the config, checkpoints, metrics.jsonl (and the same for TensorBoard) and the results. The same
+command, given again, goes on where a run was stopped (SIGTERM and Ctrl-C save first) and ends with the same weights,
+bit for bit.
 
 examples:
   topgap train --config configs/shapes.py --workdir runs/gap
@@ -44,8 +45,9 @@ examples:
 """
 
 EVALUATE_HELP = """\
-Of a run it takes the best checkpoint and adds to its evaluation.json; a row of the same split and evaluator is replaced.
-Of a weights file in PyTorch naming it prints the table. A keyword such as eps in an evaluator is a number of the config.
+Of a run it takes the best checkpoint and adds to its evaluation.json; a row of the same split and
+evaluator is replaced. Of a weights file in PyTorch naming it prints the table. A keyword such as eps in an evaluator is
+a number of the config.
 
 examples:
   topgap evaluate --workdir runs/gap
@@ -54,7 +56,8 @@ examples:
 """
 
 EXPLAIN_HELP = """\
-Each picture stands beside the maps of its predicted class; true boxes and regions are drawn where the data set has them.
+Each picture stands beside the maps of its predicted class; true boxes and regions are drawn where
+the data set has them.
 
 examples:
   topgap explain --workdir runs/gap
@@ -365,8 +368,8 @@ def _config_help():
         return f"{key.kind}: {key.about}{f' ({key.role.room})' if key.role else ''}; {default}"
 
     return f"""\
-A config has these keys, and any number of your own. A key is a name in the expressions of the others: a number, a tuple or
-a plain text as it is, an expression as what it builds.
+A config has these keys, and any number of your own. A key is a name in the expressions of the others: a number, a tuple
+or a plain text as it is, an expression as what it builds.
 
 {_listing({key: about(value) for key, value in KEYS.items()}, whole=True)}"""
 

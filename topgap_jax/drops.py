@@ -1,7 +1,8 @@
 """What training hides of a feature map: `dropout`, SGDrop, and the control that hides as much at random.
 
-A drop is a value for `rewrite.with_drop(model, layer, drop)`. Features (b, ..., c) of any float type; `source` = (features, head)
-is what the saliency is taken from, head: features -> logits (b, k) being the rest of the network in eval mode.
+A drop is a value for `rewrite.with_drop(model, layer, drop)`. Features (b, ..., c) of any float type; `source` =
+(features, head) is what the saliency is taken from, head: features -> logits (b, k) being the rest of the network in
+eval mode.
 """
 
 from collections.abc import Callable
@@ -40,11 +41,11 @@ def dropout(rate: float | Callable) -> Drop:
 def sgdrop(*, rate: float | Callable = 0.1, granularity: str = "element", teacher: bool = False) -> Drop:
     """Saliency-guided dropout: what speaks most for the label is hidden (Bertoin et al. 2024, arXiv 2409.17370).
 
-    Per example, with g the gradient of the label's logit: A = max(g * features, 0), summed before the maximum over channels
-    for granularity "location" and over positions for "channel". Dropped is what lies strictly above the (1 - rate) quantile
-    of A's n units (linear interpolation): ceil((n - 1) rate) of them, fewer with ties, never one with A <= 0. No rescaling,
-    no randomness. `rate` is a number or a schedule step -> number in [0, 1]; `teacher=True` takes the saliency from the
-    averaged weights. Rows of mixed labels weight the logits.
+    Per example, with g the gradient of the label's logit: A = max(g * features, 0), summed before the maximum over
+    channels for granularity "location" and over positions for "channel". Dropped is what lies strictly above the (1 -
+    rate) quantile of A's n units (linear interpolation): ceil((n - 1) rate) of them, fewer with ties, never one with A
+    <= 0. No rescaling, no randomness. `rate` is a number or a schedule step -> number in [0, 1]; `teacher=True` takes
+    the saliency from the averaged weights. Rows of mixed labels weight the logits.
     """
     _check_rate(rate)
     if granularity not in GRANULARITIES:
@@ -60,11 +61,12 @@ def sgdrop(*, rate: float | Callable = 0.1, granularity: str = "element", teache
             raise UserError(
                 f"sgdrop: features of shape {features.shape} have one {granularity}, there is none to choose"
             )
-        # Above the interpolated quantile is above the value below it, which is the (1 + ceil((n - 1) rate))-th largest. The
-        # factor keeps .1 * 30 = 3.0000000000000004, and a float32 rate of .1, from counting as 4.
+        # Above the interpolated quantile is above the value below it, which is the (1 + ceil((n - 1) rate))-th largest.
+        # The factor keeps .1 * 30 = 3.0000000000000004, and a float32 rate of .1, from counting as 4.
         count = 1 + jnp.ceil((n - 1) * _rate_at(rate, step) * (1 - 1e-6))
         threshold = kth_largest(units, count).reshape(-1, *(1,) * (scores.ndim - 1))
-        # Compiled, the scores may be computed twice, and differ in the last bit: by so little nothing is above the threshold.
+        # Compiled, the scores may be computed twice, and differ in the last bit: by so little nothing is above the
+        # threshold.
         dropped = jnp.broadcast_to(scores > threshold * (1 + 1e-6), features.shape)
         return jnp.where(dropped, 0, features), _share(dropped)
 
@@ -72,9 +74,11 @@ def sgdrop(*, rate: float | Callable = 0.1, granularity: str = "element", teache
 
 
 def random_matched(drop: Drop) -> Drop:
-    """The control of `drop`: in every example as many units as it drops there, at the same granularity, drawn uniformly.
+    """The control of `drop`: in every example as many units as it drops there, at the same granularity, drawn
+    uniformly.
 
-    The factors with which `drop` would multiply the features, in a random order; so a scale of the kept ones is kept as well.
+    The factors with which `drop` would multiply the features, in a random order; so a scale of the kept ones is kept as
+    well.
     """
     if not isinstance(drop, Drop):
         raise UserError(f"random_matched needs a drop such as sgdrop(), got {drop!r}")
@@ -94,7 +98,8 @@ def random_matched(drop: Drop) -> Drop:
 
 
 def attribution(source: tuple[Array, Callable], targets: Array) -> Array:
-    """Gradient times features (b, ..., c), float32, signed, of the logits weighted by targets (b, k): one vjp of the head."""
+    """Gradient times features (b, ..., c), float32, signed, of the logits weighted by targets (b, k): one vjp of the
+    head."""
     features, head = source
     features = lax.stop_gradient(features.astype(jnp.float32))
     logits, gradient = jax.vjp(head, features)

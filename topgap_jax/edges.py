@@ -1,6 +1,7 @@
 """What is refused at the edge, where a user's arrays come in: one line that says what would be right.
 
-Traced arrays are not looked at: inside `jit` code trusts its types. All is done in NumPy, so that it works while JAX traces.
+Traced arrays are not looked at: inside `jit` code trusts its types. All is done in NumPy, so that it works while JAX
+traces.
 """
 
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from topgap_jax.errors import UserError
 
 
 def check_examples(where: str, keys: Any, predict: Callable, images: Any, labels: Any) -> None:
-    """Raise a UserError unless images are float (b, h, w, c) in [0, 1], labels classes (b,) of `predict`, keys one an example.
+    """Raise a UserError unless images are float (b, h, w, c) in [0, 1], labels classes (b,) of `predict`, keys one an
+    example.
 
-    keys may be None, for what draws nothing. The number of classes is that of the logits, which are traced for it and not computed.
+    keys may be None, for what draws nothing. The number of classes is that of the logits, which are traced for it and
+    not computed.
     """
     if not all(map(_is_concrete, (keys, images, labels))):
         return
@@ -45,8 +48,8 @@ def check_images(where: str, images: Any) -> None:
         advice = "give images / 255" if high > 2 else "give (images + 1) / 2" if low >= -1 - 1e-6 and low < 0 else ""
         advice = advice or "give pixels from 0 to 1"
         raise UserError(
-            f"{where}: images must be float in [0, 1], these are {images.dtype} from {low:.4g} to {high:.4g}; {advice}; "
-            "normalisation belongs inside the model"
+            f"{where}: images must be float in [0, 1], these are {images.dtype} from {low:.4g} to {high:.4g}; {advice};"
+            " normalisation belongs inside the model"
         )
 
 

@@ -2,7 +2,8 @@
 
 
 class UserError(ValueError):
-    """A mistake in a config, an argument, a file or the data: one line that says what is wrong, where, and what would be right.
+    """A mistake in a config, an argument, a file or the data: one line that says what is wrong, where, and what would
+    be right.
 
     The command line prints it and exits with 2, without a traceback.
     """

@@ -14,9 +14,9 @@ from topgap_jax.types import Array
 def kth_largest(values: Array, k: int | Array) -> Array:
     """The ceil(k)-th largest of values (b, n, c) along axis 1: (b, c), exact; k may be traced.
 
-    The bit patterns are ordered like the floats: first their high 16 bits are found by 16 halvings, then the low ones among
-    those that share them. On a CPU up to 17 times as fast as a sort, 1.2 to 5.6 times as `lax.top_k`, and with 256 positions
-    1.6 times as 32 halvings of all bits (results/bench_pool.json).
+    The bit patterns are ordered like the floats: first their high 16 bits are found by 16 halvings, then the low ones
+    among those that share them. On a CPU up to 17 times as fast as a sort, 1.2 to 5.6 times as `lax.top_k`, and with
+    256 positions 1.6 times as 32 halvings of all bits (results/bench_pool.json).
     """
     bits = lax.bitcast_convert_type(values, jnp.int32)
     ordered = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers, in the order of the floats
@@ -31,7 +31,8 @@ def kth_largest(values: Array, k: int | Array) -> Array:
 
 
 def _kth_largest_short(values: Array, count: Array) -> Array:
-    """The count-th largest of int16 values (b, n, c) along axis 1, count a number or (b, c): the largest m with count values >= m.
+    """The count-th largest of int16 values (b, n, c) along axis 1, count a number or (b, c): the largest m with count
+    values >= m.
 
     The bounds come from the data, so that the loop's carry keeps sharding and varying axes.
     """
@@ -49,7 +50,8 @@ def _kth_largest_short(values: Array, count: Array) -> Array:
 
 
 def top_mask(values: Array, k: int | Array) -> Array:
-    """Whether a value is among the k largest of its example: (b, ...) -> bool (b, ...); of equal ones the first count."""
+    """Whether a value is among the k largest of its example: (b, ...) -> bool (b, ...); of equal ones the first
+    count."""
     order = jnp.argsort(values.reshape(values.shape[0], -1), axis=1, stable=True, descending=True)
     chosen = jnp.broadcast_to(jnp.arange(order.shape[1]) < jnp.reshape(jnp.asarray(k), (-1, 1)), order.shape)
     return jax.vmap(lambda row, index: jnp.zeros_like(row).at[index].set(row))(chosen, order).reshape(values.shape)
@@ -63,7 +65,8 @@ def average_ranks(values: Array) -> Array:
 
 
 def top_count(k: int | None, n: int) -> int:
-    """How many of a map's n positions are its top: k, or by default 100, above 64x64 positions 1000, at most a tenth of them.
+    """How many of a map's n positions are its top: k, or by default 100, above 64x64 positions 1000, at most a tenth of
+    them.
 
     >>> top_count(None, 1024), top_count(None, 64), top_count(5, 64)
     (100, 7, 5)

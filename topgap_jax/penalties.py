@@ -1,8 +1,10 @@
-"""Costs of a perturbation and the penalties on the gradient that they amount to: `l1_norm`, `l2_norm`, `elastic`, `group_norm`.
+"""Costs of a perturbation and the penalties on the gradient that they amount to: `l1_norm`, `l2_norm`, `elastic`,
+`group_norm`.
 
-Training on the costliest perturbation, max over delta of loss(x + delta) - R(delta), is to first order training on loss(x) +
-R*(g), g the input gradient and R* the convex conjugate of R (Gong, Dou & Farnia 2024, arXiv 2404.04647). Each function is named
-after R*. g is the gradient of one example's cross-entropy with respect to pixels in [0, 1], shape (b, h, w, c).
+Training on the costliest perturbation, max over delta of loss(x + delta) - R(delta), is to first order training on
+loss(x) + R*(g), g the input gradient and R* the convex conjugate of R (Gong, Dou & Farnia 2024, arXiv 2404.04647). Each
+function is named after R*. g is the gradient of one example's cross-entropy with respect to pixels in [0, 1], shape (b,
+h, w, c).
 """
 
 import math
@@ -15,12 +17,14 @@ from topgap_jax.norms import direction_and_length
 from topgap_jax.types import Penalty
 
 AXES = (1, 2, 3)
-# A perturbation on the rim of a constraint is inside, whatever the rounding: of its norm, and of (x + delta) - x with x in [0, 1].
+# A perturbation on the rim of a constraint is inside, whatever the rounding: of its norm, and of (x + delta) - x with x
+# in [0, 1].
 SLACK, ROUNDING = 1e-5, 1e-7
 
 
 def l1_norm(eps: float) -> Penalty:
-    """R*(g) = eps |g|_1, for sparse maps; R: no pixel value moves by more than eps; maximiser eps sign(g), which is FGSM."""
+    """R*(g) = eps |g|_1, for sparse maps; R: no pixel value moves by more than eps; maximiser eps sign(g), which is
+    FGSM."""
     check_number("eps", eps, 0)
     project = lambda delta: jnp.clip(delta, -eps, eps)
     return Penalty(
@@ -42,7 +46,8 @@ def l2_norm(eps: float) -> Penalty:
 
 
 def elastic(eps1: float, eps2: float) -> Penalty:
-    """R*(g) = eps1 |g|_1 + eps2 |g|_2^2; R(delta) = sum of max(|delta_i| - eps1, 0)^2 / (4 eps2); maximiser eps1 sign(g) + 2 eps2 g.
+    """R*(g) = eps1 |g|_1 + eps2 |g|_2^2; R(delta) = sum of max(|delta_i| - eps1, 0)^2 / (4 eps2); maximiser eps1
+    sign(g) + 2 eps2 g.
 
     Moving by eps1 costs nothing. `elastic(0, eps2)` is double backpropagation's penalty.
     """
@@ -68,10 +73,11 @@ def elastic(eps1: float, eps2: float) -> Penalty:
 
 
 def group_norm(eps: float, patch: int, *, joint_channels: bool = True) -> Penalty:
-    """R*(g) = eps sum over groups G of |g_G|_2, for connected maps; R: no group is longer than eps; maximiser eps g_G / |g_G|_2.
+    """R*(g) = eps sum over groups G of |g_G|_2, for connected maps; R: no group is longer than eps; maximiser eps g_G /
+    |g_G|_2.
 
-    Groups are tiles of patch x patch pixels, all channels together or, `joint_channels=False`, each by itself (the authors'
-    code, with patch 14 at 224 pixels). `patch` must divide height and width.
+    Groups are tiles of patch x patch pixels, all channels together or, `joint_channels=False`, each by itself (the
+    authors' code, with patch 14 at 224 pixels). `patch` must divide height and width.
     """
     check_number("eps", eps, 0)
     check_number("patch", patch, 1, whole=True)
@@ -88,7 +94,8 @@ def group_norm(eps: float, patch: int, *, joint_channels: bool = True) -> Penalt
 
 
 def _grouped(name, eps, groups, axes):
-    """The penalty eps * sum of the groups' lengths. `groups` reshapes (b, h, w, c) so that a group is what `axes` run over."""
+    """The penalty eps * sum of the groups' lengths. `groups` reshapes (b, h, w, c) so that a group is what `axes` run
+    over."""
     sum_up = lambda lengths: lengths.sum(tuple(range(1, lengths.ndim)))
 
     def maximiser(gradient):

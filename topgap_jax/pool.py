@@ -37,7 +37,8 @@ def gmp() -> Pool:
 
 
 def lse(r: float = 2.0) -> Pool:
-    """(1/r) log(mean(exp(r x))), between the mean (r -> 0) and the maximum (r -> inf) (Pinheiro & Collobert 2015, arXiv 1411.6228)."""
+    """(1/r) log(mean(exp(r x))), between the mean (r -> 0) and the maximum (r -> inf) (Pinheiro & Collobert 2015, arXiv
+    1411.6228)."""
     check_number("r", r, 1e-6)
 
     def pool(maps, step=None):
@@ -48,12 +49,13 @@ def lse(r: float = 2.0) -> Pool:
 
 
 def top_gap(k: int | float | Callable | None = None, *, fraction: float | Callable | None = None) -> Pool:
-    """Mean of the k largest positions of every class map: k = 1 is global max pooling, k = h * w global average pooling.
+    """Mean of the k largest positions of every class map: k = 1 is global max pooling, k = h * w global average
+    pooling.
 
     Either `k`, or `fraction` of the h * w positions (rounded half up, at least one), is a number or a schedule step ->
-    number. A schedule gives a real k: the weights are clip(k - rank, 0, 1) / k, and no gradient flows into k. Ties share
-    evenly: with t the k-th largest value, the gradient is 1/k above t and (k - #above) / (k #equal) at t. The second
-    derivative is 0. A NaN anywhere in a map gives NaN.
+    number. A schedule gives a real k: the weights are clip(k - rank, 0, 1) / k, and no gradient flows into k. Ties
+    share evenly: with t the k-th largest value, the gradient is 1/k above t and (k - #above) / (k #equal) at t. The
+    second derivative is 0. A NaN anywhere in a map gives NaN.
     """
     if (k is None) == (fraction is None):
         raise UserError("give exactly one of k and fraction: top_gap(k=4) or top_gap(fraction=.1)")
@@ -72,7 +74,8 @@ def top_gap(k: int | float | Callable | None = None, *, fraction: float | Callab
             count = positions(amount, n)
         elif amount > n:
             raise UserError(
-                f"top_gap: k={amount} is more than the {n} positions of {maps.shape[1]}x{maps.shape[2]} maps; give k <= {n}"
+                f"top_gap: k={amount} is more than the {n} positions of {maps.shape[1]}x{maps.shape[2]} maps; give k"
+                f" <= {n}"
             )
         else:
             count = amount
@@ -86,7 +89,8 @@ def top_gap(k: int | float | Callable | None = None, *, fraction: float | Callab
 
 
 def positions(fraction: float, n: int) -> int:
-    """How many of n positions a fraction is: floor(fraction n + 1/2), at least 1; 1e-9 because .145 * 100 is 14.499999999999998.
+    """How many of n positions a fraction is: floor(fraction n + 1/2), at least 1; 1e-9 because .145 * 100 is
+    14.499999999999998.
 
     >>> positions(0.145, 100), positions(0.001, 49)
     (15, 1)
@@ -95,7 +99,8 @@ def positions(fraction: float, n: int) -> int:
 
 
 def top_weights(maps: Array, k: int | Array) -> Array:
-    """Weights (b, h, w, c) with which the positions enter Top-GAP: 1/k above the k-th value, ties even, summing to 1; constant in the gradient."""
+    """Weights (b, h, w, c) with which the positions enter Top-GAP: 1/k above the k-th value, ties even, summing to 1;
+    constant in the gradient."""
     b, h, w, c = maps.shape
     values = lax.stop_gradient(maps.astype(jnp.float32)).reshape(b, h * w, c)
     threshold = kth_largest(values, k)[:, None, :]

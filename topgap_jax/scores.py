@@ -1,4 +1,5 @@
-"""What attacks raise and explanations explain: functions of logits (b, k), labels (b,) and the clean logits, (b,) in float32."""
+"""What attacks raise and explanations explain: functions of logits (b, k), labels (b,) and the clean logits, (b,) in
+float32."""
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +18,23 @@ def logit(logits: Array, labels: Array, clean: Array | None = None) -> Array:
 def cross_entropy(logits: Array, labels: Array, clean: Array | None = None) -> Array:
     """softplus(logsumexp of the other classes of (z_k - z_y)), equal to logsumexp(z) - z_y.
 
-    Written so, its gradient holds no p_y - 1, which in float32 is rounding noise on confident images and exactly 0 from a
-    margin of 17 on (`14.11` in the tests); here it stays right up to a margin of 87.
+    Written so, its gradient holds no p_y - 1, which in float32 is rounding noise on confident images and exactly 0 from
+    a margin of 17 on (`14.11` in the tests); here it stays right up to a margin of 87.
     """
     others = jnp.where(_one_hot(logits, labels), -jnp.inf, logits.astype(jnp.float32))
     return jax.nn.softplus(jax.nn.logsumexp(others, -1) - _pick(logits, labels))
 
 
 def margin(logits: Array, labels: Array, clean: Array | None = None) -> Array:
-    """max over k != y of z_k, minus z_y: positive iff misclassified (Carlini & Wagner 2017, arXiv 1608.04644, unclipped)."""
+    """max over k != y of z_k, minus z_y: positive iff misclassified (Carlini & Wagner 2017, arXiv 1608.04644,
+    unclipped)."""
     others = jnp.where(_one_hot(logits, labels), -jnp.inf, logits.astype(jnp.float32))
     return others.max(-1) - _pick(logits, labels)
 
 
 def dlr(logits: Array, labels: Array, clean: Array | None = None) -> Array:
-    """Difference of logits ratio, -(z_y - z_o) / (z_(1) - z_(3) + 1e-12), z_o the best other (Croce & Hein 2020, arXiv 2003.01690).
+    """Difference of logits ratio, -(z_y - z_o) / (z_(1) - z_(3) + 1e-12), z_o the best other (Croce & Hein 2020, arXiv
+    2003.01690).
 
     Invariant to shift and scale. Two classes have no z_(3): the plain margin takes its place.
     """
@@ -42,9 +45,11 @@ def dlr(logits: Array, labels: Array, clean: Array | None = None) -> Array:
 
 
 def targeted_dlr(rank: int = 1) -> Score:
-    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12), t the class with the rank-th largest clean logit among the others.
+    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12), t the class with the rank-th largest clean logit among the
+    others.
 
-    (arXiv 2003.01690.) With three classes or fewer: z_t - z_y. Needs `clean`; rank is at most the number of classes minus 1.
+    (arXiv 2003.01690.) With three classes or fewer: z_t - z_y. Needs `clean`; rank is at most the number of classes
+    minus 1.
     """
     check_number("rank", rank, 1, whole=True)
 

@@ -1,4 +1,5 @@
-"""Every type of the library. b images of h x w x c pixels in [0, 1], k classes; keys (b,) are typed keys, one per example.
+"""Every type of the library. b images of h x w x c pixels in [0, 1], k classes; keys (b,) are typed keys, one per
+example.
 
 A method with options is a function that returns one of these. Images are float32, labels int32; normalisation is inside
 the model, so an epsilon means what it says. Scores, losses and maps are per example; a mean is taken once, at the end.
@@ -18,9 +19,9 @@ Array: TypeAlias = jax.Array
 Keys: TypeAlias = Array  # (b,) typed keys
 Variables: TypeAlias = Mapping[str, Any]  # "params", "batch_stats", in training also "ema" = {"params", "batch_stats"}
 Batch: TypeAlias = Mapping[str, Array]
-"""`image` (b, h, w, c), `targets` (b, k) (mixed labels are rows), `label` (b,), `id` (b,) int32 row of the split, `mask` (b,) bool
-(False: padding), and what the data set offers: `box` (b, 4) as (ymin, xmin, ymax, xmax) in [0, 1], `region` (b, h, w) uint8
-(0 outside, 1 inside, 2 unsure), `group` (b,) int32."""
+"""`image` (b, h, w, c), `targets` (b, k) (mixed labels are rows), `label` (b,), `id` (b,) int32 row of the split,
+`mask` (b,) bool (False: padding), and what the data set offers: `box` (b, 4) as (ymin, xmin, ymax, xmax) in [0, 1],
+`region` (b, h, w) uint8 (0 outside, 1 inside, 2 unsure), `group` (b,) int32."""
 
 
 class Output(NamedTuple):
@@ -60,12 +61,12 @@ class Score(Protocol):
 class Ball(NamedTuple):
     """The perturbations an attack may use: a norm ball, cut by the pixel box [0, 1]. eps (b,) is each example's radius.
 
-    name, eps                                                    `linf(0.03137)`, and the default radius
-    start(keys (b,), images, eps) -> delta                       a random start inside the ball, (b, h, w, c)
-    project(images, delta, eps) -> delta                         nearest allowed perturbation, (b, h, w, c) each
-    ascent(gradient) -> direction                                steepest ascent of unit norm, (b, h, w, c)
-    dual_norm(gradient) -> (b,)                                  sup of <gradient, d> over unit d
-    size(delta) -> (b,)                                          the ball's own norm
+    name, eps                                            `linf(8/255)`, and the default radius
+    start(keys (b,), images, eps) -> delta               a random start inside the ball, (b, h, w, c)
+    project(images, delta, eps) -> delta                 nearest allowed perturbation, (b, h, w, c) each
+    ascent(gradient) -> direction                        steepest ascent of unit norm, (b, h, w, c)
+    dual_norm(gradient) -> (b,)                          sup of <gradient, d> over unit d
+    size(delta) -> (b,)                                  the ball's own norm
     """
 
     name: str
@@ -78,15 +79,16 @@ class Ball(NamedTuple):
 
 
 class Penalty(NamedTuple):
-    """A cost R of a perturbation, and through it a penalty R* on the gradient: sup over delta of <g, delta> - R(delta) = R*(g).
+    """A cost R of a perturbation, and through it a penalty R* on the gradient: sup over delta of <g, delta> - R(delta)
+    = R*(g).
 
-    value(gradient) -> (b,)                                      R*(g), the penalty that lands on the gradient map
-    cost(delta) -> (b,)                                          R(delta); of a constraint 0 inside and inf outside
-    maximiser(gradient) -> delta                                 where the supremum is attained, (b, h, w, c) each
-    prox(delta, t) -> delta                                      argmin over d of t R(d) + |d - delta|^2 / 2
-    project(delta) -> delta                                      nearest allowed perturbation: itself where R is finite everywhere
-    scale                                                        natural t of `prox`; None: R is a constraint, `prox` projects
-    boxed                                                        whether cutting the maximiser by the pixel box leaves it one
+    value(gradient) -> (b,)                              R*(g), the penalty that lands on the gradient map
+    cost(delta) -> (b,)                                  R(delta); of a constraint 0 inside and inf outside
+    maximiser(gradient) -> delta                         where the supremum is attained, (b, h, w, c) each
+    prox(delta, t) -> delta                              argmin over d of t R(d) + |d - delta|^2 / 2
+    project(delta) -> delta                              nearest allowed perturbation; itself where R is finite
+    scale                                                natural t of `prox`; None: R is a constraint, `prox` projects
+    boxed                                                whether cutting the maximiser by the pixel box leaves it one
     """
 
     name: str
@@ -106,7 +108,8 @@ class Pool(Protocol):
 
 
 class Cost(NamedTuple):
-    """What a method asks of the network per image: forward passes, and gradient evaluations (one forward and one backward each).
+    """What a method asks of the network per image: forward passes, and gradient evaluations (one forward and one
+    backward each).
 
     Costs add up and can be multiplied by a number: `steps * attack.cost(predict, images) + Cost(1, 0)`.
     """
@@ -122,22 +125,23 @@ class Cost(NamedTuple):
 
 
 Costs: TypeAlias = Callable[[Predict, Any], Cost]
-"""cost(predict, images (b, h, w, c), arrays or their shapes) -> Cost, from shapes alone: it may trace `predict`, never run it."""
+"""cost(predict, images (b, h, w, c), arrays or their shapes) -> Cost, from shapes alone: it may trace `predict`, never
+run it."""
 
 
 class Attack(NamedTuple):
     """A search for an adversarial example, as a pair like an optax optimiser.
 
     init(keys, predict, images, labels, logits (clean), *, run=None, eps=None) -> state
-    step(predict, state) -> state                                evaluates the iterate, books it, then moves it
-    steps                                                        how often `step` is to be called
-    cost(predict, images) -> Cost                                of one step
-    aim                                                          what it changes: the "label", or the "map" of an explanation
-    runs                                                         restarts x targets: values of `run`, below which it stays
+    step(predict, state) -> state                        evaluates the iterate, books it, then moves it
+    steps                                                how often `step` is to be called
+    cost(predict, images) -> Cost                        of one step
+    aim                                                  what it changes: the "label", or the "map" of an explanation
+    runs                                                 restarts x targets: values of `run`, below which it stays
 
-    The state is `attacks.state.State`, every leaf of which has the leading axis b. `run` (b,) numbers restart and target of each
-    example, 0 if not given; `eps` (b,) is its radius, the ball's own if not given. `attacks.finish` books the last iterate of
-    an attack on the label.
+    The state is `attacks.state.State`, every leaf of which has the leading axis b. `run` (b,) numbers restart and
+    target of each example, 0 if not given; `eps` (b,) is its radius, the ball's own if not given. `attacks.finish`
+    books the last iterate of an attack on the label.
     """
 
     init: Callable[..., Any]
@@ -155,15 +159,16 @@ Runs: TypeAlias = tuple[Attack, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Explain:
-    """Where the network looks: a hashable record that is called, explain(keys (b,), predict, images, labels (b,)) -> maps.
+    """Where the network looks: a hashable record that is called, explain(keys (b,), predict, images, labels (b,)) ->
+    maps.
 
-    maps(keys, predict, images, labels) -> (b, h', w')           at the method's own resolution; of a family one array a name
-    cost(predict, images) -> Cost                                of one map
+    maps(keys, predict, images, labels) -> (b, h', w')   at the method's own resolution; of a family one array a name
+    cost(predict, images) -> Cost                        of one map
     pixels(keys, predict, images, labels) -> (b, h, w, c)        the values of every channel, where the method has them
-    reduce((b, h, w, c)) -> (b, h, w)                            what makes the map of them
-    signed                                                       what a negative value means; None: no value is negative
-    rules                                                        the backward or forward rules it uses, as (operation, Rule)
-    names                                                        (): one map; else a family, whose maps come in this order
+    reduce((b, h, w, c)) -> (b, h, w)                    what makes the map of them
+    signed                                               what a negative value means; None: no value is negative
+    rules                                                the backward or forward rules it uses, as (operation, Rule)
+    names                                                (): one map; else a family, whose maps come in this order
 
     A call checks keys, images and labels where they are not traced (UserError); `maps` does not.
     """
@@ -194,10 +199,10 @@ class Drop(NamedTuple):
     """What training hides of a layer's features, and how much of them it hid.
 
     apply(keys (b,), source, features (b, h, w, c), targets (b, k), step) -> (features, rate (b,))
-    source = (features, head)                                    what the saliency is taken from
-    head(features) -> logits (b, k)                              the rest of the network in eval mode
-    teacher                                                      source is of variables["ema"], not of the weights in training
-    granularity                                                  what is dropped as one: "element", "location" or "channel"
+    source = (features, head)                            what the saliency is taken from
+    head(features) -> logits (b, k)                      the rest of the network in eval mode
+    teacher                                              source is of variables["ema"], not of the weights in training
+    granularity                                          what is dropped as one: "element", "location" or "channel"
     """
 
     apply: Callable[..., tuple[Array, Array]]
@@ -206,7 +211,8 @@ class Drop(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Another way to compute an operation of a network, such as its ReLUs, forward or backward; None leaves it as it is.
+    """Another way to compute an operation of a network, such as its ReLUs, forward or backward; None leaves it as it
+    is.
 
     forward(operation, *inputs) -> output
     backward(operation, gradient, *inputs) -> gradient of the input, a tuple where there are several
@@ -239,12 +245,12 @@ class Objective(Protocol):
 class Measure(NamedTuple):
     """One number of a result with all that a table needs.
 
-    value                                                        None: no image defines it, and `reason` says why
-    low, high                                                    its 95 % interval, None where none is known
-    n                                                            how many images it is over
-    better                                                       "higher", "lower", or None where neither side is
-    label, unit                                                  in words: "worst-group accuracy", "pixels"
-    main                                                         whether a short table shows it
+    value                                                None: no image defines it, and `reason` says why
+    low, high                                            its 95 % interval, None where none is known
+    n                                                    how many images it is over
+    better                                               "higher", "lower", or None where neither side is
+    label, unit                                          in words: "worst-group accuracy", "pixels"
+    main                                                 whether a short table shows it
     """
 
     value: float | None = None
@@ -272,7 +278,7 @@ class Metric(NamedTuple):
 
     NaN where a measure is undefined; an image whose map is not finite has none.
 
-    measures                                                     what each name is: a Measure, or a Curve for rows (b, x)
+    measures                                             what each name is: a Measure, or a Curve for rows (b, x)
     cost(predict, images) -> Cost
     """
 
@@ -294,12 +300,12 @@ class Evaluator(NamedTuple):
     rows(keys, model, variables, batch, prepared) -> {name: (b, ...)}          pure, on the device
     summary({name: (n, ...)} of the whole split, NumPy) -> {name: Measure or Curve}
     cost(predict, images) -> Cost
-    host({name: (b, ...)}, NumPy) -> {name: (b, ...)}            optional, work that is not arithmetic on arrays
-    prepare(training, classes) -> prepared                       optional: what the rows need of the training split
+    host({name: (b, ...)}, NumPy) -> {name: (b, ...)}    optional, work that is not arithmetic on arrays
+    prepare(training, classes) -> prepared               optional: what the rows need of the training split
 
-    training: {"image" (m, h, w, c) uint8, "label", "box"?, "region"?}, NumPy, or None where there is none to be had: then rows
-    that need one are absent, and the summary says why. `prepared` is a tree of arrays ({} without `prepare`), an argument of
-    the jitted rows and no constant in them.
+    training: {"image" (m, h, w, c) uint8, "label", "box"?, "region"?}, NumPy, or None where there is none to be had:
+    then rows that need one are absent, and the summary says why. `prepared` is a tree of arrays ({} without `prepare`),
+    an argument of the jitted rows and no constant in them.
     """
 
     rows: Callable[..., Mapping[str, Array]]

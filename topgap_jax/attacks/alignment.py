@@ -1,4 +1,5 @@
-"""`alignment`: an attack that turns a network's input gradients away from the image, the inner one of ART (arXiv 1911.13073).
+"""`alignment`: an attack that turns a network's input gradients away from the image, the inner one of ART (arXiv
+1911.13073).
 
 Also what it compares: images and gradients as vectors, their cosines, the triplet loss.
 """
@@ -46,18 +47,20 @@ def alignment(
     start: str | None = "random",
     remat: bool = False,
 ) -> Attack:
-    """Raises ART's triplet loss of image and input gradients (Singh et al. 2020, arXiv 1911.13073); it needs second derivatives.
+    """Raises ART's triplet loss of image and input gradients (Singh et al. 2020, arXiv 1911.13073); it needs second
+    derivatives.
 
-    With anchor a = (x - mean) / std (as the model normalises), p and n the gradients with respect to a of the true logit and of
-    the best wrong one, the score is log(1 + exp(cos(a, n) - cos(a, p))) on the entries of largest |p| at the start (`k` of
-    h*w*c, by default the `fraction` of them, kept in `search.salient` (b, d)); `steps` steps x <- P(x + step_size *
-    ascent(gradient)), the step in the ball's own norm, from a "random" point of the ball or (`start=None`) the clean image.
-    Variant "abs_mean" compares means over channels of absolute values (k of h*w). The gradients are of the network with
-    softplus(beta z) / beta for relu (`beta=None`: as it is, for smooth networks), in float32 whatever it computes in.
+    With anchor a = (x - mean) / std (as the model normalises), p and n the gradients with respect to a of the true
+    logit and of the best wrong one, the score is log(1 + exp(cos(a, n) - cos(a, p))) on the entries of largest |p| at
+    the start (`k` of h*w*c, by default the `fraction` of them, kept in `search.salient` (b, d)); `steps` steps x <- P(x
+    + step_size * ascent(gradient)), the step in the ball's own norm, from a "random" point of the ball or
+    (`start=None`) the clean image. Variant "abs_mean" compares means over channels of absolute values (k of h*w). The
+    gradients are of the network with softplus(beta z) / beta for relu (`beta=None`: as it is, for smooth networks), in
+    float32 whatever it computes in.
 
-    The last iterate is images + delta, `best` the one with the highest score that a step has met. An example with eps 0 (padding)
-    takes part in nothing, also where a batch's statistics tie the rows together. remat: only results of convolutions and
-    products are kept for the second differentiation. Raises UserError for a model with one class.
+    The last iterate is images + delta, `best` the one with the highest score that a step has met. An example with eps 0
+    (padding) takes part in nothing, also where a batch's statistics tie the rows together. remat: only results of
+    convolutions and products are kept for the second differentiation. Raises UserError for a model with one class.
     """
     mean, std = channels(mean, std)
     check_number("steps", steps, 0, whole=True)
@@ -110,14 +113,16 @@ def _mask(state):
 
 
 class Vectors(NamedTuple):
-    """What is compared, (b, d) each: anchors(images), and gradients(predict, images, labels, mask) -> positives, negatives."""
+    """What is compared, (b, d) each: anchors(images), and gradients(predict, images, labels, mask) -> positives,
+    negatives."""
 
     anchors: Callable[[Array], Array]
     gradients: Callable[[Predict, Array, Array, Array], tuple[Array, Array]]
 
 
 def as_vectors(mean: Sequence[float], std: Sequence[float], variant: str = "signed", remat: bool = False) -> Vectors:
-    """Normalised images, and gradients by them, flat; for "abs_mean" the means over channels of their absolute values."""
+    """Normalised images, and gradients by them, flat; for "abs_mean" the means over channels of their absolute
+    values."""
     mean, std = channels(mean, std)
 
     def flat(values):
@@ -150,10 +155,11 @@ def softened(predict: Predict, beta: float | None) -> Predict:
 def class_gradients(
     predict: Predict, images: Array, labels: Array, mask: Array, *, remat: bool = False
 ) -> tuple[Array, Array]:
-    """Gradients (b, h, w, c) by pixel of the true logit and of the best wrong one, by one forward and two backward passes.
+    """Gradients (b, h, w, c) by pixel of the true logit and of the best wrong one, by one forward and two backward
+    passes.
 
-    Of a sum over the rows with mask 1: with batch statistics, rows act on each other. `remat`: a second differentiation finds
-    the results of convolutions and matrix products, and computes everything else again.
+    Of a sum over the rows with mask 1: with batch statistics, rows act on each other. `remat`: a second differentiation
+    finds the results of convolutions and matrix products, and computes everything else again.
     """
 
     def gradients(images):
@@ -172,7 +178,8 @@ def class_gradients(
 
 
 def triplet(anchor: Array, positive: Array, negative: Array) -> Array:
-    """The soft-margin triplet loss (b,) of vectors (b, r, d), the mean over r, with the hardest of each example's r p and n."""
+    """The soft-margin triplet loss (b,) of vectors (b, r, d), the mean over r, with the hardest of each example's r p
+    and n."""
     to_positive, to_negative = 1 - _cosines(anchor, positive), 1 - _cosines(anchor, negative)
     return jax.nn.softplus(to_positive.max(2) - to_negative.min(2)).mean(1)
 

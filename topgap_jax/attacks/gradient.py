@@ -24,8 +24,9 @@ def pgd(
 ) -> Attack:
     """Projected steepest ascent of `score` inside `ball` (Madry et al. 2018, arXiv 1706.06083).
 
-    x <- P(x + step_size * ascent(gradient)); `step_size` is in the ball's own norm, 2.5 eps / steps if not given. `start` is a
-    "random" point of the ball, or None, the clean image. An example that is misclassified when clean is returned unchanged.
+    x <- P(x + step_size * ascent(gradient)); `step_size` is in the ball's own norm, 2.5 eps / steps if not given.
+    `start` is a "random" point of the ball, or None, the clean image. An example that is misclassified when clean is
+    returned unchanged.
     """
     check_number("steps", steps, 1, whole=True)
     if step_size is not None:
@@ -61,8 +62,8 @@ def fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
 def r_fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
     """A random half step, then half a step along the gradient there: R+FGSM (Tramer et al. 2018, arXiv 1705.07204).
 
-    x0 = P(x + eps/2 * ascent(N(0, I))), then P(x0 + eps/2 * ascent(gradient at x0)). In `linf` both ascents are signs; two half
-    steps never leave the ball.
+    x0 = P(x + eps/2 * ascent(N(0, I))), then P(x0 + eps/2 * ascent(gradient at x0)). In `linf` both ascents are signs;
+    two half steps never leave the ball.
     """
 
     def init(keys, predict, images, labels, logits, *, run=None, eps=None):
@@ -80,7 +81,8 @@ def r_fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
 
 
 def starting(ball: Ball, where: str | None):
-    """(keys, images, labels, logits, run, eps) -> the state at a "random" point of the ball, or (None) at the clean image.
+    """(keys, images, labels, logits, run, eps) -> the state at a "random" point of the ball, or (None) at the clean
+    image.
 
     Every run draws from keys of its own; the first from the examples' keys themselves.
     """

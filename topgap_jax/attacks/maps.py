@@ -38,16 +38,17 @@ def topk_attack(
 ) -> Attack:
     """The top-k attack of Ghorbani et al. 2019 (arXiv 1710.10547) on any explanation.
 
-    D(x') = sum over `top` of M(x'), M the map divided by the sum of its absolute values times its number of positions n, `top`
-    the k highest positions of the clean map. x' <- P(x' + step_size * ascent(-grad D)) from `restarts` points, each "random" in
-    the ball or (`start=None`) the clean image, `steps` steps each; `step_size` is in the ball's own norm, eps / 8 if not given
-    (1/255 of 8/255). An iterate is admissible if the prediction is still the label; the one with the fewest of `top` among its
-    own k highest is kept, equal ones by their mass on `top`. An image that is misclassified when clean is not attacked.
+    D(x') = sum over `top` of M(x'), M the map divided by the sum of its absolute values times its number of positions
+    n, `top` the k highest positions of the clean map. x' <- P(x' + step_size * ascent(-grad D)) from `restarts` points,
+    each "random" in the ball or (`start=None`) the clean image, `steps` steps each; `step_size` is in the ball's own
+    norm, eps / 8 if not given (1/255 of 8/255). An iterate is admissible if the prediction is still the label; the one
+    with the fewest of `top` among its own k highest is kept, equal ones by their mass on `top`. An image that is
+    misclassified when clean is not attacked.
 
-    The whole map is differentiated, where it uses gradients a second time. A ReLU network has no second derivatives: D is that
-    of its twin with softplus(beta z) / beta, while every verdict is of the network itself. `beta=None` does without a twin,
-    for networks that are smooth. `k` is by default 100, above 64x64 positions 1000, and at most a tenth of them.
-    With step_size=0 it is the control: random points of the ball.
+    The whole map is differentiated, where it uses gradients a second time. A ReLU network has no second derivatives: D
+    is that of its twin with softplus(beta z) / beta, while every verdict is of the network itself. `beta=None` does
+    without a twin, for networks that are smooth. `k` is by default 100, above 64x64 positions 1000, and at most a tenth
+    of them. With step_size=0 it is the control: random points of the ball.
     """
     Explain.single("topk_attack", explain)
     if not isinstance(ball, Ball):
@@ -120,7 +121,8 @@ def topk_attack(
         )
 
     def cost(predict, images):
-        # Per step the gradient of a map (twice the map's own, where it has one), the map at the new point, and its logits.
+        # Per step the gradient of a map (twice the map's own, where it has one), the map at the new point, and its
+        # logits.
         forwards, gradients = explain.cost(predict, images)
         return Cost(forwards + 1, forwards + 3 * gradients)
 

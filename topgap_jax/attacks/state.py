@@ -1,7 +1,7 @@
 """The one state of every attack, and what every attack does with it: start, evaluate, book, move, finish.
 
-Everything is per example: no number of one depends on its neighbours, which is what lets a queue refill, restarts and targets
-share a program (`run`), and a curve over radii compile once (`eps`).
+Everything is per example: no number of one depends on its neighbours, which is what lets a queue refill, restarts and
+targets share a program (`run`), and a curve over radii compile once (`eps`).
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ NEVER = -1
 
 
 class State(NamedTuple):
-    """What is known of each example. `search` belongs to the attack: a NamedTuple of arrays (b, ...), () where it has none."""
+    """What is known of each example. `search` belongs to the attack: a NamedTuple of arrays (b, ...), () where it has
+    none."""
 
     images: Array  # (b, h, w, c), clean
     labels: Array  # (b,)
@@ -48,7 +49,8 @@ def start(
     target: Array | None = None,
     search: Any = (),
 ) -> State:
-    """The state before the first step, at the clean images; what is misclassified there is broken with the clean image."""
+    """The state before the first step, at the clean images; what is misclassified there is broken with the clean
+    image."""
     # Made like the logits, so that it is split over devices as they are.
     number = jnp.zeros_like(logits[:, 0], jnp.int32)
     wrong = misclassified(logits, labels)
@@ -83,7 +85,8 @@ def evaluate(predict: Predict, score: Score, state: State) -> tuple[State, Array
 
 
 def book(state: State, values: Array, logits: Array, admissible: Array | bool = True) -> State:
-    """Keep the first admissible iterate that breaks, and the highest score; outside the ball an iterate is not admissible."""
+    """Keep the first admissible iterate that breaks, and the highest score; outside the ball an iterate is not
+    admissible."""
     newly = misclassified(logits, state.labels) & (state.status == RUNNING) & admissible
     return state._replace(
         best=where(newly, state.images + state.delta, state.best),
@@ -94,13 +97,15 @@ def book(state: State, values: Array, logits: Array, admissible: Array | bool = 
 
 
 def move(state: State, delta: Array, search: Any = None) -> State:
-    """The next iterate. A broken example moves on too: training uses the last iterate, its verdict is already booked."""
+    """The next iterate. A broken example moves on too: training uses the last iterate, its verdict is already
+    booked."""
     search = state.search if search is None else search
     return state._replace(delta=delta, count=state.count + 1, search=search)
 
 
 def finish(predict: Predict, state: State) -> State:
-    """Evaluate the last iterate and book its verdict: every driver of an attack on the label ends with this forward pass."""
+    """Evaluate the last iterate and book its verdict: every driver of an attack on the label ends with this forward
+    pass."""
     return book(state, state.score, predict(state.images + state.delta))
 
 
@@ -115,7 +120,8 @@ def where(rows: Array, a: Array, b: Array) -> Array:
 
 
 def attack(attack: Attack, keys: Keys, predict: Predict, images: Array, labels: Array) -> State:
-    """The whole attack on a batch in one call, with a loop over its steps: the driver for notebooks, training and evaluators.
+    """The whole attack on a batch in one call, with a loop over its steps: the driver for notebooks, training and
+    evaluators.
 
     keys (b,), images (b, h, w, c) in [0, 1], labels (b,). `best` holds the adversarial images where `status` is BROKEN;
     training takes the last iterate, images + delta. Raises UserError for arrays that are none of these; inside `jit`

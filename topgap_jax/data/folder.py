@@ -16,8 +16,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 def folder(path: str) -> Splits:
     """Pictures in `path/<split>/<class>/`, or in `path/<class>/` (the split is then called 'all').
 
-    The classes are the sub-folders' names in alphabetical order, over all splits. Within a split the pictures are in one
-    fixed random order, so that 'all[:80%]' and 'all[80%:]' are fit for training and validation.
+    The classes are the sub-folders' names in alphabetical order, over all splits. Within a split the pictures are in
+    one fixed random order, so that 'all[:80%]' and 'all[80%:]' are fit for training and validation.
     """
     root, shown = Path(path).expanduser(), f"folder('{path}')"
     if not root.is_dir():

@@ -22,9 +22,11 @@ def resident(
     extras: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The whole split as arrays: `image` (n, h, w, 3) uint8, `label` (n,) int32, and `box`, `region`, `group` where offered.
+    """The whole split as arrays: `image` (n, h, w, 3) uint8, `label` (n,) int32, and `box`, `region`, `group` where
+    offered.
 
-    extras=False leaves box, region and group out (training does not need them). progress(done, total) is called now and then.
+    extras=False leaves box, region and group out (training does not need them). progress(done, total) is called now and
+    then.
     """
     n = len(source)
     arrays = {key: np.zeros((n, *shape), kind) for key, shape, kind in layout(source, image_size, extras)}
@@ -86,7 +88,8 @@ def epoch_ids(seed: int, epoch: int, n: int, batch: int) -> np.ndarray:
 
 
 def evaluation_batches(n: int, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every row once, in order: pairs ids (batch,) int32, mask (batch,); the last batch is padded with row 0, mask False."""
+    """Every row once, in order: pairs ids (batch,) int32, mask (batch,); the last batch is padded with row 0, mask
+    False."""
     for start in range(0, n, batch):
         yield evaluation_ids(start // batch, n, batch)
 

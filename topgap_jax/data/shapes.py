@@ -1,7 +1,8 @@
 """`shapes`: pictures with ground truth for "looks at the right pixels", drawn from a seed, needing no file.
 
-A class is a shape; its background's texture goes with the class in 90 % of the images of train, validation and test, and is
-drawn evenly in test_shifted. The texture's strength varies from image to image, so that some can only be told by shape.
+A class is a shape; its background's texture goes with the class in 90 % of the images of train, validation and test,
+and is drawn evenly in test_shifted. The texture's strength varies from image to image, so that some can only be told by
+shape.
 """
 
 import numpy as np
@@ -14,7 +15,8 @@ BACKGROUNDS = ("horizontal", "vertical", "rising", "falling", "checker", "dots")
 SPLITS = ("train", "validation", "test", "test_shifted")
 SIZE = 64
 RADII = (10.0, 22.0)
-# Distance of a shape's furthest point from its centre, in radii. Chosen so that an object covers .14 of an image on average.
+# Distance of a shape's furthest point from its centre, in radii. Chosen so that an object covers .14 of an image on
+# average.
 EXTENT = {"disc": 1.0, "square": 0.8 * 2**0.5, "triangle": 1.25, "cross": 1.0, "ring": 1.0, "star": 1.2}
 
 
@@ -23,11 +25,12 @@ def shapes(
 ) -> Splits:
     """64x64 pictures of a disc, square, triangle, cross, ring or star; splits train, validation, test and test_shifted.
 
-    Radius log-uniform in 10 to 22 pixels, rotation within .5 rad, object wholly inside; object colour = the background's base
-    colour +- .4 U(.6, 1) per channel; texture amplitude (twice the standard deviation) log-uniform in .02 to .15; pixel noise .05. `correlation` is the
-    share of images whose background is the class's own, the others have one of the other five. Records offer the exact
-    region (1 inside, 0 outside), its box, and group (0 background agrees with the class, 1 conflicts). Image i of a split
-    depends on seed, split and i only, not on the number of images. test_shifted is as long as test.
+    Radius log-uniform in 10 to 22 pixels, rotation within .5 rad, object wholly inside; object colour = the
+    background's base colour +- .4 U(.6, 1) per channel; texture amplitude (twice the standard deviation) log-uniform in
+    .02 to .15; pixel noise .05. `correlation` is the share of images whose background is the class's own, the others
+    have one of the other five. Records offer the exact region (1 inside, 0 outside), its box, and group (0 background
+    agrees with the class, 1 conflicts). Image i of a split depends on seed, split and i only, not on the number of
+    images. test_shifted is as long as test.
     """
     for name, number in (("train", train), ("validation", validation), ("test", test), ("seed", seed)):
         check_number(name, number, 0, whole=True)
@@ -95,7 +98,8 @@ def texture(random: np.random.Generator, name: str) -> np.ndarray:
 
 
 def outline(random: np.random.Generator, name: str) -> np.ndarray:
-    """Signed distance (h, w) in pixels to the outline of a shape of random size, place and rotation; negative inside."""
+    """Signed distance (h, w) in pixels to the outline of a shape of random size, place and rotation; negative
+    inside."""
     radius = _log_uniform(random, *RADII)
     margin = radius * EXTENT[name] + 1
     centre_y, centre_x = random.uniform(margin, SIZE - margin, 2)
@@ -130,7 +134,8 @@ def box_of(region: np.ndarray) -> np.ndarray:
 
 
 def _star(x, y, outer):
-    """Five points, the inner radius half the outer: fold the plane into half a point, then the distance to its one edge."""
+    """Five points, the inner radius half the outer: fold the plane into half a point, then the distance to its one
+    edge."""
     sector = 2 * np.pi / 5
     angle = abs((np.arctan2(x, -y) + sector / 2) % sector - sector / 2)
     along, across = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)

@@ -22,8 +22,8 @@ RESIZES = ("stretch", "crop")
 class Source:
     """A split of a data set: `len(source)` records, `source[i]` the i-th, decoded and checked.
 
-    read(i) -> Record, unchecked; `image_size` (h, w) is None where it varies; `offers`: which of box, region and group exist;
-    `classes` is empty where there are no labels. An empty split is a UserError.
+    read(i) -> Record, unchecked; `image_size` (h, w) is None where it varies; `offers`: which of box, region and group
+    exist; `classes` is empty where there are no labels. An empty split is a UserError.
     """
 
     name: str
@@ -70,9 +70,9 @@ def decode(
 ) -> Record:
     """Record `index` of the source with its image at `image_size` (h, w); box and region move along.
 
-    resize: "stretch" squashes the whole image (bilinear, antialiased); "crop" scales the image until it covers the size and
-    cuts out the centre. A box is cut at the border (one that is wholly outside has no area); a region is resized by nearest
-    neighbour. extras=False leaves box, region and group out.
+    resize: "stretch" squashes the whole image (bilinear, antialiased); "crop" scales the image until it covers the size
+    and cuts out the centre. A box is cut at the border (one that is wholly outside has no area); a region is resized by
+    nearest neighbour. extras=False leaves box, region and group out.
     """
     left_out = () if extras else ("box", "region", "group")
     record = {key: value for key, value in source[index].items() if key not in left_out}

@@ -1,8 +1,9 @@
 """Large sets: read through grain, a few batches ahead, with bounded memory, in the same order as resident ones.
 
-The order is a pure function of the step, so the state of a stream is the number of its next step: a resumed run reads what
-the uninterrupted one would have read, with any number of threads or workers. Two batches of decoded records wait at most,
-beside the one being put together and the one handed out; with worker processes, about three batches in each of them.
+The order is a pure function of the step, so the state of a stream is the number of its next step: a resumed run reads
+what the uninterrupted one would have read, with any number of threads or workers. Two batches of decoded records wait
+at most, beside the one being put together and the one handed out; with worker processes, about three batches in each of
+them.
 """
 
 import functools
@@ -39,10 +40,11 @@ def evaluation_stream(
 
 
 class Stream:
-    """An iterator over host batches {image (b, h, w, 3) uint8, label, id, mask, ...} for `as_batch`; close it after use.
+    """An iterator over host batches {image (b, h, w, 3) uint8, label, id, mask, ...} for `as_batch`; close it after
+    use.
 
-    `order(step)` -> ids (batch,), mask (batch,). process=(i, n): only the i-th n-th of the rows of every batch, for process i
-    of n. A broken record ends the iteration with the UserError that names it.
+    `order(step)` -> ids (batch,), mask (batch,). process=(i, n): only the i-th n-th of the rows of every batch, for
+    process i of n. A broken record ends the iteration with the UserError that names it.
     """
 
     def __init__(

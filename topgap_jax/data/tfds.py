@@ -26,10 +26,10 @@ def tfds(
 ) -> Splits:
     """A TFDS set: `tfds('pets3', box='bbox', region='mask')('train[:250]')`.
 
-    name: 'cifar10', 'name:1.2.0' or 'name/config' below the data folder ($TOPGAP_DATA/tfds, else TFDS's own default), or the
-    path of a prepared set. image, label, box, region: keys of its features. region_values: the mask's values that mean
-    inside, outside and unsure (None: there is no such value). classes: number or names, where the label is a plain integer.
-    Nothing is ever downloaded. Raises a UserError for a set, split or key that is not there.
+    name: 'cifar10', 'name:1.2.0' or 'name/config' below the data folder ($TOPGAP_DATA/tfds, else TFDS's own default),
+    or the path of a prepared set. image, label, box, region: keys of its features. region_values: the mask's values
+    that mean inside, outside and unsure (None: there is no such value). classes: number or names, where the label is a
+    plain integer. Nothing is ever downloaded. Raises a UserError for a set, split or key that is not there.
     """
     folder = find(name)
     shown = f"tfds('{name}')"
@@ -74,8 +74,8 @@ def find(name: str) -> Path:
         each.relative_to(root).parts[0] for each in (*root.glob(f"*/*/{FEATURES}"), *root.glob(f"*/*/*/{FEATURES}"))
     }
     raise UserError(
-        f"tfds('{name}') is not prepared in {root} (set TOPGAP_DATA to a folder that holds tfds/, or TFDS_DATA_DIR to the "
-        f"folder of the sets); {choices(path, there)}"
+        f"tfds('{name}') is not prepared in {root} (set TOPGAP_DATA to a folder that holds tfds/, or TFDS_DATA_DIR to"
+        f" the folder of the sets); {choices(path, there)}"
     )
 
 

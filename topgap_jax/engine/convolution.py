@@ -1,4 +1,5 @@
-"""One convolution and its two gradients, each bilinear and each other's transposes, so that derivatives of any order are fast.
+"""One convolution and its two gradients, each bilinear and each other's transposes, so that derivatives of any order
+are fast.
 
 With x (n, h, w, c), kernel w (kh, kw, c, o), y (n, p, q, o), strides s and pads (top, bottom), (left, right):
 
@@ -6,8 +7,9 @@ With x (n, h, w, c), kernel w (kh, kw, c, o), y (n, p, q, o), strides s and pads
     input gradient   dx = the transpose in x, of (dy, w)
     weight gradient  dw = the transpose in w, of (x, dy)
 
-The transposes of forward are the two gradients; those of the input gradient are forward and the weight gradient; those of the
-weight gradient are the input gradient and forward. So every derivative of a network, however high, is made of these three.
+The transposes of forward are the two gradients; those of the input gradient are forward and the weight gradient; those
+of the weight gradient are the input gradient and forward. So every derivative of a network, however high, is made of
+these three.
 """
 
 import functools
@@ -30,11 +32,12 @@ from topgap_jax.types import Array
 
 
 def convolution(x: Array, w: Array, strides: tuple[int, int], pads: tuple[tuple[int, int], tuple[int, int]]) -> Array:
-    """x (n, h, w, c) with kernel w (kh, kw, c, o), both of one floating type: (n, p, q, o), of derivatives of any order.
+    """x (n, h, w, c) with kernel w (kh, kw, c, o), both of one floating type: (n, p, q, o), of derivatives of any
+    order.
 
-    What is not finite stays so; without oneDNN an infinity or NaN can also make NaN of columns beside those its kernel reaches,
-    where a zero of the rearranged kernel meets it. Raises UserError for other types, for channels that differ or that there are none of, for negative
-    pads and for a result without rows or columns.
+    What is not finite stays so; without oneDNN an infinity or NaN can also make NaN of columns beside those its kernel
+    reaches, where a zero of the rearranged kernel meets it. Raises UserError for other types, for channels that differ
+    or that there are none of, for negative pads and for a result without rows or columns.
     """
     x, w = jnp.asarray(x), jnp.asarray(w)
     geometry = Geometry(x.shape[1:3], w.shape[:2], tuple(strides), tuple(tuple(pair) for pair in pads))
@@ -92,10 +95,11 @@ def _primitive(name: str, kind: int) -> Primitive:
 
 
 def needs_devices(primitive: Primitive) -> None:
-    """Have programs with the primitive name their devices while they are lowered, or a custom call cannot be partitioned.
+    """Have programs with the primitive name their devices while they are lowered, or a custom call cannot be
+    partitioned.
 
-    JAX has this for itself alone; where it is not found, programs for several devices take XLA's form. Such a program may not
-    name two meshes, which is a price that only those pay who have oneDNN.
+    JAX has this for itself alone; where it is not found, programs for several devices take XLA's form. Such a program
+    may not name two meshes, which is a price that only those pay who have oneDNN.
     """
     if not onednn.found():
         return
@@ -136,7 +140,8 @@ def custom_call(ctx, kind: int, geometry: Geometry, fused: Fused) -> Callable | 
 
 
 def _devices(module) -> int:
-    """Over how many devices the program is still to be partitioned; 0 where nobody knows, or where it leaves this machine."""
+    """Over how many devices the program is still to be partitioned; 0 where nobody knows, or where it leaves this
+    machine."""
     context = module.axis_context
     if module.lowering_parameters.for_export:
         return 0
@@ -169,7 +174,8 @@ RULES = {  # operands and result by axis; what is fused has the axes of the resu
 
 @functools.lru_cache(1024)
 def _partitioned(kind: int, geometry: Geometry, fused: Fused) -> Callable:
-    """The custom call, told to the partitioner: the batch may be split, nothing else; weight gradients are then summed."""
+    """The custom call, told to the partitioner: the batch may be split, nothing else; weight gradients are then
+    summed."""
     alone = functools.partial(_call, kind, geometry, fused)
     operands, result = RULES[kind]
     extras = zip(fused, ("o", result, None, "n m"))

@@ -1,8 +1,8 @@
 """What XLA is given to compute a convolution and its two gradients: by lax, and in the forms that are fast on a CPU.
 
-XLA's CPU copies the window around each pixel of the result into a matrix and multiplies that by the kernel. With few channels it
-is the copying that takes the time, so `by_columns` has each window serve several pixels of a row. The weight gradient is lax's
-own. `experiments/bench_forms.py` compares the two (results/bench_forms.json).
+XLA's CPU copies the window around each pixel of the result into a matrix and multiplies that by the kernel. With few
+channels it is the copying that takes the time, so `by_columns` has each window serve several pixels of a row. The
+weight gradient is lax's own. `experiments/bench_forms.py` compares the two (results/bench_forms.json).
 """
 
 from typing import NamedTuple
@@ -18,7 +18,8 @@ DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
 class Geometry(NamedTuple):
-    """What a convolution is, but for its batch and channels: shards and folded batches need no geometry of their own."""
+    """What a convolution is, but for its batch and channels: shards and folded batches need no geometry of their
+    own."""
 
     size: tuple[int, int]
     kernel: tuple[int, int]
@@ -52,8 +53,8 @@ def weight_gradient(x: Array, dy: Array, *, geometry: Geometry) -> Array:
 def by_columns(x: Array, w: Array, *, geometry: Geometry) -> Array:
     """The convolution with `f` neighbouring columns of its result side by side as channels.
 
-    A window that serves f columns is (f - 1) strides wider, and the kernel stands in it at f places: y[i, f j + r] is channel r
-    of a convolution with f times the stride. Zeros are multiplied as well, so it is for few channels.
+    A window that serves f columns is (f - 1) strides wider, and the kernel stands in it at f places: y[i, f j + r] is
+    channel r of a convolution with f times the stride. Zeros are multiplied as well, so it is for few channels.
     """
     (kh, kw), (down, along) = geometry.kernel, geometry.strides
     c, o = w.shape[2:]
@@ -76,9 +77,9 @@ def _columns(c: int, o: int, width: int, columns: int) -> int:
 def by_flipped_kernel(dy: Array, w: Array, *, geometry: Geometry) -> Array:
     """The input gradient as a convolution of dy with the flipped kernel, written out.
 
-    In a loop, XLA's CPU has nothing but naive loops for what lax writes. With strides dy stands among zeros, but for few
-    channels: dx[s u + r - top] is the sum over b of dy[u - b] w[s b + r], so that each of the s x s places of r is a channel of a
-    convolution with a small kernel.
+    In a loop, XLA's CPU has nothing but naive loops for what lax writes. With strides dy stands among zeros, but for
+    few channels: dx[s u + r - top] is the sum over b of dy[u - b] w[s b + r], so that each of the s x s places of r is
+    a channel of a convolution with a small kernel.
     """
     (kh, kw), (down, along) = geometry.kernel, geometry.strides
     (h, width), (p, q), ((top, _), (left, _)) = geometry.size, geometry.out, geometry.pads

@@ -1,4 +1,5 @@
-"""A convolution or input gradient together with what a network in eval mode does to its result, in one pass over memory."""
+"""A convolution or input gradient together with what a network in eval mode does to its result, in one pass over
+memory."""
 
 import functools
 from collections.abc import Sequence
@@ -31,11 +32,12 @@ fused_p = Primitive("topgap_fused_convolution")
 def fused_convolution(
     kind: int, left: Array, right: Array, extras: Sequence[Array], geometry: Geometry, fused: Fused
 ) -> Array:
-    """forward(x, w) + bias, or the input gradient of (dy, w); then + residual, ReLU, where(mask, ., 0), as `fused` says.
+    """forward(x, w) + bias, or the input gradient of (dy, w); then + residual, ReLU, where(mask, ., 0), as `fused`
+    says.
 
-    extras: bias (o,), residual (as the result) and mask (bool, n x (h w c)), those that there are, in this order. It is for
-    functions that have been differentiated already: its derivatives and its `vmap` are right, and not fused. NaN stays NaN;
-    oneDNN keeps -inf behind a ReLU, and makes NaN of what is not finite where the mask is False.
+    extras: bias (o,), residual (as the result) and mask (bool, n x (h w c)), those that there are, in this order. It is
+    for functions that have been differentiated already: its derivatives and its `vmap` are right, and not fused. NaN
+    stays NaN; oneDNN keeps -inf behind a ReLU, and makes NaN of what is not finite where the mask is False.
     """
     return fused_p.bind(left, right, *extras, kind=kind, geometry=geometry, fused=fused)
 

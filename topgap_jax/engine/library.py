@@ -37,10 +37,11 @@ class _Argument(ctypes.Structure):
 
 
 class Fused(NamedTuple):
-    """What a call does besides the convolution, in this order: bias (o,) added, another array added, ReLU, times 0 or 1.
+    """What a call does besides the convolution, in this order: bias (o,) added, another array added, ReLU, times 0 or
+    1.
 
-    The bias is of a forward call alone. The mask is bool, flat from the second axis on: so XLA computes it faster. What is not
-    finite stays so: oneDNN's ReLU of -inf is -inf, and where the mask is 0 an infinity becomes NaN.
+    The bias is of a forward call alone. The mask is bool, flat from the second axis on: so XLA computes it faster. What
+    is not finite stays so: oneDNN's ReLU of -inf is -inf, and where the mask is 0 an infinity becomes NaN.
     """
 
     bias: bool = False
@@ -130,8 +131,8 @@ class Ready:
             backward = (CONVOLUTION, first, free, None, second, *geometry, hint, attributes)
             description = self._description("convolution_backward_weights", *backward)
         else:
-            # An input gradient is a deconvolution: so oneDNN needs no flipped kernel at any stride, and takes few channels
-            # faster than its own backward pass does.
+            # An input gradient is a deconvolution: so oneDNN needs no flipped kernel at any stride, and takes few
+            # channels faster than its own backward pass does.
             back = kind == INPUT_GRADIENT
             second, third, which = self._kernel(right, back), same, 1
             free, names = self._kernel(right, back, order=False), (SOURCE, WEIGHTS, DESTINATION)
@@ -140,7 +141,8 @@ class Ready:
             description = self._description(f"{name}_forward", *forward)
         arguments = {name: self._memory(buffer, NOWHERE) for name, buffer in zip(names, (first, second, third))}
         kernel, place = (first, second, third)[which], arguments[names[which]]
-        # In the order of the operands, the result last; what is fused stands where oneDNN looks for it: after-steps are numbered.
+        # In the order of the operands, the result last; what is fused stands where oneDNN looks for it: after-steps are
+        # numbered.
         after = iter(range(1, 4))
         extras = {BIAS: self._memory(bias, NOWHERE)} if fused.bias else {}
         extras |= {next(after) * AFTER_STEP | SECOND: self._memory(same, NOWHERE)} if fused.residual else {}

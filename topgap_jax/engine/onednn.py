@@ -77,7 +77,8 @@ def call(
 
 
 def found() -> bool:
-    """Whether the library seems to be there and meant for this machine, found out without loading it or starting JAX."""
+    """Whether the library seems to be there and meant for this machine, found out without loading it or starting
+    JAX."""
     try:
         return not _unfit() and _find() is not None
     except Exception:
@@ -110,7 +111,8 @@ def _start() -> str:
 
 
 def _finish() -> None:
-    """Wait for what is being computed. When Python ends, JAX waits for its threads, and they would wait for ever to enter Python."""
+    """Wait for what is being computed. When Python ends, JAX waits for its threads, and they would wait for ever to
+    enter Python."""
     for array in jax.live_arrays("cpu"):
         with contextlib.suppress(Exception):  # its computation failed, or it is deleted
             array.block_until_ready()
@@ -154,7 +156,8 @@ def _self_test() -> str:
         (FORWARD, (x, w, bias, residual), everything, np.maximum(y + bias + residual, 0)),
         (INPUT_GRADIENT, (dy, w, x, mask.reshape(2, -1)), masked, np.where(mask, dx + x, 0)),
     ]
-    # It may be asked for while another function is traced, and must not become a part of that, nor obey a guard meant for it.
+    # It may be asked for while another function is traced, and must not become a part of that, nor obey a guard meant
+    # for it.
     with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
         for kind, operands, fused, result in cases:
             run = lambda *operands: call(kind, operands, result.shape, (2, 2), ((1, 1), (1, 1)), fused)

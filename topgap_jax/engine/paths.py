@@ -33,10 +33,12 @@ class Convolution(NamedTuple):
 
 
 def explain(f: Callable, *args) -> list[Convolution]:
-    """Every convolution of f(*args), in order, those inside loops and branches once: `print(*explain(f, images), sep="\\n")`.
+    """Every convolution of f(*args), in order, those inside loops and branches once: `print(*explain(f, images),
+    sep="\\n")`.
 
-    path: "onednn" (a custom call), "xla" (the engine's form, compiled by XLA), or "lax" (as it was written). Not seen from the
-    function alone: programs that `jax.export` writes, and those for several devices whose arrays name no mesh, take "xla".
+    path: "onednn" (a custom call), "xla" (the engine's form, compiled by XLA), or "lax" (as it was written). Not seen
+    from the function alone: programs that `jax.export` writes, and those for several devices whose arrays name no mesh,
+    take "xla".
     """
     return list(_convolutions(jax.make_jaxpr(f)(*args).jaxpr))
 

@@ -1,4 +1,5 @@
-"""Evaluators: what is measured of a model over a split. `accuracy()`, `localisation(cam())`, `measures(cam(), gini())`, ..."""
+"""Evaluators: what is measured of a model over a split. `accuracy()`, `localisation(cam())`, `measures(cam(), gini())`,
+..."""
 
 from topgap_jax.build import merged
 from topgap_jax.evaluators import accuracy, attributional, coverage, field, localisation, measures, regions, robust

@@ -16,14 +16,17 @@ NAMES = {"neuron_coverage": "neuron coverage by the split", "image_coverage": "n
 
 
 def coverage(*layers: str, threshold: float = 0.25) -> Evaluator:
-    """Share of neurons that pass a threshold: `neuron_coverage` over the split, `image_coverage` by one image, on average.
+    """Share of neurons that pass a threshold: `neuron_coverage` over the split, `image_coverage` by one image, on
+    average.
 
-    A neuron is a channel of a layer (b, h, w, c) or a unit of one (b, c). Its value is its spatial mean after the layer is
-    min-max scaled by its own lowest and highest entry in that image (a constant layer is 0); an image covers it if the value
-    is > threshold, a split if some image does. The shares are of the neurons of all layers; curves over t = 0, .25, .5, .75.
+    A neuron is a channel of a layer (b, h, w, c) or a unit of one (b, c). Its value is its spatial mean after the layer
+    is min-max scaled by its own lowest and highest entry in that image (a constant layer is 0); an image covers it if
+    the value is > threshold, a split if some image does. The shares are of the neurons of all layers; curves over t =
+    0, .25, .5, .75.
 
-    The union grows with the number of images: compare on the same images only. One channel with an outlier lowers all others.
-    More of it is no evidence of better features (Harel-Canada et al., FSE 2020). Rows are one byte per neuron and image.
+    The union grows with the number of images: compare on the same images only. One channel with an outlier lowers all
+    others. More of it is no evidence of better features (Harel-Canada et al., FSE 2020). Rows are one byte per neuron
+    and image.
     """
     if not layers:
         raise UserError(

@@ -26,10 +26,11 @@ MEANS = {
 def receptive_field(layer: str = "maps", *, k: int = 1) -> Evaluator:
     """Effective receptive fields E_p of the label's class map (`explain.field`), measured per image and averaged.
 
-    rms_radius, luo_size (pixels) and effective_area (pixels) of the centre position's field; centre_corner_ratio = sum of E
-    at the centre / mean of the four corners' sums. With a region or box: the share of the field inside the object and its
-    lift over the object's share of the area (chance is 1), for the centre and, as top_..., for the mean field of the `k`
-    highest positions. Means with a 95 % interval; fields that are 0 everywhere are left out and counted as `empty_fields`.
+    rms_radius, luo_size (pixels) and effective_area (pixels) of the centre position's field; centre_corner_ratio = sum
+    of E at the centre / mean of the four corners' sums. With a region or box: the share of the field inside the object
+    and its lift over the object's share of the area (chance is 1), for the centre and, as top_..., for the mean field
+    of the `k` highest positions. Means with a 95 % interval; fields that are 0 everywhere are left out and counted as
+    `empty_fields`.
     """
     check_number("k", k, 1, whole=True)
 

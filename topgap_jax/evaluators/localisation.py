@@ -37,13 +37,15 @@ MEANS = {
 def localisation(
     explain: Explain, *, labels: str = "true", boxes: bool = True, centre: float | tuple[float, float] | None = None
 ) -> Evaluator:
-    """IoU and box accuracy of the maps for the "true" or the "predicted" class, beside two baselines that look at nothing.
+    """IoU and box accuracy of the maps for the "true" or the "predicted" class, beside two baselines that look at
+    nothing.
 
     IoU is against the region, or the box where there is none, at tau .5 and at the best tau of .05 ... .95 (`best_iou`:
-    chosen on this very split). Box accuracy (MaxBoxAcc) is the largest share, over tau, of boxes with IoU >= .5 (also chosen on
-    this split); `boxes=False` leaves it out: finding the largest component at 255 levels takes some 20 ms of CPU an image, more
-    than everything else here. `centre` is the centred box's (height, width) as shares of the image; by default the mean of the
-    boxes of the training split, without which the baseline is absent. An image whose map is not finite counts in no measure.
+    chosen on this very split). Box accuracy (MaxBoxAcc) is the largest share, over tau, of boxes with IoU >= .5 (also
+    chosen on this split); `boxes=False` leaves it out: finding the largest component at 255 levels takes some 20 ms of
+    CPU an image, more than everything else here. `centre` is the centred box's (height, width) as shares of the image;
+    by default the mean of the boxes of the training split, without which the baseline is absent. An image whose map is
+    not finite counts in no measure.
     """
     Explain.single("localisation", explain)
     if labels not in ("true", "predicted"):
@@ -101,9 +103,9 @@ def localisation(
         measures = {"iou": iou}
         if iou.n:
             best = int(np.argmax(curve.y))
-            about = Measure(n=iou.n, better="higher", label=f"IoU at its best threshold, {GRID[best]:g}")
+            about = Measure(n=iou.n, better="higher", label="IoU at its best threshold")
             measures["best_iou"] = about._replace(value=curve.y[best])
-            measures["best_iou_tau"] = Measure(GRID[best], n=iou.n, label="that threshold", main=False)
+            measures["best_iou_tau"] = Measure(GRID[best], n=iou.n, label="best threshold of the IoU", main=False)
         for name, about in MEANS.items():
             absent = about._replace(n=0, reason=NO_TRAINING)
             measures[name] = average(rows[name], about) if name in rows else absent
@@ -124,7 +126,7 @@ def _box_measures(rows):
     if len(defined):
         accuracies = box_accuracy(defined)
         best = share(defined[:, 0] >= 0, about)._replace(value=float(accuracies.max()), low=None, high=None)
-        tau = Measure(float(TAUS[accuracies.argmax()]), n=best.n, label="its threshold", main=False)
+        tau = Measure(float(TAUS[accuracies.argmax()]), n=best.n, label="best threshold of MaxBoxAcc", main=False)
         measures = {"max_box_accuracy": best, "max_box_tau": tau}
         axes = ("threshold", "box accuracy")
         measures["box_curve"] = Curve(TAUS[::10].tolist(), accuracies[::10].tolist(), axes, "box accuracy by threshold")

@@ -12,9 +12,10 @@ from topgap_jax.types import Cost, Evaluator, Explain, Measure, Metric
 def measures(explain: Explain, *metrics: Metric, labels: str = "true") -> Evaluator:
     """Means, with a 95 % interval over images, of the metrics of the maps for the "true" or the "predicted" class.
 
-    For the "predicted" class the metrics see the prediction as the label: deletion and insertion then follow its probability.
-    Where a measure is not defined (NaN: the map has no positive value) the image is left out of its mean, whose `n` says over
-    how many it is. Two metrics that measure something of one name keep both: `deletion`, `deletion_2`.
+    For the "predicted" class the metrics see the prediction as the label: deletion and insertion then follow its
+    probability. Where a measure is not defined (NaN: the map has no positive value) the image is left out of its mean,
+    whose `n` says over how many it is. Two metrics that measure something of one name keep both: `deletion`,
+    `deletion_2`.
     """
     Explain.single("measures", explain)
     if not metrics or not all(isinstance(metric, Metric) for metric in metrics):

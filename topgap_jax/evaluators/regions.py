@@ -1,4 +1,5 @@
-"""`regions()`: what the object's region decides, measured without a map by changing the image (foreground, background)."""
+"""`regions()`: what the object's region decides, measured without a map by changing the image (foreground,
+background)."""
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +21,15 @@ NO_BACKGROUNDS = "backgrounds are taken from a training split with regions, and 
 
 
 def regions(*, fill: float | tuple[float, ...] = 0.5) -> Evaluator:
-    """Does the network look at the object? Accuracy after changing one side of the region; unsure pixels are on no side.
+    """Does the network look at the object? Accuracy after changing one side of the region; unsure pixels are on no
+    side.
 
-    - foreground_sensitivity: noise of norm r sqrt(h w c) on the object, then on the background: (a_bg - a_fg) / (2 min(a, 1 - a)),
-      a the mean of the two accuracies; undefined where a is 0 or 1. Positive: the object matters more (Moayeri et al. 2022,
-      arXiv 2201.10766). The value is at r = .2, the curve at .1, .2, .4.
-    - foreground_accuracy, background_accuracy: everything else has the colour `fill` (in [0, 1]; take the training mean).
-    - background_gap: accuracy on backgrounds of the own class minus that on those of a random other class (Xiao et al. 2020,
-      arXiv 2006.09994), from the training split (`background_bank`); absent without one.
+    - foreground_sensitivity: noise of norm r sqrt(h w c) on the object, then on the background:
+      (a_bg - a_fg) / (2 min(a, 1 - a)), a the mean of the two accuracies; undefined where a is 0 or 1. Positive: the
+      object matters more (Moayeri et al. 2022, arXiv 2201.10766). The value is at r = .2, the curve at .1, .2, .4.
+    - foreground_accuracy, background_accuracy: everything else has the colour `fill` (in [0, 1]; the training mean).
+    - background_gap: accuracy on backgrounds of the own class minus that on those of a random other class (Xiao et al.
+      2020, arXiv 2006.09994), from the training split (`background_bank`); absent without one.
 
     Images whose region is empty or full are left out and counted as `left_out`. Needs data with regions.
     """
@@ -100,10 +102,11 @@ def regions(*, fill: float | tuple[float, ...] = 0.5) -> Evaluator:
 def background_bank(
     images: np.ndarray, regions: np.ndarray, labels: np.ndarray, classes: int, n: int = 32
 ) -> np.ndarray:
-    """Backgrounds (classes, n, h, w, c) uint8 of the first n images of each class, object and unsure pixels filled with their mean.
+    """Backgrounds (classes, n, h, w, c) uint8 of the first n images of each class, object and unsure pixels filled with
+    their mean.
 
-    images (m, h, w, c) uint8, regions (m, h, w), labels (m,) of the training split. A class with fewer images that have an
-    object and a background repeats them; one with none is a UserError.
+    images (m, h, w, c) uint8, regions (m, h, w), labels (m,) of the training split. A class with fewer images that have
+    an object and a background repeats them; one with none is a UserError.
     """
     usable = (regions == 1).any((1, 2)) & (regions == 0).any((1, 2))
     bank = np.zeros((classes, n, *images.shape[1:]), np.uint8)

@@ -11,7 +11,8 @@ from topgap_jax.types import Cost, Explain
 
 
 def cam() -> Explain:
-    """The label's class map, the value named "maps" before pooling (Zhou et al. 2016, arXiv 1512.04150; native in Top-GAP).
+    """The label's class map, the value named "maps" before pooling (Zhou et al. 2016, arXiv 1512.04150; native in
+    Top-GAP).
 
     Signed, at the maps' own resolution (b, h', w'). Needs a head with class maps, or `rewrite.with_pool`.
     """
@@ -21,7 +22,8 @@ def cam() -> Explain:
             _, values = read(predict, "maps")(images)
         except UserError as error:
             raise UserError(
-                f"cam: the model has no class maps named 'maps' (use map_head, pyramid_head or rewrite.with_pool): {error}"
+                "cam: the model has no class maps named 'maps' (use map_head, pyramid_head or rewrite.with_pool):"
+                f" {error}"
             ) from None
         return jnp.take_along_axis(values.astype(jnp.float32), labels[:, None, None, None], -1)[..., 0]
 
@@ -29,7 +31,8 @@ def cam() -> Explain:
 
 
 def grad_cam(layer: str | None = None) -> Explain:
-    """ReLU of the layer's channels weighted by the mean gradient of the label's logit (Selvaraju et al. 2017, arXiv 1610.02391).
+    """ReLU of the layer's channels weighted by the mean gradient of the label's logit (Selvaraju et al. 2017, arXiv
+    1610.02391).
 
     A_k = features (b, h', w', c), w_k = mean over positions of d z_y / d A_k; map = relu(sum_k w_k A_k), (b, h', w').
     The default layer is the last (b, h, w, c) value before the class maps and the pooling (`rewrite.default_layer`).

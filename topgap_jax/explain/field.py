@@ -10,6 +10,7 @@ from jax import lax
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite import read
+from topgap_jax.rewrite.speed import map_over
 from topgap_jax.types import Array, Cost, Explain, Predict
 
 COUNTS = {"centre": 1, "corner": 4}
@@ -18,11 +19,13 @@ COUNTS = {"centre": 1, "corner": 4}
 def field(
     layer: str = "maps", *, position: str | tuple[int, int] = "centre", channel: str | int = "label", k: int = 1
 ) -> Explain:
-    """Influence of every pixel on one position p of a layer: E_p = sum_colour |d sum_t m_t Y[p, t] / d x|, maps (b, h, w).
+    """Influence of every pixel on one position p of a layer: E_p = sum_colour |d sum_t m_t Y[p, t] / d x|, maps (b, h,
+    w).
 
-    Absolute value per image, gradient with respect to pixels in [0, 1]. `position` is "centre" (h' // 2, w' // 2), "corner"
-    (mean of the four fields), (row, column), or "top": the mean over the `k` positions where the channel is largest, i.e.
-    what top_gap(k) selects. `channel` gives m: "label" (the label's channel, for class maps), an index, or "sum".
+    Absolute value per image, gradient with respect to pixels in [0, 1]. `position` is "centre" (h' // 2, w' // 2),
+    "corner" (mean of the four fields), (row, column), or "top": the mean over the `k` positions where the channel is
+    largest, i.e. what top_gap(k) selects. `channel` gives m: "label" (the label's channel, for class maps), an index,
+    or "sum".
     """
     check_position(position)
     check_number("k", k, 1, whole=True)
@@ -66,8 +69,7 @@ def fields(
         (gradient,) = pull((places * weights[:, None, None, :]).astype(value.dtype))
         return jnp.abs(gradient.astype(jnp.float32)).sum(-1)
 
-    # Only where it is needed: on a CPU, convolutions inside a loop fall to XLA's naive form.
-    return jax.vmap(one)(indices) if len(indices) <= chunk else lax.map(one, indices, batch_size=chunk)
+    return map_over(one, (indices,), chunk=chunk)
 
 
 def pixel(position: str | tuple[int, int], maps: tuple[int, int], image: tuple[int, int]) -> tuple[float, float]:

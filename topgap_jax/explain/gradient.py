@@ -1,4 +1,5 @@
-"""Explanations from the gradient with respect to the pixels: `gradient`, `integrated` along a path, `smooth` over noise."""
+"""Explanations from the gradient with respect to the pixels: `gradient`, `integrated` along a path, `smooth` over
+noise."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -24,15 +25,16 @@ REDUCTIONS: dict[str, tuple[Callable[[Array], Array], str | None]] = {
     "abs_sum": (lambda values: jnp.abs(values).sum(-1), None),
     "sum_relu": (lambda values: jax.nn.relu(values.sum(-1)), None),
 }
-"""(b, h, w, c) -> (b, h, w), and what a negative value means; named in the order of the operations: "sum_abs" is |sum|."""
+"""(b, h, w, c) -> (b, h, w), and what a negative value means; named in the order of the operations: "sum_abs" is
+|sum|."""
 
 
 def gradient(*, rules: Rules | None = None, reduce: str = "max_abs") -> Explain:
     """max over channels of |d z_y / d x|, maps (b, h, w) (Simonyan et al. 2014, arXiv 1312.6034).
 
-    `rules` change the backward pass: `gradient(rules=guided_backprop)` is guided backprop. `reduce`, how channels become one
-    map: "max_abs", "sum" (signed), "sum_abs" (|sum|), "abs_sum" (sum of |.|) or "sum_relu". With backward rules a map is the
-    gradient of no function and has no derivative.
+    `rules` change the backward pass: `gradient(rules=guided_backprop)` is guided backprop. `reduce`, how channels
+    become one map: "max_abs", "sum" (signed), "sum_abs" (|sum|), "abs_sum" (sum of |.|) or "sum_relu". With backward
+    rules a map is the gradient of no function and has no derivative.
     """
     checked(rules)
 
@@ -51,19 +53,22 @@ def integrated(
     multiply_by_inputs: bool = True,
     reduce: str = "sum_abs",
 ) -> Explain:
-    """Integrated gradients: |sum over channels of (x - x') mean over t of d z_y / d x at x' + t (x - x')|, maps (b, h, w).
+    """Integrated gradients: |sum over channels of (x - x') mean over t of d z_y / d x at x' + t (x - x')|, maps (b, h,
+    w).
 
-    Sundararajan et al. 2017, arXiv 1703.01365. With `rules=guided` it is integrated gradients with guided non-linearity (Kwon
-    et al., ICPR 2020), whose `max_pool` rule is open in that paper: `guided_upsampled` is the official code's. Signed maps
-    (`reduce="sum"`) of the plain method add up to z_y(x) - z_y(x'), up to the quadrature; those under backward rules do not.
+    Sundararajan et al. 2017, arXiv 1703.01365. With `rules=guided` it is integrated gradients with guided non-linearity
+    (Kwon et al., ICPR 2020), whose `max_pool` rule is open in that paper: `guided_upsampled` is the official code's.
+    Signed maps (`reduce="sum"`) of the plain method add up to z_y(x) - z_y(x'), up to the quadrature; those under
+    backward rules do not.
 
-    rule: "gausslegendre", "riemann_right", "riemann_middle" or "riemann_trapezoid" (weights 1 / (steps - 1), halved at the ends).
-    A ReLU network's gradient jumps along the path, so that no rule converges faster than the jumps allow.
+    rule: "gausslegendre", "riemann_right", "riemann_middle" or "riemann_trapezoid" (weights 1 / (steps - 1), halved at
+    the ends). A ReLU network's gradient jumps along the path, so that no rule converges faster than the jumps allow.
     baseline x': a number, one per channel, or an array that broadcasts to the images; by default what the network's
-    normalisation maps to zero, the mean of (x - mean) / std (`rewrite.zero_images`; a network without normalisation: black).
-    multiply_by_inputs: False leaves the factor (x - x') out. reduce: as in `gradient`.
+    normalisation maps to zero, the mean of (x - mean) / std (`rewrite.zero_images`; a network without normalisation:
+    black). multiply_by_inputs: False leaves the factor (x - x') out. reduce: as in `gradient`.
 
-    The steps run one after another, so that memory is that of one gradient. Compiled anew by each eager call: use `jax.jit`.
+    The steps run one after another, so that memory is that of one gradient. Compiled anew by each eager call: use
+    `jax.jit`.
     """
     checked(rules)
     nodes, weights = quadrature(rule, steps)
@@ -81,9 +86,9 @@ def integrated(
 def smooth(explain: Explain, *, samples: int = 32, sigma: float = 0.15) -> Explain:
     """Mean of an explanation over images with Gaussian noise (SmoothGrad, Smilkov et al. 2017, arXiv 1706.03825).
 
-    sigma is in units of each image's own range, max - min; the noisy images are not clipped to [0, 1]. `smooth(gradient())` and
-    `smooth(integrated())` average the signed values of every channel and reduce them after that. The samples run one after
-    another. Noise comes from the example's own key.
+    sigma is in units of each image's own range, max - min; the noisy images are not clipped to [0, 1].
+    `smooth(gradient())` and `smooth(integrated())` average the signed values of every channel and reduce them after
+    that. The samples run one after another. Noise comes from the example's own key.
     """
     Explain.single("smooth", explain)
     check_number("samples", samples, 1, whole=True)
@@ -160,7 +165,8 @@ def _broadcast(baseline: Any, images: Array) -> Array:
         shape = getattr(baseline, "shape", None)
         what = f"an array of shape {shape}" if shape is not None else repr(baseline)
         raise UserError(
-            f"integrated: baseline must be a number, one per channel or an array for images of shape {images.shape}, got {what}"
+            f"integrated: baseline must be a number, one per channel or an array for images of shape {images.shape},"
+            f" got {what}"
         ) from None
 
 

@@ -45,12 +45,12 @@ def evaluate(
     mesh: Mesh | None = None,
     progress: bool | None = None,
 ) -> list[results.Row]:
-    """One row per evaluator. evaluators: their texts -> what they are; overrides(text): what the command line changed that
-    it depends on; training(): the training split's arrays, called if an evaluator asks for them.
+    """One row per evaluator. evaluators: their texts -> what they are; overrides(text): what the command line changed
+    that it depends on; training(): the training split's arrays, called if an evaluator asks for them.
 
-    With a workdir each row is written as soon as it is there; a row of the same split, evaluator and overrides is replaced, rows
-    of other `weights` or another `source` are dropped. Examples draw from fold_in(key(seed), id). The seconds hold no
-    compilation. An attack that was stopped goes on where it was.
+    With a workdir each row is written as soon as it is there; a row of the same split, evaluator and overrides is
+    replaced, rows of other `weights` or another `source` are dropped. Examples draw from fold_in(key(seed), id). The
+    seconds hold no compilation. An attack that was stopped goes on where it was.
 
     Raises UserError for a file that is no evaluation, before anything is measured, and if a weight or a logit is NaN or
     infinite, with the first layer that is: nothing that is measured of such a network means anything.
@@ -107,7 +107,8 @@ def measure_split(
     text: str = "",
     progress: bool | None = None,
 ) -> tuple[dict[str, Measure | Curve], Cost, float]:
-    """(summary, cost per image, seconds) of one evaluator. Called again with the same evaluator and model, it compiles nothing.
+    """(summary, cost per image, seconds) of one evaluator. Called again with the same evaluator and model, it compiles
+    nothing.
 
     prepared: what `evaluator.prepare` made of the training split, {} where that is nothing.
     """
@@ -155,8 +156,8 @@ def _check_logits(model, variables, data, mesh, weights):
     if wrong:
         layer = first_not_finite(bind(model, variables), batch["image"])
         raise UserError(
-            f"{weights or 'the model'}: the logits of {wrong} of the first {len(ids)} images are not finite, from layer "
-            f"'{layer}' on; its weights or its normalisation overflow: evaluate an earlier checkpoint"
+            f"{weights or 'the model'}: the logits of {wrong} of the first {len(ids)} images are not finite, from layer"
+            f" '{layer}' on; its weights or its normalisation overflow: evaluate an earlier checkpoint"
         )
 
 

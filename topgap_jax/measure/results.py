@@ -21,9 +21,9 @@ NOT_AUDITED = "not audited"
 class Row(NamedTuple):
     """One evaluator on one split.
 
-    evaluator is its text; overrides {key: text} what the command line changed in the run's config; measures {name: Measure or
-    Curve}, the one that stands for the row first; cost {"forward_passes", "gradient_evaluations", "seconds", "device"};
-    audit None for what needs none, of a robust number the verdict of its audit in words.
+    evaluator is its text; overrides {key: text} what the command line changed in the run's config; measures {name:
+    Measure or Curve}, the one that stands for the row first; cost {"forward_passes", "gradient_evaluations", "seconds",
+    "device"}; audit None for what needs none, of a robust number the verdict of its audit in words.
     """
 
     split: str
@@ -159,7 +159,8 @@ def _from_0_1(old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def today(text: str) -> str:
-    """An evaluator's text of version 0.1.0 as it is written now: what is made of the training split is no argument any more.
+    """An evaluator's text of version 0.1.0 as it is written now: what is made of the training split is no argument any
+    more.
 
     >>> today("regions(bank, fill=mean), localisation(cam(), centre=centre, boxes=False)")
     'regions(fill=mean), localisation(cam(), boxes=False)'

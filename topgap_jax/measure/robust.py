@@ -1,7 +1,8 @@
 """`attack_split`: the runs of a `Robustness` over a split, each on the examples that are still unbroken.
 
 One jitted attack step at a time is called from here, and a batch is left as soon as all its examples are broken. The
-verdict is a forward pass on the adversarial images, made after the attack. Verdicts of a split do not depend on its order.
+verdict is a forward pass on the adversarial images, made after the attack. Verdicts of a split do not depend on its
+order.
 """
 
 import functools
@@ -54,9 +55,9 @@ def attack_split(
     """(summary, cost per image of the split, seconds without compilation).
 
     Examples that are misclassified when clean are broken and never attacked. `robust_accuracy` is the share that no run
-    breaks, with Wilson's 95 % interval; `unconfirmed` counts attacks that met a misclassified iterate which the forward pass
-    afterwards does not confirm: those stand as unbroken. `fragile` counts verdicts that floating point might change. What a
-    `log` holds is not attacked again.
+    breaks, with Wilson's 95 % interval; `unconfirmed` counts attacks that met a misclassified iterate which the forward
+    pass afterwards does not confirm: those stand as unbroken. `fragile` counts verdicts that floating point might
+    change. What a `log` holds is not attacked again.
     """
     logits, labels, seconds = _clean(model, variables, data, mesh, f"{text}: clean", progress)
     n = len(labels)

@@ -15,9 +15,11 @@ from topgap_jax.types import Array, Batch
 
 
 class Split(NamedTuple):
-    """batches(ids) -> iterator of (ids (m,), batch of the full width whose first m rows they are, the rest masked padding).
+    """batches(ids) -> iterator of (ids (m,), batch of the full width whose first m rows they are, the rest masked
+    padding).
 
-    ids (n,) int32 are rows of the split; None: all of them, in order. Every batch has the same width, so nothing compiles twice.
+    ids (n,) int32 are rows of the split; None: all of them, in order. Every batch has the same width, so nothing
+    compiles twice.
     """
 
     examples: int
@@ -52,7 +54,8 @@ def streamed_split(
     threads: int = 8,
     workers: int = 0,
 ) -> Split:
-    """A split too large to hold: decoded anew for every pass, by grain's threads; each process reads its share of a batch."""
+    """A split too large to hold: decoded anew for every pass, by grain's threads; each process reads its share of a
+    batch."""
     _check(batch, mesh)
     process = (0, 1) if mesh is None else (jax.process_index(), jax.process_count())
     make = jax.jit(lambda rows: as_batch(rows, classes))

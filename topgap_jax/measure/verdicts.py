@@ -1,7 +1,8 @@
-"""The log of an attack that may be stopped: one line per finished batch, so that a killed evaluation goes on where it was.
+"""The log of an attack that may be stopped: one line per finished batch, so that a killed evaluation goes on where it
+was.
 
-Verdicts do not depend on which examples share a batch, so what is left may be batched anew. Every line is a JSON object; the
-first is the header, and a log with another header belongs to another evaluation and is started afresh.
+Verdicts do not depend on which examples share a batch, so what is left may be batched anew. Every line is a JSON
+object; the first is the header, and a log with another header belongs to another evaluation and is started afresh.
 """
 
 import hashlib

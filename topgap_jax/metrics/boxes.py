@@ -1,7 +1,8 @@
-"""Boxes from maps, as weakly supervised localisation scores them (Choe et al. 2020, arXiv 2001.07437; clovaai/wsolevaluation).
+"""Boxes from maps, as weakly supervised localisation scores them (Choe et al. 2020, arXiv 2001.07437;
+clovaai/wsolevaluation).
 
-NumPy, one image at a time: connected components are host work. Boxes here are (top, left, bottom, right) in whole pixels and
-inclusive: a side has length bottom - top + 1.
+NumPy, one image at a time: connected components are host work. Boxes here are (top, left, bottom, right) in whole
+pixels and inclusive: a side has length bottom - top + 1.
 """
 
 import numpy as np
@@ -13,10 +14,11 @@ EIGHT = np.ones((3, 3), bool)
 
 
 def level_boxes(values: np.ndarray) -> np.ndarray:
-    """Box of the largest component of `values > level` for each level 0 .. 254: uint8 (h, w) -> (255, 4); none is (0, 0, 0, 0).
+    """Box of the largest component of `values > level` for each level 0 .. 254: uint8 (h, w) -> (255, 4); none is (0,
+    0, 0, 0).
 
-    Components are 8-connected. As published, size is the area of the outer contour through pixel centres, and the bottom
-    and right ends lie one pixel too far, except at the border.
+    Components are 8-connected. As published, size is the area of the outer contour through pixel centres, and the
+    bottom and right ends lie one pixel too far, except at the border.
     """
     boxes = np.zeros((LEVELS, 4), np.int64)
     present = np.bincount(values.ravel(), minlength=LEVELS + 1) > 0
@@ -38,7 +40,8 @@ def largest_box(binary: np.ndarray) -> np.ndarray:
 
 
 def _largest(labels, slices):
-    """Index of the component with the largest contour; of equal ones the last in reading order, as OpenCV's are found."""
+    """Index of the component with the largest contour; of equal ones the last in reading order, as OpenCV's are
+    found."""
     bounds = [(s[0].stop - s[0].start - 1) * (s[1].stop - s[1].start - 1) for s in slices]
     best, chosen = -1.0, 0
     for index in sorted(range(len(slices)), key=lambda i: (-bounds[i], -i)):
@@ -51,7 +54,8 @@ def _largest(labels, slices):
 
 
 def contour_area(component: np.ndarray) -> float:
-    """Area of the polygon through the outer pixel centres of one component, holes filled: a line has 0, a 2 x 2 block 1."""
+    """Area of the polygon through the outer pixel centres of one component, holes filled: a line has 0, a 2 x 2 block
+    1."""
     background, _ = scipy.ndimage.label(~np.pad(component, 1))
     filled = (background != background[0, 0]).astype(np.int8)
     corners = filled[:-1, :-1] + filled[1:, :-1] + filled[:-1, 1:] + filled[1:, 1:]

@@ -1,4 +1,5 @@
-"""Measures of a non-negative map, made for receptive fields E (b, h, w): how wide it is and how much lies inside a region.
+"""Measures of a non-negative map, made for receptive fields E (b, h, w): how wide it is and how much lies inside a
+region.
 
 A map that sums to 0 has no shape: every measure is NaN there, and evaluators count such images.
 """
@@ -14,7 +15,8 @@ def share_inside(maps: Array, inside: Array) -> Array:
 
 
 def lift(maps: Array, inside: Array) -> Array:
-    """Share inside, over the mask's share of the area: 1 is chance (b,). Large objects win the raw share, not the lift."""
+    """Share inside, over the mask's share of the area: 1 is chance (b,). Large objects win the raw share, not the
+    lift."""
     return share_inside(maps, inside) / inside.mean((1, 2))
 
 

@@ -1,7 +1,7 @@
 """Does a map find the object? Measures against a region or, where the data have none, against the box.
 
-Maps (b, h', w') are resized to the image (bilinear, half-pixel centres, no antialiasing) and min-max scaled after that; a
-constant map becomes 0. Pixels whose region is unsure (2) count on no side.
+Maps (b, h', w') are resized to the image (bilinear, half-pixel centres, no antialiasing) and min-max scaled after that;
+a constant map becomes 0. Pixels whose region is unsure (2) count on no side.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,8 @@ def box_mask(box: Array, size: tuple[int, int]) -> Array:
 
 
 def object_masks(batch: Batch) -> tuple[Array, Array]:
-    """(inside, known), bool (b, h, w): the object's pixels, and those that are not unsure. Raises UserError without region and box."""
+    """(inside, known), bool (b, h, w): the object's pixels, and those that are not unsure. Raises UserError without
+    region and box."""
     if "region" in batch:
         return batch["region"] == 1, batch["region"] != 2
     if "box" not in batch:
@@ -94,11 +95,12 @@ def in_region() -> Metric:
 
 
 def energy() -> Metric:
-    """Share of the sum of the map's positive part that lies inside the object, and that over the object's share of the area.
+    """Share of the sum of the map's positive part that lies inside the object, and that over the object's share of the
+    area.
 
-    {"energy": (b,), "energy_lift": (b,)}: the energy pointing game (Wang et al. 2020, arXiv 1910.01279), with a region where
-    the data have one. Negative values are cut off before the resize, nothing is min-max scaled. A map without a positive
-    value is NaN, and so is the lift of an image without an object.
+    {"energy": (b,), "energy_lift": (b,)}: the energy pointing game (Wang et al. 2020, arXiv 1910.01279), with a region
+    where the data have one. Negative values are cut off before the resize, nothing is min-max scaled. A map without a
+    positive value is NaN, and so is the lift of an image without an object.
     """
 
     def rows(keys, predict, maps, batch):

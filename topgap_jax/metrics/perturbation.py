@@ -1,4 +1,5 @@
-"""Does the class depend on what the map marks? `deletion` and `insertion` of pixels in the map's order (RISE, arXiv 1806.07421).
+"""Does the class depend on what the map marks? `deletion` and `insertion` of pixels in the map's order (RISE, arXiv
+1806.07421).
 
 Both reward what is adversarial: a few high-contrast pixels that upset the network score well without being the object.
 """
@@ -23,13 +24,14 @@ Substrate: TypeAlias = str | float | tuple[float, ...] | Array
 
 
 def deletion(*, steps: int = 64, substrate: Substrate = "mean") -> Metric:
-    """{"deletion": (b,)}: area under the label's probability while pixels are replaced, most salient first; lower is better.
+    """{"deletion": (b,)}: area under the label's probability while pixels are replaced, most salient first; lower is
+    better.
 
-    Also {"deletion_curve": (b, steps + 1)}, that probability. `steps` equal steps, steps + 1 scores with both ends (224 in
-    RISE); area = (sum - first / 2 - last / 2) / steps. The pixels of the map, resized to the image, are ordered by value; equal
-    ones are shuffled by the example's key, since reading order is not neutral. `substrate` is what takes their place: "mean"
-    (what the network's normalisation maps to zero: the mean colour; `rewrite.zero_images`), "blur" (11x11 Gaussian, sigma 5), a
-    colour in [0, 1], or a picture (h, w, c) in [0, 1].
+    Also {"deletion_curve": (b, steps + 1)}, that probability. `steps` equal steps, steps + 1 scores with both ends (224
+    in RISE); area = (sum - first / 2 - last / 2) / steps. The pixels of the map, resized to the image, are ordered by
+    value; equal ones are shuffled by the example's key, since reading order is not neutral. `substrate` is what takes
+    their place: "mean" (what the network's normalisation maps to zero: the mean colour; `rewrite.zero_images`), "blur"
+    (11x11 Gaussian, sigma 5), a colour in [0, 1], or a picture (h, w, c) in [0, 1].
     """
     return _changed("deletion", steps, substrate, "lower", lambda image, other, rows: jnp.where(rows, other, image))
 
@@ -52,8 +54,8 @@ def area_under(scores: Array) -> Array:
 
 
 def blur_kernel() -> np.ndarray:
-    """The 11 weights of the blur along one axis: a unit pulse under SciPy's Gaussian, whose reflecting border folds the tails
-    back (RISE's kernel is their outer product: nearly flat, sum 1)."""
+    """The 11 weights of the blur along one axis: a unit pulse under SciPy's Gaussian, whose reflecting border folds the
+    tails back (RISE's kernel is their outer product: nearly flat, sum 1)."""
     pulse = np.zeros(BLUR)
     pulse[BLUR // 2] = 1
     return scipy.ndimage.gaussian_filter1d(pulse, SIGMA)

@@ -1,7 +1,8 @@
 """How wide a map is: over its own cells, at its own resolution, of its positive part a = relu(map), p = a / sum a.
 
-Compare maps of one resolution only: a 7x7 map and a 224x224 map of the same object differ in all of these. A map without a
-positive value has no shape and is NaN, which evaluators leave out and count. (`papers`: sgdrop 6.1; the formulas are ours.)
+Compare maps of one resolution only: a 7x7 map and a 224x224 map of the same object differ in all of these. A map
+without a positive value has no shape and is NaN, which evaluators leave out and count. (`papers`: sgdrop 6.1; the
+formulas are ours.)
 """
 
 import jax
@@ -12,9 +13,11 @@ from topgap_jax.types import Array, Cost, Measure, Metric
 
 
 def gini() -> Metric:
-    """Gini coefficient sum_i (2 i - N - 1) p_(i) / N, p ascending, i = 1 ... N: {"gini": (b,)}; 0 even, 1 - 1/N one cell.
+    """Gini coefficient sum_i (2 i - N - 1) p_(i) / N, p ascending, i = 1 ... N: {"gini": (b,)}; 0 even, 1 - 1/N one
+    cell.
 
-    Sparse is not right: it rises just as well for a few cells of the background (Hurley & Rickard 2009, arXiv 0811.4706).
+    Sparse is not right: it rises just as well for a few cells of the background (Hurley & Rickard 2009, arXiv
+    0811.4706).
     """
 
     def rows(keys, predict, maps, batch):
@@ -29,8 +32,8 @@ def gini() -> Metric:
 def extent() -> Metric:
     """Four shares of the map's cells, each in (0, 1] and larger for a wider map, (b,) each.
 
-    effective_share exp(-sum p ln p) / N; area50 and area90 the fewest cells that hold .5 and .9 of the sum; above_half the
-    cells with at least half of the largest value.
+    effective_share exp(-sum p ln p) / N; area50 and area90 the fewest cells that hold .5 and .9 of the sum; above_half
+    the cells with at least half of the largest value.
     """
 
     def rows(keys, predict, maps, batch):

@@ -31,7 +31,8 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def share(right: np.ndarray, about: Measure, reason: str = NO_IMAGE) -> Measure:
-    """The share of True in right (n,) with Wilson's interval, as `about` says; of no image it has no value, and `reason` is why."""
+    """The share of True in right (n,) with Wilson's interval, as `about` says; of no image it has no value, and
+    `reason` is why."""
     n = len(right)
     if n == 0:
         return about._replace(n=0, reason=reason)
@@ -40,7 +41,8 @@ def share(right: np.ndarray, about: Measure, reason: str = NO_IMAGE) -> Measure:
 
 
 def average(values: np.ndarray, about: Measure, reason: str = NO_IMAGE) -> Measure:
-    """The mean of values (n,) with its interval over the images that define it (are not NaN); none do: no value, and `reason`."""
+    """The mean of values (n,) with its interval over the images that define it (are not NaN); none do: no value, and
+    `reason`."""
     defined = values[~np.isnan(values)]
     if len(defined) == 0:
         return about._replace(n=0, reason=reason)
@@ -57,7 +59,8 @@ def average_curve(values: np.ndarray, about: Curve) -> Curve:
 
 
 def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> tuple[float, Curve]:
-    """Expected calibration error sum share |accuracy - confidence| over equal bins (low, high], and the curve of the filled bins.
+    """Expected calibration error sum share |accuracy - confidence| over equal bins (low, high], and the curve of the
+    filled bins.
 
     The curve has x = mean confidence, y = accuracy of each bin (Guo et al. 2017, arXiv 1706.04599).
     """

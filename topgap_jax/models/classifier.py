@@ -37,8 +37,8 @@ def classifier(
     """The classifier of a backbone (`resnet20()`) and a head (`map_head(gap())`), with its normalisation inside.
 
     mean and std, one number per channel, are of images in [0, 1]. dtype "bfloat16" computes backbone and head in bf16;
-    parameters, batch statistics, class maps, pooling and logits stay float32. A backbone of your own is any Linen module
-    with `__call__(images, train)` -> {"stem": (b, h, w, c), "stage1": ...} and, for bf16, a field `dtype`.
+    parameters, batch statistics, class maps, pooling and logits stay float32. A backbone of your own is any Linen
+    module with `__call__(images, train)` -> {"stem": (b, h, w, c), "stage1": ...} and, for bf16, a field `dtype`.
     """
     if not isinstance(backbone, nn.Module) or not isinstance(head, nn.Module) or not hasattr(head, "classes"):
         raise UserError("classifier needs a backbone and a head, e.g. classifier(resnet20(), map_head(gap()), ...)")

@@ -1,8 +1,8 @@
 """Heads: features of a backbone -> logits (b, classes), float32.
 
-A head is a Linen module with a field `classes` (filled in by `classifier`) and
-`__call__(features {name: (b, h, w, c)}, train=False, step=None)`. Features count as ordered `stem`, `stage1`, `stage2`, ...,
-whatever the order of the dict, since a dict that passes through a JAX transformation comes out sorted.
+A head is a Linen module with a field `classes` (filled in by `classifier`) and `__call__(features {name: (b, h, w, c)},
+train=False, step=None)`. Features count as ordered `stem`, `stage1`, `stage2`, ..., whatever the order of the dict,
+since a dict that passes through a JAX transformation comes out sorted.
 """
 
 from collections.abc import Mapping
@@ -97,9 +97,11 @@ class VGGHead(nn.Module):
 
 
 def map_head(pool: Pool) -> MapHead:
-    """A 1x1 convolution from the last stage to one map per class, then `pool`: CAM's head (Zhou et al. 2016, arXiv 1512.04150).
+    """A 1x1 convolution from the last stage to one map per class, then `pool`: CAM's head (Zhou et al. 2016, arXiv
+    1512.04150).
 
-    With `gap()` its logits are those of global average pooling and a dense layer. The maps (b, h, w, classes) are named "maps".
+    With `gap()` its logits are those of global average pooling and a dense layer. The maps (b, h, w, classes) are named
+    "maps".
     """
     _check_pool("map_head", pool)
     return MapHead(pool)
@@ -114,13 +116,15 @@ def pyramid_head(
     finest: str | None = None,
     norm: str | None = None,
 ) -> PyramidHead:
-    """A feature pyramid of 3x3 convolutions, a 1x1 convolution to one map per class, then `pool` (arXiv 2409.04819, figure 2).
+    """A feature pyramid of 3x3 convolutions, a 1x1 convolution to one map per class, then `pool` (arXiv 2409.04819,
+    figure 2).
 
     With stages F_1 (coarsest) ... F_L, L = `levels`, and nearest-neighbour `up`:
         add:     P_1 = conv3(F_1);  P_l = conv3(F_l) + up(P_{l-1});  H = relu(conv3(P_L))
         concat:  P_1 = relu(conv3(F_1));  P_l = relu(conv3([conv3(F_l), up(P_{l-1})]));  H = P_L
-    F_L is the stage `finest`, by default the L-th from the end; the maps (b, h, w, classes), named "maps", have its size.
-    `norm="batch"` puts batch norm before every ReLU; without it the pyramid trains with AdamW but hardly with SGD.
+    F_L is the stage `finest`, by default the L-th from the end; the maps (b, h, w, classes), named "maps", have its
+    size. `norm="batch"` puts batch norm before every ReLU; without it the pyramid trains with AdamW but hardly with
+    SGD.
     """
     _check_pool("pyramid_head", pool)
     check_number("width", width, 1, whole=True)
@@ -153,7 +157,8 @@ def upsample(x: Array, height: int, width: int) -> Array:
 
 
 def adaptive_mean(x: Array, size: int) -> Array:
-    """x (b, h, w, c) -> (b, size, size, c), float32: means over floor(i h / size) ... ceil((i + 1) h / size), as PyTorch's."""
+    """x (b, h, w, c) -> (b, size, size, c), float32: means over floor(i h / size) ... ceil((i + 1) h / size), as
+    PyTorch's."""
     rows, columns = _bins(x.shape[1], size), _bins(x.shape[2], size)
     return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x.astype(jnp.float32), precision="highest")
 
@@ -167,8 +172,8 @@ def _bins(n, size):
 
 
 def _class_maps(x, classes):
-    # A dense layer at every position is the 1x1 convolution, and half its cost on a CPU. float32 even behind a bf16 trunk:
-    # bf16 would make ties among the largest values.
+    # A dense layer at every position is the 1x1 convolution, and half its cost on a CPU. float32 even behind a bf16
+    # trunk: bf16 would make ties among the largest values.
     return name(nn.Dense(classes, dtype=jnp.float32, kernel_init=he_normal, name="dense")(x), "maps")
 
 

@@ -16,5 +16,6 @@ def convolution(features: int, kernel: int, stride: int = 1, *, dtype: Any, name
 
 
 def batch_norm(train: bool, *, dtype: Any, name: str) -> nn.BatchNorm:
-    """Batch norm with float32 statistics, momentum 0.9, epsilon 1e-5; outside training it uses the running statistics."""
+    """Batch norm with float32 statistics, momentum 0.9, epsilon 1e-5; outside training it uses the running
+    statistics."""
     return nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name)

@@ -27,9 +27,9 @@ SWITCHES = {
 def linen(module: nn.Module) -> Model:
     """A `Model` of any Linen module that maps images (b, h, w, c) to logits (b, k).
 
-    Its `__call__` may take `train`, `training`, `deterministic` or `use_running_average`, and `step` (the pool's schedule).
-    Random layers draw from `keys[0]`; training mode without keys leaves dropout out. Collections other than params and
-    batch_stats are an error.
+    Its `__call__` may take `train`, `training`, `deterministic` or `use_running_average`, and `step` (the pool's
+    schedule). Random layers draw from `keys[0]`; training mode without keys leaves dropout out. Collections other than
+    params and batch_stats are an error.
     """
     kind = type(module)
 
@@ -60,10 +60,10 @@ def linen(module: nn.Module) -> Model:
 def nnx(module: "flax.nnx.Module") -> Model:
     """A `Model` of any NNX module that maps images (b, h, w, c) to logits (b, k).
 
-    `init` returns the module's own parameters, whatever the key: an NNX module is born with them. Random layers are seeded
-    from `keys[0]`, and so are the `rngs` of a `__call__` that takes them; without keys, training mode leaves dropout out, and
-    for whatever else is random the module's own random state serves again and again. Everything that is neither a parameter
-    nor random state counts as batch statistics.
+    `init` returns the module's own parameters, whatever the key: an NNX module is born with them. Random layers are
+    seeded from `keys[0]`, and so are the `rngs` of a `__call__` that takes them; without keys, training mode leaves
+    dropout out, and for whatever else is random the module's own random state serves again and again. Everything that
+    is neither a parameter nor random state counts as batch statistics.
     """
     from flax import nnx as flax_nnx  # here, since few models need it and it takes half a second
 
@@ -108,8 +108,9 @@ def bind(model: Model, variables: Variables, *, train: bool = False, step: Array
 
 
 def fast(model: Model) -> Model:
-    """The same network with all that makes it fast on a CPU: the engine's convolutions, with batch norm folded into them
-    (`rewrite.speed.fast`). Models of configs are like this by themselves; on a GPU or TPU it is the network itself.
+    """The same network with all that makes it fast on a CPU: the engine's convolutions, with batch norm folded into
+    them (`rewrite.speed.fast`). Models of configs are like this by themselves; on a GPU or TPU it is the network
+    itself.
     """
     return model._replace(apply=speed.fast(model.apply))
 
@@ -166,7 +167,8 @@ def _reseeded(random, keys):
 def _named_call(module, images, **kwargs):
     """Call the module; while names are asked for, its submodules name what they return.
 
-    Python looks `__call__` up on the class, so each submodule of this merged copy gets a subclass of its own for the call.
+    Python looks `__call__` up on the class, so each submodule of this merged copy gets a subclass of its own for the
+    call.
     """
     if NAMING.value is None:
         return module(images, **kwargs)

@@ -1,8 +1,8 @@
-"""Pre-activation residual networks: PreActResNet-18 (He et al. 2016, arXiv 1603.05027), WRN-28-10 (Zagoruyko & Komodakis 2016,
-arXiv 1605.07146).
+"""Pre-activation residual networks: PreActResNet-18 (He et al. 2016, arXiv 1603.05027), WRN-28-10 (Zagoruyko &
+Komodakis 2016, arXiv 1605.07146).
 
-Every factory returns a Linen module: images (b, h, w, c), any size -> {"stem": ..., "stage1": ..., ...}. The last stage ends with
-the batch norm and ReLU that such networks need before the head; the earlier ones end with the plain sum.
+Every factory returns a Linen module: images (b, h, w, c), any size -> {"stem": ..., "stage1": ..., ...}. The last stage
+ends with the batch norm and ReLU that such networks need before the head; the earlier ones end with the plain sum.
 """
 
 from typing import Any
@@ -16,7 +16,8 @@ from topgap_jax.types import Array
 
 
 class PreActBlock(nn.Module):
-    """conv3(relu(norm(conv3(relu(norm(x)))))) + shortcut, which where the shape changes is a 1x1 convolution of relu(norm(x))."""
+    """conv3(relu(norm(conv3(relu(norm(x)))))) + shortcut, which where the shape changes is a 1x1 convolution of
+    relu(norm(x))."""
 
     features: int
     stride: int

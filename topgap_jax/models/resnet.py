@@ -1,7 +1,9 @@
-"""Residual networks (He et al. 2015, arXiv 1512.03385): CIFAR's 20 to 56 layers, ImageNet's 18, 34 and 50, and a small one.
+"""Residual networks (He et al. 2015, arXiv 1512.03385): CIFAR's 20 to 56 layers, ImageNet's 18, 34 and 50, and a small
+one.
 
-Every factory returns a Linen module: images (b, h, w, c), any size -> {"stem": ..., "stage1": ..., ...}, features
-(b, h', w', c') with the resolution falling. Strides, padding and order of operations are PyTorch's, so that its weights fit.
+Every factory returns a Linen module: images (b, h, w, c), any size -> {"stem": ..., "stage1": ..., ...}, features (b,
+h', w', c') with the resolution falling. Strides, padding and order of operations are PyTorch's, so that its weights
+fit.
 """
 
 from typing import Any
@@ -52,7 +54,8 @@ class Bottleneck(nn.Module):
 
 
 def _shortcut(x, features, stride, kind, train, dtype):
-    """The identity where the shape stays; else a strided 1x1 convolution with batch norm, or every stride-th pixel and zeros."""
+    """The identity where the shape stays; else a strided 1x1 convolution with batch norm, or every stride-th pixel and
+    zeros."""
     missing = features - x.shape[-1]
     if stride == 1 and missing == 0:
         return x
@@ -118,22 +121,26 @@ class ResNet(nn.Module):
 
 
 def resnet20(*, shortcut: str = "pad") -> ResNet:
-    """20 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4; `shortcut`: "pad" (option A, no parameters) or "project" (B)."""
+    """20 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4; `shortcut`: "pad" (option A, no parameters) or "project"
+    (B)."""
     return _cifar(3, shortcut)
 
 
 def resnet32(*, shortcut: str = "pad") -> ResNet:
-    """32 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4; `shortcut`: "pad" (option A, no parameters) or "project" (B)."""
+    """32 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4; `shortcut`: "pad" (option A, no parameters) or "project"
+    (B)."""
     return _cifar(5, shortcut)
 
 
 def resnet44(*, shortcut: str = "pad") -> ResNet:
-    """44 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4; `shortcut`: "pad" (option A, no parameters) or "project" (B)."""
+    """44 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4; `shortcut`: "pad" (option A, no parameters) or "project"
+    (B)."""
     return _cifar(7, shortcut)
 
 
 def resnet56(*, shortcut: str = "pad") -> ResNet:
-    """56 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4; `shortcut`: "pad" (option A, no parameters) or "project" (B)."""
+    """56 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4; `shortcut`: "pad" (option A, no parameters) or "project"
+    (B)."""
     return _cifar(9, shortcut)
 
 
@@ -148,7 +155,8 @@ def resnet34(*, stem: str = "imagenet") -> ResNet:
 
 
 def resnet50(*, stem: str = "imagenet") -> ResNet:
-    """50 layers, 256 to 2048 channels. `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride 1)."""
+    """50 layers, 256 to 2048 channels. `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride
+    1)."""
     return ResNet((64, 128, 256, 512), (3, 4, 6, 3), _stem(stem), Bottleneck)
 
 
@@ -162,10 +170,10 @@ def small_resnet(
 ) -> ResNet:
     """A net for a CPU: stages of `blocks` basic blocks, the first of stride 1 and the others of stride 2.
 
-    The defaults make features of 32, 16, 8 and 4 pixels a side from 64x64 images, with 5.9 million multiplications (MMAC):
-    stem 1.23, stages 1.90, 0.92, 0.92, 0.92. With `pyramid_head(pool, width=32)`, whose maps are then 16x16, and 6 classes
-    it is 10.4 MMAC. As in every network with PyTorch's padding, a strided convolution centres output u on input 2u, so that a map
-    of the last stage lies 7.5 pixels to the lower right of what it responds to.
+    The defaults make features of 32, 16, 8 and 4 pixels a side from 64x64 images, with 5.9 million multiplications
+    (MMAC): stem 1.23, stages 1.90, 0.92, 0.92, 0.92. With `pyramid_head(pool, width=32)`, whose maps are then 16x16,
+    and 6 classes it is 10.4 MMAC. As in every network with PyTorch's padding, a strided convolution centres output u on
+    input 2u, so that a map of the last stage lies 7.5 pixels to the lower right of what it responds to.
     """
     check_number("blocks", blocks, 1, whole=True)
     return ResNet(tuple(widths), (blocks,) * len(widths), (stem, stem_kernel, stem_stride, False))

@@ -1,4 +1,5 @@
-"""ResNet-4B of the benchmark `cifar10_resnet` of VNN-COMP 2021: small, without batch norm, every convolution with bias."""
+"""ResNet-4B of the benchmark `cifar10_resnet` of VNN-COMP 2021: small, without batch norm, every convolution with
+bias."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,7 @@
 """VGG-11 and VGG-16 with batch norm (Simonyan & Zisserman 2014, arXiv 1409.1556), as torchvision has them.
 
-Each of the five stages `stem`, `stage1` ... `stage4` ends with its max pooling: 224x224 pixels give maps of 112, 56, 28, 14, 7.
+Each of the five stages `stem`, `stage1` ... `stage4` ends with its max pooling: 224x224 pixels give maps of 112, 56,
+28, 14, 7.
 """
 
 from typing import Any
@@ -15,7 +16,8 @@ from topgap_jax.types import Array
 
 
 class Stage(nn.Module):
-    """`convolutions` times convolution (with bias), batch norm, ReLU; then 2x2 max pooling, which drops an odd row or column."""
+    """`convolutions` times convolution (with bias), batch norm, ReLU; then 2x2 max pooling, which drops an odd row or
+    column."""
 
     convolutions: int
     features: int
@@ -39,7 +41,8 @@ class VGG(nn.Module):
     def __call__(self, images: Array, train: bool = False) -> dict[str, Array]:
         if min(images.shape[1:3]) < 32:
             raise UserError(
-                f"VGG halves its images five times and needs at least 32x32 pixels, got {images.shape[1]}x{images.shape[2]}"
+                "VGG halves its images five times and needs at least 32x32 pixels, got"
+                f" {images.shape[1]}x{images.shape[2]}"
             )
         x, features = images, {}
         names = ("stem", "stage1", "stage2", "stage3", "stage4")
@@ -50,12 +53,14 @@ class VGG(nn.Module):
 
 
 def vgg11() -> VGG:
-    """VGG-11 with batch norm, without its dense layers: 64 / 128 / 256 / 512 / 512 channels at stride 2 / 4 / 8 / 16 / 32."""
+    """VGG-11 with batch norm, without its dense layers: 64 / 128 / 256 / 512 / 512 channels at stride 2 / 4 / 8 / 16 /
+    32."""
     return VGG((1, 1, 2, 2, 2))
 
 
 def vgg16() -> VGG:
-    """VGG-16 with batch norm, without its dense layers: 64 / 128 / 256 / 512 / 512 channels at stride 2 / 4 / 8 / 16 / 32."""
+    """VGG-16 with batch norm, without its dense layers: 64 / 128 / 256 / 512 / 512 channels at stride 2 / 4 / 8 / 16 /
+    32."""
     return VGG((2, 2, 3, 3, 3))
 
 

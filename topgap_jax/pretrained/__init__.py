@@ -1,7 +1,8 @@
-"""Weights in PyTorch naming and layout, from .safetensors or .npz, into variables of our models. Nothing is ever unpickled.
+"""Weights in PyTorch naming and layout, from .safetensors or .npz, into variables of our models. Nothing is ever
+unpickled.
 
-Known are the names of akamaster's CIFAR ResNets (and of ResNet-4B, which shares them) and of torchvision, which timm shares,
-for ResNet-18/34/50 and VGG with batch norm. A prefix `module.` and `num_batches_tracked` are dropped.
+Known are the names of akamaster's CIFAR ResNets (and of ResNet-4B, which shares them) and of torchvision, which timm
+shares, for ResNet-18/34/50 and VGG with batch norm. A prefix `module.` and `num_batches_tracked` are dropped.
 """
 
 from pathlib import Path
@@ -15,16 +16,15 @@ from topgap_jax.pretrained.names import torch_names
 from topgap_jax.pretrained.networks import describe
 from topgap_jax.types import Model, Variables
 
-__all__ = ["Description", "describe", "load", "read"]
-
 LISTED = 8  # keys of one kind that an error spells out
 
 
 def load(path: str | Path, model: Model, *, image_shape: tuple[int, int, int] = (32, 32, 3)) -> Variables:
-    """The variables of `model` from a file in PyTorch naming and layout; image_shape (h, w, c) is what the model will be given.
+    """The variables of `model` from a file in PyTorch naming and layout; image_shape (h, w, c) is what the model will
+    be given.
 
-    Convolutions (out, in, kh, kw) become (kh, kw, in, out), dense kernels (out, in) become (in, out), all float32. Raises
-    UserError, in one line, for files that cannot be read and for missing, unexpected and mis-shaped tensors.
+    Convolutions (out, in, kh, kw) become (kh, kw, in, out), dense kernels (out, in) become (in, out), all float32.
+    Raises UserError, in one line, for files that cannot be read and for missing, unexpected and mis-shaped tensors.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     template = jax.eval_shape(model.init, jax.random.key(0), images)

@@ -26,7 +26,8 @@ def read(path: str | Path) -> Description:
     path = Path(path)
     if path.suffix in (".pt", ".pth", ".bin", ".th", ".tar", ".ckpt", ".pkl", ".pickle"):
         raise UserError(
-            f"{path}: pickled weights are never opened, since they can run code; convert them once, in PyTorch: {CONVERT}"
+            f"{path}: pickled weights are never opened, since they can run code; convert them once, in PyTorch:"
+            f" {CONVERT}"
         )
     if path.suffix not in (".safetensors", ".npz"):
         raise UserError(

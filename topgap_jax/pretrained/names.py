@@ -40,12 +40,15 @@ def _layer_name(layer, known):
         if match:
             names = [match.expand(candidate) for candidate in candidates]
             return next((name for name in names if f"{name}.weight" in known), names[0])
-    raise UserError(f"the layer '{layer}' of this model has no name in PyTorch's files: weights are read into backbones with "
-                    "map_head(pool), VGG also with vgg_head(), and into resnet4b")  # fmt: skip
+    raise UserError(
+        f"the layer '{layer}' of this model has no name in PyTorch's files: weights are read into backbones "
+        "with map_head(pool), VGG also with vgg_head(), and into resnet4b"
+    )
 
 
 def _vgg_names(layers):
-    """{"stem/conv1": "features.0", "stem/norm1": "features.1", ...}: convolution, norm, ReLU, and a pooling after each stage."""
+    """{"stem/conv1": "features.0", "stem/norm1": "features.1", ...}: convolution, norm, ReLU, and a pooling after each
+    stage."""
     if "stem/conv1" not in layers:
         return {}
     names, index = {}, 0

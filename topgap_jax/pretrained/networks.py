@@ -12,10 +12,11 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """What a file says of itself: {"mean": tuple, "std": tuple, "model": text for a config}, None for what it does not say.
+    """What a file says of itself: {"mean": tuple, "std": tuple, "model": text for a config}, None for what it does not
+    say.
 
-    The model is recognised by names and shapes; mean and std stand in the metadata of a safetensors file ("0.485,0.456,0.406"),
-    and are ImageNet's where the layout is torchvision's.
+    The model is recognised by names and shapes; mean and std stand in the metadata of a safetensors file
+    ("0.485,0.456,0.406"), and are ImageNet's where the layout is torchvision's.
     """
     description = read(path)
     model, torchvision = _architecture(description.shapes)
@@ -27,7 +28,8 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def _architecture(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str | None, bool]:
-    """The config text of the network with these tensors, or None; and whether the layout is torchvision's for ImageNet."""
+    """The config text of the network with these tensors, or None; and whether the layout is torchvision's for
+    ImageNet."""
     stem = shapes.get("conv1.weight", ())
     blocks = tuple(len({name.split(".")[1] for name in shapes if name.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4))
     convolutions = sum(

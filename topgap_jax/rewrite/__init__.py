@@ -10,26 +10,3 @@ from topgap_jax.rewrite.pooling import with_pool
 from topgap_jax.rewrite.precision import in_float32
 from topgap_jax.rewrite.rules import with_rules
 from topgap_jax.rewrite.speed import fast, loop, map_over, sum_over
-
-__all__ = [
-    "Layer",
-    "canonical_convs",
-    "default_layer",
-    "fast",
-    "fast_convs",
-    "fold_batch_norm",
-    "fused",
-    "in_float32",
-    "layers",
-    "loop",
-    "map_over",
-    "name",
-    "naming",
-    "read",
-    "sum_over",
-    "tap",
-    "with_drop",
-    "with_pool",
-    "with_rules",
-    "zero_images",
-]

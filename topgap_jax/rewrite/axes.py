@@ -1,8 +1,8 @@
 """What the axes of every value of a network are: the batch, positions in the image, or channels, and whose channels.
 
-The axes of the images are given. An equation passes them on (a reshape splits and merges them, a transpose moves them), and a
-convolution says itself which of its axes is which. Each convolution or product over channels makes channels of its own, which
-have its number: where two values have the same numbers, nothing in between has mixed channels.
+The axes of the images are given. An equation passes them on (a reshape splits and merges them, a transpose moves them),
+and a convolution says itself which of its axes is which. Each convolution or product over channels makes channels of
+its own, which have its number: where two values have the same numbers, nothing in between has mixed channels.
 """
 
 import itertools
@@ -29,7 +29,8 @@ Axis = frozenset  # of BATCH, POSITION and the numbers of channels: several wher
 
 
 class Value(NamedTuple):
-    """What the axes of a value are, and whether it depends on the images or on weights (a table of constants does not)."""
+    """What the axes of a value are, and whether it depends on the images or on weights (a table of constants does
+    not)."""
 
     axes: tuple[Axis, ...]
     varies: bool
@@ -44,8 +45,8 @@ class Named(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What is found in a jaxpr: its values; the equations, by `id`, that give each position something of every other one, as
-    attention does; and what has a name inside an equation, by its `id`."""
+    """What is found in a jaxpr: its values; the equations, by `id`, that give each position something of every other
+    one, as attention does; and what has a name inside an equation, by its `id`."""
 
     values: dict[Any, Value]
     mixing: set[int]
@@ -129,7 +130,8 @@ def _without(axes: tuple[Axis, ...], dropped: Sequence[int]) -> tuple[Axis, ...]
 
 
 def _joined(several: Sequence[tuple[Axis, ...]], ndim: int) -> tuple[Axis, ...]:
-    """Axis by axis all that the values say: of a sum, a selection, a concatenation, and of any equation not known here."""
+    """Axis by axis all that the values say: of a sum, a selection, a concatenation, and of any equation not known
+    here."""
     return tuple(Axis().union(*(axes[i] for axes in several)) for i in range(ndim))
 
 
@@ -152,15 +154,16 @@ def _reshaped(axes: Sequence[Axis], old: Sequence[int], new: Sequence[int]) -> t
 def _product(eqn: JaxprEqn, operands: list[Value], number: int) -> tuple[tuple[Axis, ...], bool]:
     """Axes of a matrix product, and whether it gives each position something of every other one.
 
-    It does where the positions are summed over and there are still positions in the result, as in attention and in an MLP over
-    tokens; not where nothing in one operand varies, as in the resizing of a map.
+    It does where the positions are summed over and there are still positions in the result, as in attention and in an
+    MLP over tokens; not where nothing in one operand varies, as in the resizing of a map.
     """
     (left, right), (left_batch, right_batch) = eqn.params["dimension_numbers"]
     sides = list(zip(operands, (left, right), (left_batch, right_batch)))
     summed = Axis().union(*(operand.axes[i] for operand, over, _ in sides for i in over))
     positions = any(operands[0].axes[i] | operands[1].axes[j] == {POSITION} for i, j in zip(left, right))
     free = [_without(operand.axes, (*over, *batch)) for operand, over, batch in sides]
-    # The axes of a kernel, of which nothing is known, are the channels that it makes; behind a sum over positions, positions.
+    # The axes of a kernel, of which nothing is known, are the channels that it makes; behind a sum over positions,
+    # positions.
     fresh = Axis({number}) if channels((summed,)) else Axis({POSITION}) & summed
     free = [
         axes if any(operand.axes) else (fresh,) * len(axes) for (operand, _, _), axes in zip(sides, free, strict=True)

@@ -16,10 +16,11 @@ from topgap_jax.rewrite.interpreter import evaluate, keeps_derivatives, rebuild,
 def fast_convs(f: Callable) -> Callable:
     """f with the convolutions of `engine`, on a CPU; elsewhere f itself. For any function, before it is differentiated.
 
-    Derivatives of any order, in loops too, are then made of fast convolutions: `jax.grad(fast_convs(predict))`. Around a
-    gradient, `fast_convs(jax.grad(predict))`, the numbers are right but most of the gain is lost. What the engine does not take
-    (groups, dilation, other ranks) and what stands inside a function with derivatives of its own stays as it is;
-    `engine.explain(fast_convs(f), *args)` says which. The numbers are those of finite ones: see `engine.convolution`.
+    Derivatives of any order, in loops too, are then made of fast convolutions: `jax.grad(fast_convs(predict))`. Around
+    a gradient, `fast_convs(jax.grad(predict))`, the numbers are right but most of the gain is lost. What the engine
+    does not take (groups, dilation, other ranks) and what stands inside a function with derivatives of its own stays as
+    it is; `engine.explain(fast_convs(f), *args)` says which. The numbers are those of finite ones: see
+    `engine.convolution`.
     """
 
     def fast(*args, **kwargs):
@@ -33,16 +34,17 @@ def fast_convs(f: Callable) -> Callable:
 def canonical_convs(f: Callable) -> Callable:
     """f with every convolution in the layout NHWC, HWIO, by explicit transposes; for the body of a loop on a CPU.
 
-    It is for what `fast_convs` does not take, and for functions that are differentiated already. Outside loops XLA does this
-    itself. Inside, a gradient with respect to images keeps the transposed kernels that JAX writes, for which XLA's CPU has
-    nothing but naive loops: 12 times slower with a ResNet-20. Also loops inside f are entered, so that the derivative of an
-    explanation that loops is `canonical_convs(jax.grad(...))`.
+    It is for what `fast_convs` does not take, and for functions that are differentiated already. Outside loops XLA does
+    this itself. Inside, a gradient with respect to images keeps the transposed kernels that JAX writes, for which XLA's
+    CPU has nothing but naive loops: 12 times slower with a ResNet-20. Also loops inside f are entered, so that the
+    derivative of an explanation that loops is `canonical_convs(jax.grad(...))`.
     """
     return lambda *args, **kwargs: _replaced(f, args, kwargs, _by_lax, lambda eqn: "")
 
 
 def _replaced(f, args, kwargs, replace, refusal):
-    """f(*args, **kwargs) with `replace(equation, images NHWC, kernel HWIO)` in place of each convolution that is not refused."""
+    """f(*args, **kwargs) with `replace(equation, images NHWC, kernel HWIO)` in place of each convolution that is not
+    refused."""
     closed, arrays, restore = trace(f, args, kwargs)
     takes = lambda eqn: eqn.primitive is conv_general_dilated_p and not refusal(eqn)
 

@@ -35,8 +35,9 @@ class Features(NamedTuple):
 def last_features(closed: ClosedJaxpr, arrays: Sequence[Any]) -> str:
     """The name of the last (b, h, w, c) value that the results depend on, before the class maps and the pooling.
 
-    Last in the order of computation, wherever its name is given. UserError where there is none, where a later one stands in a
-    loop or has a name that is met twice, where the positions are mixed after it, and where the axes are (b, c, h, w).
+    Last in the order of computation, wherever its name is given. UserError where there is none, where a later one
+    stands in a loop or has a name that is met twice, where the positions are mixed after it, and where the axes are (b,
+    c, h, w).
     """
     jaxpr = inline(closed, arrays, remat=True).jaxpr
     reading, live = follow(jaxpr, images_and_others(jaxpr)), needed(jaxpr)
@@ -54,8 +55,8 @@ def last_features(closed: ClosedJaxpr, arrays: Sequence[Any]) -> str:
     if loops and (last is None or loops[-1][0] > last.place):
         instead = f"a layer outside it, such as layer='{_label(jaxpr, last, live)}'" if last else "a layer outside it"
         raise UserError(
-            f"the last named (b, h, w, c) value, '{loops[-1][1].name}', stands in a loop or another function that cannot be "
-            f"entered: give {instead}, or name what comes out of the loop, {NAME}(value, 'features')"
+            f"the last named (b, h, w, c) value, '{loops[-1][1].name}', stands in a loop or another function that"
+            f" cannot be entered: give {instead}, or name what comes out of the loop, {NAME}(value, 'features')"
         )
     if last is None:
         where = "before the class maps" if every else "in this function"
@@ -63,14 +64,14 @@ def last_features(closed: ClosedJaxpr, arrays: Sequence[Any]) -> str:
     label = _label(jaxpr, last, live)
     if is_channel(last.axes[1]):
         raise UserError(
-            f"the last named value before the pooling, '{label}' {last.value.aval.shape}, has the axes (b, c, h, w): name its "
-            f"transpose, {NAME}(value.transpose(0, 2, 3, 1), 'features'), and compute the rest from that"
+            f"the last named value before the pooling, '{label}' {last.value.aval.shape}, has the axes (b, c, h, w):"
+            f" name its transpose, {NAME}(value.transpose(0, 2, 3, 1), 'features'), and compute the rest from that"
         )
     after = depending(jaxpr, [last.value])
     if any(id(eqn) in reading.mixing & live and after.intersection(eqn.outvars) for eqn in jaxpr.eqns):
         raise UserError(
-            f"tokens are mixed after '{label}', the last named (b, h, w, c) value: name the tokens behind that, tokens = "
-            f"{NAME}(tokens.reshape(b, h, w, c), 'tokens'), and compute the rest from them; or give layer='{label}'"
+            f"tokens are mixed after '{label}', the last named (b, h, w, c) value: name the tokens behind that, tokens"
+            f" = {NAME}(tokens.reshape(b, h, w, c), 'tokens'), and compute the rest from them; or give layer='{label}'"
         )
     return label
 
@@ -121,7 +122,8 @@ def _is_maps(eqn: JaxprEqn) -> bool:
 
 
 def _label(jaxpr, features: Features, live: set[int]) -> str:
-    """The outermost of the value's names that everything behind it is computed from, and rather "stage4" than "backbone['stage4']".
+    """The outermost of the value's names that everything behind it is computed from, and rather "stage4" than
+    "backbone['stage4']".
 
     UserError where each of them is met twice.
     """
@@ -130,8 +132,8 @@ def _label(jaxpr, features: Features, live: set[int]) -> str:
     if not unique:
         label = features.names[-1].params["name"]
         raise UserError(
-            f"the last (b, h, w, c) value before the pooling is named '{label}', which is met {calls.count(label)} times: give it a "
-            f"name of its own, {NAME}(value, 'features'), or give layer="
+            f"the last (b, h, w, c) value before the pooling is named '{label}', which is met {calls.count(label)}"
+            f" times: give it a name of its own, {NAME}(value, 'features'), or give layer="
         )
     used, same, eqn = users(jaxpr), [], unique[0]
     while eqn is not None and eqn.primitive in SAME:

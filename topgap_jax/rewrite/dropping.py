@@ -2,11 +2,11 @@
 
 import zlib
 
-import jax
 from jax import lax
 from jax.extend.core.primitives import name_p
 
 from topgap_jax.errors import UserError
+from topgap_jax.keys import fold_in
 from topgap_jax.rewrite.fusion import fused
 from topgap_jax.rewrite.interpreter import enters, evaluate, rebuild, subjaxprs, trace
 from topgap_jax.rewrite.names import _layers, _run, read, tap
@@ -15,14 +15,16 @@ from topgap_jax.types import Drop, Model
 
 
 def with_drop(model: Model, layer: str, drop: Drop | None) -> Model:
-    """The model with `drop` on the value named `layer` in training; in eval mode, and with None, it is the model itself.
+    """The model with `drop` on the value named `layer` in training; in eval mode, and with None, it is the model
+    itself.
 
-    The drop gets the layer's value and the rest of the network in eval mode, of the weights in training or, for a drop with
-    `teacher=True`, of their averages `variables["ema"]` on the same images. What leads to the layer is not computed again for
-    that (but for a teacher), what goes past it is: where a skip or a pyramid branch starts below the layer, the rest of the
-    network reads it in eval mode, and the compiled step holds the trunk up to that branch a second time. The realised rate (b,)
-    is logged as "drop_rate". A pass without targets (an attack or an explanation that uses batch statistics) drops nothing.
-    Raises UserError for an unknown layer, and for a teacher without averages.
+    The drop gets the layer's value and the rest of the network in eval mode, of the weights in training or, for a drop
+    with `teacher=True`, of their averages `variables["ema"]` on the same images. What leads to the layer is not
+    computed again for that (but for a teacher), what goes past it is: where a skip or a pyramid branch starts below the
+    layer, the rest of the network reads it in eval mode, and the compiled step holds the trunk up to that branch a
+    second time. The realised rate (b,) is logged as "drop_rate". A pass without targets (an attack or an explanation
+    that uses batch statistics) drops nothing. Raises UserError for an unknown layer, and for a teacher without
+    averages.
     """
     if drop is None:  # a config whose `drop` is to be set on the command line
         return model
@@ -35,9 +37,11 @@ def with_drop(model: Model, layer: str, drop: Drop | None) -> Model:
             return f(images)
         if drop.teacher and "ema" not in variables:
             raise UserError(
-                "with_drop: teacher=True takes the saliency from averaged weights, and there are none; set config.ema, e.g. 0.999"
+                "with_drop: teacher=True takes the saliency from averaged weights, and there are none; set config.ema,"
+                " e.g. 0.999"
             )
-        # One pass holds the trunk: the head is the network with this layer given, so what leads to the layer is dead code.
+        # One pass holds the trunk: the head is the network with this layer given, so what leads to the layer is dead
+        # code.
         still, seen = lax.stop_gradient((variables["ema"] if drop.teacher else variables, images))
         predict = lambda images: model.apply(still, images, step=step).logits
         head = lambda features: tap(predict, layer, lambda _: features)(seen)
@@ -57,7 +61,7 @@ def with_drop(model: Model, layer: str, drop: Drop | None) -> Model:
 
 def _own_keys(keys, layer):
     """Keys of this layer: `keys` themselves serve the random layers of the user's module."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, zlib.crc32(layer.encode()))
+    return fold_in(keys, zlib.crc32(layer.encode()))
 
 
 def _unnamed(f):

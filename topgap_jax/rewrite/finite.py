@@ -14,10 +14,12 @@ from topgap_jax.types import Array
 
 
 def first_not_finite(f: Callable, images: Array) -> str | None:
-    """The first layer of f(images), in the order of computation, one of whose numbers is NaN or infinite; None if there is none.
+    """The first layer of f(images), in the order of computation, one of whose numbers is NaN or infinite; None if there
+    is none.
 
-    "images" if they are not finite themselves, "logits" if only the result is not. Layers are what `layers` lists, but for those
-    inside loops, which count with what follows them. For the error that says so: it compiles f once more, without `fused`.
+    "images" if they are not finite themselves, "logits" if only the result is not. Layers are what `layers` lists, but
+    for those inside loops, which count with what follows them. For the error that says so: it compiles f once more,
+    without `fused`.
     """
     with naming():
         closed, arrays, _ = trace(f, (images,), {})

@@ -27,7 +27,8 @@ from topgap_jax.rewrite.interpreter import (
 from topgap_jax.rewrite.names import NAMING
 from topgap_jax.rewrite.operations import convolution_axes
 
-# (equation, position of the convolution's values) -> (scale, shift) after it, of (scale, shift) before it and the other operand.
+# (equation, position of the convolution's values) -> (scale, shift) after it, of (scale, shift) before it and the other
+# operand.
 STEPS = {
     (add_p, 0): lambda a, b, v: (a, b + v),
     (add_p, 1): lambda a, b, v: (a, b + v),
@@ -40,7 +41,8 @@ STEPS = {
 
 
 class Chain(NamedTuple):
-    """What happens to a value channel by channel: (equation, position of the value, variable of the factors), several times.
+    """What happens to a value channel by channel: (equation, position of the value, variable of the factors), several
+    times.
 
     convolution: what the value is the result of, if nothing else uses it; axis: that of the value's channels.
     """
@@ -54,11 +56,12 @@ class Chain(NamedTuple):
 def fold_batch_norm(f: Callable) -> Callable:
     """f with batch norm as one product and one sum, and in eval mode with the product inside the convolution before it.
 
-    Sums, products and quotients in a row, each with one value per channel (or one in all), directly behind a convolution, become
-    v * a + b, whose gradient takes fewer passes over memory. Where nothing else uses the convolution's result, as in eval mode,
-    conv(x, w) * a + b becomes conv(x, w * a) + b. Under `tap`, `read` and the like every name keeps its value, so that named
-    convolutions stay as they are; a `jax.checkpoint` around all this must not go by names, which are gone otherwise. Equal up to
-    rounding; derivatives of any order, by parameters too; under jit, remat and loops.
+    Sums, products and quotients in a row, each with one value per channel (or one in all), directly behind a
+    convolution, become v * a + b, whose gradient takes fewer passes over memory. Where nothing else uses the
+    convolution's result, as in eval mode, conv(x, w) * a + b becomes conv(x, w * a) + b. Under `tap`, `read` and the
+    like every name keeps its value, so that named convolutions stay as they are; a `jax.checkpoint` around all this
+    must not go by names, which are gone otherwise. Equal up to rounding; derivatives of any order, by parameters too;
+    under jit, remat and loops.
     """
 
     def folded(*args, **kwargs):

@@ -23,7 +23,8 @@ CONVOLUTIONS = {forward_p: FORWARD, input_gradient_p: INPUT_GRADIENT}
 
 
 class Group(NamedTuple):
-    """Equations that become one: the convolution, those after it, and the variables of bias, residual and mask (or None)."""
+    """Equations that become one: the convolution, those after it, and the variables of bias, residual and mask (or
+    None)."""
 
     convolution: JaxprEqn
     after: list[JaxprEqn]
@@ -36,8 +37,9 @@ class Group(NamedTuple):
 class Plan(NamedTuple):
     """What becomes of the equations of a jaxpr, by their `id`.
 
-    last: the group that an equation ends; passed: those that happen inside a group; positive: comparisons with 0, and the
-    variable to compare, which after a group is the ReLU's result; flat: those of them that only a group needs, as its mask.
+    last: the group that an equation ends; passed: those that happen inside a group; positive: comparisons with 0, and
+    the variable to compare, which after a group is the ReLU's result; flat: those of them that only a group needs, as
+    its mask.
     """
 
     last: dict[int, Group]
@@ -47,11 +49,12 @@ class Plan(NamedTuple):
 
 
 def fused(f: Callable) -> Callable:
-    """f with the engine's convolutions, and their input gradients, fused with the bias, sum, ReLU or ReLU mask behind them.
+    """f with the engine's convolutions, and their input gradients, fused with the bias, sum, ReLU or ReLU mask behind
+    them.
 
-    For a whole attack step or explanation in eval mode, outermost under `jit`, after differentiation: what it returns has no
-    derivative. It needs oneDNN, and is f itself without. Best on `fold_batch_norm(fast_convs(predict))`. Equal up to rounding
-    for finite numbers; what is not finite stays so (see `engine.fused_convolution`).
+    For a whole attack step or explanation in eval mode, outermost under `jit`, after differentiation: what it returns
+    has no derivative. It needs oneDNN, and is f itself without. Best on `fold_batch_norm(fast_convs(predict))`. Equal
+    up to rounding for finite numbers; what is not finite stays so (see `engine.fused_convolution`).
     """
 
     def merged(*args, **kwargs):
@@ -137,7 +140,8 @@ def _plan(jaxpr: Jaxpr) -> Plan:
 
 
 def _sum(value: Any, used: dict, plan: Plan) -> tuple[JaxprEqn, Any] | None:
-    """The sum that is the only use of a value, and what is added; None if it is used otherwise, or the sum is another's."""
+    """The sum that is the only use of a value, and what is added; None if it is used otherwise, or the sum is
+    another's."""
     if len(used[value]) != 1 or used[value][0] is None:
         return None
     (eqn,) = used[value]

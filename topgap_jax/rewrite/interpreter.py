@@ -1,4 +1,5 @@
-"""The one small interpreter under every transformation here: trace a function to a jaxpr, evaluate it, do something else at the right places."""
+"""The one small interpreter under every transformation here: trace a function to a jaxpr, evaluate it, do something
+else at the right places."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -125,7 +126,8 @@ def depending(jaxpr: Jaxpr, sources: Iterable[Any]) -> set[Any]:
 
 
 def channel_vector(variable: Any, axis: int, ndim: int, made_by: dict[Any, JaxprEqn]) -> Any | None:
-    """Where the values are from, one per index of `axis` or one in all, that an array of `ndim` axes is made of; else None."""
+    """Where the values are from, one per index of `axis` or one in all, that an array of `ndim` axes is made of; else
+    None."""
     eqn = None if isinstance(variable, Literal) else made_by.get(variable)
     if eqn is not None and eqn.primitive is broadcast_in_dim_p:
         source, places = eqn.invars[0], eqn.params["broadcast_dimensions"]
@@ -143,24 +145,29 @@ def enters(eqn: JaxprEqn) -> bool:
 
 
 def reaches(eqn: JaxprEqn) -> bool:
-    """Whether `rebuild` can go into the equation: also loops, branches, `shard_map`, functions with derivatives of their own."""
+    """Whether `rebuild` can go into the equation: also loops, branches, `shard_map`, functions with derivatives of
+    their own."""
     return keeps_derivatives(eqn) or eqn.primitive in (custom_jvp_call_p, custom_vjp_call_p)
 
 
 def keeps_derivatives(eqn: JaxprEqn) -> bool:
-    """Whether `rebuild` goes into the equation and what comes out has its derivatives: not a function with ones of its own."""
+    """Whether `rebuild` goes into the equation and what comes out has its derivatives: not a function with ones of its
+    own."""
     return eqn.primitive.name in engine.ENTERED
 
 
 def rebuild(eqn: JaxprEqn, values: Sequence[Any], run: Callable[[Jaxpr, Sequence[Any], Sequence[Any]], Any]) -> Any:
-    """`run(body, consts, values)` inside the same `jax.checkpoint`, loop, branches or `shard_map` as the equation's body.
+    """`run(body, consts, values)` inside the same `jax.checkpoint`, loop, branches or `shard_map` as the equation's
+    body.
 
-    A function with derivatives of its own gets those of what `run` does. In a loop or branch `run` returns a list of results.
+    A function with derivatives of its own gets those of what `run` does. In a loop or branch `run` returns a list of
+    results.
     """
     params = eqn.params
     within = lambda closed: lambda *args: run(closed.jaxpr, closed.consts, args)
     if eqn.primitive is remat_p and params["differentiated"]:
-        # What is computed again must stay apart from what was computed before, which a new `jax.checkpoint` would not ask for.
+        # What is computed again must stay apart from what was computed before, which a new `jax.checkpoint` would not
+        # ask for.
         closed = jax.make_jaxpr(lambda *args: run(params["jaxpr"], (), args))(*values)
         body = closed.jaxpr.replace(constvars=[], invars=[*closed.jaxpr.constvars, *closed.jaxpr.invars])
         return remat_p.bind(*closed.consts, *values, **(params | {"jaxpr": body}))

@@ -1,8 +1,8 @@
 """Any layer of any model: values of a traced function have names, and can be read or replaced by them.
 
 While a function is traced here, every array that a Flax submodule returns gets the submodule's path as its name, e.g.
-"backbone/stage3/block0/conv1". Anyone else writes `name(value, "features")` where they want one. A layer is given by its
-full name or by any trailing part of it that is unique: "stage3".
+"backbone/stage3/block0/conv1". Anyone else writes `name(value, "features")` where they want one. A layer is given by
+its full name or by any trailing part of it that is unique: "stage3".
 """
 
 import contextlib
@@ -22,7 +22,8 @@ from topgap_jax.rewrite.default import last_features
 from topgap_jax.rewrite.interpreter import enters, evaluate, rebuild, subjaxprs, trace
 from topgap_jax.types import Array
 
-# Part of the key of JAX's trace caches: a jitted function is traced once with names and once without, and both stay warm.
+# Part of the key of JAX's trace caches: a jitted function is traced once with names and once without, and both stay
+# warm.
 NAMING = jax.make_user_context(default_value=None)
 
 
@@ -60,7 +61,8 @@ def layers(f: Callable, *args: Any, **kwargs: Any) -> list[Layer]:
 def tap(f: Callable, layer: str, edit: Callable[[Array], Array]) -> Callable:
     """f with the value named `layer` replaced by `edit(value)`, which must keep its shape.
 
-    Raises UserError for an unknown name, one met twice, and one inside `scan` or another primitive that cannot be entered.
+    Raises UserError for an unknown name, one met twice, and one inside `scan` or another primitive that cannot be
+    entered.
     """
     return lambda *args, **kwargs: _run(f, layer, lambda value: (edit(value), None), args, kwargs)[0]
 
@@ -71,11 +73,12 @@ def read(f: Callable, layer: str | None = None) -> Callable:
 
 
 def default_layer(f: Callable, *args: Any, **kwargs: Any) -> str:
-    """Name of the last (b, h, w, c) value with more than one position that the logits depend on, before class maps and pooling.
+    """Name of the last (b, h, w, c) value with more than one position that the logits depend on, before class maps and
+    pooling.
 
-    Last in the order of computation. Tensors of attention (b, tokens, heads, dim) are none, nor are class maps under any name,
-    whose Grad-CAM is CAM again. UserError, which says what to give, where there is none, where a later one stands in a loop,
-    where tokens are mixed after it, and where the axes are (b, c, h, w).
+    Last in the order of computation. Tensors of attention (b, tokens, heads, dim) are none, nor are class maps under
+    any name, whose Grad-CAM is CAM again. UserError, which says what to give, where there is none, where a later one
+    stands in a loop, where tokens are mixed after it, and where the axes are (b, c, h, w).
     """
     with naming():
         closed, arrays, _ = trace(f, args, kwargs)
@@ -111,7 +114,8 @@ def _name_outputs(next_fun, args, kwargs, context):
 
 
 def name_tree(out: Any, label: str) -> Any:
-    """An array named `label`; the arrays of a tuple or dict named `label[key]`. A container that takes none is left as it is."""
+    """An array named `label`; the arrays of a tuple or dict named `label[key]`. A container that takes none is left as
+    it is."""
     if isinstance(out, dict):
         # Not by jax.tree: it would hand the dict back with sorted keys, and a caller may go by their order.
         try:
@@ -136,7 +140,8 @@ def _run(f, layer, edit, args, kwargs):
 
 
 def _replace(jaxpr: Jaxpr, consts, args, full: str, edit):
-    """Results of the jaxpr with the named value edited, and what the edit tells (None where the value does not occur)."""
+    """Results of the jaxpr with the named value edited, and what the edit tells (None where the value does not
+    occur)."""
     told = []
 
     def rule(eqn, values, read):

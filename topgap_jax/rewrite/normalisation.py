@@ -48,8 +48,9 @@ def channels(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]
 def zero_images(f: Callable, images: Array) -> Array:
     """The images (b, h, w, c) that are zero behind f's normalisation: for (images - mean) / std the mean.
 
-    The normalisation is what f does first to the images and to nothing else: additions, subtractions, multiplications and
-    divisions by values that do not depend on them. A function without any gives black, zeros. Nothing else of f is computed.
+    The normalisation is what f does first to the images and to nothing else: additions, subtractions, multiplications
+    and divisions by values that do not depend on them. A function without any gives black, zeros. Nothing else of f is
+    computed.
     """
     closed, arrays, _ = trace(f, (images,), {})
     flat = inline(closed, arrays)

@@ -94,7 +94,8 @@ def relu_of(eqn: JaxprEqn, zeros: set) -> bool:
 
 
 def convolution_axes(eqn: JaxprEqn) -> ConvDimensionNumbers | None:
-    """Which axes of images, kernel and result are which, of a convolution by JAX or by the engine; None for another equation.
+    """Which axes of images, kernel and result are which, of a convolution by JAX or by the engine; None for another
+    equation.
 
     (batch, channels, *space) of images and result, (channels out, channels in, *space) of the kernel.
     """
@@ -106,8 +107,8 @@ def convolution_axes(eqn: JaxprEqn) -> ConvDimensionNumbers | None:
 class Dense(NamedTuple):
     """A product of a value with a kernel over its channels.
 
-    axes: where each other axis of the value is in the result; channels, classes: the axis of what is summed over in the value,
-    and that of what is made in the result; matrix: the kernel as (channels, classes).
+    axes: where each other axis of the value is in the result; channels, classes: the axis of what is summed over in the
+    value, and that of what is made in the result; matrix: the kernel as (channels, classes).
     """
 
     axes: dict[int, int]
@@ -117,7 +118,8 @@ class Dense(NamedTuple):
 
 
 def dense(eqn: JaxprEqn, operand: int) -> Dense | None:
-    """The equation as a dense layer of this operand: a plain matrix product, or a 1x1 convolution; None for anything else."""
+    """The equation as a dense layer of this operand: a plain matrix product, or a 1x1 convolution; None for anything
+    else."""
     numbers = convolution_axes(eqn)
     if numbers is None and eqn.primitive is not dot_general_p:
         return None
@@ -147,7 +149,8 @@ def dense(eqn: JaxprEqn, operand: int) -> Dense | None:
 
 
 def summed_axes(eqn: JaxprEqn) -> tuple[int, ...] | None:
-    """The axes that the equation sums its operand over: a sum, or the sum of an average pool; None for anything else."""
+    """The axes that the equation sums its operand over: a sum, or the sum of an average pool; None for anything
+    else."""
     if eqn.primitive is reduce_sum_p:
         return tuple(eqn.params["axes"])
     if eqn.primitive is reduce_window_sum_p:

@@ -1,4 +1,5 @@
-"""Top-GAP for a classifier you did not write: find global average pooling and the dense layer, put class maps in their place."""
+"""Top-GAP for a classifier you did not write: find global average pooling and the dense layer, put class maps in their
+place."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,11 +20,11 @@ from topgap_jax.types import Model, Pool
 def with_pool(model: Model, *, dense: str, pool: Pool) -> Model:
     """The classifier with `pool` over class maps instead of global average pooling and the dense layer named `dense`.
 
-    The layer is a matrix product or a 1x1 convolution, behind the pooling or before it. The pooling is a mean over the two
-    spatial axes, however it is written (jnp.mean, a sum over their number, einops, a full-window average pool), of (b, h, w, c)
-    or (b, c, h, w). Between them may be reshapes, transposes and dropout. The class maps `features @ kernel + bias`
-    (b, h, w, k) are named "maps", so that `cam()` finds them; `pool=gap()` gives the original logits again. Anything else on
-    the walk is a UserError that says what stands there.
+    The layer is a matrix product or a 1x1 convolution, behind the pooling or before it. The pooling is a mean over the
+    two spatial axes, however it is written (jnp.mean, a sum over their number, einops, a full-window average pool), of
+    (b, h, w, c) or (b, c, h, w). Between them may be reshapes, transposes and dropout. The class maps `features @
+    kernel + bias` (b, h, w, k) are named "maps", so that `cam()` finds them; `pool=gap()` gives the original logits
+    again. Anything else on the walk is a UserError that says what stands there.
     """
 
     def apply(variables, images, *, train=False, keys=None, targets=None, step=None):
@@ -57,7 +58,8 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], full: st
 
 
 def _class_maps(walk: Walk, read: Callable) -> Any:
-    """What the network does to the mean of the features, done at every position: its mean is the same, as all of it is linear."""
+    """What the network does to the mean of the features, done at every position: its mean is the same, as all of it is
+    linear."""
     maps = read(walk.features).transpose(walk.order)
     for step in walk.before:
         maps = _at_every_position(step, maps, read)

@@ -17,9 +17,9 @@ HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 def in_float32(f: Callable) -> Callable:
     """f with float32 wherever it computes in bfloat16 or float16; a function that does neither is unchanged.
 
-    A network with float32 parameters and bf16 layers gives what it gives with float32 layers. Works on any JAX function, under
-    jit and remat and in derivatives of any order; functions with a `custom_jvp` of their own keep it, those with a `custom_vjp`
-    do not. Raises UserError for half precision inside a primitive that cannot be entered.
+    A network with float32 parameters and bf16 layers gives what it gives with float32 layers. Works on any JAX
+    function, under jit and remat and in derivatives of any order; functions with a `custom_jvp` of their own keep it,
+    those with a `custom_vjp` do not. Raises UserError for half precision inside a primitive that cannot be entered.
     """
 
     def call(*args, **kwargs):
@@ -44,7 +44,8 @@ def _rule(eqn, values, read):
         return rebuild(eqn, values, _run)
     if any(True for _ in subjaxprs(eqn)):
         raise UserError(
-            f"in_float32: half precision inside '{eqn.primitive.name}', which cannot be entered; give the model float32 layers"
+            f"in_float32: half precision inside '{eqn.primitive.name}', which cannot be entered; give the model float32"
+            " layers"
         )
     if eqn.primitive is convert_element_type_p and eqn.params["new_dtype"] in HALF:
         return [values[0].astype(jnp.float32)]

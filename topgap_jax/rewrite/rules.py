@@ -1,7 +1,8 @@
-"""Other forward and backward rules for the non-linear operations of a network nobody edited: guided backprop, softplus twins.
+"""Other forward and backward rules for the non-linear operations of a network nobody edited: guided backprop, softplus
+twins.
 
-Rules are given to the function before it is differentiated: `jax.grad(with_rules(f, **guided))`. In a function that has been
-differentiated already, the backward pass stands beside the operation and no longer belongs to it.
+Rules are given to the function before it is differentiated: `jax.grad(with_rules(f, **guided))`. In a function that has
+been differentiated already, the backward pass stands beside the operation and no longer belongs to it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,17 +27,18 @@ LOOKED_FOR = {
 def with_rules(f: Callable, *, relu: Rule | None = None, max_pool: Rule | None = None) -> Callable:
     """f with other forward or backward passes for its ReLUs or its max pooling, e.g. `with_rules(predict, **guided)`.
 
-    relu: `jax.nn.relu`, `jax.nn.relu6` and a bare `maximum(x, 0)`, in this order of the operands (Flax clips a variance by
-    `maximum(0, x)`); not what stands inside `clip`, `celu`, `hard_sigmoid` or `hard_silu`, and no bare maximum inside a function with a `custom_jvp` of its own, such
-    as `softplus`. A relu6 with another forward rule r is r(z) - r(z - 6). The derivative at 0 is 0.
-    max_pool: `reduce_window_max`, i.e. `nn.max_pool`.
+    relu: `jax.nn.relu`, `jax.nn.relu6` and a bare `maximum(x, 0)`, in this order of the operands (Flax clips a variance
+    by `maximum(0, x)`); not what stands inside `clip`, `celu`, `hard_sigmoid` or `hard_silu`, and no bare maximum
+    inside a function with a `custom_jvp` of its own, such as `softplus`. A relu6 with another forward rule r is r(z) -
+    r(z - 6). The derivative at 0 is 0. max_pool: `reduce_window_max`, i.e. `nn.max_pool`.
 
-    f may be jitted, and is entered through jit, remat, scan, cond, while, and custom_jvp and custom_vjp functions that hold a
-    match (whose own derivatives are then lost). What f names keeps its name: `tap` and `read` work on the result.
-    Forward rules have derivatives of any order. Of backward rules there is no second derivative, and no forward mode.
+    f may be jitted, and is entered through jit, remat, scan, cond, while, and custom_jvp and custom_vjp functions that
+    hold a match (whose own derivatives are then lost). What f names keeps its name: `tap` and `read` work on the
+    result. Forward rules have derivatives of any order. Of backward rules there is no second derivative, and no forward
+    mode.
 
-    Raises UserError if no given rule finds its operation (one of several may find none), if a match lies in something that
-    cannot be entered, and for a second derivative through a backward rule.
+    Raises UserError if no given rule finds its operation (one of several may find none), if a match lies in something
+    that cannot be entered, and for a second derivative through a backward rule.
     """
     rules = {name: rule for name, rule in {"relu": relu, "max_pool": max_pool}.items() if rule is not None}
     for name, rule in rules.items():

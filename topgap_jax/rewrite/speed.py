@@ -1,8 +1,8 @@
 """What makes any function fast and small: the convolutions of the machine, and loops that hold one round at a time.
 
-Inside a loop XLA's CPU has naive convolutions for the kernels that a gradient transposes (12 times slower with a ResNet-20), so
-that every loop here writes its convolutions in the layout it is fast with. What a loop here is differentiated through is a loop
-again, whose convolutions the caller puts in order: `canonical_convs(jax.grad(...))`.
+Inside a loop XLA's CPU has naive convolutions for the kernels that a gradient transposes (12 times slower with a
+ResNet-20), so that every loop here writes its convolutions in the layout it is fast with. What a loop here is
+differentiated through is a loop again, whose convolutions the caller puts in order: `canonical_convs(jax.grad(...))`.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ from topgap_jax.types import Array
 def fast(f: Callable) -> Callable:
     """f with all that makes it fast before it is differentiated; f itself where that is nothing, on a GPU or TPU.
 
-    On a CPU: the engine's convolutions (`fast_convs`), and batch norm folded into them (`fold_batch_norm`, which knows the
-    engine's). Works on any JAX function and has its derivatives. What is fused around a function that has been differentiated
-    is `fused`, outermost under `jit`: `jax.jit(fused(lambda x: jax.grad(fast(f))(x)))`.
+    On a CPU: the engine's convolutions (`fast_convs`), and batch norm folded into them (`fold_batch_norm`, which knows
+    the engine's). Works on any JAX function and has its derivatives. What is fused around a function that has been
+    differentiated is `fused`, outermost under `jit`: `jax.jit(fused(lambda x: jax.grad(fast(f))(x)))`.
     """
     folded = fold_batch_norm(fast_convs(f))
     return lambda *args, **kwargs: (folded if jax.default_backend() == "cpu" else f)(*args, **kwargs)
@@ -32,9 +32,9 @@ def fast(f: Callable) -> Callable:
 def sum_over(f: Callable, rows: tuple, like: Array) -> Any:
     """The sum of f(*row) over the leading axis of the arrays in `rows`, in float32, one row after another.
 
-    rows: a tuple of arrays (n, ...), or trees of them, n at least 1. f(*row): an array (b, ...), or a tree of them. like: an
-    array (b, ...), usually the images: the sum is split over devices as it is. Memory is that of one call; f is compiled once.
-    Differentiable where f is.
+    rows: a tuple of arrays (n, ...), or trees of them, n at least 1. f(*row): an array (b, ...), or a tree of them.
+    like: an array (b, ...), usually the images: the sum is split over devices as it is. Memory is that of one call; f
+    is compiled once. Differentiable where f is.
     """
     rows = jax.tree.map(jnp.asarray, tuple(rows))
     shapes = jax.eval_shape(f, *jax.tree.map(lambda row: row[0], rows))
@@ -46,14 +46,16 @@ def sum_over(f: Callable, rows: tuple, like: Array) -> Any:
 
 
 def map_over(f: Callable, rows: tuple, chunk: int = 1) -> Any:
-    """f(*row) for each row of the arrays in `rows`, stacked: results (n, ...), at most `chunk` of them computed at a time.
+    """f(*row) for each row of the arrays in `rows`, stacked: results (n, ...), at most `chunk` of them computed at a
+    time.
 
-    rows: a tuple of arrays (n, ...), or trees of them, n at least 1. Chunks are of one size, so that f is compiled once: 10 rows
-    by chunks of 8 are two chunks of 5; where n does not divide, the last rows are repeated and dropped. Memory is that of one
-    chunk, and of the results. Differentiable where f is.
+    rows: a tuple of arrays (n, ...), or trees of them, n at least 1. Chunks are of one size, so that f is compiled
+    once: 10 rows by chunks of 8 are two chunks of 5; where n does not divide, the last rows are repeated and dropped.
+    Memory is that of one chunk, and of the results. Differentiable where f is.
 
-    With images split over devices leave chunk at 1, or call inside `shard_map`: `vmap` folds the rows of a chunk into the batch of
-    each convolution, in an order in which the partitioner cannot keep the batch split, so that every device computes everything.
+    With images split over devices leave chunk at 1, or call inside `shard_map`: `vmap` folds the rows of a chunk into
+    the batch of each convolution, in an order in which the partitioner cannot keep the batch split, so that every
+    device computes everything.
     """
     rows = jax.tree.map(jnp.asarray, tuple(rows))
     n = len(jax.tree.leaves(rows)[0])

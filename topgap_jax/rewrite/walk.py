@@ -1,4 +1,5 @@
-"""The way back from a classifier's logits to the features that it pools: global average pooling and a dense layer, however written."""
+"""The way back from a classifier's logits to the features that it pools: global average pooling and a dense layer,
+however written."""
 
 import math
 from collections.abc import Callable
@@ -27,8 +28,8 @@ class Step(NamedTuple):
 class Walk(NamedTuple):
     """What leads from features to logits, in the order of computation.
 
-    features: the variable; order: its axes as (b, h, w, c); before, after: steps on either side of the product, which is None
-    where the features are class maps already; end: the equation whose result the pooled class maps replace.
+    features: the variable; order: its axes as (b, h, w, c); before, after: steps on either side of the product, which
+    is None where the features are class maps already; end: the equation whose result the pooled class maps replace.
     """
 
     features: Any
@@ -42,8 +43,8 @@ class Walk(NamedTuple):
 def walk_from(jaxpr: Jaxpr, target: JaxprEqn, full: str) -> Walk:
     """The walk from the dense layer's output, which is named `full` by `target`.
 
-    An output with positions is class maps, whose pooling comes behind it: the walk starts from its end. UserError for anything
-    but reshapes, transposes, dropout, factors and one product on the way.
+    An output with positions is class maps, whose pooling comes behind it: the walk starts from its end. UserError for
+    anything but reshapes, transposes, dropout, factors and one product on the way.
     """
     made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     of_images = depending(jaxpr, jaxpr.invars)
@@ -106,7 +107,8 @@ def _end_of_pooling(jaxpr: Jaxpr, target: JaxprEqn, full: str, of_images: set) -
     if end is None:
         what = _what(eqn) if eqn else "its pooling" if later else "nothing"
         raise _stop(
-            f"behind '{full}', a map of shape {target.outvars[0].aval.shape}, there is {what}, no mean over its positions"
+            f"behind '{full}', a map of shape {target.outvars[0].aval.shape}, there is {what}, no mean over its"
+            " positions"
         )
     return end
 
@@ -188,8 +190,9 @@ def _reshaped(labels: Labels, out: tuple[int, ...], shape: tuple[int, ...], stop
 
 def _stop(what: str) -> UserError:
     return UserError(
-        f"with_pool: {what}; it must be global average pooling (a mean over the spatial axes, or a full-window average pool) and "
-        "this dense layer or 1x1 convolution, behind it or before it, with nothing but reshapes, transposes and dropout between"
+        f"with_pool: {what}; it must be global average pooling (a mean over the spatial axes, or a full-window average"
+        " pool) and this dense layer or 1x1 convolution, behind it or before it, with nothing but reshapes, transposes"
+        " and dropout between"
     )
 
 

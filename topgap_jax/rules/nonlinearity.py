@@ -1,4 +1,5 @@
-"""Other passes through ReLU and max pooling: guided backprop, guided non-linearity, the softplus twin. For `rewrite.with_rules`."""
+"""Other passes through ReLU and max pooling: guided backprop, guided non-linearity, the softplus twin. For
+`rewrite.with_rules`."""
 
 from collections.abc import Callable
 
@@ -16,7 +17,8 @@ def softplus(beta: float) -> Rules:
     """
     check_number("beta", beta, 1e-6)
 
-    @jax.custom_jvp  # the derivatives of logaddexp hold more operations, which in a second derivative cost a tenth of the time
+    # The derivatives of logaddexp hold more operations, which in a second derivative cost a tenth of the time.
+    @jax.custom_jvp
     def forward(z):
         return jnp.maximum(z, 0) + jnp.log1p(jnp.exp(-beta * jnp.abs(z))) / beta
 
@@ -25,13 +27,15 @@ def softplus(beta: float) -> Rules:
 
 
 def clip(operation: Callable, gradient: Array, z: Array) -> Array:
-    """[phi'(z) g]_+: only what is positive after the ordinary backward pass goes on (Springenberg et al. 2015, arXiv 1412.6806)."""
+    """[phi'(z) g]_+: only what is positive after the ordinary backward pass goes on (Springenberg et al. 2015, arXiv
+    1412.6806)."""
     (back,) = jax.vjp(operation, z)[1](gradient)
     return jax.nn.relu(back)
 
 
 def route(operation: Callable, gradient: Array, z: Array) -> Array:
-    """[g]_+ sent to the maximum of each window, the first of several: the positive part before the ordinary backward pass."""
+    """[g]_+ sent to the maximum of each window, the first of several: the positive part before the ordinary backward
+    pass."""
     (back,) = jax.vjp(operation, z)[1](jax.nn.relu(gradient))
     return back
 
@@ -39,8 +43,8 @@ def route(operation: Callable, gradient: Array, z: Array) -> Array:
 def upsampled_mask(operation: Callable, gradient: Array, z: Array) -> Array:
     """g sent to the maximum of each window, times 1[g > 0] enlarged by nearest neighbours to the size of the input.
 
-    What the official code of guided non-linearity does (hjkwonispl/gnl): with windows that overlap it can drop a positive
-    part, or let a negative sum through; without, it equals `route`.
+    What the official code of guided non-linearity does (hjkwonispl/gnl): with windows that overlap it can drop a
+    positive part, or let a negative sum through; without, it equals `route`.
     """
     (back,) = jax.vjp(operation, z)[1](gradient)
     mask = gradient > 0

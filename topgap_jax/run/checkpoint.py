@@ -1,7 +1,7 @@
 """Checkpoints, and the one file that knows Orbax: `last` (to go on) and `best` (highest validation accuracy).
 
-A checkpoint is a few named trees of arrays, and `meta`, numbers and texts as JSON. Trees are read one by one, so that an
-evaluation reads variables without knowing the optimiser.
+A checkpoint is a few named trees of arrays, and `meta`, numbers and texts as JSON. Trees are read one by one, so that
+an evaluation reads variables without knowing the optimiser.
 """
 
 import shutil
@@ -44,8 +44,8 @@ def opened(workdir: Path) -> Iterator[Checkpoints]:
 def save(manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     """Write a checkpoint; returns when it is whole on the disk. A step that is there already is left as it is.
 
-    A resumed run may come by a step again: its arithmetic is exact, so the checkpoint would be the same. Raises UserError
-    where the disk has no room for it; the checkpoints that were there are whole.
+    A resumed run may come by a step again: its arithmetic is exact, so the checkpoint would be the same. Raises
+    UserError where the disk has no room for it; the checkpoints that were there are whole.
     """
     if step in manager.all_steps():
         return
@@ -67,9 +67,9 @@ def latest_step(workdir: Path, which: str = "last") -> int | None:
 def restore(workdir: Path, which: str, templates: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the newest checkpoint of `which` ("last" or "best"): -> ({name: tree}, meta).
 
-    templates: {name: tree of arrays or ShapeDtypeStruct}; only these trees are read. A leaf's `sharding` says where it goes
-    (the first device where it has none), on any number of devices, whatever it was saved from. Raises UserError if there is
-    no checkpoint, if it cannot be read, or if it does not fit.
+    templates: {name: tree of arrays or ShapeDtypeStruct}; only these trees are read. A leaf's `sharding` says where it
+    goes (the first device where it has none), on any number of devices, whatever it was saved from. Raises UserError if
+    there is no checkpoint, if it cannot be read, or if it does not fit.
     """
     folder = _folder(workdir, which)
     step = latest_step(workdir, which)
@@ -87,7 +87,8 @@ def restore(workdir: Path, which: str, templates: Mapping[str, Any]) -> tuple[di
         except Exception as error:  # Orbax, TensorStore and JSON raise of every kind, of many lines
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"the checkpoint {folder / str(step)} is of another model, or damaged (then delete that folder): {reason}"
+                f"the checkpoint {folder / str(step)} is of another model, or damaged (then delete that folder): "
+                f"{reason}"
             ) from error
     return {name: found[name] for name in templates}, found["meta"]
 
@@ -98,8 +99,8 @@ def _check_room(folder: Path, step: int, trees: Mapping[str, Any]) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"the checkpoint of step {step} needs {needed / 1e6:.0f} MB in {folder}, and {free / 1e6:.0f} MB are free on that "
-            "disk; make room, then give the same command again: it goes on from the checkpoint before"
+            f"the checkpoint of step {step} needs {needed / 1e6:.0f} MB in {folder}, and {free / 1e6:.0f} MB are free "
+            "on that disk; make room, then give the same command again: it goes on from the checkpoint before"
         )
 
 

@@ -1,4 +1,5 @@
-"""Settings that make JAX faster on a CPU, for a program to make before its first array; importing the library makes none."""
+"""Settings that make JAX faster on a CPU, for a program to make before its first array; importing the library makes
+none."""
 
 import ctypes
 import json
@@ -14,9 +15,10 @@ from topgap_jax import engine
 from topgap_jax.build import check_number
 from topgap_jax.run.provenance import processor
 
-# glibc returns large freed blocks to the system, and every step pays the page faults to get them back. One arena, because
-# the pool's threads would each keep blocks that the others cannot use: without it a ResNet-20 step gains nothing, with it 1.2x.
-# name of the environment variable by which a user decides instead, mallopt's parameter, value (-1: never trim)
+# glibc returns large freed blocks to the system, and every step pays the page faults to get them back. One arena,
+# because the pool's threads would each keep blocks that the others cannot use: without it a ResNet-20 step gains
+# nothing, with it 1.2x. name of the environment variable by which a user decides instead, mallopt's parameter, value
+# (-1: never trim)
 MALLOC = (("MALLOC_MMAP_MAX_", -4, 0), ("MALLOC_TRIM_THRESHOLD_", -1, -1), ("MALLOC_ARENA_MAX", -8, 1))
 
 # A collective whose threads cannot all run aborts the process after 40 s; with NPROC (XLA's thread pool) four times the
@@ -25,8 +27,8 @@ THREADS_PER_DEVICE = 4
 COUNT_FLAG = "--xla_force_host_platform_device_count"
 COLLECTIVE_FLAG = "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
 
-# Without oneDNN: XLA's convolutions by Eigen and its sums by YNNPACK, not both by YNNPACK. Whether a training step is faster
-# so depends on the processor: it is tried out. An unknown flag ends the process.
+# Without oneDNN: XLA's convolutions by Eigen and its sums by YNNPACK, not both by YNNPACK. Whether a training step is
+# faster so depends on the processor: it is tried out. An unknown flag ends the process.
 REDUCE_FLAG = "--xla_cpu_experimental_ynn_fusion_type=reduce"
 JAXLIBS = ("0.10.", "0.12.")
 TRIAL = """
@@ -48,12 +50,13 @@ print(min(seconds[2:]))
 
 
 def configure_cpu(devices: int = 1) -> str:
-    """Set malloc, the compilation cache, the number of CPU devices and, without oneDNN, a flag of XLA's; returns one line that says so.
+    """Set malloc, the compilation cache, the number of CPU devices and, without oneDNN, a flag of XLA's; returns one
+    line that says so.
 
     Call it before the first array, since XLA reads its flags once. What the user has set wins: the variables MALLOC_*_,
     JAX_COMPILATION_CACHE_DIR (or the same in jax.config), NPROC, and any flag named in XLA_FLAGS. The cache is in
-    `topgap_jax/xla` of the user's cache folder, which only the user can read. Whether the flag helps on this processor is
-    measured once, in processes of their own that take some 10 s, and the verdict kept beside the cache.
+    `topgap_jax/xla` of the user's cache folder, which only the user can read. Whether the flag helps on this processor
+    is measured once, in processes of their own that take some 10 s, and the verdict kept beside the cache.
     """
     check_number("devices", devices, 1, whole=True)
     done = [_keep_freed_memory(), _cache_compilations(), _add_flag(), _add_devices(devices)]
@@ -107,7 +110,8 @@ def _is_file(flags: str) -> bool:
 
 
 def _measured_gain() -> float:
-    """How many times as fast a training step is with the flag; 0 if a process with it does not end well. Kept for the next time."""
+    """How many times as fast a training step is with the flag; 0 if a process with it does not end well. Kept for the
+    next time."""
     path, about = _cache_folder() / "flags.json", [REDUCE_FLAG, jaxlib.__version__, processor()]
     try:
         known = json.loads(path.read_text())
@@ -152,7 +156,8 @@ def _add_devices(devices: int) -> str:
             flags.append(flag)
     os.environ["XLA_FLAGS"] = " ".join(flags)
     if "JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY" not in os.environ:
-        # Where a batch is split, the engine's calls hold an address, and with it no later process would find them in the cache.
+        # Where a batch is split, the engine's calls hold an address, and with it no later process would find them in
+        # the cache.
         jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
     count = next(flag.partition("=")[2] for flag in flags if flag.startswith(COUNT_FLAG))
     os.environ.setdefault("NPROC", str(max(THREADS_PER_DEVICE * int(count), os.cpu_count() or 1)))

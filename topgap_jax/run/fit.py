@@ -1,7 +1,8 @@
-"""Training: one loop that knows no method. Methods enter through the model, the objective, the augmentations, the optimiser.
+"""Training: one loop that knows no method. Methods enter through the model, the objective, the augmentations, the
+optimiser.
 
-A step is a pure function of the state and of the step's number, and so is the order of the data: a run that was killed and
-started again ends with the same parameters, bit for bit.
+A step is a pure function of the state and of the step's number, and so is the order of the data: a run that was killed
+and started again ends with the same parameters, bit for bit.
 """
 
 import itertools
@@ -34,16 +35,17 @@ from topgap_jax.run import checkpoint
 from topgap_jax.run.workdir import claim, record_versions, release
 from topgap_jax.types import Array, Augment, Model, Objective, Variables
 
-# Steps that may be under way before the host waits for the metrics of an earlier one: the device never idles, and a loss
-# that is not finite is seen two steps later.
+# Steps that may be under way before the host waits for the metrics of an earlier one: the device never idles, and a
+# loss that is not finite is seen two steps later.
 LAG = 2
 
 
 class Parts(NamedTuple):
     """What is trained, with what, on what.
 
-    train: a split as `data.resident` decodes it, held on the device, or a `data.Stream` that gives this process's rows of
-    each batch without end. validation: likewise arrays, or a `Split`, or None. ema: 0, or the decay of averaged parameters.
+    train: a split as `data.resident` decodes it, held on the device, or a `data.Stream` that gives this process's rows
+    of each batch without end. validation: likewise arrays, or a `Split`, or None. ema: 0, or the decay of averaged
+    parameters.
     """
 
     model: Model
@@ -62,7 +64,8 @@ class Parts(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that a step changes. variables: "params", "batch_stats" and, with ema > 0, "ema" with the averages of the two."""
+    """All that a step changes. variables: "params", "batch_stats" and, with ema > 0, "ema" with the averages of the
+    two."""
 
     step: Array  # () int32: steps done
     variables: Variables
@@ -83,10 +86,10 @@ def fit(
 ) -> Variables:
     """Train, or go on training, in the folder `workdir`; returns the final variables.
 
-    config: stored in the folder, which is refused to any other; `log_every` (steps) and
-    `checkpoint_every` (epochs) are read from it. mesh: all devices by default; they must divide the batch. Writes
-    metrics.jsonl, TensorBoard files, and checkpoints: last, and best by validation accuracy. Raises Stopped after SIGTERM
-    or Ctrl-C, UserError when the loss is not finite.
+    config: stored in the folder, which is refused to any other; `log_every` (steps) and `checkpoint_every` (epochs) are
+    read from it. mesh: all devices by default; they must divide the batch. Writes metrics.jsonl, TensorBoard files, and
+    checkpoints: last, and best by validation accuracy. Raises Stopped after SIGTERM or Ctrl-C, UserError when the loss
+    is not finite.
     """
     workdir = Path(workdir)
     start = time.perf_counter(), time.process_time()
@@ -164,8 +167,9 @@ def fit(
 def make_step(parts: Parts, mesh: Mesh) -> Callable[[State, Mapping[str, Array], Mapping[str, Array]], tuple]:
     """The jitted step: (state, held, rows) -> (state, {name: mean}); the old state is donated.
 
-    held: the resident arrays, {} where rows are a stream's; rows: `id` and `mask` (b,), of a stream also `image`, `label`.
-    Example i of step s draws from fold_in(fold_in(key(seed), s), id). "finite" is False once the loss or any variable is not.
+    held: the resident arrays, {} where rows are a stream's; rows: `id` and `mask` (b,), of a stream also `image`,
+    `label`. Example i of step s draws from fold_in(fold_in(key(seed), s), id). "finite" is False once the loss or any
+    variable is not.
     """
 
     def loss_of(params, variables, keys, batch, step):
@@ -200,8 +204,9 @@ def make_step(parts: Parts, mesh: Mesh) -> Callable[[State, Mapping[str, Array],
 def stop_requests() -> Iterator[Callable[[int], bool]]:
     """Gives `asked(step)`: has somebody asked the run to stop, by SIGTERM or Ctrl-C? A second Ctrl-C ends it at once.
 
-    With many processes all of them get the same answer at the same step, also if the signal reached one (JAX's preemption
-    service, which listens to SIGTERM). Outside the main thread Python delivers no signals, and the answer is no.
+    With many processes all of them get the same answer at the same step, also if the signal reached one (JAX's
+    preemption service, which listens to SIGTERM). Outside the main thread Python delivers no signals, and the answer is
+    no.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
@@ -234,8 +239,8 @@ def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, An
         return State(jnp.int32(0), variables, parts.optimizer.init(variables["params"]))
 
     if checkpoint.latest_step(workdir) is None:
-        # Drawing every parameter is a large program that runs once: at LLVM's level 1 it has the same bits and compiles in a
-        # quarter of the time, which was longer than the training step's.
+        # Drawing every parameter is a large program that runs once: at LLVM's level 1 it has the same bits and compiles
+        # in a quarter of the time, which was longer than the training step's.
         options = {"xla_backend_optimization_level": 1}
         return jax.jit(fresh, out_shardings=replicated(mesh), compiler_options=options)(), {
             "step": 0,
@@ -255,7 +260,8 @@ def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, An
 
 
 def _feed(parts: Parts, mesh: Mesh, meta: Mapping[str, Any]) -> tuple[Mapping[str, Array], Iterator[Mapping]]:
-    """The resident arrays on the device ({} for a stream), and this process's rows of every batch from the next step on."""
+    """The resident arrays on the device ({} for a stream), and this process's rows of every batch from the next step
+    on."""
     if isinstance(parts.train, Stream):
         if meta["stream"] is not None:
             parts.train.set_state(meta["stream"])
@@ -305,7 +311,8 @@ def _mean(values: Array, mask: Array) -> Array:
 
 
 def _averaged(old: Variables, new: Variables, decay: float, step: Array) -> dict[str, Any]:
-    """old + (1 - d)(new - old) with d = min(decay, (1 + step) / (10 + step)): early on, the random start must not linger."""
+    """old + (1 - d)(new - old) with d = min(decay, (1 + step) / (10 + step)): early on, the random start must not
+    linger."""
     d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     mix = lambda a, b: (a + (1 - d) * (b - a)).astype(a.dtype) if _real(a) else b
     return {key: jax.tree.map(mix, old[key], new[key]) for key in old}
@@ -320,4 +327,7 @@ def _not_finite(workdir: Path, step: int, loss: float) -> str:
     kept = (
         f"the last good checkpoint is {workdir / 'checkpoints' / 'last' / str(last)}" if last else "no checkpoint yet"
     )
-    return f"the loss or a parameter is not finite at step {step} (loss {loss:.4g}); {kept}; lower the learning rate or clip"
+    return (
+        f"the loss or a parameter is not finite at step {step} (loss {loss:.4g}); {kept}; lower the learning rate or"
+        " clip"
+    )

@@ -1,4 +1,4 @@
-"""The folder of a run: it belongs to one config and one training at a time, and says with which versions it was made."""
+"""The folder of a run: it belongs to one config and one training at a time, and says what it was made with."""
 
 import json
 import os
@@ -27,8 +27,8 @@ _locks: dict[Path, IO] = {}  # of this process, by folder; the system drops them
 def claim(workdir: Path, config: Mapping[str, Any], file: str | Path | None = None) -> None:
     """Lock the folder, which is made where it is not there, and write config.json: {"config", "file"}.
 
-    file: the Python file that the config came from. config.json follows keys of `LOOKING`. Raises a UserError for a folder
-    that another process trains in, and for one whose run has another config, naming the first key that differs.
+    file: the Python file that the config came from. config.json follows keys of `LOOKING`. Raises a UserError for a
+    folder that another process trains in, and for one whose run has another config, naming the first key that differs.
     """
     path = Path(workdir) / "config.json"
     if jax.process_index() != 0:
@@ -49,7 +49,8 @@ def claim(workdir: Path, config: Mapping[str, Any], file: str | Path | None = No
 def check(workdir: Path, config: Mapping[str, Any]) -> None:
     """Raise a UserError if the folder holds a run whose weights another config decides.
 
-    A key that the stored config lacks is younger than the run: what it says stands in a text that differs too, or nowhere.
+    A key that the stored config lacks is younger than the run: what it says stands in a text that differs too, or
+    nowhere.
     """
     path, config = Path(workdir) / "config.json", _plain(config)
     if not path.is_file():

@@ -1,11 +1,12 @@
-"""From a config to what the commands do: parts for `run.fit`, a model with its weights, evaluation, pictures, layers."""
+"""From a config to what the commands do: parts for `run.fit`, a model with weights, evaluation, pictures, layers."""
 
 import importlib
 
 ROOMS = {
     "assembly": ("Experiment", "experiment", "read"),
     "commands": (
-        "Loaded", "Pictures", "evaluate", "explain", "from_weights", "from_workdir", "layers", "parts", "restored", "stored",
+        "Loaded", "Pictures", "evaluate", "explain", "from_weights", "from_workdir", "layers", "parts", "restored",
+        "stored",
     ),
     "checks": (),
     "config": (),

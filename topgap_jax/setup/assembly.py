@@ -26,8 +26,8 @@ RESIDENT_BYTES = 2 * 2**30  # decoded splits up to this size live on the device,
 class Experiment(NamedTuple):
     """A config with its data set and its model: the names of the classes, `source(split)`, and the model itself.
 
-    file: the Python file that config and methods are from; stated: the keys that are not left at their default; arrays: the
-    splits that `read` has decoded, by name.
+    file: the Python file that config and methods are from; stated: the keys that are not left at their default; arrays:
+    the splits that `read` has decoded, by name.
     """
 
     config: ConfigDict
@@ -73,7 +73,7 @@ def read(chosen: Experiment, split: str) -> dict[str, np.ndarray]:
 
 
 def training(chosen: Experiment) -> dict[str, np.ndarray] | data.Stream:
-    """The training split as `fit` takes it: arrays where it is small, this process's rows of every batch where it is not."""
+    """The training split as `fit` takes it: arrays where it is small, else this process's rows of every batch."""
     config, source = chosen.config, chosen.source(chosen.config.train)
     if _is_small(chosen, source):
         return {key: read(chosen, config.train)[key] for key in ("image", "label")}
@@ -116,7 +116,7 @@ def _is_small(chosen: Experiment, source: data.Source) -> bool:
 
 
 def sample(chosen: Experiment) -> dict[str, np.ndarray] | None:
-    """The training split decoded, None where the config names none; of a large one as many evenly spaced examples as fit."""
+    """The training split decoded, None where there is none; of a large one as many evenly spaced examples as fit."""
     split = chosen.config.train
     if not split:
         return None

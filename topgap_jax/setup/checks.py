@@ -1,4 +1,4 @@
-"""What is checked of an experiment before anything is read or trained: shapes are traced, nothing is compiled or computed."""
+"""What is checked of an experiment before anything is read or trained: shapes are traced, nothing is compiled."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -21,7 +21,7 @@ OF_THE_MODEL = ("mean", "std", "dtype", "pool", "backbone", "head", "network")
 
 
 def unread(chosen: Experiment) -> None:
-    """Build what the config states of the model and its texts do not name, and say in one line that nothing reads it."""
+    """Build what the config states of the model and no text names, and say in one line that it has no effect."""
     config = chosen.config
     readers = [key for key in configs.KEYS if key not in OF_THE_MODEL and configs.is_expression(config, key)]
     read = set().union(*(configs.reads(config, config[key]) for key in readers))
@@ -30,12 +30,14 @@ def unread(chosen: Experiment) -> None:
         if configs.is_expression(config, key):
             configs.choice(config, key, chosen.methods, **context(chosen))
     if keys:
-        listed, verb = " and ".join(f"config.{key}" for key in keys), "is" if len(keys) == 1 else "are"
-        print(f"topgap: {listed} {verb} set and has no effect: '{config.model}' does not name it", file=sys.stderr)
+        listed, verb = " and ".join(f"config.{key}" for key in keys), "has" if len(keys) == 1 else "have"
+        print(
+            f"topgap: {listed} {verb} no effect: nothing in config.model = '{config.model}' reads it", file=sys.stderr
+        )
 
 
 def model(chosen: Experiment) -> None:
-    """The model can be applied, for evaluation and in training, and returns one logit a class; every layer it names is there."""
+    """The model can be evaluated and trained, and returns one logit a class; every layer it names is there."""
     config, classes = chosen.config, len(chosen.classes)
     images = jax.ShapeDtypeStruct((EXAMPLES, *config.image_size, 3), jnp.float32)
     targets = jax.ShapeDtypeStruct((EXAMPLES, classes), jnp.float32)
@@ -56,17 +58,18 @@ def model(chosen: Experiment) -> None:
         reason = " ".join(str(error).split())[:300]
         size = " x ".join(map(str, config.image_size))
         raise UserError(
-            f"config.model: '{config.model}' cannot be applied to images of {size} pixels: {type(error).__name__}: {reason}"
+            f"config.model: '{config.model}' cannot be applied to images of {size} pixels: "
+            f"{type(error).__name__}: {reason}"
         ) from error
     if logits.shape != targets.shape:
         raise UserError(
-            f"config.model: '{config.model}' returns {logits.shape[1]} logits an image, and {config.source} has {classes} "
-            "classes; name `classes` in its text"
+            f"config.model: '{config.model}' returns {logits.shape[1]} logits an image, and {config.source} has "
+            f"{classes} classes; name `classes` in its text"
         )
 
 
 def evaluators(chosen: Experiment, sources: Iterable[Source], built: Mapping[str, Any], where: str) -> None:
-    """Every split offers what the evaluators need, and every layer they name is there. where: what an error begins with."""
+    """Every split offers what the evaluators need, every layer they name is there. where: what an error begins with."""
     variables = evaluation_variables(template(chosen))
     for batch in _batches(chosen, sources):
         for text, evaluator in built.items():

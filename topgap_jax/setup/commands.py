@@ -58,7 +58,7 @@ class Loaded(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """What a contact sheet shows: images (n, h, w, 3) in [0, 1], (true, predicted) names, maps, boxes and regions or None.
+    """What a sheet shows: images (n, h, w, 3) in [0, 1], (true, predicted) names, maps, boxes and regions or None.
 
     title is fit for a file name; total: how many pictures there were to choose the n from.
     """
@@ -128,8 +128,8 @@ def restored(chosen: Experiment, workdir: str | Path, checkpoint_name: str = "be
 def from_weights(path: str | Path, overrides, weights: str | Path) -> Loaded:
     """The config's model with weights from a file in PyTorch naming.
 
-    Where the file says of itself which network it is and how its input is normalised, the config follows, unless the command
-    line sets the key.
+    Where the file says of itself which network it is and how its input is normalised, the config follows, unless the
+    command line sets the key.
     """
     loaded = configs.load(path, overrides)
     config, given = loaded.config, {key for key, _ in overrides}
@@ -235,7 +235,7 @@ def explain(
 
 
 def layers(chosen: Experiment) -> tuple[list[rewrite.Layer], str | None]:
-    """The layers of the model for one image of the config's size, and the name of Grad-CAM's default one (None: it has none)."""
+    """The layers of the model for an image of the config's size, and the name of Grad-CAM's default one or None."""
     found = []
 
     def look(variables, images):
@@ -253,14 +253,14 @@ def layers(chosen: Experiment) -> tuple[list[rewrite.Layer], str | None]:
 
 
 def _names(chosen: Experiment, record: data.Record, predicted: int) -> tuple[str, str]:
-    """(true, predicted) names of a picture; where the class is not known, the file's name stands before the prediction."""
+    """(true, predicted) names of a picture; of an unknown class, the file's name stands before the prediction."""
     if record["label"] >= 0:
         return chosen.classes[record["label"]], chosen.classes[predicted]
     return "", f"{record['name']}: {chosen.classes[predicted]}"
 
 
 def _checked_evaluators(chosen: Experiment, splits: Sequence[str], text: str | None) -> dict[str, Any]:
-    """The evaluators of config.evaluators, or of `text`, after a look at whether they fit the model and these splits."""
+    """The evaluators of config.evaluators, or of `text`, once they are seen to fit the model and these splits."""
     sources = [chosen.source(split) for split in splits]
     built = configs.choices(chosen.config, "evaluators", chosen.methods, text, "--evaluators", **context(chosen))
     checks.evaluators(chosen, sources, built, "config.evaluators" if text is None else "--evaluators")
@@ -268,7 +268,7 @@ def _checked_evaluators(chosen: Experiment, splits: Sequence[str], text: str | N
 
 
 def _checked_explanations(chosen: Experiment, text: str | None) -> dict[str, Any]:
-    """The explanations of config.explain, or of `text`, after a look at whether they fit the model."""
+    """The explanations of config.explain, or of `text`, once they are seen to fit the model."""
     built = configs.choices(chosen.config, "explain", chosen.methods, text, "--methods", **context(chosen))
     checks.explanations(chosen, built, "config.explain" if text is None else "--methods")
     return built

@@ -1,10 +1,11 @@
 """Configs: Python files with `get_config()`, whose choices are texts that read like code.
 
-A key is a name in the texts of the others: a number or a tuple as it is (`'pgd(linf(eps))'` follows `--config.eps=4/255`), a
-key whose text is an expression as what it builds (`config.drop = 'sgdrop()'`, `config.model = "with_drop(network, 'stage3',
-drop)"`). `KEYS` says which keys every config has, with their defaults, and which of them are expressions; a text under a key
-of one's own is one. A file may also define `methods()`, {name: function}: a user's own models, pools or data sets, usable in
-its texts; and `arms()`, {name: {key: text}}: overrides that belong together, `topgap train --arm NAME`.
+A key is a name in the texts of the others: a number or a tuple as it is (`'pgd(linf(eps))'` follows
+`--config.eps=4/255`), a key whose text is an expression as what it builds (`config.drop = 'sgdrop()'`, `config.model =
+"with_drop(network, 'stage3', drop)"`). `KEYS` says which keys every config has, with their defaults, and which of them
+are expressions; a text under a key of one's own is one. A file may also define `methods()`, {name: function}: a user's
+own models, pools or data sets, usable in its texts; and `arms()`, {name: {key: text}}: overrides that belong together,
+`topgap train --arm NAME`.
 """
 
 import json
@@ -100,7 +101,10 @@ KEYS = {
 
 
 class Loaded(NamedTuple):
-    """A config, the methods and arms of its file, that Python file (None: none is known), and the keys that are not left at their default."""
+    """A config, the methods of its file, that Python file (None: none is known), its arms, and the keys that it states.
+
+    stated: those that the file, the arm or the command line sets; of config.json, those not at their default.
+    """
 
     config: ConfigDict
     methods: Table
@@ -110,10 +114,10 @@ class Loaded(NamedTuple):
 
 
 def load(path: str | Path, overrides: Sequence[tuple[str, str]] = (), arm: str = "") -> Loaded:
-    """The config of a Python file, or of a run's config.json, with the overrides of an arm, then `(key, text)` overrides.
+    """The config of a Python file or of a run's config.json, with the overrides of an arm, then `(key, text)` ones.
 
-    Modules beside the file can be imported in it. Raises UserError for a file that is not there, cannot be run or has no
-    config, for an arm that it does not have, and for a key that is unknown, missing or of the wrong kind.
+    Modules beside the file can be imported in it. Raises UserError for a file that is not there, cannot be run or has
+    no config, for an arm that it does not have, and for a key that is unknown, missing or of the wrong kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -147,7 +151,7 @@ def load(path: str | Path, overrides: Sequence[tuple[str, str]] = (), arm: str =
 
 
 def override(config: ConfigDict, key: str, text: str, where: str = "") -> None:
-    """Set config.key from text, with the type of its default: `4/255` for a number, `(64, 64)` for a tuple, text as it is.
+    """Set config.key from text, with the type of its value: `4/255` for a number, `(64, 64)` a tuple, text as it is.
 
     where: what an error begins with, in place of `--config.key`.
     """
@@ -181,14 +185,14 @@ def choice(config: ConfigDict, key: str, methods: Table, **context: Any) -> Any:
 def choices(
     config: ConfigDict, key: str, methods: Table, text: str | None = None, argument: str = "", **context: Any
 ) -> dict[str, Any]:
-    """{text of each: value} of the config's list `key`, or of `text`, what the command line's `argument` gives in its place."""
+    """{text: value} of the config's list `key`, or of `text`, which the command line's `argument` gives instead."""
     reader, where = _Reader(config, methods, context), f"config.{key}" if text is None else argument
     parts = split_list(config[key] if text is None else text)
     return {part: reader.text(part, where, KEYS[key].role, (key,) if text is None else ()) for part in parts}
 
 
 def is_expression(config: Mapping[str, Any], key: str) -> bool:
-    """Is the value of `key` a text that is built before it is used: an expression of `KEYS`, or any text of one's own?"""
+    """Is the value of `key` a text that is built before it is used: an expression of `KEYS`, or a text of one's own?"""
     return isinstance(config[key], str) and (key not in KEYS or KEYS[key].kind in ("an expression", "expressions"))
 
 
@@ -293,7 +297,8 @@ def _stored(path: Path) -> Loaded:
     own = [name for key in config if is_expression(config, key) for name in calls(config[key]) if name not in TABLE]
     if own and file is not None:
         raise UserError(
-            f"{path}: '{own[0]}' comes from {file}, which is not there any more; put it back, or correct \"file\" in {path}"
+            f"{path}: '{own[0]}' comes from {file}, which is not there any more; put it back, or correct \"file\" in "
+            f"{path}"
         )
     return Loaded(config, {}, file, {}, stated)
 

@@ -1,5 +1,3 @@
 """How a network is trained: objectives, augmentation, optimizers, schedules."""
 
 from topgap_jax.training import augment, objectives, optimizers, schedules
-
-__all__ = ["augment", "objectives", "optimizers", "schedules"]

@@ -1,4 +1,5 @@
-"""`art`, attributional robustness training: the true logit's gradient aligns with the image (Singh et al. 2020, arXiv 1911.13073)."""
+"""`art`, attributional robustness training: the true logit's gradient aligns with the image (Singh et al. 2020, arXiv
+1911.13073)."""
 
 from collections.abc import Sequence
 
@@ -29,19 +30,22 @@ def art(
     variant: str = "signed",
     remat: bool = False,
 ) -> Objective:
-    """Cross-entropy at attacked images, plus weight * a triplet loss that draws input gradients to the image (arXiv 1911.13073).
+    """Cross-entropy at attacked images, plus weight * a triplet loss that draws input gradients to the image (arXiv
+    1911.13073).
 
-    With anchor a = (x - mean) / std (`mean` and `std` as the model normalises, one number per channel), positive p and negative
-    n, the gradients with respect to a of the true logit and of the best wrong one, and cosine distances, the loss is
-    log(1 + exp(dist(a, p) - dist(a, n))) over the clean and the attacked image, each with the pair's worst p and worst n.
-    The attack maximises it on the entries of largest |p| at its start (`k` of h*w*c, by default the `fraction` of them),
-    `steps` sign steps of `step_size` from a random start within `eps`; variant "abs_mean" compares means over channels of
-    absolute values (k of h*w). Both see the network with softplus(beta x) / beta for relu (`beta=None`: as it is, for smooth
-    networks), in float32 whatever the model computes in, with the batch's statistics, which only the cross-entropy's pass
-    writes, and without dropout. remat: only results of convolutions and products are kept for the second differentiation.
+    With anchor a = (x - mean) / std (`mean` and `std` as the model normalises, one number per channel), positive p and
+    negative n, the gradients with respect to a of the true logit and of the best wrong one, and cosine distances, the
+    loss is log(1 + exp(dist(a, p) - dist(a, n))) over the clean and the attacked image, each with the pair's worst p
+    and worst n. The attack maximises it on the entries of largest |p| at its start (`k` of h*w*c, by default the
+    `fraction` of them), `steps` sign steps of `step_size` from a random start within `eps`; variant "abs_mean" compares
+    means over channels of absolute values (k of h*w). Both see the network with softplus(beta x) / beta for relu
+    (`beta=None`: as it is, for smooth networks), in float32 whatever the model computes in, with the batch's
+    statistics, which only the cross-entropy's pass writes, and without dropout. remat: only results of convolutions and
+    products are kept for the second differentiation.
 
-    Logged beside the accuracy at the attacked images: `cross_entropy`, `alignment` (the triplet loss), and the cosines of
-    image and gradient `cosine_true` (p) and `cosine_wrong` (n), means over the pair. Raises UserError for a model with one class.
+    Logged beside the accuracy at the attacked images: `cross_entropy`, `alignment` (the triplet loss), and the cosines
+    of image and gradient `cosine_true` (p) and `cosine_wrong` (n), means over the pair. Raises UserError for a model
+    with one class.
     """
     check_number("weight", weight, 0)
     attack = alignment(

@@ -1,8 +1,9 @@
-"""Augmentation on the device: a random change of a batch, `(keys (b,), batch, predict) -> batch`, inside the jitted step.
+"""Augmentation on the device: a random change of a batch, `(keys (b,), batch, predict) -> batch`, inside the jitted
+step.
 
 Every example draws from its own key, so it does not depend on its neighbours (mixup and cutmix draw a partner among the
-unmasked rows). Padding (`mask` False) stays as it is. Images stay in [0, 1]. What moves pixels drops `box` and `region` from
-the batch, which would no longer fit.
+unmasked rows). Padding (`mask` False) stays as it is. Images stay in [0, 1]. What moves pixels drops `box` and `region`
+from the batch, which would no longer fit.
 """
 
 import jax
@@ -11,6 +12,7 @@ from jax import lax
 
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
+from topgap_jax.keys import split
 from topgap_jax.types import Array, Augment, Batch, Keys
 
 
@@ -25,12 +27,12 @@ def flip() -> Augment:
 
 
 def crop_flip(padding: int = 4) -> Augment:
-    """A random window of the image padded with `padding` black pixels on every side, flipped with probability 1/2 (He et al.
-    2016, arXiv 1512.03385, section 4.2)."""
+    """A random window of the image padded with `padding` black pixels on every side, flipped with probability 1/2 (He
+    et al. 2016, arXiv 1512.03385, section 4.2)."""
     check_number("padding", padding, 0, whole=True)
 
     def augment(keys, batch, predict):
-        crop_keys, flip_keys = _split(keys, 2)
+        crop_keys, flip_keys = split(keys, 2)
         offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, 2 * padding + 1))(crop_keys)
         _, *shape = batch["image"].shape
         padded = jnp.pad(batch["image"], ((0, 0), (padding, padding), (padding, padding), (0, 0)))
@@ -44,8 +46,9 @@ def crop_flip(padding: int = 4) -> Augment:
 def random_resized_crop(
     scale: tuple[float, float] = (0.25, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
 ) -> Augment:
-    """A random part of the image, of area in `scale` and of log-uniform aspect `ratio`, stretched to the full size (bilinear,
-    antialiased; Szegedy et al. 2015, arXiv 1409.4842). A side that would be longer than the image's is the image's."""
+    """A random part of the image, of area in `scale` and of log-uniform aspect `ratio`, stretched to the full size
+    (bilinear, antialiased; Szegedy et al. 2015, arXiv 1409.4842). A side that would be longer than the image's is the
+    image's."""
     _check_range("scale", scale, 1e-3, 1)
     _check_range("ratio", ratio, 1e-3, 1e3)
 
@@ -66,8 +69,9 @@ def random_resized_crop(
 
 
 def cutout(size: int, value: float = 0.5) -> Augment:
-    """A square of `size` pixels a side set to `value`, its centre anywhere, cut at the border (DeVries & Taylor 2017, arXiv
-    1708.04552). The paper fills with the data's mean; mid-grey stands for it, since images are normalised in the model."""
+    """A square of `size` pixels a side set to `value`, its centre anywhere, cut at the border (DeVries & Taylor 2017,
+    arXiv 1708.04552). The paper fills with the data's mean; mid-grey stands for it, since images are normalised in the
+    model."""
     check_number("size", size, 1, whole=True)
     check_number("value", value, 0, 1)
 
@@ -83,7 +87,8 @@ def cutout(size: int, value: float = 0.5) -> Augment:
 def colour_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4) -> Augment:
     """Brightness, contrast and saturation, in this order, each by a factor uniform in [1 - x, 1 + x].
 
-    x -> factor x; mean + factor (x - mean), the mean of the image's grey; grey + factor (x - grey). Clipped to [0, 1] after each.
+    x -> factor x; mean + factor (x - mean), the mean of the image's grey; grey + factor (x - grey). Clipped to [0, 1]
+    after each.
     """
     for name, amount in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
         check_number(name, amount, 0, 1)
@@ -108,7 +113,7 @@ def mixup(alpha: float = 0.2) -> Augment:
     check_number("alpha", alpha, 1e-3)
 
     def augment(keys, batch, predict):
-        partner_keys, weight_keys = _split(keys, 2)
+        partner_keys, weight_keys = split(keys, 2)
         partner = partners(partner_keys, batch["mask"])
         weight = jax.vmap(lambda key: jax.random.beta(key, alpha, alpha))(weight_keys)
         share = weight[:, None, None, None]
@@ -119,15 +124,17 @@ def mixup(alpha: float = 0.2) -> Augment:
 
 
 def cutmix(alpha: float = 1.0) -> Augment:
-    """A rectangle of a partner's image pasted in, area about 1 - w, w ~ Beta(alpha, alpha) (Yun et al. 2019, arXiv 1905.04899).
+    """A rectangle of a partner's image pasted in, area about 1 - w, w ~ Beta(alpha, alpha) (Yun et al. 2019, arXiv
+    1905.04899).
 
-    The targets are mixed by the area really pasted: the rectangle is cut at the border. `label` stays the example's own.
+    The targets are mixed by the area really pasted: the rectangle is cut at the border. `label` stays the example's
+    own.
     """
     check_number("alpha", alpha, 1e-3)
 
     def augment(keys, batch, predict):
         _, h, w, _ = batch["image"].shape
-        partner_keys, weight_keys, box_keys = _split(keys, 3)
+        partner_keys, weight_keys, box_keys = split(keys, 3)
         partner = partners(partner_keys, batch["mask"])
         weight = jax.vmap(lambda key: jax.random.beta(key, alpha, alpha))(weight_keys)
         sides = jnp.sqrt(1 - weight)[:, None] * jnp.array([h, w])
@@ -139,7 +146,8 @@ def cutmix(alpha: float = 1.0) -> Augment:
 
 
 def partners(keys: Keys, mask: Array) -> Array:
-    """For every unmasked row another one (b,): the next in the order of per-example uniforms, the last one's is the first.
+    """For every unmasked row another one (b,): the next in the order of per-example uniforms, the last one's is the
+    first.
 
     A masked row, or one that is alone, is its own partner.
     """
@@ -148,10 +156,6 @@ def partners(keys: Keys, mask: Array) -> Array:
     position = jnp.arange(b)
     following = order[jnp.where(position + 1 < mask.sum(), position + 1, 0)]
     return jnp.where(mask, jnp.zeros_like(order).at[order].set(following), position)
-
-
-def _split(keys: Keys, n: int) -> Array:
-    return jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(keys)
 
 
 def _unmasked(batch: Batch) -> Array:

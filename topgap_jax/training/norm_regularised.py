@@ -1,4 +1,5 @@
-"""`norm_regularised`: training on the costliest perturbation is training with a norm of the input gradient (arXiv 2404.04647)."""
+"""`norm_regularised`: training on the costliest perturbation is training with a norm of the input gradient (arXiv
+2404.04647)."""
 
 from collections.abc import Callable
 
@@ -18,20 +19,21 @@ from topgap_jax.types import Array, Objective, Penalty
 def norm_regularised(
     penalty: Penalty, *, solver: str = "fast", steps: int = 7, label_smoothing: float = 0.0
 ) -> Objective:
-    """Cross-entropy at x + delta, delta the maximiser of <g, delta> - R(delta) (Gong, Dou & Farnia 2024, arXiv 2404.04647).
+    """Cross-entropy at x + delta, delta the maximiser of <g, delta> - R(delta) (Gong, Dou & Farnia 2024, arXiv
+    2404.04647).
 
     To first order this is the clean cross-entropy plus penalty.value(g), g (b, h, w, c) the gradient of an example's
-    cross-entropy with respect to its pixels. Nothing flows through delta: that would double the quadratic part.
-    solver "fast": delta = penalty.maximiser(g), one gradient (a forward and a backward pass) an image.
-    solver "iterative": `steps` steps up loss(x + delta) - R(delta), none of which lowers it. One that would is not taken, and
-    the step size of that example is a quarter from then on. For a constraint from 0, delta <- P(delta + t penalty.maximiser(g
-    at x + delta)), t = 2.5/steps at first: steps + 1 gradients. For a cost from the maximiser on (from 0 where that is
-    better), delta <- prox(delta + t g), t = penalty.scale at first: steps + 2 gradients. Either way no other forward passes.
-    Cut by the pixel box are l1_norm, which stays exact, and every projected step.
+    cross-entropy with respect to its pixels. Nothing flows through delta: that would double the quadratic part. solver
+    "fast": delta = penalty.maximiser(g), one gradient (a forward and a backward pass) an image. solver "iterative":
+    `steps` steps up loss(x + delta) - R(delta), none of which lowers it. One that would is not taken, and the step size
+    of that example is a quarter from then on. For a constraint from 0, delta <- P(delta + t penalty.maximiser(g at x +
+    delta)), t = 2.5/steps at first: steps + 1 gradients. For a cost from the maximiser on (from 0 where that is
+    better), delta <- prox(delta + t g), t = penalty.scale at first: steps + 2 gradients. Either way no other forward
+    passes. Cut by the pixel box are l1_norm, which stays exact, and every projected step.
 
-    The network is in eval mode for g, with the pool as it is at this step. Logged beside the accuracy at x + delta: `penalty`
-    (the dual's value at the clean image), `clean_loss`, and `cost` = R(delta), so that loss - cost is the penalised loss.
-    Raises UserError for another solver and for `steps` below 1.
+    The network is in eval mode for g, with the pool as it is at this step. Logged beside the accuracy at x + delta:
+    `penalty` (the dual's value at the clean image), `clean_loss`, and `cost` = R(delta), so that loss - cost is the
+    penalised loss. Raises UserError for another solver and for `steps` below 1.
     """
     if solver not in ("fast", "iterative"):
         raise UserError(f"solver must be 'fast' or 'iterative', got {solver!r}")
@@ -72,8 +74,8 @@ def perturbation(
 ) -> Array:
     """delta (b, h, w, c) of `norm_regularised`. losses (b,) and gradient (b, h, w, c) are `evaluate(images)`.
 
-    evaluate: points (b, h, w, c) -> losses (b,) there, and their gradient (b, h, w, c). "iterative" calls it `steps` times for a
-    constraint, `steps + 1` times for a cost: at every place to which a step would lead.
+    evaluate: points (b, h, w, c) -> losses (b,) there, and their gradient (b, h, w, c). "iterative" calls it `steps`
+    times for a constraint, `steps + 1` times for a cost: at every place to which a step would lead.
     """
     cut = lambda delta: jnp.clip(images + delta, 0.0, 1.0) - images
     first = penalty.maximiser(gradient)

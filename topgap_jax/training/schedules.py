@@ -1,9 +1,9 @@
 """Schedules: step -> number, for learning rates and the k of Top-GAP; pure functions of the step, as in optax.
 
-`linear`, `cosine` and `geometric` stay at `start` for `hold` steps, go from `start` to `end` over the next `steps` steps
-(u = clip((step - hold) / steps, 0, 1)), and stay at `end`. With `warmup` they rise in a straight line from 0 to `start`
-first (Goyal et al. 2017, arXiv 1706.02677), and what it takes is taken off `steps`, so that the end stays where it is:
-`warmup=100` are 100 steps, `warmup=.1`, a number below 1, is a tenth of `steps`.
+`linear`, `cosine` and `geometric` stay at `start` for `hold` steps, go from `start` to `end` over the next `steps`
+steps (u = clip((step - hold) / steps, 0, 1)), and stay at `end`. With `warmup` they rise in a straight line from 0 to
+`start` first (Goyal et al. 2017, arXiv 1706.02677), and what it takes is taken off `steps`, so that the end stays where
+it is: `warmup=100` are 100 steps, `warmup=.1`, a number below 1, is a tenth of `steps`.
 """
 
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def cyclic(peak: float, steps: int, *, peak_at: float = 0.5) -> Schedule:
 
 
 def warmup(schedule: Schedule | float, steps: int) -> Schedule:
-    """A straight line from 0 at step 0 to schedule(0) at step `steps`, where `schedule` (or a number) begins, not squeezed.
+    """A straight line from 0 at step 0 to schedule(0) at step `steps`, where the whole `schedule` (or number) begins.
 
     For what has no keyword `warmup` of its own: warmup(.1, 500), warmup(piecewise(...), 500).
 
@@ -93,15 +93,16 @@ def _between(start: float, end: float, steps: int, hold: int, warm: float, value
     check_number("warmup", warm, 0)
     if isinstance(steps, (int, float)) and steps < 1:
         raise UserError(
-            f"steps must be a number of at least 1, got {steps!r}; where a warm-up was taken off total_steps it is longer "
-            "than the run: write it as a share, such as cosine(.1, 0, total_steps, warmup=.1)"
+            f"steps must be a number of at least 1, got {steps!r}; where a warm-up was taken off total_steps it is "
+            "longer than the run: write it as a share, such as cosine(.1, 0, total_steps, warmup=.1)"
         )
     check_number("steps", steps, 1)
     first = max(1, round(warm * steps)) if 0 < warm < 1 else warm
     rest = steps - first
     if rest < 1:
         raise UserError(
-            f"warmup={warm:g} leaves nothing of a schedule of {steps:g} steps; give fewer steps, or a share such as warmup=.1"
+            f"warmup={warm:g} leaves nothing of a schedule of {steps:g} steps; give fewer steps, or a share such as "
+            "warmup=.1"
         )
     schedule = lambda step: value(jnp.clip((step - hold) / rest, 0.0, 1.0))
     return _warm(schedule, first) if first else schedule
