@@ -252,10 +252,10 @@ def test_fewer_examples_than_a_batch_and_no_validation(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [2]
 
 
-def test_checkpoints_and_validation_as_often_as_asked(tmp_path):
-    train(tmp_path, {"checkpoint_every": 2, "validate_every": 2})
+def test_checkpoints_as_often_as_asked_and_validation_after_every_epoch(tmp_path):
+    train(tmp_path, {"checkpoint_every": 2})
     assert sorted(path.name for path in (tmp_path / "checkpoints" / "last").iterdir()) == ["10", "15"]
-    assert [row["step"] for row in read_metrics(tmp_path) if row["kind"] == "validation"] == [10, 15]
+    assert [row["step"] for row in read_metrics(tmp_path) if row["kind"] == "validation"] == [5, 10, 15]
 
 
 def test_nothing_is_sent_to_the_device_unasked(tmp_path):

@@ -182,7 +182,7 @@ def test_names_and_shapes_of_every_architecture(text, monkeypatch):
     described = pretrained.Description({k: v for k, v in shapes.items() if not k.endswith("tracked")}, {})
     monkeypatch.setattr(pretrained, "read", lambda path: described)
     monkeypatch.setattr(
-        pretrained, "_tensors", lambda path: {k: np.broadcast_to(np.float32(0), v) for k, v in shapes.items()}
+        pretrained, "tensors", lambda path: {k: np.broadcast_to(np.float32(0), v) for k, v in shapes.items()}
     )
     monkeypatch.setattr(pretrained, "_ours", lambda tensor: 0)
     told = pretrained.describe("w.safetensors")
