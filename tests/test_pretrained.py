@@ -180,7 +180,8 @@ def test_names_and_shapes_of_every_architecture(text, monkeypatch):
     made)."""
     shapes, classes = MODELS[text]
     described = pretrained.Description({k: v for k, v in shapes.items() if not k.endswith("tracked")}, {})
-    monkeypatch.setattr(pretrained, "read", lambda path: described)
+    for module in (pretrained, pretrained.networks):
+        monkeypatch.setattr(module, "read", lambda path: described)
     monkeypatch.setattr(
         pretrained, "tensors", lambda path: {k: np.broadcast_to(np.float32(0), v) for k, v in shapes.items()}
     )
