@@ -7,7 +7,7 @@ WORKERS ?= 2
 # Real data sets and weights, where they are at hand: a folder with tfds/ and weights/ (README, "Data").
 export TOPGAP_DATA ?= $(if $(wildcard ../shared/tfds),$(abspath ../shared))
 
-.PHONY: help demo results test test-all test-smoke lint format install install-dev bench bench-env parity clean
+.PHONY: help demo results docs test test-all test-smoke lint format install install-dev bench bench-env parity clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -17,6 +17,9 @@ demo: install ## train two classifiers on the embedded data set, evaluate them, 
 
 results: install ## docs/results.md from results/*.json, and which script made which number (trains nothing)
 	$(BIN)/python experiments/study.py --docs
+
+docs: results ## docs/methods.md from the tables of methods, and docs/results.md
+	$(BIN)/python experiments/methods.py
 
 test: install-dev lint ## ruff, import-linter, tests and doctests (at most 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"

@@ -1,6 +1,7 @@
 """What README shows is run as it stands there."""
 
 import re
+import shlex
 from pathlib import Path
 
 from topgap_jax import cli
@@ -14,7 +15,7 @@ def test_the_python_example_runs(capsys):
     example = next(code for language, code in BLOCKS if language == "python" and "import topgap_jax as tg" in code)
     exec(compile(example, "README.md", "exec"), {})
     printed = capsys.readouterr().out
-    assert "(8, 16, 16)" in printed and "backbone/stem/conv" in printed
+    assert "(2, 16, 16)" in printed and "backbone/stem/conv" in printed and "convolution" in printed
 
 
 def test_every_command_line_parses():
@@ -26,9 +27,8 @@ def test_every_command_line_parses():
         if line.startswith("topgap")
     ]
     assert len(commands) >= 7
-    import shlex
-
     for line in commands:
+        assert len(line) <= 120
         arguments, _ = cli._parse(shlex.split(line)[1:])
         assert arguments.command in cli.COMMANDS
 
