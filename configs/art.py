@@ -6,7 +6,7 @@ topgap train --config configs/art.py --arm attack --workdir runs/art_attack
 topgap train --config configs/art.py --arm pgd --workdir runs/art_pgd
 
 The controls: plain training, the same attack without the alignment loss, and adversarial training. A net of 3 MMAC and
-300 steps, since a step takes many times as long as a plain one (README, Speed). A gradient that shows the image
+300 steps, since a step takes many times as long as a plain one (docs/speed.md). A gradient that shows the image
 whatever the class is aligned too: look at cosine_true beside cosine_wrong in metrics.jsonl.
 
 Measured on 10,000 test images, three seeds (results/art.json): accuracy .385 ± .006, plain .443 ± .002; 340 and 30

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import topgap_jax
 from topgap_jax.build import signature
 from topgap_jax.setup.tables import NAMED, PYTHON, ROOMS
 
@@ -79,7 +80,7 @@ def entry(name: str, method: Any, call: bool = True) -> str:
         about = [f"{operation}: {inspect.getdoc(f)}" for operation, rule in method.items() for f in rule if f]
     else:
         rules, about = [method], [inspect.getdoc(method) or ""]
-    file = Path(inspect.getsourcefile(rules[0])).relative_to(ROOT)
+    file = Path(inspect.getsourcefile(rules[0])).relative_to(Path(topgap_jax.__file__).parent.parent)
     first = " ".join(" ".join(each.split("\n\n")[0].split()) for each in about)
     sources = dict.fromkeys(source for each in about for source in SOURCE.findall(" ".join(each.split())))
     more = [source for source in sources if source not in first]

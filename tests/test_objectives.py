@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topgap_jax import attacks, balls, drops, models, penalties, pool
+from topgap_jax import attacks, balls, drops, models, penalties, pool, scores
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import data_mesh, replicated, split
@@ -58,7 +58,7 @@ MODEL, VARIABLES = small(pool.top_gap(k=5))
 
 def make(row):
     table = {**objectives.TABLE, **attacks.TABLE, **balls.TABLE, **penalties.TABLE}
-    return build(row, table, {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)})
+    return build(row, table, {**scores.VALUES, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)})
 
 
 def test_every_row_is_here():

@@ -23,8 +23,10 @@ SLACK, ROUNDING = 1e-5, 1e-7
 
 
 def l1_norm(eps: float) -> Penalty:
-    """R*(g) = eps |g|_1, for sparse maps; R: no pixel value moves by more than eps; maximiser eps sign(g), which is
-    FGSM."""
+    """R*(g) = eps |g|_1, for sparse maps; R: no pixel value moves by more than eps; maximiser eps sign(g), as in FGSM.
+
+    g (b, h, w, c) (Gong, Dou & Farnia 2024, arXiv 2404.04647).
+    """
     check_number("eps", eps, 0)
     project = lambda delta: jnp.clip(delta, -eps, eps)
     return Penalty(
@@ -40,15 +42,18 @@ def l1_norm(eps: float) -> Penalty:
 
 
 def l2_norm(eps: float) -> Penalty:
-    """R*(g) = eps |g|_2; R: the perturbation is no longer than eps; maximiser eps g / |g|_2, 0 for g = 0."""
+    """R*(g) = eps |g|_2; R: the perturbation is no longer than eps; maximiser eps g / |g|_2, 0 for g = 0.
+
+    g (b, h, w, c) (Gong, Dou & Farnia 2024, arXiv 2404.04647).
+    """
     check_number("eps", eps, 0)
     return _grouped(f"l2_norm({eps:.4g})", eps, lambda values: values.reshape(values.shape[0], -1), (1,))
 
 
 def elastic(eps1: float, eps2: float) -> Penalty:
-    """R*(g) = eps1 |g|_1 + eps2 |g|_2^2; R(delta) = sum of max(|delta_i| - eps1, 0)^2 / (4 eps2); maximiser eps1
-    sign(g) + 2 eps2 g.
+    """R*(g) = eps1 |g|_1 + eps2 |g|_2^2; maximiser eps1 sign(g) + 2 eps2 g.
 
+    g (b, h, w, c) (Gong, Dou & Farnia 2024, arXiv 2404.04647). R(delta) = sum of max(|delta_i| - eps1, 0)^2 / (4 eps2).
     Moving by eps1 costs nothing. `elastic(0, eps2)` is double backpropagation's penalty.
     """
     check_number("eps1", eps1, 0)
@@ -73,11 +78,11 @@ def elastic(eps1: float, eps2: float) -> Penalty:
 
 
 def group_norm(eps: float, patch: int, *, joint_channels: bool = True) -> Penalty:
-    """R*(g) = eps sum over groups G of |g_G|_2, for connected maps; R: no group is longer than eps; maximiser eps g_G /
-    |g_G|_2.
+    """R*(g) = eps sum over groups G of |g_G|_2, for connected maps; R: no group is longer than eps.
 
-    Groups are tiles of patch x patch pixels, all channels together or, `joint_channels=False`, each by itself (the
-    authors' code, with patch 14 at 224 pixels). `patch` must divide height and width.
+    g (b, h, w, c), maximiser eps g_G / |g_G|_2 (Gong, Dou & Farnia 2024, arXiv 2404.04647). Groups are tiles of patch x
+    patch pixels, all channels together or, `joint_channels=False`, each by itself (the authors' code, with patch 14 at
+    224 pixels). `patch` must divide height and width.
     """
     check_number("eps", eps, 0)
     check_number("patch", patch, 1, whole=True)

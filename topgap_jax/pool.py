@@ -19,7 +19,8 @@ LAST = 2**30  # a step beyond every schedule's end
 
 
 def gap() -> Pool:
-    """Global average pooling: the mean over all positions."""
+    """Global average pooling: the mean over positions, maps (b, h, w, k) -> (b, k) (Lin et al. 2013, arXiv
+    1312.4400)."""
 
     def pool(maps, step=None):
         return maps.astype(jnp.float32).mean((1, 2))
@@ -28,7 +29,7 @@ def gap() -> Pool:
 
 
 def gmp() -> Pool:
-    """Global max pooling: the largest position; ties share the gradient evenly."""
+    """Global max pooling: the largest position, maps (b, h, w, k) -> (b, k); ties share the gradient evenly."""
 
     def pool(maps, step=None):
         return maps.astype(jnp.float32).max((1, 2))
@@ -37,8 +38,10 @@ def gmp() -> Pool:
 
 
 def lse(r: float = 2.0) -> Pool:
-    """(1/r) log(mean(exp(r x))), between the mean (r -> 0) and the maximum (r -> inf) (Pinheiro & Collobert 2015, arXiv
-    1411.6228)."""
+    """(1/r) log(mean(exp(r x))), between the mean (r -> 0) and the maximum (r -> inf), maps (b, h, w, k) -> (b, k).
+
+    Pinheiro & Collobert 2015, arXiv 1411.6228.
+    """
     check_number("r", r, 1e-6)
 
     def pool(maps, step=None):
@@ -52,10 +55,11 @@ def top_gap(k: int | float | Callable | None = None, *, fraction: float | Callab
     """Mean of the k largest positions of every class map: k = 1 is global max pooling, k = h * w global average
     pooling.
 
-    Either `k`, or `fraction` of the h * w positions (rounded half up, at least one), is a number or a schedule step ->
-    number. A schedule gives a real k: the weights are clip(k - rank, 0, 1) / k, and no gradient flows into k. Ties
-    share evenly: with t the k-th largest value, the gradient is 1/k above t and (k - #above) / (k #equal) at t. The
-    second derivative is 0. A NaN anywhere in a map gives NaN.
+    Maps (b, h, w, k) -> (b, k) (Nieradzik, Stephani & Keuper 2024, arXiv 2409.04819). Either `k`, or `fraction` of the
+    h * w positions (rounded half up, at least one), is a number or a schedule step -> number. A schedule gives a real
+    k: the weights are clip(k - rank, 0, 1) / k, and no gradient flows into k. Ties share evenly: with t the k-th
+    largest value, the gradient is 1/k above t and (k - #above) / (k #equal) at t. The second derivative is 0. A NaN
+    anywhere in a map gives NaN.
     """
     if (k is None) == (fraction is None):
         raise UserError("give exactly one of k and fraction: top_gap(k=4) or top_gap(fraction=.1)")

@@ -48,8 +48,8 @@ def targeted_dlr(rank: int = 1) -> Score:
     """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12), t the class with the rank-th largest clean logit among the
     others.
 
-    (arXiv 2003.01690.) With three classes or fewer: z_t - z_y. Needs `clean`; rank is at most the number of classes
-    minus 1.
+    Croce & Hein 2020, arXiv 2003.01690. With three classes or fewer: z_t - z_y. Needs `clean`; rank is at most the
+    number of classes minus 1.
     """
     check_number("rank", rank, 1, whole=True)
 

@@ -85,7 +85,7 @@ class Penalty(NamedTuple):
     value(gradient) -> (b,)                              R*(g), the penalty that lands on the gradient map
     cost(delta) -> (b,)                                  R(delta); of a constraint 0 inside and inf outside
     maximiser(gradient) -> delta                         where the supremum is attained, (b, h, w, c) each
-    prox(delta, t) -> delta                              argmin over d of t R(d) + |d - delta|^2 / 2; t also (b, 1, 1, 1)
+    prox(delta, t) -> delta                              argmin of t R(d) + |d - delta|^2 / 2, t also (b, 1, 1, 1)
     project(delta) -> delta                              nearest allowed perturbation; itself where R is finite
     scale                                                natural t of `prox`; None: R is a constraint, `prox` projects
     boxed                                                whether cutting the maximiser by the pixel box leaves it one

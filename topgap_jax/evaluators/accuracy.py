@@ -16,7 +16,8 @@ ACCURACY = Measure(better="higher", label="accuracy")
 def accuracy() -> Evaluator:
     """Accuracy with Wilson's 95 % interval, NLL, calibration error (15 bins) and its curve.
 
-    Where the data have groups: accuracy and size of each group, and the worst group's accuracy.
+    The calibration error is that of Guo et al. 2017, arXiv 1706.04599. Where the data have groups: accuracy and size of
+    each group, and the worst group's accuracy.
     """
 
     def rows(keys, model, variables, batch, prepared):

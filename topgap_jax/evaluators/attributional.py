@@ -22,12 +22,13 @@ MEASURES = {
 def attributional_robustness(explain: Explain, attack: Attack, *, k: int | None = None) -> Evaluator:
     """Agreement of the label's maps of the clean and the attacked image: means over the correctly classified images.
 
-    `attack` is one on maps, such as topk_attack(explain, linf(8/255)); with another explanation in it, the value says
-    what carries over. topk_intersection is of the `k` highest positions, by default as many as `topk_attack` attacks by
-    default; `chance` is that of two unrelated maps. Where no admissible point lowers the attack's aim, the image counts
-    with (1, 1, 1); `success_rate` is the share where one does, and `..._where_moved` are the means over those alone.
-    (`papers`: art 7 to 9.) Networks of different accuracy are measured on different images. A robust map need not be
-    right: one that shows the image itself, whatever the class, is robust.
+    After Ghorbani et al. 2019, arXiv 1710.10547, and Singh et al. 2020, arXiv 1911.13073. `attack` is one on maps, such
+    as topk_attack(explain, linf(8/255)); with another explanation in it, the value says what carries over.
+    topk_intersection is of the `k` highest positions, by default as many as `topk_attack` attacks by default; `chance`
+    is that of two unrelated maps. Where no admissible point lowers the attack's aim, the image counts with (1, 1, 1);
+    `success_rate` is the share where one does, and `..._where_moved` are the means over those alone. Networks of
+    different accuracy are measured on different images. A robust map need not be right: one that shows the image
+    itself, whatever the class, is robust.
     """
     Explain.single("attributional_robustness", explain)
     if not isinstance(attack, Attack) or attack.aim != "map":

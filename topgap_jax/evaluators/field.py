@@ -26,6 +26,8 @@ MEANS = {
 def receptive_field(layer: str = "maps", *, k: int = 1) -> Evaluator:
     """Effective receptive fields E_p of the label's class map (`explain.field`), measured per image and averaged.
 
+    Luo et al. 2016, arXiv 1701.04128.
+
     rms_radius, luo_size (pixels) and effective_area (pixels) of the centre position's field; centre_corner_ratio = sum
     of E at the centre / mean of the four corners' sums. With a region or box: the share of the field inside the object
     and its lift over the object's share of the area (chance is 1), for the centre and, as top_..., for the mean field

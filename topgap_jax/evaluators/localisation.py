@@ -41,11 +41,11 @@ def localisation(
     nothing.
 
     IoU is against the region, or the box where there is none, at tau .5 and at the best tau of .05 ... .95 (`best_iou`:
-    chosen on this very split). Box accuracy (MaxBoxAcc) is the largest share, over tau, of boxes with IoU >= .5 (also
-    chosen on this split); `boxes=False` leaves it out: finding the largest component at 255 levels takes some 20 ms of
-    CPU an image, more than everything else here. `centre` is the centred box's (height, width) as shares of the image;
-    by default the mean of the boxes of the training split, without which the baseline is absent. An image whose map is
-    not finite counts in no measure.
+    chosen on this very split). Box accuracy (MaxBoxAcc, Choe et al. 2020, arXiv 2001.07437) is the largest share, over
+    tau, of boxes with IoU >= .5 (also chosen on this split); `boxes=False` leaves it out: finding the largest component
+    at 255 levels takes some 20 ms of CPU an image, more than everything else here. `centre` is the centred box's
+    (height, width) as shares of the image; by default the mean of the boxes of the training split, without which the
+    baseline is absent. An image whose map is not finite counts in no measure.
     """
     Explain.single("localisation", explain)
     if labels not in ("true", "predicted"):

@@ -22,10 +22,10 @@ def field(
     """Influence of every pixel on one position p of a layer: E_p = sum_colour |d sum_t m_t Y[p, t] / d x|, maps (b, h,
     w).
 
-    Absolute value per image, gradient with respect to pixels in [0, 1]. `position` is "centre" (h' // 2, w' // 2),
-    "corner" (mean of the four fields), (row, column), or "top": the mean over the `k` positions where the channel is
-    largest, i.e. what top_gap(k) selects. `channel` gives m: "label" (the label's channel, for class maps), an index,
-    or "sum".
+    The effective receptive field (Luo et al. 2016, arXiv 1701.04128). Absolute value per image, gradient with respect
+    to pixels in [0, 1]. `position` is "centre" (h' // 2, w' // 2), "corner" (mean of the four fields), (row, column),
+    or "top": the mean over the `k` positions where the channel is largest, i.e. what top_gap(k) selects. `channel`
+    gives m: "label" (the label's channel, for class maps), an index, or "sum".
     """
     check_position(position)
     check_number("k", k, 1, whole=True)

@@ -28,10 +28,11 @@ def deletion(*, steps: int = 64, substrate: Substrate = "mean") -> Metric:
     better.
 
     Also {"deletion_curve": (b, steps + 1)}, that probability. `steps` equal steps, steps + 1 scores with both ends (224
-    in RISE); area = (sum - first / 2 - last / 2) / steps. The pixels of the map, resized to the image, are ordered by
-    value; equal ones are shuffled by the example's key, since reading order is not neutral. `substrate` is what takes
-    their place: "mean" (what the network's normalisation maps to zero: the mean colour; `rewrite.zero_images`), "blur"
-    (11x11 Gaussian, sigma 5), a colour in [0, 1], or a picture (h, w, c) in [0, 1].
+    in RISE, Petsiuk et al. 2018, arXiv 1806.07421); area = (sum - first / 2 - last / 2) / steps. The pixels of the map,
+    resized to the image, are ordered by value; equal ones are shuffled by the example's key, since reading order is not
+    neutral. `substrate` is what takes their place: "mean" (what the network's normalisation maps to zero: the mean
+    colour; `rewrite.zero_images`), "blur" (11x11 Gaussian, sigma 5), a colour in [0, 1], or a picture (h, w, c) in [0,
+    1].
     """
     return _changed("deletion", steps, substrate, "lower", lambda image, other, rows: jnp.where(rows, other, image))
 

@@ -137,7 +137,10 @@ def pyramid_head(
 
 
 def vgg_head(*, width: int = 4096, dropout: float = 0.5) -> VGGHead:
-    """torchvision's VGG classifier on the last stage: for pretrained weights; it has no class maps."""
+    """VGG's three dense layers on the last stage, as torchvision has them (Simonyan & Zisserman 2014, arXiv 1409.1556).
+
+    For pretrained weights: logits (b, classes), no class maps.
+    """
     check_number("width", width, 1, whole=True)
     check_number("dropout", dropout, 0, 1)
     return VGGHead(width, dropout)

@@ -80,12 +80,18 @@ class PreActResNet(nn.Module):
 
 
 def preact_resnet18() -> PreActResNet:
-    """PreActResNet-18 with a 3x3 stem: 64 / 128 / 256 / 512 channels at stride 1 / 2 / 4 / 8."""
+    """PreActResNet-18 with a 3x3 stem (He et al. 2016, arXiv 1603.05027).
+
+    64 / 128 / 256 / 512 channels at stride 1 / 2 / 4 / 8; images (b, h, w, c) of any size.
+    """
     return PreActResNet((64, 128, 256, 512), 2, 64)
 
 
 def wrn28_10() -> PreActResNet:
-    """WRN-28-10: 160 / 320 / 640 channels at stride 1 / 2 / 4, 36.5 million parameters, no dropout."""
+    """WRN-28-10, without dropout (Zagoruyko & Komodakis 2016, arXiv 1605.07146).
+
+    160 / 320 / 640 channels at stride 1 / 2 / 4, 36.5 million parameters; images (b, h, w, c) of any size.
+    """
     return PreActResNet((160, 320, 640), 4, 16)
 
 

@@ -121,42 +121,58 @@ class ResNet(nn.Module):
 
 
 def resnet20(*, shortcut: str = "pad") -> ResNet:
-    """20 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4; `shortcut`: "pad" (option A, no parameters) or "project"
-    (B)."""
+    """CIFAR's ResNet of 20 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4 (He et al. 2015, arXiv 1512.03385).
+
+    `shortcut`: "pad" (option A, no parameters) or "project" (B). Images (b, h, w, c) of any size.
+    """
     return _cifar(3, shortcut)
 
 
 def resnet32(*, shortcut: str = "pad") -> ResNet:
-    """32 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4; `shortcut`: "pad" (option A, no parameters) or "project"
-    (B)."""
+    """CIFAR's ResNet of 32 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4 (He et al. 2015, arXiv 1512.03385).
+
+    `shortcut`: "pad" (option A, no parameters) or "project" (B). Images (b, h, w, c) of any size.
+    """
     return _cifar(5, shortcut)
 
 
 def resnet44(*, shortcut: str = "pad") -> ResNet:
-    """44 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4; `shortcut`: "pad" (option A, no parameters) or "project"
-    (B)."""
+    """CIFAR's ResNet of 44 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4 (He et al. 2015, arXiv 1512.03385).
+
+    `shortcut`: "pad" (option A, no parameters) or "project" (B). Images (b, h, w, c) of any size.
+    """
     return _cifar(7, shortcut)
 
 
 def resnet56(*, shortcut: str = "pad") -> ResNet:
-    """56 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4; `shortcut`: "pad" (option A, no parameters) or "project"
-    (B)."""
+    """CIFAR's ResNet of 56 layers, 16 / 32 / 64 channels at stride 1 / 2 / 4 (He et al. 2015, arXiv 1512.03385).
+
+    `shortcut`: "pad" (option A, no parameters) or "project" (B). Images (b, h, w, c) of any size.
+    """
     return _cifar(9, shortcut)
 
 
 def resnet18(*, stem: str = "imagenet") -> ResNet:
-    """18 layers, 64 to 512 channels. `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride 1)."""
+    """ResNet-18, 64 to 512 channels (He et al. 2015, arXiv 1512.03385).
+
+    `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride 1). Images (b, h, w, c) of any size.
+    """
     return ResNet((64, 128, 256, 512), (2, 2, 2, 2), _stem(stem))
 
 
 def resnet34(*, stem: str = "imagenet") -> ResNet:
-    """34 layers, 64 to 512 channels. `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride 1)."""
+    """ResNet-34, 64 to 512 channels (He et al. 2015, arXiv 1512.03385).
+
+    `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride 1). Images (b, h, w, c) of any size.
+    """
     return ResNet((64, 128, 256, 512), (3, 4, 6, 3), _stem(stem))
 
 
 def resnet50(*, stem: str = "imagenet") -> ResNet:
-    """50 layers, 256 to 2048 channels. `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride
-    1)."""
+    """ResNet-50, 256 to 2048 channels, the stride in the 3x3 convolution ("v1.5") (He et al. 2015, arXiv 1512.03385).
+
+    `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride 1). Images (b, h, w, c) of any size.
+    """
     return ResNet((64, 128, 256, 512), (3, 4, 6, 3), _stem(stem), Bottleneck)
 
 

@@ -53,14 +53,20 @@ class VGG(nn.Module):
 
 
 def vgg11() -> VGG:
-    """VGG-11 with batch norm, without its dense layers: 64 / 128 / 256 / 512 / 512 channels at stride 2 / 4 / 8 / 16 /
-    32."""
+    """VGG-11 with batch norm, without its dense layers (Simonyan & Zisserman 2014, arXiv 1409.1556).
+
+    64 / 128 / 256 / 512 / 512 channels at stride 2 / 4 / 8 / 16 / 32; images (b, h, w, c) of at least 32x32
+    (UserError).
+    """
     return VGG((1, 1, 2, 2, 2))
 
 
 def vgg16() -> VGG:
-    """VGG-16 with batch norm, without its dense layers: 64 / 128 / 256 / 512 / 512 channels at stride 2 / 4 / 8 / 16 /
-    32."""
+    """VGG-16 with batch norm, without its dense layers (Simonyan & Zisserman 2014, arXiv 1409.1556).
+
+    64 / 128 / 256 / 512 / 512 channels at stride 2 / 4 / 8 / 16 / 32; images (b, h, w, c) of at least 32x32
+    (UserError).
+    """
     return VGG((2, 2, 3, 3, 3))
 
 

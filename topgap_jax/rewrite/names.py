@@ -52,7 +52,7 @@ def naming():
 
 
 def layers(f: Callable, *args: Any, **kwargs: Any) -> list[Layer]:
-    """The named values of f(*args), in the order of computation."""
+    """The named values of f(*args) in the order of computation: Layer(name, shape, calls, reachable) each."""
     with naming():
         closed, _, _ = trace(f, args, kwargs)
     return _layers(closed.jaxpr)

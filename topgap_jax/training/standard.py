@@ -11,7 +11,10 @@ from topgap_jax.types import Attack, Objective
 
 
 def standard(*, label_smoothing: float = 0.0) -> Objective:
-    """Softmax cross-entropy with the batch's targets (b, k), optionally smoothed: (1 - s) t + s / k."""
+    """Softmax cross-entropy with the batch's targets (b, k), optionally smoothed: (1 - s) t + s / k.
+
+    Label smoothing: Szegedy et al. 2016, arXiv 1512.00567.
+    """
     check_number("label_smoothing", label_smoothing, 0, 1)
 
     def objective(keys, model, variables, batch, step):
