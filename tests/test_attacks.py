@@ -66,7 +66,7 @@ def compiled(row):
 
 
 def run(row, keys=KEYS, images=IMAGES, labels=LABELS, eps=None):
-    eps = jnp.full(B, EPS[ball_of(row)]) if eps is None else eps
+    eps = jnp.full(B, EPS[ball_of(row)], jnp.float32) if eps is None else eps
     return compiled(row)(PARAMS, keys, images, labels, eps)
 
 
@@ -144,7 +144,7 @@ def test_each_example_by_itself(row):
     """Example 0 is the same, bit for bit, with any neighbours, their labels and radii; the key decides the rest."""
     _, state = run(row)
     _, again = run(row)
-    eps = jnp.full(B, EPS[ball_of(row)])
+    eps = jnp.full(B, EPS[ball_of(row)], jnp.float32)
     _, among_others = run(
         row,
         keys=KEYS[::-1].at[0].set(KEYS[0]),
@@ -174,12 +174,12 @@ def test_runs_and_radii_are_arguments():
         assert (both.delta[i] != other.delta[i]).any()
     assert (sizes("linf", both.delta) <= np.asarray(eps) + 1e-6).all()
     plain = steps_of(attack, KEYS, PREDICT, IMAGES, LABELS)[1]
-    np.testing.assert_allclose(plain.delta, call(0 * number, jnp.full(B, 0.06)).delta, atol=1e-6)
+    np.testing.assert_allclose(plain.delta, call(0 * number, jnp.full(B, 0.06, jnp.float32)).delta, atol=1e-6)
 
 
 def test_the_driver_is_the_loop():
     """attacks.attack: of an attack on the label and of one on maps."""
-    for row in (ROWS[4], ROWS[8]):
+    for row in ("pgd(linf({}), steps=4)", "topk_attack(gradient(), linf({}), steps=3, restarts=2, k=6)"):
         driven = jax.jit(lambda row=row: attacks.attack(attack_of(row), KEYS, PREDICT, IMAGES, LABELS))()
         _, state = run(row)
         np.testing.assert_allclose(driven.delta, state.delta, atol=1e-5)

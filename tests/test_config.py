@@ -9,13 +9,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+from topgap_jax import pool
 from topgap_jax.errors import UserError
 from topgap_jax.setup import config as configs
 from topgap_jax.setup import tables
+from topgap_jax.training import optimizers
 from topgap_jax.types import Evaluator
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = Path(__file__).parent / "tiny_config.py"
+
+POOLS = ", ".join(sorted(pool.TABLE))
 
 
 def error(function, *args, **kwargs) -> str:
@@ -313,8 +317,8 @@ def test_a_broken_config_json(tmp_path, text):
 @pytest.mark.parametrize(
     ("key", "text", "words"),
     [
-        ("pool", "topgap(k=3)", "config.pool: 'topgap' is not a pool; did you mean 'top_gap'? choose from gap, gmp, lse, top_gap"),
-        ("pool", "pgd(linf(eps))", "config.pool: 'pgd' is not a pool; choose from gap, gmp, lse, top_gap"),
+        ("pool", "topgap(k=3)", f"config.pool: 'topgap' is not a pool; did you mean 'top_gap'? choose from {POOLS}"),
+        ("pool", "pgd(linf(eps))", f"config.pool: 'pgd' is not a pool; choose from {POOLS}"),
         ("pool", "gap", "config.pool: 'gap' must be called: gap()"),
         ("pool", "3", "config.pool: '3' is not a pool, it is of type int; 'topgap help' lists pools"),
         ("pool", "", "config.pool: '' is not an expression: invalid syntax"),
@@ -323,7 +327,7 @@ def test_a_broken_config_json(tmp_path, text):
         ("pool", "top_gap(k=many)", "config.pool: unknown name 'many'; did you mean 'mean' or 'margin'? 'topgap help' lists the names"),
         ("model", "map_head(gap())", "config.model: 'map_head(gap())' is not a model, it is of type MapHead; 'topgap help' lists models"),
         ("objective", "adversarial(linf(eps))", "config.objective: adversarial: attack must be a value of type Attack, got Ball("),
-        ("optimizer", "cosine(.1, 0, 3)", "config.optimizer: 'cosine' is not an optimizer; choose from adamw, sgd"),
+        ("optimizer", "cosine(.1, 0, 3)", f"config.optimizer: 'cosine' is not an optimizer; choose from {', '.join(sorted(optimizers.TABLE))}"),
     ],
 )  # fmt: skip
 def test_a_text_that_does_not_fit_its_key(key, text, words):

@@ -15,6 +15,7 @@ import jaxlib
 import numpy as np
 import pytest
 
+from topgap_jax import rewrite
 from topgap_jax.engine import convolution, library, onednn
 
 pytestmark = pytest.mark.skipif(not onednn.available(), reason=f"no oneDNN here: {onednn.reason()}")
@@ -253,3 +254,14 @@ def test_persistent_compilation_cache(devices, tmp_path):
     assert used and again and back and not off
     assert first == second == fourth and same == files and final == more
     np.testing.assert_allclose(third, first, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("pads", "size"), [("VALID", 64), (((1, 0), (0, 1)), 17)])
+def test_weight_gradients_of_strided_1x1_convolutions(pads, size):
+    """From 8 to 16 channels at 64x64 oneDNN's own kernel wrote past its buffer (AVX-512) and ended the process."""
+    options = {"window_strides": (2, 2), "padding": pads, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    f = lambda x, w: (jax.lax.conv_general_dilated(x, w, **options) ** 2).sum()
+    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(8, size, size, 8), (1, 1, 8, 16)]))
+    gradients = jax.jit(jax.grad(rewrite.fast_convs(f), argnums=(0, 1)))(x, w)
+    for ours, laxs in zip(gradients, jax.jit(jax.grad(f, argnums=(0, 1)))(x, w)):
+        np.testing.assert_allclose(ours, laxs, rtol=1e-4, atol=1e-4 * np.abs(laxs).max())

@@ -126,6 +126,7 @@ def test_eagerly_it_is_the_same(row):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_between_gap_and_gmp_shift_and_permutation(row):
+    """A pool is a weighted mean of positions: between mean and maximum, free of their order, moved as the maps are."""
     maps = maps_of(2)
     logits = logits_of(row, maps)
     assert (logits_of("gmp()", maps) >= logits - 1e-6).all() and (logits >= logits_of("gap()", maps) - 1e-6).all()

@@ -155,6 +155,14 @@ def _devices(module) -> int:
 
 
 def _call(kind: int, geometry: Geometry, fused: Fused, *operands: Array) -> Array:
+    if kind == WEIGHT_GRADIENT and geometry.kernel == (1, 1) and geometry.strides != (1, 1):
+        # oneDNN 3.2 has a kernel of its own for it (jit_1x1, AVX-512, from 8 to 16 channels) that writes past its buffer.
+        x, dy = operands
+        (rows, columns), (down, right) = geometry.out, geometry.strides
+        padded = jnp.pad(x, ((0, 0), *geometry.pads, (0, 0)))
+        taken = padded[:, ::down, ::right][:, :rows, :columns]
+        dense = geometry._replace(size=geometry.out, strides=(1, 1), pads=((0, 0), (0, 0)))
+        return _call(kind, dense, fused, taken, dy)
     (n, *_, channels), (_, _, c, o) = operands[0].shape, operands[1].shape
     if kind == FORWARD:
         shape = (n, *geometry.out, o)
