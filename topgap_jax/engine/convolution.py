@@ -156,7 +156,7 @@ def _devices(module) -> int:
 
 def _call(kind: int, geometry: Geometry, fused: Fused, *operands: Array) -> Array:
     if kind == WEIGHT_GRADIENT and geometry.kernel == (1, 1) and geometry.strides != (1, 1):
-        # oneDNN 3.2 has a kernel of its own for it (jit_1x1, AVX-512, from 8 to 16 channels) that writes past its buffer.
+        # oneDNN 3.2 has a kernel of its own for it that writes past its buffer (jit_1x1, AVX-512, 8 to 16 channels).
         x, dy = operands
         (rows, columns), (down, right) = geometry.out, geometry.strides
         padded = jnp.pad(x, ((0, 0), *geometry.pads, (0, 0)))
