@@ -39,7 +39,11 @@ def claim(workdir: Path, config: Mapping[str, Any], file: str | Path | None = No
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _lock(path.parent)
-        check(workdir, config)
+        try:
+            check(workdir, config)
+        except UserError:
+            release(workdir)  # it is another's run, and its own process may go on with it
+            raise
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_text(path, text)
     except OSError as error:
