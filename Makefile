@@ -16,7 +16,7 @@ demo: install ## train two classifiers on the embedded data set, evaluate them, 
 	$(BIN)/python experiments/demo.py
 
 results: install ## docs/results.md from results/*.json, and which script made which number (trains nothing)
-	$(BIN)/python experiments/study.py --docs
+	$(BIN)/python experiments/documents.py
 
 docs: results ## docs/methods.md from the tables of methods, and docs/results.md
 	$(BIN)/python experiments/methods.py

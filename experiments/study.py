@@ -4,8 +4,6 @@
     python experiments/study.py systems                 # sgdrop, norm_regularised, art and guided
     python experiments/study.py shapes --table          # its table, from results/shapes.json
     python experiments/study.py shapes --arms gap --seeds 0 --check  # once more, beside the stored numbers
-    python experiments/study.py --page                  # runs/study/page.html: every arm's maps beside the control's
-    python experiments/study.py --docs                  # docs/results.md, from results/*.json; nothing is trained
 
 `_studies.py` holds the table. Within a study all arms have the same network, data, steps and seeds. One seed of one arm
 is trained and evaluated at a time, and results/<study>.json is written after each; a run that is there is not made
@@ -320,8 +318,6 @@ def main() -> None:
         "--check", action="store_true", help="make runs once more and say what differs; writes no result"
     )
     parser.add_argument("--table", action="store_true", help="print the stored results as a table")
-    parser.add_argument("--page", action="store_true", help="write a page with the maps of seed 0")
-    parser.add_argument("--docs", action="store_true", help="write docs/results.md from results/*.json")
     arguments = parser.parse_args()
     names = [n for name in arguments.studies for n in (SYSTEMS if name == "systems" else (name,))]
     for name in names:
@@ -329,20 +325,12 @@ def main() -> None:
             parser.error(f"there is no study '{name}'; choose from {', '.join(STUDIES)}, systems")
         for arm in set(arguments.arms or ()) - set(STUDIES[name].arms):
             parser.error(f"{name} has no arm '{arm}'; it has {', '.join(map(repr, STUDIES[name].arms))}")
-    if arguments.docs:
-        import _docs
-
-        return _docs.write()
     if arguments.table:
         for name in names:
             print(table(STUDIES[name], stored(name)["comparison"]))
-        return None
+        return
     print(configure_cpu(), file=sys.stderr)
     runs = arguments.runs or Path("runs/check" if arguments.check else "runs/study")
-    if arguments.page:
-        import _pictures
-
-        return print(_pictures.page(names or ["shapes", *SYSTEMS], runs))
     if not names:
         parser.error("name a study")
     seeds = {name: STUDIES[name].seeds if arguments.seeds is None else arguments.seeds for name in names}
@@ -359,7 +347,6 @@ def main() -> None:
                     print("\n".join(check(study, arm_name, before, run)), flush=True)
                 else:
                     store(name, arm_name, seed, run)
-    return None
 
 
 if __name__ == "__main__":

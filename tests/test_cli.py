@@ -344,7 +344,7 @@ def test_the_help_of_every_command(command, monkeypatch):
 
 def test_the_examples_of_the_help_are_commands():
     """Every example is understood by the parser, with values of the config as they are meant."""
-    texts = "\n".join([cli.MAIN_HELP, *(command.more for command in cli.COMMANDS.values())])
+    texts = "\n".join([cli.texts.MAIN, *(command.more for command in cli.COMMANDS.values())])
     found = re.findall(r"^  topgap (.*)$", texts, re.M)
     assert len(found) > 8
     for line in found:

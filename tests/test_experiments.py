@@ -2,9 +2,9 @@
 
 import json
 
-import _docs
 import _studies
 import demo
+import documents
 import numpy as np
 import pytest
 import study as driver
@@ -44,7 +44,7 @@ def test_a_stored_result_is_what_its_runs_say(name):
 
 
 def test_the_documents_are_those_of_the_results():
-    assert _docs.DOCS.read_text(encoding="utf-8") == _docs.text(), "docs/results.md is stale: make results"
+    assert documents.DOCS.read_text(encoding="utf-8") == documents.text(), "docs/results.md is stale: make results"
 
 
 def test_paired_is_the_t_interval_of_the_differences():

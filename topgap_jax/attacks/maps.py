@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.gradient import STARTS
+from topgap_jax.attacks.gradient import STARTS, run_keys
 from topgap_jax.attacks.state import BROKEN, misclassified, where
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
@@ -83,7 +83,7 @@ def topk_attack(
 
     def step(predict, state):
         twin = predict if beta is None else with_rules(predict, **softplus(beta))
-        map_keys, start_keys = split(state.keys)
+        map_keys, start_keys = split(state.keys)[0], split(run_keys(state))[1]
 
         def on_top(points):
             return _mass(explain.maps(map_keys, twin, points, state.labels), state.search.top).sum()

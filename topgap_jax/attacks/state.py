@@ -46,8 +46,6 @@ def start(
     *,
     eps: float | Array,
     run: Array | None = None,
-    target: Array | None = None,
-    search: Any = (),
 ) -> State:
     """The state before the first step, at the clean images; what is misclassified there is broken with the clean
     image."""
@@ -65,10 +63,10 @@ def start(
         broken_at=jnp.where(wrong, 0, NEVER).astype(jnp.int32),
         count=number,
         run=number if run is None else number + run,
-        target=number + (NEVER if target is None else target),
+        target=number + NEVER,
         eps=number + jnp.asarray(eps, jnp.float32),
         keys=keys,
-        search=search,
+        search=(),
     )
 
 
@@ -97,8 +95,8 @@ def book(state: State, values: Array, logits: Array, admissible: Array | bool = 
 
 
 def move(state: State, delta: Array, search: Any = None) -> State:
-    """The next iterate. A broken example moves on too: training uses the last iterate, its verdict is already
-    booked."""
+    """The next iterate, with what the attack's search remembers where that changes. A broken example moves on too:
+    training uses the last iterate, its verdict is already booked."""
     search = state.search if search is None else search
     return state._replace(delta=delta, count=state.count + 1, search=search)
 

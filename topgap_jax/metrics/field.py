@@ -14,12 +14,6 @@ def share_inside(maps: Array, inside: Array) -> Array:
     return (maps * inside).sum((1, 2)) / maps.sum((1, 2))
 
 
-def lift(maps: Array, inside: Array) -> Array:
-    """Share inside, over the mask's share of the area: 1 is chance (b,). Large objects win the raw share, not the
-    lift."""
-    return share_inside(maps, inside) / inside.mean((1, 2))
-
-
 def rms_radius(maps: Array, place: tuple[float, float]) -> Array:
     """sqrt(sum E d^2 / sum E) in pixels, d the distance from `place` = (row, column) in pixels: (b,)."""
     rows, columns = jnp.arange(maps.shape[1]) - place[0], jnp.arange(maps.shape[2]) - place[1]

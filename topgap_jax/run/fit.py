@@ -239,9 +239,9 @@ def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, An
         return State(jnp.int32(0), variables, parts.optimizer.init(variables["params"]))
 
     if checkpoint.latest_step(workdir) is None:
-        # Drawing every parameter is a large program that runs once: at LLVM's level 1 it has the same bits and compiles
-        # in a quarter of the time, which was longer than the training step's.
-        options = {"xla_backend_optimization_level": 1}
+        # Drawing every parameter is a large program that runs once: at LLVM's level 1 it has the same bits, and
+        # does not take longer to compile than the training step.
+        options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
         return jax.jit(fresh, out_shardings=replicated(mesh), compiler_options=options)(), {
             "step": 0,
             "best": None,

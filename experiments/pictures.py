@@ -1,12 +1,16 @@
-"""The page of pictures of studies: the same images for every arm of seed 0, each arm's maps beside the control's."""
+"""The page of pictures of studies: the same images for every arm of seed 0, each arm's maps beside the control's.
+
+python experiments/pictures.py [STUDY ...]    # runs/study/page.html, of runs that study.py has trained
+"""
 
 import base64
 import html
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import study as driver
-from _studies import STUDIES
+from _studies import STUDIES, SYSTEMS
 
 from topgap_jax import setup
 from topgap_jax.progress import write_text
@@ -52,3 +56,7 @@ def section(name: str, runs: Path, count: int) -> str:
         f" alt='{html.escape(study.title)}'"
         f" src='data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}'>"
     )
+
+
+if __name__ == "__main__":
+    print(page(sys.argv[1:] or ["shapes", *SYSTEMS], driver.ROOT / "runs" / "study"))

@@ -223,3 +223,7 @@ BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("Networks of torchvision", "parity_torchvision", parity),
     ("Many devices on a CPU", "stress_devices", devices),
 )
+
+
+if __name__ == "__main__":
+    write()

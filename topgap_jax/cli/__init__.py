@@ -2,79 +2,15 @@
 
 import argparse
 import errno
-import inspect
 import os
-import shutil
 import sys
-import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from topgap_jax import __version__
+from topgap_jax.cli import texts
 from topgap_jax.errors import UserError
-
-CONFIG_HELP = """\
-Any key of a config can be set on the command line: --config.epochs=4 --config.eps=4/255 --config.pool='top_gap(k=4)'.
-`topgap help config` lists the keys, `topgap help` the names that texts may use, `topgap help NAME` explains one."""
-
-MAIN_HELP = f"""\
-examples:
-  topgap train --config configs/shapes.py --config.pool='top_gap(fraction=.14)' --workdir runs/top_gap
-  topgap evaluate --workdir runs/top_gap --evaluators 'robust(pgd(linf(2/255)))'
-  topgap explain --workdir runs/top_gap --images holiday/
-  topgap report runs/gap runs/top_gap
-
-{CONFIG_HELP}
-`topgap help COMMAND` says more. A mistake is answered by one line and exit code 2.
-"""
-
-TRAIN_HELP = f"""\
-The folder holds the config, checkpoints, metrics.jsonl (and the same for TensorBoard) and the results. The same
-command, given again, goes on where a run was stopped (SIGTERM and Ctrl-C save first) and ends with the same weights,
-bit for bit.
-
-examples:
-  topgap train --config configs/shapes.py --workdir runs/gap
-  topgap train --config configs/shapes.py --config.pool='top_gap(fraction=.14)' --config.seed=1 --workdir runs/top_gap
-  topgap train --config configs/shapes.py --config.drop='sgdrop(rate=.1)' --workdir runs/sgdrop
-  topgap train --config configs/sgdrop.py --arm random_matched --workdir runs/random
-  topgap train --config runs/gap/config.json --workdir runs/again
-
-{CONFIG_HELP}
-"""
-
-EVALUATE_HELP = """\
-Of a run it takes the best checkpoint and adds to its evaluation.json; a row of the same split and
-evaluator is replaced. Of a weights file in PyTorch naming it prints the table. A keyword such as eps in an evaluator is
-a number of the config.
-
-examples:
-  topgap evaluate --workdir runs/gap
-  topgap evaluate --workdir runs/gap --split 'test[:200]' --evaluators 'accuracy(), robust(pgd(linf(eps), steps=20))'
-  topgap evaluate --config configs/cifar10.py --weights resnet20_cifar10.safetensors
-"""
-
-EXPLAIN_HELP = """\
-Each picture stands beside the maps of its predicted class; true boxes and regions are drawn where
-the data set has them.
-
-examples:
-  topgap explain --workdir runs/gap
-  topgap explain --workdir runs/gap --images holiday/ --methods 'cam(), grad_cam("stage3")' --count 20
-"""
-
-LAYERS_HELP = """\
-A layer is given to a method by its name or by any end of it that is unique: grad_cam("stage3"), field("stage3/block0").
-
-example:
-  topgap layers --config configs/shapes.py --config.image_size='(128, 128)'
-"""
-
-REPORT_HELP = """\
-example:
-  topgap report runs/gap runs/top_gap --out runs/report.html
-"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,7 +57,7 @@ def _parsers():
     """The parser of the command line, and the one of each command by its name."""
     options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     about = "Train, attack and explain image classifiers that look at the right pixels."
-    parser = Parser(prog="topgap", description=about, epilog=MAIN_HELP, **options)
+    parser = Parser(prog="topgap", description=about, epilog=texts.MAIN, **options)
     parser.add_argument("--version", action="version", version=f"topgap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, command in COMMANDS.items():
@@ -336,67 +272,9 @@ def _report(arguments, overrides):
 
 
 def _help(arguments, overrides):
-    name = arguments.name
-    if name in COMMANDS:
-        _parsers()[1][name].print_help()
-    from topgap_jax.build import did_you_mean, signature
-    from topgap_jax.setup.tables import NAMED, PYTHON, ROOMS, TABLE, VALUES
-
-    functions = {**TABLE, **{key: value for table in PYTHON.values() for key, value in table.items()}}
-    if name is None:
-        named = {f"{room}, named without a call": table for room, table in NAMED.items()}
-        python = {f"in Python, {room}": table for room, table in PYTHON.items()}
-        for room, table in {**ROOMS, **named, **python}.items():
-            print(f"\n{room}\n{_listing({key: _doc(value) for key, value in table.items()})}")
-        print("\n'topgap help NAME' says more, 'topgap help config' lists the keys, 'topgap --help' the commands.")
-    elif name == "config":
-        print(_config_help())
-    elif name in functions or name in VALUES:
-        shown = signature(name, functions[name]) if name in functions else name
-        value = functions.get(name, VALUES.get(name))
-        print(f"{shown}\n\n{_doc(value)}" if name not in COMMANDS else f"\nIn Python:\n\n{shown}\n\n{_doc(value)}")
-    elif name not in COMMANDS:
-        hint = did_you_mean(name, [*functions, *VALUES, *COMMANDS], n=1)
-        raise UserError(f"there is nothing named '{name}'; {hint}'topgap help' lists all names")
-
-
-def _config_help():
-    from topgap_jax.setup.config import KEYS
-
-    def about(key):
-        default = "must be stated" if key.default is None else f"default {key.default!r}"
-        return f"{key.kind}: {key.about}{f' ({key.role.room})' if key.role else ''}; {default}"
-
-    return f"""\
-A config has these keys, and any number of your own. A key is a name in the expressions of the others: a number, a tuple
-or a plain text as it is, an expression as what it builds.
-
-{_listing({key: about(value) for key, value in KEYS.items()}, whole=True)}"""
-
-
-def _doc(value):
-    """The docstring of a function; of a dict of rules, those of its functions."""
-    if not isinstance(value, Mapping):
-        return inspect.getdoc(value)
-    return "\n".join(
-        f"{operation} {when}: {inspect.getdoc(function)}"
-        for operation, rule in value.items()
-        for when, function in rule._asdict().items()
-        if function
-    )
-
-
-def _listing(about, whole=False):
-    """Names and the first paragraph of their docstrings, as wide as the terminal: one line each, or all of it."""
-    width, columns = max(map(len, about)), shutil.get_terminal_size((120, 24)).columns
-    room = max(columns - width - 4, 40)
-
-    def lines(text):
-        text = (text or "").split("\n\n")[0]
-        return textwrap.wrap(text, room) if whole else [textwrap.shorten(text, room, placeholder=" ...")]
-
-    indent = "\n" + " " * (width + 4)
-    return "\n".join(f"  {name:{width}}  {indent.join(lines(text))}" for name, text in about.items())
+    if arguments.name in COMMANDS:
+        _parsers()[1][arguments.name].print_help()
+    print(texts.about(arguments.name, tuple(COMMANDS)))
 
 
 def _show(loaded, rows):
@@ -418,15 +296,15 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("train a classifier from a config, and evaluate it", _add_train, _train, TRAIN_HELP),
-    "evaluate": Command("run evaluators over splits", _add_evaluate, _evaluate, EVALUATE_HELP),
+    "train": Command("train a classifier from a config, and evaluate it", _add_train, _train, texts.TRAIN),
+    "evaluate": Command("run evaluators over splits", _add_evaluate, _evaluate, texts.EVALUATE),
     "explain": Command(
-        "draw where the network looks, on a split or your own pictures", _add_explain, _explain, EXPLAIN_HELP
+        "draw where the network looks, on a split or your own pictures", _add_explain, _explain, texts.EXPLAIN
     ),
-    "layers": Command("list the layers that methods may name", _add_model, _layers, LAYERS_HELP),
+    "layers": Command("list the layers that methods may name", _add_model, _layers, texts.LAYERS),
     "compare": Command("print the results of several runs side by side", _add_runs, _compare),
     "report": Command(
-        "write one self-contained HTML page about one or several runs", _add_report, _report, REPORT_HELP
+        "write one self-contained HTML page about one or several runs", _add_report, _report, texts.REPORT
     ),
     "help": Command("explain a name that configs may use, or list them all", _add_help, _help),
 }

@@ -1,0 +1,143 @@
+"""What the command line says of itself: the end of each command's help, and `topgap help`."""
+
+import inspect
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from topgap_jax.errors import UserError
+
+CONFIG = """\
+Any key of a config can be set on the command line: --config.epochs=4 --config.eps=4/255 --config.pool='top_gap(k=4)'.
+`topgap help config` lists the keys, `topgap help` the names that texts may use, `topgap help NAME` explains one."""
+
+MAIN = f"""\
+examples:
+  topgap train --config configs/shapes.py --config.pool='top_gap(fraction=.14)' --workdir runs/top_gap
+  topgap evaluate --workdir runs/top_gap --evaluators 'robust(pgd(linf(2/255)))'
+  topgap explain --workdir runs/top_gap --images holiday/
+  topgap report runs/gap runs/top_gap
+
+{CONFIG}
+`topgap help COMMAND` says more. A mistake is answered by one line and exit code 2.
+"""
+
+TRAIN = f"""\
+The folder holds the config, checkpoints, metrics.jsonl (and the same for TensorBoard) and the results. The same
+command, given again, goes on where a run was stopped (SIGTERM and Ctrl-C save first) and ends with the same weights,
+bit for bit.
+
+examples:
+  topgap train --config configs/shapes.py --workdir runs/gap
+  topgap train --config configs/shapes.py --config.pool='top_gap(fraction=.14)' --config.seed=1 --workdir runs/top_gap
+  topgap train --config configs/shapes.py --config.drop='sgdrop(rate=.1)' --workdir runs/sgdrop
+  topgap train --config configs/sgdrop.py --arm random_matched --workdir runs/random
+  topgap train --config runs/gap/config.json --workdir runs/again
+
+{CONFIG}
+"""
+
+EVALUATE = """\
+Of a run it takes the best checkpoint and adds to its evaluation.json; a row of the same split and
+evaluator is replaced. Of a weights file in PyTorch naming it prints the table. A keyword such as eps in an evaluator is
+a number of the config.
+
+examples:
+  topgap evaluate --workdir runs/gap
+  topgap evaluate --workdir runs/gap --split 'test[:200]' --evaluators 'accuracy(), robust(pgd(linf(eps), steps=20))'
+  topgap evaluate --config configs/cifar10.py --weights resnet20_cifar10.safetensors
+"""
+
+EXPLAIN = """\
+Each picture stands beside the maps of its predicted class; true boxes and regions are drawn where
+the data set has them.
+
+examples:
+  topgap explain --workdir runs/gap
+  topgap explain --workdir runs/gap --images holiday/ --methods 'cam(), grad_cam("stage3")' --count 20
+"""
+
+LAYERS = """\
+A layer is given to a method by its name or by any end of it that is unique: grad_cam("stage3"), field("stage3/block0").
+
+example:
+  topgap layers --config configs/shapes.py --config.image_size='(128, 128)'
+"""
+
+REPORT = """\
+example:
+  topgap report runs/gap runs/top_gap --out runs/report.html
+"""
+
+
+def about(name: str | None, commands: Sequence[str]) -> str:
+    """What `topgap help NAME` says: of None all names, of "config" its keys, of a command what Python calls so."""
+    from topgap_jax.build import did_you_mean, signature
+    from topgap_jax.setup.tables import PYTHON, TABLE, VALUES
+
+    functions = {**TABLE, **{key: value for table in PYTHON.values() for key, value in table.items()}}
+    if name is None:
+        return _everything()
+    if name == "config":
+        return _config()
+    if name in functions or name in VALUES:
+        shown = signature(name, functions[name]) if name in functions else name
+        text = f"{shown}\n\n{_doc(functions.get(name, VALUES.get(name)))}"
+        return text if name not in commands else f"\nIn Python:\n\n{text}"
+    if name in commands:
+        return ""
+    hint = did_you_mean(name, [*functions, *VALUES, *commands], n=1)
+    raise UserError(f"there is nothing named '{name}'; {hint}'topgap help' lists all names")
+
+
+def _everything() -> str:
+    from topgap_jax.setup.tables import NAMED, PYTHON, ROOMS
+
+    named = {f"{room}, named without a call": table for room, table in NAMED.items()}
+    python = {f"in Python, {room}": table for room, table in PYTHON.items()}
+    rooms = [
+        f"\n{room}\n{_listing({key: _doc(value) for key, value in table.items()})}"
+        for room, table in {**ROOMS, **named, **python}.items()
+    ]
+    end = "'topgap help NAME' says more, 'topgap help config' lists the keys, 'topgap --help' the commands."
+    return "\n".join([*rooms, f"\n{end}"])
+
+
+def _config() -> str:
+    from topgap_jax.setup.config import KEYS
+
+    def about(key):
+        default = "must be stated" if key.default is None else f"default {key.default!r}"
+        return f"{key.kind}: {key.about}{f' ({key.role.room})' if key.role else ''}; {default}"
+
+    return f"""\
+A config has these keys, and any number of your own. A key is a name in the expressions of the others: a number, a tuple
+or a plain text as it is, an expression as what it builds.
+
+{_listing({key: about(value) for key, value in KEYS.items()}, whole=True)}"""
+
+
+def _doc(value: Any) -> str:
+    """The docstring of a function; of a dict of rules, those of its functions."""
+    if not isinstance(value, Mapping):
+        return inspect.getdoc(value)
+    return "\n".join(
+        f"{operation} {when}: {inspect.getdoc(function)}"
+        for operation, rule in value.items()
+        for when, function in rule._asdict().items()
+        if function
+    )
+
+
+def _listing(about: Mapping[str, str], whole: bool = False) -> str:
+    """Names and the first paragraph of their docstrings, as wide as the terminal: one line each, or all of it."""
+    width, columns = max(map(len, about)), shutil.get_terminal_size((120, 24)).columns
+    room = max(columns - width - 4, 40)
+
+    def lines(text):
+        text = (text or "").split("\n\n")[0]
+        return textwrap.wrap(text, room) if whole else [textwrap.shorten(text, room, placeholder=" ...")]
+
+    indent = "\n" + " " * (width + 4)
+    return "\n".join(f"  {name:{width}}  {indent.join(lines(text))}" for name, text in about.items())
