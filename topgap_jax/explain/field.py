@@ -86,8 +86,9 @@ def check_position(position: Any) -> None:
 
 
 def _channel_weights(channel, labels, channels, classes, layer):
+    # Made from the labels, also where their values do not matter: inside `shard_map` a cotangent must vary as the layer.
     if channel == "sum":
-        return jnp.ones((labels.shape[0], channels), jnp.float32)
+        return jnp.ones_like(labels, jnp.float32)[:, None] * jnp.ones((1, channels))
     if channel == "label":
         if channels != classes:
             raise UserError(
@@ -97,7 +98,7 @@ def _channel_weights(channel, labels, channels, classes, layer):
         return jax.nn.one_hot(labels, channels, dtype=jnp.float32)
     if isinstance(channel, bool) or not isinstance(channel, int) or not 0 <= channel < channels:
         raise UserError(f"field: channel must be 'label', 'sum' or an index below {channels}, got {channel!r}")
-    return jax.nn.one_hot(jnp.full(labels.shape, channel), channels, dtype=jnp.float32)
+    return jax.nn.one_hot(jnp.full_like(labels, channel), channels, dtype=jnp.float32)
 
 
 def _indices(position, scores, shape, k):
