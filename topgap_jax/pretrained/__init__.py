@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from topgap_jax.errors import UserError
 from topgap_jax.pretrained.files import Description, read, tensors
-from topgap_jax.pretrained.names import torch_names
+from topgap_jax.pretrained.names import torch_names, unused
 from topgap_jax.pretrained.names.layout import fits, ours, torch_shape
 from topgap_jax.pretrained.networks import describe
 from topgap_jax.types import Model, Variables
@@ -34,7 +34,7 @@ def load(path: str | Path, model: Model, *, image_shape: tuple[int, int, int] = 
     shapes = read(path).shapes
     names = torch_names(variables, shapes)
     missing = [name for name in names.values() if name not in shapes]
-    unexpected = sorted(set(shapes) - set(names.values()))
+    unexpected = sorted(name for name in set(shapes) - set(names.values()) if not unused(name))
     shaped = [
         f"{name} {shapes[name]} instead of {torch_shape(at, variables[at])}"
         for at, name in names.items()
