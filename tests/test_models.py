@@ -415,7 +415,7 @@ def forward(backbone, head=models.map_head(gap()), size=8, channels=3):  # noqa:
 
 ERRORS = {
     "shortcut must be 'pad' or 'project', got 'zero'": lambda: models.resnet20(shortcut="zero"),
-    "stem must be 'cifar' or 'imagenet', got 'none'": lambda: models.resnet50(stem="none"),
+    "stem must be 'imagenet', 'cifar' or 'deep', got 'none'": lambda: models.resnet50(stem="none"),
     "blocks must be a whole number of at least 1, got 0": lambda: models.small_resnet(blocks=0),
     "VGG halves its images five times and needs at least 32x32 pixels, got 8x8": lambda: forward(models.vgg11()),
     "classifier needs a backbone and a head, e.g. classifier(resnet20(), map_head(gap()), ...)": lambda: forward(
