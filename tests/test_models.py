@@ -341,9 +341,10 @@ def test_tokens_of_vit(registers):
     model = models.vit_s16(5, **RGB, registers=registers)
     variables = jax.eval_shape(model.init, KEY, images)
     assert variables["params"]["positions"].shape == (1, 6 if registers else 7, 384)
-    read = lambda variables, images: rewrite.read(models.bind(model, variables), "block11/norm1")(images)
-    logits, tokens = jax.eval_shape(read, variables, images)
+    read = lambda layer: lambda v, x: rewrite.read(models.bind(model, v), layer)(x)
+    logits, tokens = jax.eval_shape(read("block11/norm1"), variables, images)
     assert tokens.shape == (2, 1 + registers + 6, 384) and logits.shape == (2, 5)
+    assert jax.eval_shape(read("tokens"), variables, images)[1].shape == (2, 2, 3, 384)
 
 
 def test_small_resnet_with_its_pyramid_takes_10_million_multiplications():

@@ -14,6 +14,7 @@ from topgap_jax.build import check_number, table
 from topgap_jax.models.heads import ordered
 from topgap_jax.models.inverted_residual import Block, InvertedResiduals, Variant, round_channels
 from topgap_jax.models.layers import batch_norm, check_variant, convolution, he_normal
+from topgap_jax.rewrite import name
 from topgap_jax.types import Array
 
 RELU, SWISH = "relu", "hard_swish"
@@ -65,7 +66,7 @@ class MobileNetHead(nn.Module):
     @nn.compact
     def __call__(self, features: Mapping[str, Array], train: bool = False, step: Array | None = None) -> Array:
         x = convolution(self.width, 1, dtype=self.dtype, name="conv")(features[ordered(features)[-1]])
-        x = nn.hard_swish(batch_norm(train, dtype=self.dtype, name="norm", eps=self.eps)(x))
+        x = name(nn.hard_swish(batch_norm(train, dtype=self.dtype, name="norm", eps=self.eps)(x)), "features")
         x = x.astype(jnp.float32).mean((1, 2))
         x = nn.hard_swish(nn.Dense(self.hidden, dtype=self.dtype, kernel_init=he_normal, name="hidden")(x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
@@ -97,7 +98,7 @@ def mobilenet_head(*, width: int = 960, hidden: int = 1280, eps: float = 1e-3, d
     """MobileNetV3's own head, which has a dense layer with hard-swish behind its pooling, and so no class maps; the
     defaults are MobileNetV3-Large's (Howard et al. 2019, arXiv 1905.02244).
 
-    For pretrained weights: logits (b, classes).
+    For pretrained weights: logits (b, classes). What it pools (b, h, w, width) is named "features".
     """
     check_number("width", width, 1, whole=True)
     check_number("hidden", hidden, 1, whole=True)
