@@ -628,6 +628,22 @@ ERRORS = {
     "stem must be 'imagenet', 'cifar' or 'deep', got 'none'": lambda: models.resnet50(stem="none"),
     "blocks must be a whole number of at least 1, got 0": lambda: models.small_resnet(blocks=0),
     "VGG halves its images five times and needs at least 32x32 pixels, got 8x8": lambda: forward(models.vgg11()),
+    "ConvNeXt halves its images five times and needs at least 32x32 pixels, got 8x8": lambda: forward(
+        models.convnext_tiny()
+    ),
+    "DenseNet halves its images five times and needs at least 32x32 pixels, got 8x8": lambda: forward(
+        models.densenet121()
+    ),
+    "vit_s16 takes images whose sides are multiples of 16, got 24x8": lambda: models.vit_s16(**RGB).init(
+        KEY, jnp.zeros((1, 24, 8, 3))
+    ),
+    "padding must be 'symmetric' or 'same', got 'valid'": lambda: models.efficientnet_lite0(padding="valid"),
+    "stochastic_depth must be a number in [0, 0.99], got 1": lambda: models.convnext_tiny(stochastic_depth=1),
+    "shortcut must be 'project' or 'average', got 'pad'": lambda: models.resnet18(shortcut="pad"),
+    "activation must be one of relu, relu6, silu, hard_swish, gelu, got 'mish'": lambda: models.conv_head(
+        gap(), activation="mish"
+    ),
+    "conv_head needs a pool such as gap() or top_gap(k=4), got None": lambda: models.conv_head(None),
     "classifier needs a backbone and a head, e.g. classifier(resnet20(), map_head(gap()), ...)": lambda: forward(
         models.map_head(gap()), tiny()
     ),

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from topgap_jax import models, pool, pretrained
 from topgap_jax.build import build
+from topgap_jax.errors import UserError
 from topgap_jax.pretrained.architectures import ARCHITECTURES, FOREIGN, foreign, recognise
 from topgap_jax.pretrained.names import NAMINGS, torch_names
 from topgap_jax.pretrained.names.layout import fits, ours, torch_shape
@@ -207,3 +208,24 @@ def test_what_a_hub_calls_it_decides_where_shapes_do_not():
     shapes = {name: torch_shape(path, variables[path]) for path, name in names.items()}
     assert "padding='same', eps=0.001" in recognise(shapes, "tf_efficientnet_b0").model
     assert "efficientnet_b0()" in recognise(shapes, "efficientnet_b0").model
+
+
+def test_an_error_says_which_network_the_file_is(tmp_path):
+    model = model_of("classifier(resnet20(), map_head(pool), classes=classes, mean=mean, std=std)")
+
+    def error(shapes):
+        save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, tmp_path / "w.safetensors")
+        with pytest.raises(UserError) as caught:
+            pretrained.load(tmp_path / "w.safetensors", model)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    others = error(OTHERS["a ResNeXt"])
+    assert "; this is a ResNeXt, which is not among resnet18, resnet34, resnet50, resnet20, " in others
+    text = (
+        "classifier(mobilenet_v3_small(), mobilenet_head(width=576, hidden=1024), classes=classes, mean=mean, std=std)"
+    )
+    names = NAMINGS["torchvision mobilenet"].names(variables_of(text))
+    ours = error({name: torch_shape(path, variables_of(text)[path]) for path, name in names.items()})
+    assert ours.endswith(f"; the file is {text}")
+    assert error({"scale": (3,)}).endswith("unexpected: scale")

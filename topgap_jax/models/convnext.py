@@ -1,8 +1,8 @@
 """ConvNeXt (Liu et al. 2022, arXiv 2201.03545), tiny, small and base.
 
-Every factory returns a Linen module: images (b, h, w, c), any size -> {"stem": ..., "stage1": ..., ...} at stride 4, 4,
-8, 16, 32; its strided convolutions leave out rows and columns that fill no patch. With `convnext_head()` it is the
-published classifier; other heads take the stages as they are.
+Every factory returns a Linen module: images (b, h, w, c), at least 32x32 -> {"stem": ..., "stage1": ..., ...} at stride
+4, 4, 8, 16, 32; its strided convolutions leave out rows and columns that fill no patch. With `convnext_head()` it is
+the published classifier; other heads take the stages as they are.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,14 @@ import jax.numpy as jnp
 
 from topgap_jax.build import check_number, table
 from topgap_jax.models.heads import ordered
-from topgap_jax.models.layers import ACTIVATIONS, convolution, he_normal, layer_norm, stochastic_depth
+from topgap_jax.models.layers import (
+    ACTIVATIONS,
+    check_five_halvings,
+    convolution,
+    he_normal,
+    layer_norm,
+    stochastic_depth,
+)
 from topgap_jax.types import Array
 
 LAYER_SCALE = nn.initializers.constant(1e-6)
@@ -79,6 +86,7 @@ class ConvNeXt(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> dict[str, Array]:
+        check_five_halvings("ConvNeXt", images)
         x = Stem(self.widths[0], self.dtype, name="stem")(images)
         features, start, last = {"stem": x}, 0, sum(self.blocks) - 1
         for i, (blocks, width) in enumerate(zip(self.blocks, self.widths)):

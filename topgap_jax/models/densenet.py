@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from topgap_jax.build import table
-from topgap_jax.models.layers import batch_norm, convolution
+from topgap_jax.models.layers import batch_norm, check_five_halvings, convolution
 from topgap_jax.types import Array
 
 GROWTH = 32
@@ -67,6 +67,7 @@ class DenseNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> dict[str, Array]:
+        check_five_halvings("DenseNet", images)
         x = Stem(self.stem, self.dtype, name="stem")(images, train)
         features = {"stem": x}
         for i, blocks in enumerate(self.blocks):
@@ -79,7 +80,7 @@ def densenet121() -> DenseNet:
     """DenseNet-121: 256 / 512 / 1024 / 1024 channels at stride 4 / 8 / 16 / 32 (Huang et al. 2016, arXiv 1608.06993).
 
     Its transitions drop an odd row or column. With `map_head(gap())` it is the published classifier; images (b, h, w,
-    c) of any size.
+    c) of at least 32x32 (UserError).
     """
     return DenseNet((6, 12, 24, 16), 64)
 

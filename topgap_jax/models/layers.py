@@ -85,6 +85,13 @@ class SqueezeExcite(nn.Module):
         return x * self.gate(dense(x.shape[-1], "expand")(y))
 
 
+def check_five_halvings(network: str, images: Array) -> None:
+    """UserError for images (b, h, w, c) of which a network that rounds down would leave no position."""
+    height, width = images.shape[1:3]
+    if min(height, width) < 32:
+        raise UserError(f"{network} halves its images five times and needs at least 32x32 pixels, got {height}x{width}")
+
+
 def check_activation(activation: str) -> None:
     """UserError unless it is a name in ACTIVATIONS."""
     if activation not in ACTIVATIONS:

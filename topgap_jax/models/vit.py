@@ -89,8 +89,8 @@ def vit_s16(classes: int = 1000, *, mean: Sequence[float], std: Sequence[float],
 
     Tokens (b, 1 + registers + h w / 256, 384) in the order class, registers, patches by rows; the class token's logits.
     It has no class maps, and its positions are learned for one image size, a multiple of 16. The patches that the last
-    block looks at (b, h / 16, w / 16, 384) are named "tokens", for `grad_cam("tokens")`. With `registers` (Darcet et al. 2023, arXiv 2309.16588)
-    the positions belong to the patches only.
+    block looks at (b, h / 16, w / 16, 384) are named "tokens", for `grad_cam("tokens")`. With `registers` (Darcet et
+    al. 2023, arXiv 2309.16588) the positions belong to the patches only.
     """
     check_number("classes", classes, 2, whole=True)
     check_number("registers", registers, 0, whole=True)

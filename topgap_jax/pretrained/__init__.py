@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from topgap_jax.errors import UserError
+from topgap_jax.pretrained.architectures import unlike
 from topgap_jax.pretrained.files import Description, read, tensors
 from topgap_jax.pretrained.names import torch_names, unused
 from topgap_jax.pretrained.names.layout import fits, ours, torch_shape
@@ -43,7 +44,8 @@ def load(path: str | Path, model: Model, *, image_shape: tuple[int, int, int] = 
     wrong = {"missing": missing, "unexpected": unexpected, "mis-shaped": shaped}
     if any(wrong.values()):
         parts = "; ".join(f"{kind}: {_listed(items)}" for kind, items in wrong.items() if items)
-        raise UserError(f"{path} does not fit the model: {parts}")
+        hint = unlike(shapes) if missing or unexpected else None
+        raise UserError(f"{path} does not fit the model: {parts}{'; ' + hint if hint else ''}")
     values = tensors(path)
     arrays = [jnp.asarray(ours(at, shape, values[names[at]]), jnp.float32) for at, shape in variables.items()]
     return jax.tree.unflatten(structure, arrays)

@@ -58,6 +58,17 @@ def foreign(shapes: Mapping[str, Shape]) -> str | None:
     return None
 
 
+def unlike(shapes: Mapping[str, Shape]) -> str | None:
+    """What to say of a file that does not fit a model: which network it is, or that it is one which is not among ours;
+    None where that is unknown."""
+    if row := recognise(shapes):
+        return f"the file is {row.model}"
+    if kind := foreign(shapes):
+        networks = dict.fromkeys(re.search(r"(?:classifier\()?(\w+)", row.model)[1] for row in ARCHITECTURES)
+        return f"this is {kind}, which is not among {', '.join(networks)}"
+    return None
+
+
 def _text(backbone: str, head: str = "map_head(pool)") -> str:
     return f"classifier({backbone}, {head}, classes=classes, mean=mean, std=std)"
 
