@@ -12,7 +12,7 @@ from jax import ShapeDtypeStruct
 from topgap_jax import models, rewrite
 from topgap_jax.errors import UserError
 from topgap_jax.models import convnext, densenet, heads, vit
-from topgap_jax.models.inverted_residual import Block, InvertedResidual, Variant
+from topgap_jax.models.inverted_residual import Block, InvertedResidual, InvertedResiduals, Variant
 from topgap_jax.models.layers import convolution, stochastic_depth
 from topgap_jax.models.preact import PreActBlock
 from topgap_jax.models.resnet import BasicBlock, Bottleneck, ResNet, Stem
@@ -537,6 +537,54 @@ def test_classifier_normalises_inside():
     normalised = (images - np.array(RGB["mean"])) / np.array(RGB["std"])
     logits = [jax.jit(model.apply)(variables, x).logits for model, x in ((plain, normalised), (normalising, images))]
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+
+
+FAMILIES = {
+    "inverted_residual": InvertedResiduals(
+        (4, "relu6"),
+        (Block(3, 1, 4, 4, 0, "relu6"), Block(3, 2, 8, 6, 2, "hard_swish"), Block(5, 1, 6, 6, 2, "silu")),
+        Variant("same", 1e-3),
+        0.9,
+    ),
+    "convnext": convnext.ConvNeXt((2, 1), (4, 6), 0.9),
+    "densenet": densenet.DenseNet((1, 1), 4),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tiny_network_of_the_family(family):
+    """Strides, images that are independent of one another, statistics that move, and blocks that are dropped in training
+    with keys and only then."""
+    images = np.random.default_rng(0).random((4, 32, 36, 3), np.float32)
+    model = models.classifier(FAMILIES[family], models.map_head(gap()), classes=3, **RGB)
+    variables = filled(model.init, images)
+    layers = {layer.name: layer.shape for layer in rewrite.layers(models.bind(model, variables), images)}
+    size = (16, 18) if family == "inverted_residual" else (8, 9)
+    assert layers["backbone/stem"][1:3] == size
+    last = {"inverted_residual": (8, 9, 6), "convnext": (4, 4, 6), "densenet": (4, 4, 50)}[family]
+    assert layers["backbone/stage1" if family == "inverted_residual" else "backbone/stage2"][1:] == last
+
+    @jax.jit
+    def run(variables, images, keys):
+        train = [model.apply(variables, images, train=True, keys=each) for each in (None, keys)]
+        return model.apply(variables, images).logits, train
+
+    logits, (plain, dropped) = run(variables, images, jax.random.split(KEY, 4))
+    assert np.isfinite(logits).all() and np.ptp(logits, 0).min() > 1e-3
+    others = run(variables, images[::-1], jax.random.split(KEY, 4))[0][::-1]
+    np.testing.assert_allclose(logits, others, rtol=1e-4, atol=1e-4)
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), plain.batch_stats, variables["batch_stats"])
+    assert all(jax.tree.leaves(moved))
+    assert np.array_equal(plain.logits, dropped.logits) == (family == "densenet")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_computes_in_bfloat16_with_float32_parameters(family):
+    half = FAMILIES[family].clone(dtype=jnp.bfloat16)
+    images = ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    features, variables = jax.eval_shape(lambda x: half.init_with_output(KEY, x), images)
+    assert {leaf.dtype for leaf in features.values()} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
 
 
 def test_images_do_not_depend_on_their_neighbours_in_eval_mode():

@@ -79,8 +79,8 @@ class ConvNeXt(nn.Module):
     The probability to drop a block in training rises linearly over the blocks, from 0 to `stochastic_depth`.
     """
 
-    blocks: tuple[int, int, int, int]
-    widths: tuple[int, int, int, int]
+    blocks: tuple[int, ...]
+    widths: tuple[int, ...]
     stochastic_depth: float
     dtype: Any = jnp.float32
 
