@@ -174,7 +174,7 @@ OTHERS = {
     "a wide ResNet": {"layer1.0.conv2.weight": (128, 128, 3, 3), "conv1.weight": (64, 3, 7, 7)},
     "a residual network with squeeze-and-excite": {"layer1.0.se.fc1.weight": (4, 64, 1, 1)},
     "a RegNet": {"trunk_output.block1.block1-0.f.a.0.weight": (24, 32, 1, 1)},
-    "a BiT": {"resnet/root_block/standardized_conv2d/kernel": (7, 7, 3, 64)},
+    "a BiT or ResNetV2": {"resnet/root_block/standardized_conv2d/kernel": (7, 7, 3, 64)},
     "a Swin transformer": {"layers.0.blocks.0.attn.relative_position_bias_table": (169, 3)},
     "a ConvNeXt V2": {"stages.0.blocks.0.mlp.grn.weight": (384,), "stages.0.blocks.0.gamma": (96,)},
     "an EfficientNetV2": {"features.1.0.block.0.0.weight": (24, 24, 3, 3)},
@@ -185,12 +185,12 @@ OTHERS = {
     "an Inception network": {"Mixed_5b.branch1x1.conv.weight": (64, 192, 1, 1)},
     "an AlexNet": {"features.0.weight": (64, 3, 11, 11)},
     "a transformer": {"blocks.0.attn.qkv.weight": (2304, 768), "patch_embed.proj.weight": (768, 3, 16, 16)},
-    "a ConvNeXt of another size": {"stages.0.blocks.0.gamma": (192,)},
+    "a ConvNeXt of another kind": {"stages.0.blocks.0.gamma": (192,)},
     "an EfficientNet or MobileNet of another kind": {"conv_stem.weight": (32, 3, 3, 3)},
     "a DenseNet of another size": {"features.denseblock1.denselayer1.norm1.weight": (64,)},
     "a wide ResNet of another size": {"block1.layer.0.conv1.weight": (192, 16, 3, 3)},
     "a VGG of another kind": {"features.2.weight": (64, 64, 3, 3)},
-    "a residual network of another size": {"layer1.0.conv1.weight": (64, 64, 1, 1)},
+    "a residual network of another kind": {"layer1.0.conv1.weight": (64, 64, 1, 1)},
 }
 
 

@@ -53,8 +53,9 @@ def recognise(shapes: Mapping[str, Shape], hub: str = "") -> Architecture | None
 def foreign(shapes: Mapping[str, Shape]) -> str | None:
     """What kind of network, not among ours, has tensors of these shapes ("a ResNeXt"), None where that is unknown."""
     for kind, pattern, test in FOREIGN:
-        if any(re.fullmatch(pattern, name) and test(*shape) for name, shape in shapes.items()):
-            return kind
+        for name, shape in shapes.items():
+            if re.fullmatch(pattern, name) and (test is None or (len(shape) == 4 and test(*shape))):
+                return kind
     return None
 
 
@@ -149,40 +150,40 @@ ARCHITECTURES = (
 )
 
 
-def _any(*_: int) -> bool:
-    return True
-
-
-# Networks that are not among ours, by one of their tensors; where several fit, the first. A network of ours with other
-# numbers of layers or channels comes last.
-FOREIGN: tuple[tuple[str, str, Callable[..., bool]], ...] = (
-    ("a ResNeXt", r"layer1\.0\.conv2\.weight", lambda out, into, *_: into < out),
-    ("a wide ResNet", r"layer1\.0\.conv2\.weight", lambda out, *_: out > 64),
-    ("a residual network with squeeze-and-excite", r"layer1\.0\.se\..+", _any),
-    ("a RegNet", r"(trunk_output\.block1|s1\.b1)\..+", _any),
-    ("a BiT", r"(resnet/)?root_block/standardized_conv2d/kernel|stages\.0\.blocks\.0\.norm3\.weight", _any),
-    ("a Swin transformer", r".*relative_position_bias_table", _any),
-    ("a ConvNeXt V2", r".*\.grn\..+", _any),
+# Networks that are not among ours, by the name of one of their tensors and, where there is a test, by its shape as a
+# kernel (out, in, height, width); where several fit, the first. Networks of ours with other numbers of layers come last.
+FOREIGN: tuple[tuple[str, str, Callable[..., bool] | None], ...] = (
+    ("a ResNeXt", r"layer1\.0\.conv2\.weight", lambda out, into, h, w: into < out),
+    ("a wide ResNet", r"layer1\.0\.conv2\.weight", lambda out, into, h, w: out > 64),
+    ("a residual network with squeeze-and-excite", r"layer1\.0\.se\..+", None),
+    ("a RegNet", r"(trunk_output\.block1|s1\.b1)\..+", None),
+    ("a BiT or ResNetV2", r"(resnet/)?root_block/standardized_conv2d/kernel|stages\.0\.blocks\.0\.norm3\.weight", None),
+    ("a Swin transformer", r"(layers|features)\.\d\.(blocks\.)?\d\.attn\.relative_position_bias_table", None),
+    ("a ConvNeXt V2", r".*\.grn\..+", None),
     (
         "an EfficientNetV2",
         r"blocks\.0\.0\.conv\.weight|features\.1\.0\.block\.0\.0\.weight",
-        lambda *s: s[2:] == (3, 3),
+        lambda out, into, h, w: into > 1 and h == w == 3,
     ),
-    ("a MobileNetV2", r"features\.1\.conv\.0\.0\.weight", _any),
-    ("a ShuffleNet", r"stage2\.0\.branch1\.0\.weight", _any),
-    ("a SqueezeNet", r"features\.\d+\.squeeze\.weight", _any),
-    ("a GoogLeNet", r"inception3a\..+", _any),
-    ("an Inception network", r"Mixed_5b\..+", _any),
-    ("an AlexNet", r"features\.0\.weight", lambda *s: s[2:] == (11, 11)),
-    ("a transformer", r".*(attn\.qkv|self_attention\.in_proj_|attention\.attention\.query)\.?weight", _any),
-    ("a ConvNeXt of another size", r".*(layer_scale|layer_scale_parameter|stages\.0\.blocks\.0\.gamma)", _any),
-    ("an EfficientNet or MobileNet of another kind", r"_?conv_stem\.weight|features\.1\.(0\.)?block\..+", _any),
-    ("a DenseNet of another size", r"features\.denseblock1\..+", _any),
-    ("a wide ResNet of another size", r"block1\.layer\.0\.conv1\.weight|layer\.0\.block\.0\.conv_0\.weight", _any),
-    ("a VGG of another kind", r"features\.[23]\.weight", lambda *s: len(s) == 4),
+    ("a MobileNetV2", r"features\.1\.conv\.0\.0\.weight", None),
+    ("a ShuffleNet", r"stage2\.0\.branch1\.0\.weight", None),
+    ("a SqueezeNet", r"features\.\d+\.squeeze\.weight", None),
+    ("a GoogLeNet", r"inception3a\..+", None),
+    ("an Inception network", r"Mixed_5b\..+", None),
+    ("an AlexNet", r"features\.0\.weight", lambda out, into, h, w: h == 11),
     (
-        "a residual network of another size",
+        "a transformer",
+        r".*relative_position_bias_table|.*(attn\.qkv|self_attention\.in_proj_|attention\.attention\.query)\.?weight",
+        None,
+    ),
+    ("a ConvNeXt of another kind", r".*(layer_scale|layer_scale_parameter|stages\.0\.blocks\.0\.gamma)", None),
+    ("an EfficientNet or MobileNet of another kind", r"_?conv_stem\.weight|features\.1\.(0\.)?block\..+", None),
+    ("a DenseNet of another size", r"features\.denseblock1\..+", None),
+    ("a wide ResNet of another size", r"block1\.layer\.0\.conv1\.weight|layer\.0\.block\.0\.conv_0\.weight", None),
+    ("a VGG of another kind", r"features\.[23]\.weight", lambda *shape: True),
+    (
+        "a residual network of another kind",
         r"layer1\.0\.conv1\.weight|.*encoder\.stages\.0\.layers\.0\.layer\..+",
-        _any,
+        None,
     ),
 )
