@@ -151,7 +151,7 @@ ARCHITECTURES = (
 
 
 # Networks that are not among ours, by the name of one of their tensors and, where there is a test, by its shape as a
-# kernel (out, in, height, width); where several fit, the first. Networks of ours with other numbers of layers come last.
+# kernel (out, in, height, width); the first that fits counts. Our networks with other numbers of layers come last.
 FOREIGN: tuple[tuple[str, str, Callable[..., bool] | None], ...] = (
     ("a ResNeXt", r"layer1\.0\.conv2\.weight", lambda out, into, h, w: into < out),
     ("a wide ResNet", r"layer1\.0\.conv2\.weight", lambda out, into, h, w: out > 64),
