@@ -225,7 +225,7 @@ class Rule(NamedTuple):
 
 
 Rules: TypeAlias = Mapping[str, Rule]
-"""Operation ("relu", "max_pool") -> its rule: `rewrite.with_rules(f, **rules)`."""
+"""Operation ("relu", "max_pool", "conv", "dense", "add", "mean") -> its rule: `rewrite.with_rules(f, **rules)`."""
 
 
 class Augment(Protocol):
