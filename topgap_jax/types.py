@@ -37,10 +37,12 @@ class Model(NamedTuple):
 
     init(key, images) -> variables
     apply(variables, images, *, train=False, keys=None, targets=None, step=None) -> Output
+    has_weights                                          init returns weights learned before, whatever the key
     """
 
     init: Callable[..., Variables]
     apply: Callable[..., Output]
+    has_weights: bool = False
 
 
 class Predict(Protocol):
