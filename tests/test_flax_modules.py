@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from topgap_jax import models, pool
+from topgap_jax import cli, drops, models, pool
 from topgap_jax.errors import UserError
 from topgap_jax.models.switches import in_training
-from topgap_jax.rewrite import layers, read, tap
+from topgap_jax.rewrite import layers, read, tap, with_drop
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4, 4, 3)), jnp.float32)
 KEYS, OTHER = jax.random.split(jax.random.key(0), 4), jax.random.split(jax.random.key(1), 4)
@@ -521,7 +521,9 @@ def test_a_network_with_weights_of_its_own():
         "linen: the weights do not fit Net: ['params']['dense']['kernel'] (3, 4) where it has"
         " ['params']['dense']['kernel'] (3, 3)"
     )
-    assert models.nnx(NNXSwitched()).has_weights
+    model = models.nnx(NNXSwitched())
+    for changed in (model, models.fast(model), with_drop(model, "norm", drops.dropout(0.5))):
+        assert changed.has_weights
 
 
 class Asking(nn.Module):
@@ -566,6 +568,23 @@ def test_what_a_module_raises_is_one_line(module, text):
         kind = type(module).__name__
         assert said[-1].startswith(f"{kind}, {mode} with images of shape (4, 4, 4, 3), raised {text}")
         assert "\n" not in said[-1] and raised.value.__cause__ is not None
+
+
+def test_the_command_line_shows_the_rest_where_it_is_asked_for(tmp_path, capsys):
+    config = tmp_path / "mine.py"
+    config.write_text(
+        "from tests.test_flax_modules import Misfit\nfrom tests.tiny_config import get_config as tiny\n"
+        "from topgap_jax import models\n"
+        "def methods(): return {'mine': lambda: models.linen(Misfit())}\n"
+        "def get_config():\n    config = tiny()\n    config.model = 'mine()'\n    return config\n"
+    )
+    assert cli.main(["layers", "--config", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Misfit, initialised with images of shape" in said
+    assert "raised TypeError: dot_general requires" in said and said.endswith("(--traceback shows where)\n")
+    assert cli.main(["layers", "--config", str(config), "--traceback"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in said and "in __call__" in said and "shows where" not in said
 
 
 EMPTY = {"params": {}, "batch_stats": {}}
