@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from topgap_jax import explain, models, pool
+from topgap_jax import drops, evaluators, explain, models, pool
 from topgap_jax.errors import UserError
-from topgap_jax.rewrite import default_layer, layers, name, read, tap, with_pool, with_rules
+from topgap_jax.rewrite import default_layer, layers, name, read, tap, with_drop, with_pool, with_rules
 from topgap_jax.rules import guided
 
 IMAGES = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3))
@@ -292,6 +292,40 @@ def test_errors_say_what_to_give(network):
     with pytest.raises(UserError) as raised:
         default(f)
     assert text in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("taker", ["grad_cam", "field", "receptive_field", "coverage", "with_drop", "cam"])
+def test_a_layer_with_channels_first_is_refused_by_its_name(taker):
+    """By whoever takes it for features (b, h, w, c); `read` and `tap` take any value, and a transpose is one."""
+    label = "maps" if taker == "cam" else "features"
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            kernel = self.param("kernel", nn.initializers.normal(), (5, 3, 3, 3))
+            maps = name(lax.conv(x.transpose(0, 3, 1, 2), kernel, (1, 1), "SAME"), label)
+            return name(maps.transpose(0, 2, 3, 1), "last").mean((1, 2))
+
+    model = models.linen(Net())
+    variables = model.init(jax.random.key(0), IMAGES)
+    predict, keys = models.bind(model, variables), jax.random.split(jax.random.key(0), 2)
+    batch = {"image": IMAGES, "label": LABELS}
+    take = {
+        "grad_cam": lambda layer: explain.grad_cam(layer)(keys, predict, IMAGES, LABELS),
+        "cam": lambda layer: explain.cam()(keys, predict, IMAGES, LABELS),
+        "field": lambda layer: explain.field(layer)(keys, predict, IMAGES, LABELS),
+        "receptive_field": lambda layer: evaluators.receptive_field(layer).rows(keys, model, variables, batch, {}),
+        "coverage": lambda layer: evaluators.coverage(layer).rows(keys, model, variables, batch, {}),
+        "with_drop": lambda layer: with_drop(model, layer, drops.dropout(0.5)).apply(
+            variables, IMAGES, train=True, keys=keys, targets=jnp.eye(5)[:2], step=0
+        ),
+    }[taker]
+    with pytest.raises(UserError) as raised:
+        take(label)
+    assert f"layer '{label}' (2, 5, 16, 16) has the axes (b, c, h, w): name its transpose" in str(raised.value)
+    if taker != "cam":
+        jax.eval_shape(lambda: take("last"))
+    assert read(predict, label)(IMAGES)[1].shape == (2, 5, 16, 16)
 
 
 @pytest.mark.parametrize("change", ["jit", "fast", "with_rules", "tap"])

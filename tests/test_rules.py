@@ -1,6 +1,8 @@
 """Rules for ReLU and max pooling in networks nobody edited, against the worked cases of `papers/guided_nonlinearity.md`
 11."""
 
+import collections
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -15,7 +17,8 @@ from topgap_jax import explain, models, pool
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import data_mesh
-from topgap_jax.rewrite import name, read, tap, with_rules
+from topgap_jax.rewrite import fast_convs, name, read, tap, with_rules
+from topgap_jax.rewrite.operations import OPERATIONS, operations
 from topgap_jax.rules import VALUES, guided, guided_backprop, guided_upsampled, softplus
 from topgap_jax.types import Rule
 
@@ -545,14 +548,186 @@ def test_errors():
         message(with_rules(closed, **guided), jnp.ones(8))
         == "with_rules: relu inside 'custom_linear_solve', which cannot be entered"
     )
+    assert (
+        message(with_rules, relu, pool=Rule())
+        == "with_rules: no operation 'pool'; there are relu, max_pool, conv, dense, add, mean"
+    )
     assert message(with_rules, relu) == "with_rules: no rule is given, e.g. with_rules(predict, **guided)"
     assert (
         message(with_rules, relu, relu="guided") == "with_rules: relu must be a Rule(forward, backward), got 'guided'"
     )
+    alone = with_rules(lambda x: x @ WEIGHTS["last"], dense=Rule(backward=lambda operation, g, x, kernel: x))
+    assert message(jax.grad(lambda x: alone(x).sum()), jnp.ones((2, 4))) == (
+        "with_rules: a backward rule returned 1 gradient(s) for the 2 operands of its operation; it must return a tuple,"
+        " one for each"
+    )
     assert message(softplus, 0) == "beta must be a number of at least 1e-06, got 0"
     assert (
-        message(explain.gradient, rules=5) == "rules must be like guided or softplus(50), for relu and max_pool; got 5"
+        message(explain.gradient, rules=5)
+        == "rules must be like guided or softplus(50), for relu, max_pool, conv, dense, add, mean; got 5"
     )
+
+
+CONVOLVE = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+WEIGHTS = {
+    "first": draw(3, 3, 3, 4) / 3, "bias": draw(4), "blocks": draw(2, 3, 3, 4, 4) / 4, "last": draw(4, 3),
+    "last_bias": draw(3),
+}  # fmt: skip
+
+
+def block(h, kernel):
+    return h + relu(lax.conv_general_dilated(h, kernel, **CONVOLVE))
+
+
+# Ways in which a network may hold its two blocks.
+BLOCKS = {
+    "plain": lambda h, kernels: block(block(h, kernels[0]), kernels[1]),
+    "jit": lambda h, kernels: jax.jit(block)(jax.jit(block)(h, kernels[0]), kernels[1]),
+    "scan": lambda h, kernels: lax.scan(lambda h, kernel: (block(h, kernel), None), h, kernels)[0],
+    "remat": lambda h, kernels: jax.checkpoint(block)(jax.checkpoint(block)(h, kernels[0]), kernels[1]),
+}
+
+
+LINEAR = eqx.nn.Linear(3, 4, key=jax.random.key(0))
+
+
+def residual(blocks):
+    """All operations, once or twice each; no bias is one."""
+
+    def network(weights, images):
+        h = lax.conv_general_dilated(images, weights["first"], **CONVOLVE) + weights["bias"].reshape(1, 1, 1, -1)
+        h = nn.avg_pool(nn.max_pool(BLOCKS[blocks](h, weights["blocks"]), (2, 2), (2, 2)), (2, 2), (2, 2))
+        return h.mean((1, 2)) @ weights["last"] + weights["last_bias"]
+
+    return network
+
+
+def identity(counts):
+    """The ordinary rule of every operation, which counts how often it is used."""
+
+    def rule(name):
+        def forward(operation, *operands):
+            counts[name] += 1
+            return operation(*operands)
+
+        return Rule(forward, lambda operation, gradient, *operands: jax.vjp(operation, *operands)[1](gradient))
+
+    return {name: rule(name) for name in OPERATIONS}
+
+
+def value_and_gradients(f):
+    return jax.jit(lambda w, x: (f(w, x), jax.grad(lambda w, x: (f(w, x) ** 2).sum(), (0, 1))(w, x)))
+
+
+@pytest.mark.parametrize("way", [*BLOCKS, "fast", "shard_map"])
+def test_the_ordinary_rule_changes_nothing(way):
+    """Of every operation, however it stands in the network; each is found, and nothing else is."""
+    images, counts = jnp.concatenate([IMAGES] * 4), collections.Counter()
+    plain = f = residual(way if way in BLOCKS else "plain")
+    if way == "shard_map":
+        f = jax.shard_map(plain, mesh=MESH, in_specs=(PartitionSpec(), SPEC), out_specs=SPEC)
+    if way == "fast":
+        f = fast_convs(plain)
+    ruled = with_rules(f, **identity(counts))
+    jax.eval_shape(ruled, WEIGHTS, images)
+    due = {"conv": 3, "relu": 2, "add": 2, "max_pool": 1, "mean": 2, "dense": 1}
+    assert counts == (due if way != "scan" else due | {"conv": 2, "relu": 1, "add": 1})
+    found, due = (value_and_gradients(f)(WEIGHTS, images) for f in (ruled, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, due)
+
+
+@pytest.mark.parametrize("name", ["conv", "dense", "add", "mean"])
+def test_one_rule_at_a_time(name):
+    """A forward rule that triples its operation, against the network written so; and of nothing there is an error."""
+    images, third = IMAGES[:, :4, :4], Rule(forward=lambda operation, *operands: 3 * operation(*operands))
+    f, due = {
+        "conv": (lambda x: lax.conv_general_dilated(x, WEIGHTS["first"], **CONVOLVE) + WEIGHTS["bias"], 3),
+        "dense": (lambda x: x @ WEIGHTS["first"][0, 0] + WEIGHTS["bias"], 3),
+        "add": (lambda x: jnp.sin(x) + x[::-1] + 1, 3),
+        "mean": (lambda x: x.mean((1, 2)) + 1, 3),
+    }[name]
+    bias = {"conv": WEIGHTS["bias"], "dense": WEIGHTS["bias"], "add": 1, "mean": 1}[name]
+    np.testing.assert_allclose(with_rules(f, **{name: third})(images) - bias, due * (f(images) - bias), atol=1e-5)
+    text = {"conv": "convolution", "dense": "dense layer (a product with a kernel)", "add": "sum of two of its values"}
+    absent = text.get(name, "mean over positions")
+    assert message(with_rules(relu, **{name: third}), images) == f"with_rules: the function has no {absent}"
+
+
+@pytest.mark.parametrize(
+    ("f", "due"),
+    [
+        (lambda x: x.mean((1, 2), keepdims=True), {"mean"}),
+        (lambda x: x.astype(jnp.bfloat16).mean((1, 2)), {"mean"}),
+        (lambda x: x.transpose(0, 3, 1, 2).sum((2, 3)) * (1 / 64), {"mean"}),
+        (lambda x: nn.avg_pool(x, (3, 3), (2, 2), "SAME", count_include_pad=False), {"mean"}),
+        (lambda x: x.reshape(2, 64, 3).mean(1), {"mean"}),
+        (lambda x: x.sum((1, 2)), set()),
+        (lambda x: x.sum((1, 2)) / 7, set()),
+        (lambda x: nn.LayerNorm(use_scale=False, use_bias=False).apply({}, x), set()),
+        (lambda x: nn.BatchNorm(False).init_with_output(jax.random.key(0), x)[0], set()),
+        (lambda x: nn.GroupNorm(3, use_scale=False, use_bias=False).apply({}, x), set()),
+        (jax.nn.gelu, set()),
+        (lambda x: x + x.mean((1, 2), keepdims=True), {"mean"}),  # what is spread is a bias
+        (lambda x: x + jnp.ones(x.shape), set()),
+        (lambda x: jnp.einsum("bhwc,bhwd->bcd", x, x), set()),
+        (lambda x: x.reshape(-1, 3) @ (x.reshape(-1, 3) * 2).T, set()),
+        (lambda x: nn.Dense(4).apply({"params": {"kernel": WEIGHTS["last"].T, "bias": WEIGHTS["bias"]}}, x), {"dense"}),
+        (lambda x: jax.jit(lambda x, w, b: x @ w + b)(x[:1, 0, 0], WEIGHTS["last"].T, WEIGHTS["bias"]), {"dense"}),
+        (lambda x: LINEAR(x[0, 0, 0]), {"dense"}),
+        (lambda x: jax.vmap(LINEAR)(x[0, 0]), {"dense"}),
+    ],
+)
+def test_what_an_operation_is(f, due):
+    traced = jax.make_jaxpr(f)(IMAGES).jaxpr
+    assert operations(traced) & {"conv", "dense", "add", "mean"} == due
+
+
+def test_the_kernel_is_the_second_operand():
+    """However the product is written: x @ W, and W @ x as Equinox writes it."""
+    kernel, seen = draw(5, 3), []
+    rule = Rule(forward=lambda operation, value, kernel: (seen.append(kernel.shape), operation(value, kernel))[1])
+    x = draw(2, 3) * 2
+    for f in (lambda w, x: jax.vmap(lambda x: w @ jnp.tanh(x))(x), lambda w, x: jnp.tanh(x) @ w.T):
+        for g in (f, jax.jit(f)):
+            np.testing.assert_allclose(with_rules(g, dense=rule)(kernel, x), f(kernel, x), rtol=1e-5)
+    assert {tuple(sorted(shape)) for shape in seen} == {(3, 5)} and len(seen) == 4
+
+
+def epsilon(eps):
+    """Relevance R of z shared out as x w / (z + eps sign z), on gradients: R / z arrives, R / x goes on."""
+
+    def backward(operation, gradient, *operands):
+        z = operation(*operands)
+        return jax.vjp(operation, *operands)[1](gradient * z / (z + eps * jnp.where(z < 0, -1, 1)))
+
+    return {name: Rule(backward=backward) for name in ("conv", "dense", "mean", "add")}
+
+
+def positive_weights(operation, gradient, images, kernel):
+    """The z+ rule: only positive weights pass relevance on (images are never negative)."""
+    z, back = jax.vjp(lambda images: operation(images, jnp.maximum(kernel, 0)), images)
+    return *back(gradient * operation(images, kernel) / jnp.maximum(z, 1e-9)), jnp.zeros_like(kernel)
+
+
+def test_relevance_is_conserved():
+    """LRP of a convolution, ReLU, a residual block, a mean and a dense layer without biases: the relevance of the
+    pixels adds up to the logit, whatever rule the layers have, and eps absorbs a part of it."""
+    weights = WEIGHTS | {"bias": jnp.zeros(4), "last_bias": jnp.zeros(3)}
+
+    def f(images):
+        h = relu(lax.conv_general_dilated(images, weights["first"], **CONVOLVE))
+        return block(h, weights["blocks"][0]).mean((1, 2)) @ weights["last"]
+
+    def relevance(**rules):
+        return jax.jit(lambda images: images * jax.grad(loss(with_rules(f, **rules)))(images))(IMAGES)
+
+    logits = f(IMAGES)[jnp.arange(2), LABELS]
+    maps = [relevance(**epsilon(1e-7)), relevance(**epsilon(1e-7) | {"conv": Rule(backward=positive_weights)})]
+    for each in maps:
+        np.testing.assert_allclose(each.sum((1, 2, 3)), logits, rtol=1e-3)
+    assert np.abs(maps[0] - maps[1]).max() > 1e-3
+    absorbed = relevance(**epsilon(0.5)).sum((1, 2, 3))
+    assert (np.abs(absorbed) < 0.9 * np.abs(logits)).all()
 
 
 def test_rules_in_a_text():

@@ -37,10 +37,12 @@ class Model(NamedTuple):
 
     init(key, images) -> variables
     apply(variables, images, *, train=False, keys=None, targets=None, step=None) -> Output
+    has_weights                                          init returns weights learned before, whatever the key
     """
 
     init: Callable[..., Variables]
     apply: Callable[..., Output]
+    has_weights: bool = False
 
 
 class Predict(Protocol):
@@ -225,7 +227,7 @@ class Rule(NamedTuple):
 
 
 Rules: TypeAlias = Mapping[str, Rule]
-"""Operation ("relu", "max_pool") -> its rule: `rewrite.with_rules(f, **rules)`."""
+"""Operation ("relu", "max_pool", "conv", "dense", "add", "mean") -> its rule: `rewrite.with_rules(f, **rules)`."""
 
 
 class Augment(Protocol):

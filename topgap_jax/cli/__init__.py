@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,12 +26,17 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal or pipe that cannot show a letter gets a ? in its place
             stream.reconfigure(errors="replace")
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
+    shows_traceback = "--traceback" in argv
+    argv = [word for word in argv if word != "--traceback"]
     try:
         arguments, overrides = _parse(argv or ["--help"])
         return COMMANDS[arguments.command].run(arguments, overrides) or 0
     except UserError as error:
-        print(f"topgap: {' '.join(str(error).split())}", file=sys.stderr)
+        if shows_traceback:
+            traceback.print_exc()
+        more = " (--traceback shows where)" if error.__cause__ is not None and not shows_traceback else ""
+        print(f"topgap: {' '.join(str(error).split())}{more}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `topgap help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

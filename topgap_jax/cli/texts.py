@@ -20,7 +20,8 @@ examples:
   topgap report runs/gap runs/top_gap
 
 {CONFIG}
-`topgap help COMMAND` says more. A mistake is answered by one line and exit code 2.
+`topgap help COMMAND` says more. A mistake is answered by one line and exit code 2; with
+--traceback, what a network of your own raised is shown in full.
 """
 
 TRAIN = f"""\

@@ -8,7 +8,7 @@ import numpy as np
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.models import bind
-from topgap_jax.rewrite import read
+from topgap_jax.rewrite import feature_layer, read
 from topgap_jax.types import Array, Cost, Curve, Evaluator, Measure
 
 GRID = (0.0, 0.25, 0.5, 0.75)
@@ -39,7 +39,10 @@ def coverage(*layers: str, threshold: float = 0.25) -> Evaluator:
     thresholds = sorted({*GRID, threshold})
 
     def rows(keys, model, variables, batch, prepared):
-        nested = functools.reduce(read, layers, bind(model, variables))(batch["image"])
+        predict, images = bind(model, variables), batch["image"]
+        for layer in layers:
+            feature_layer(predict, layer, images)
+        nested = functools.reduce(read, layers, predict)(images)
         values = []
         for layer in reversed(layers):
             nested, value = nested

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from topgap_jax.build import table
 from topgap_jax.errors import UserError
-from topgap_jax.rewrite import default_layer, read, tap
+from topgap_jax.rewrite import feature_layer, read, tap
 from topgap_jax.scores import logit
 from topgap_jax.types import Cost, Explain
 
@@ -19,7 +19,7 @@ def cam() -> Explain:
 
     def maps(keys, predict, images, labels):
         try:
-            _, values = read(predict, "maps")(images)
+            _, values = read(predict, feature_layer(predict, "maps", images))(images)
         except UserError as error:
             raise UserError(
                 "cam: the model has no class maps named 'maps' (use map_head, pyramid_head or rewrite.with_pool):"
@@ -39,7 +39,7 @@ def grad_cam(layer: str | None = None) -> Explain:
     """
 
     def maps(keys, predict, images, labels):
-        full = layer or default_layer(predict, images)
+        full = feature_layer(predict, layer, images)
         _, features = read(predict, full)(images)
         score = lambda z: logit(tap(predict, full, lambda _: z)(images), labels).sum()
         weights = jax.grad(score)(features).astype(jnp.float32).mean((1, 2))

@@ -9,7 +9,7 @@ from jax import lax
 
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
-from topgap_jax.rewrite import read
+from topgap_jax.rewrite import feature_layer, read
 from topgap_jax.rewrite.speed import map_over
 from topgap_jax.types import Array, Cost, Explain, Predict
 
@@ -52,8 +52,10 @@ def fields(
     The pullback is vmapped over one-hot cotangents, at most `chunk` at a time: memory is chunk * b * h * w * c.
     """
 
+    full = feature_layer(predict, layer, images)
+
     def forward(points):
-        logits, value = read(predict, layer)(points)
+        logits, value = read(predict, full)(points)
         return value, logits
 
     value, pull, logits = jax.vjp(forward, images, has_aux=True)

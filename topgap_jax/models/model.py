@@ -2,7 +2,9 @@
 
 import functools
 import inspect
-from collections.abc import Mapping
+import itertools
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,48 +15,86 @@ import jax.numpy as jnp
 
 from topgap_jax.build import table
 from topgap_jax.errors import UserError
+from topgap_jax.models import switches
+from topgap_jax.models.outputs import in_one_line, logits_of, with_axes
 from topgap_jax.rewrite import speed
 from topgap_jax.rewrite.names import NAMING, name_tree
 from topgap_jax.types import Array, Keys, Model, Output, Predict, Variables
 
-# How authors spell the switch between training and evaluation, and what it is in training.
-SWITCHES = {
-    "train": True, "training": True, "is_training": True,
-    "deterministic": False, "use_running_average": False, "eval": False, "inference": False,
-}  # fmt: skip
 
-
-def linen(module: nn.Module) -> Model:
+def linen(module: nn.Module, *, weights: Variables | None = None) -> Model:
     """A `Model` of any Linen module that maps images (b, h, w, c) to logits (b, k).
 
-    Its `__call__` may take `train`, `training`, `deterministic` or `use_running_average`, and `step` (the pool's
-    schedule). Random layers draw from `keys[0]`; training mode without keys leaves dropout out. Collections other than
-    params and batch_stats are an error.
+    The switch between training and evaluation is found where authors put it (`models.switches`): a parameter of
+    `__call__` such as `train`, `is_training`, `deterministic` or `use_running_average`, what `**kwargs` pass on to a
+    module inside, a field of the module; `step` is the pool's schedule. A module whose batch statistics do not move in
+    training gets a warning. Logits may be in a dict, a dataclass or a tuple (`models.outputs.logits_of`).
+
+    Every random stream draws from `keys[0]`; training mode without keys leaves out dropout and other layers without
+    variables that have a switch. A named axis (`BatchNorm(axis_name=...)`) is the whole batch. Collections besides
+    params count as batch statistics, under "(name)" but for `batch_stats` itself; what a module only sows is dropped.
+
+    weights: variables that `init` returns whatever the key, of a network that is trained already: {"params": ...,
+    "batch_stats": ...}, or the parameters alone. Raises UserError, in one line, for whatever the module raises.
     """
     kind = type(module)
+    passed_on: list[tuple[str, ...]] = []  # by `**kwargs`; one entry once it is known
+    warned: list[bool] = []
+
+    def switched(images, train, step):
+        """The module, and the arguments of its call."""
+        words = switches.arguments(kind.__call__, train, step)
+        if switches.passes_on(kind.__call__):
+            if not passed_on:
+                inner = switches.with_fields(module, False)
+                draw = lambda words: lambda images: inner.init(jax.random.key(0), images, **words)
+                described = jax.ShapeDtypeStruct(images.shape, images.dtype)
+                passed_on.append(switches.accepted(lambda words: jax.eval_shape(draw(words), described)))
+            words |= {word: switches.in_training(word) == train for word in passed_on[0]}
+        return switches.with_fields(module, train), words
 
     def init(key, images):
-        variables = module.init({"params": key, "dropout": key}, images, **_switches(kind, False, None))
-        extra = set(variables) - {"params", "batch_stats"}
-        if extra:
-            raise UserError(
-                f"linen: {kind.__name__} keeps collections that are not supported: {', '.join(sorted(extra))}"
-            )
-        return {"params": variables.get("params", {}), "batch_stats": variables.get("batch_stats", {})}
+        with in_one_line(kind, images, None):
+            switched_off, words = switched(images, False, None)
+            variables = switched_off.init({"params": key, "dropout": key}, images, **words)
+            packed = _packed(variables)
+            if set(packed["batch_stats"]) - set(variables.get("batch_stats", {})):
+                step = lambda packed, images: apply(packed, images, train=True, keys=key[None]).batch_stats
+                packed = _carried(packed, jax.eval_shape(step, packed, images))
+        return packed if weights is None else _with_weights(weights, packed, kind)
 
     def apply(variables, images, *, train=False, keys=None, targets=None, step=None):
-        rngs = None if keys is None else {"dropout": keys[0]}
-        collections = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
-        if not train:
-            logits = module.apply(collections, images, rngs=rngs, **_switches(kind, False, step))
-            return Output(_checked(logits, images, kind), variables["batch_stats"], {})
-        with nullcontext() if keys is not None else nn.intercept_methods(_without_dropout):
-            logits, updates = module.apply(
-                collections, images, rngs=rngs, mutable=["batch_stats"], **_switches(kind, True, step)
-            )
-        return Output(_checked(logits, images, kind), updates.get("batch_stats", variables["batch_stats"]), {})
+        collections = _unpacked(variables)
+        # Streams that have no key of their own draw from that of the parameters.
+        rngs = None if keys is None else {"dropout": keys[0], "params": jax.random.fold_in(keys[0], 1)}
+        extra = [name for name in collections if name not in ("params", "batch_stats")]
 
-    return Model(init, apply)
+        def call():
+            called, words = switched(images, train, step)
+            without = nn.intercept_methods(_without_random_layers(collections)) if keys is None else nullcontext()
+            mutable = ["batch_stats", *extra] if train else extra  # what evaluation changes is dropped
+            try:
+                with without if train else nullcontext():
+                    out, updates = called.apply(collections, images, rngs=rngs, mutable=mutable, **words)
+            except flax.errors.InvalidRngError as error:
+                if keys is not None:
+                    raise
+                raise UserError(
+                    f"{kind.__name__} draws random numbers in {_mode(train)}, and there are no keys"
+                ) from error
+            after = {**collections, **updates} if train else collections
+            before, moved = collections.get("batch_stats", {}), after.get("batch_stats", {})
+            still = all(a is b for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(moved)))
+            if train and still and jax.tree.leaves(before) and not warned:
+                warned.append(True)
+                warnings.warn(_unmoved(kind), stacklevel=3)
+            return logits_of(out, images, kind), _packed(after)["batch_stats"]
+
+        with in_one_line(kind, images, train):
+            logits, after = with_axes(call)
+        return Output(logits, after if train else variables["batch_stats"], {})
+
+    return Model(init, apply, weights is not None)
 
 
 def nnx(module: "flax.nnx.Module") -> Model:
@@ -63,33 +103,56 @@ def nnx(module: "flax.nnx.Module") -> Model:
     `init` returns the module's own parameters, whatever the key: an NNX module is born with them. Random layers are
     seeded from `keys[0]`, and so are the `rngs` of a `__call__` that takes them; without keys, training mode leaves
     dropout out, and for whatever else is random the module's own random state serves again and again. Everything that
-    is neither a parameter nor random state counts as batch statistics.
+    is neither a parameter nor random state counts as batch statistics. Switches, named axes, outputs and errors are as
+    `linen` has them.
     """
     from flax import nnx as flax_nnx  # here, since few models need it and it takes half a second
 
     kind = type(module)
     graph, params, random, rest = flax_nnx.split(module, flax_nnx.Param, flax_nnx.RngState, ...)
     takes_rngs = "rngs" in inspect.signature(kind.__call__).parameters
+    has_statistics = bool(jax.tree.leaves(flax_nnx.split(module, flax_nnx.BatchStat, ...)[1]))
+    passed_on: list[tuple[str, ...]] = []
+    warned: list[bool] = []
 
     def init(key, images):
         return {"params": flax_nnx.to_pure_dict(params), "batch_stats": flax_nnx.to_pure_dict(rest)}
 
     def apply(variables, images, *, train=False, keys=None, targets=None, step=None):
-        states = [
-            _filled(params, variables["params"]),
-            _reseeded(random, keys),
-            _filled(rest, variables["batch_stats"]),
-        ]
-        merged = flax_nnx.merge(graph, *states)
-        merged.train() if train else merged.eval()
-        if keys is None:
-            merged.set_attributes(deterministic=True, raise_if_not_found=False)
-        rngs = {"rngs": None if keys is None else flax_nnx.Rngs(keys[0])} if takes_rngs else {}
-        logits = _checked(_named_call(merged, images, **rngs, **_switches(kind, train, step)), images, kind)
-        after = flax_nnx.to_pure_dict(flax_nnx.split(merged, flax_nnx.Param, flax_nnx.RngState, ...)[3])
+        def run(train, words):
+            states = [
+                _filled(params, variables["params"]),
+                _reseeded(random, keys),
+                _filled(rest, variables["batch_stats"]),
+            ]
+            merged = flax_nnx.merge(graph, *states)
+            merged.train() if train else merged.eval()
+            switches.set_attributes((child for _, child in flax_nnx.iter_modules(merged)), train)
+            if keys is None:
+                merged.set_attributes(deterministic=True, raise_if_not_found=False)
+            rngs = {"rngs": None if keys is None else flax_nnx.Rngs(keys[0])} if takes_rngs else {}
+            out = _named_call(merged, images, **rngs, **words)
+            after = flax_nnx.split(merged, flax_nnx.Param, flax_nnx.RngState, ...)[3]
+            return logits_of(out, images, kind), flax_nnx.to_pure_dict(after)
+
+        def call():
+            words = switches.arguments(kind.__call__, train, step)
+            if switches.passes_on(kind.__call__):
+                if not passed_on:
+                    passed_on.append(switches.accepted(lambda words: jax.eval_shape(lambda: run(False, words))))
+                words |= {word: switches.in_training(word) == train for word in passed_on[0]}
+            logits, after = run(train, words)
+            still = all(a is b for a, b in zip(*map(jax.tree.leaves, (variables["batch_stats"], after))))
+            if train and still and has_statistics and not warned:
+                warned.append(True)
+                warnings.warn(_unmoved(kind), stacklevel=3)
+            return logits, after
+
+        with in_one_line(kind, images, train):
+            logits, after = with_axes(call)
         return Output(logits, after if train else variables["batch_stats"], {})
 
-    return Model(init, apply)
+    return Model(init, apply, True)
 
 
 def bind(model: Model, variables: Variables, *, train: bool = False, step: Array | None = None) -> Predict:
@@ -115,27 +178,82 @@ def fast(model: Model) -> Model:
     return model._replace(apply=speed.fast(model.apply))
 
 
-def _without_dropout(next_fun, args, kwargs, context):
-    """A Linen interceptor under which dropout layers return what they are given."""
-    if isinstance(context.module, nn.Dropout) and context.method_name == "__call__":
-        return args[0] if args else kwargs["inputs"]
-    return next_fun(*args, **kwargs)
+def _without_random_layers(collections: Mapping[str, Any]):
+    """A Linen interceptor under which layers that only draw do what they do in eval mode, as there are no keys.
+
+    Dropout, and any module with a switch and no variables (a stochastic depth).
+    """
+
+    def intercept(next_fun, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        if isinstance(module, nn.Dropout):
+            return args[0] if args else kwargs["inputs"]
+        words = switches.arguments(type(module).__call__, False, None)
+        words.pop("step", None)
+        if not words or any(_inside(tree, module.path) for tree in collections.values()):
+            return next_fun(*args, **kwargs)
+        bound = inspect.signature(next_fun).bind(*args, **kwargs)
+        bound.arguments.update(words)
+        return next_fun(*bound.args, **bound.kwargs)
+
+    return intercept
 
 
-def _switches(kind: type, train: bool, step: Array | None) -> dict[str, Any]:
-    """What the module's `__call__` wants to be told besides the images."""
-    parameters = inspect.signature(kind.__call__).parameters
-    chosen = {word: value == train for word, value in SWITCHES.items() if word in parameters}
-    return chosen | ({"step": step} if "step" in parameters else {})
+def _inside(tree: Any, path: Sequence[str]) -> bool:
+    """Whether the tree has anything at this path."""
+    for name in path:
+        if not isinstance(tree, Mapping) or name not in tree:
+            return False
+        tree = tree[name]
+    return True
 
 
-def _checked(logits: Any, images: Array, kind: type) -> Array:
-    if not isinstance(logits, jax.Array) or logits.ndim != 2 or logits.shape[0] != images.shape[0]:
-        what = f"an array of shape {logits.shape}" if isinstance(logits, jax.Array) else f"a {type(logits).__name__}"
-        raise UserError(
-            f"{kind.__name__} must return logits (b, k) for images of shape {images.shape}, it returned {what}"
-        )
-    return logits.astype(jnp.float32)
+def _packed(collections: Mapping[str, Any]) -> dict[str, Any]:
+    """Flax's collections as "params" and "batch_stats", which holds the others as "(name)"."""
+    others = {f"({name})": tree for name, tree in collections.items() if name not in ("params", "batch_stats")}
+    return {"params": collections.get("params", {}), "batch_stats": {**collections.get("batch_stats", {}), **others}}
+
+
+def _unpacked(variables: Variables) -> dict[str, Any]:
+    stats = variables["batch_stats"]
+    others = {name[1:-1]: tree for name, tree in stats.items() if name.startswith("(")}
+    own = {name: tree for name, tree in stats.items() if not name.startswith("(")} if others else stats
+    return {"params": variables["params"], "batch_stats": own, **others}
+
+
+def _carried(packed: Variables, after: Any) -> dict[str, Any]:
+    """Without the collections that grow with each call: what is sown there is a result, and no state."""
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    stats = {name: tree for name, tree in packed["batch_stats"].items() if shapes(tree) == shapes(after[name])}
+    return {"params": packed["params"], "batch_stats": stats}
+
+
+def _with_weights(weights: Variables, drawn: Variables, kind: type) -> dict[str, Any]:
+    """The weights that a module came with, in the form of those that it would have drawn."""
+    given = _packed(weights if "params" in weights else {"params": weights})
+    given = jax.tree.map(jnp.asarray, {**given, "batch_stats": {**drawn["batch_stats"], **given["batch_stats"]}})
+    for (path, a), (other, b) in itertools.zip_longest(
+        *(jax.tree.leaves_with_path(tree) for tree in (given, drawn)), fillvalue=(None, None)
+    ):
+        if path != other or a.shape != b.shape:
+            name = lambda path, x: f"{jax.tree_util.keystr(path)} {x.shape}" if path else "nothing more"
+            raise UserError(
+                f"linen: the weights do not fit {kind.__name__}: {name(path, a)} where it has {name(other, b)}"
+            )
+    return given
+
+
+def _mode(train: bool) -> str:
+    return "training mode" if train else "eval mode"
+
+
+def _unmoved(kind: type) -> str:
+    return (
+        f"{kind.__name__}: in training mode its batch statistics did not move, so no switch between training and"
+        " evaluation was found: its __call__ should take one, such as `train`, and pass it on"
+    )
 
 
 def _filled(state, values: Mapping[str, Any]):

@@ -63,10 +63,7 @@ def last_features(closed: ClosedJaxpr, arrays: Sequence[Any]) -> str:
         raise UserError(f"no named (b, h, w, c) value {where}: name one with {NAME}(value, 'features')")
     label = _label(jaxpr, last, live)
     if is_channel(last.axes[1]):
-        raise UserError(
-            f"the last named value before the pooling, '{label}' {last.value.aval.shape}, has the axes (b, c, h, w):"
-            f" name its transpose, {NAME}(value.transpose(0, 2, 3, 1), 'features'), and compute the rest from that"
-        )
+        raise _channels_first(f"the last named value before the pooling, '{label}' {last.value.aval.shape},")
     after = depending(jaxpr, [last.value])
     if any(id(eqn) in reading.mixing & live and after.intersection(eqn.outvars) for eqn in jaxpr.eqns):
         raise UserError(
@@ -74,6 +71,24 @@ def last_features(closed: ClosedJaxpr, arrays: Sequence[Any]) -> str:
             f" = {NAME}(tokens.reshape(b, h, w, c), 'tokens'), and compute the rest from them; or give layer='{label}'"
         )
     return label
+
+
+def check_axes(closed: ClosedJaxpr, arrays: Sequence[Any], label: str) -> None:
+    """UserError where the value of this name has the axes (b, c, h, w), which the convolution that made it tells."""
+    jaxpr = inline(closed, arrays, remat=True).jaxpr
+    reading = follow(jaxpr, images_and_others(jaxpr))
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is name_p and eqn.params["name"] == label and eqn.outvars[0].aval.ndim == 4:
+            axes = reading.values[eqn.outvars[0]].axes
+            if is_channel(axes[1]) and is_position(axes[2]) and not is_channel(axes[3]):
+                raise _channels_first(f"layer '{label}' {eqn.outvars[0].aval.shape}")
+
+
+def _channels_first(what: str) -> UserError:
+    return UserError(
+        f"{what} has the axes (b, c, h, w): name its transpose,"
+        f" {NAME}(value.transpose(0, 2, 3, 1), 'features'), and compute the rest from that"
+    )
 
 
 def _features(jaxpr, reading: Reading, live: set[int]) -> list[Features]:

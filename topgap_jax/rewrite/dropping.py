@@ -52,11 +52,11 @@ def with_drop(model: Model, layer: str, drop: Drop | None) -> Model:
             source = lax.stop_gradient(features) if taught is None else taught
             return _unnamed(lambda features: drop.apply(own, (source, head), features, targets, step))(features)
 
-        out, rate = _run(f, layer, edit, (images,), {})
+        out, rate = _run(f, layer, edit, (images,), {}, features=True)
         name = f"drop_rate/{layer}" if "drop_rate" in out.logs else "drop_rate"  # one with_drop around another
         return out._replace(logs={**out.logs, name: rate})
 
-    return Model(model.init, apply)
+    return model._replace(apply=apply)
 
 
 def _own_keys(keys, layer):

@@ -18,7 +18,7 @@ from jax.extend.core import Jaxpr
 from jax.extend.core.primitives import name_p
 
 from topgap_jax.errors import UserError
-from topgap_jax.rewrite.default import last_features
+from topgap_jax.rewrite.default import check_axes, last_features
 from topgap_jax.rewrite.interpreter import enters, evaluate, rebuild, subjaxprs, trace
 from topgap_jax.types import Array
 
@@ -80,9 +80,25 @@ def default_layer(f: Callable, *args: Any, **kwargs: Any) -> str:
     any name, whose Grad-CAM is CAM again. UserError, which says what to give, where there is none, where a later one
     stands in a loop, where tokens are mixed after it, and where the axes are (b, c, h, w).
     """
+    return feature_layer(f, None, *args, **kwargs)
+
+
+def feature_layer(f: Callable, layer: str | None, *args: Any, **kwargs: Any) -> str:
+    """Full name of `layer`, whose value a method takes as features (b, h, w, c), or of the default layer for None.
+
+    UserError for an unknown layer, and where the axes of its value are (b, c, h, w).
+    """
     with naming():
         closed, arrays, _ = trace(f, args, kwargs)
+        return _feature_layer(closed, arrays, layer)
+
+
+def _feature_layer(closed, arrays, layer: str | None) -> str:
+    if layer is None:
         return last_features(closed, arrays)
+    full = resolve(layer, _layers(closed.jaxpr))
+    check_axes(closed, arrays, full)
+    return full
 
 
 def resolve(layer: str, found: list[Layer]) -> str:
@@ -130,11 +146,15 @@ def name_tree(out: Any, label: str) -> Any:
     )
 
 
-def _run(f, layer, edit, args, kwargs):
-    """(result of f with the named value replaced, told), where edit(value) -> (replacement, told)."""
+def _run(f, layer, edit, args, kwargs, features=False):
+    """(result of f with the named value replaced, told), where edit(value) -> (replacement, told).
+
+    features: whether the value is taken as (b, h, w, c), so that (b, c, h, w) is an error.
+    """
     with naming():
         closed, arrays, restore = trace(f, args, kwargs)
-        full = last_features(closed, arrays) if layer is None else resolve(layer, _layers(closed.jaxpr))
+        plain = layer is not None and not features
+        full = resolve(layer, _layers(closed.jaxpr)) if plain else _feature_layer(closed, arrays, layer)
         outs, told = _replace(closed.jaxpr, closed.consts, arrays, full, edit)
     return restore(outs), told
 

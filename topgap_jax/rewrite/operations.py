@@ -1,8 +1,10 @@
 """What an equation is: the one place that recognises a network's operations in its jaxpr.
 
-ReLU, max pooling, convolution (JAX's or the engine's), dense layer, sum, average pool, change of shape.
+`OPERATIONS` is the table of those that a rule may be given for. The rest is for walks over a network: which axes of a
+convolution are which, dense layers, sums, changes of shape.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,53 +31,259 @@ from jax.extend.core.primitives import (
     reduce_window_sum_p,
     reshape_p,
     select_n_p,
+    slice_p,
     squeeze_p,
     transpose_p,
 )
 from jax.lax import ConvDimensionNumbers
 
 from topgap_jax.engine import forward_p
-from topgap_jax.rewrite.interpreter import bind, subjaxprs
+from topgap_jax.rewrite.interpreter import bind, depending, subjaxprs
 
 WHOLE = ("clip", "celu", "hard_sigmoid", "hard_silu")  # functions under `jit` whose maximum or relu6 is no ReLU
+# (axes of the value, axes summed over) of a mean over positions: tokens, images or volumes, channels last or first,
+# alone or in a batch. Not the means of a normalisation, whose axes are the channels, the batch, or groups as well.
+POSITIONS = {
+    (3, (0, 1)), (3, (1,)), (3, (1, 2)), (4, (1, 2)), (4, (2, 3)), (5, (1, 2, 3)), (5, (2, 3, 4)),
+}  # fmt: skip
 RELUS = {"relu": (jax.nn.relu, ["max"]), "relu6": (jax.nn.relu6, ["max", "min"])}
 SAME = (name_p, copy_p, convert_element_type_p)  # up to the precision, the value they are given
 SHAPE = (reshape_p, squeeze_p, broadcast_in_dim_p, transpose_p)
 SCALE = (mul_p, div_p, select_n_p)  # a select of the value or zero is dropout
 SUMS = (add_p, add_jaxvals_p)
-SPREADING = ("broadcast_in_dim", "convert_element_type", "pcast", "pvary")
+ELEMENTWISE = {
+    *("abs", "add", "add_any", "convert_element_type", "copy", "div", "erf", "erfc", "exp", "integer_pow", "log"),
+    *("log1p", "logistic", "max", "min", "mul", "name", "neg", "pow", "sign", "sqrt", "square", "sub", "tanh"),
+}
+VARYING = ("pcast", "pvary")  # inside a `shard_map`: the same on every device, or made to look different
+SPREADING = ("broadcast_in_dim", "convert_element_type", *VARYING)
+
+
+class Operation(NamedTuple):
+    """What the network computes there: function(*operands), operands being variables of the jaxpr."""
+
+    function: Callable[..., Any]
+    operands: tuple[Any, ...]
+
+
+class Body(NamedTuple):
+    """What the recognition of an equation needs of the jaxpr around it.
+
+    zeros: its variables that are 0; made_by: the equation of each variable; varying: what depends on the arguments, not
+    on constants alone; bare: whether a maximum(x, 0) or a sum is the network's own, not a part of a function with
+    derivatives of its own.
+    """
+
+    zeros: set
+    made_by: dict[Any, JaxprEqn]
+    varying: set
+    bare: bool
+
+
+def body_of(jaxpr: Jaxpr, bare: bool = True) -> Body:
+    made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    return Body(zeros_of(jaxpr), made_by, depending(jaxpr, jaxpr.invars), bare)
 
 
 def operations(jaxpr: Jaxpr, bare: bool = True) -> set[str]:
-    """The operations that occur in the jaxpr, at any depth."""
-    zeros, found = zeros_of(jaxpr), set()
+    """Names of the operations that occur in the jaxpr, at any depth."""
+    body, names = body_of(jaxpr, bare), set()
     for eqn in jaxpr.eqns:
-        name, _ = match(eqn, zeros, bare)
-        found |= {name} if name else held(eqn, bare)
-    return found
+        name, _ = match(eqn, body)
+        names |= {name} if name else operations_inside(eqn, bare)
+    return names
 
 
-def held(eqn: JaxprEqn, bare: bool) -> set[str]:
-    """The operations inside the equation; in a function of `WHOLE` there are none."""
+def operations_inside(eqn: JaxprEqn, bare: bool) -> set[str]:
+    """Names of the operations in the equation's bodies; in a function of `WHOLE` there are none."""
     if eqn.primitive is jit_p and eqn.params["name"] in WHOLE:
         return set()
     return set().union(*(operations(body, bare and eqn.primitive is not custom_jvp_call_p) for body in subjaxprs(eqn)))
 
 
-def match(eqn: JaxprEqn, zeros: set, bare: bool) -> tuple[str | None, Callable | None]:
-    """The operation that the equation is, as a function of its first operand; (None, None) for any other equation."""
-    if eqn.primitive is custom_jvp_call_p:
-        body = eqn.params["call_jaxpr"].jaxpr
-        function, primitives = RELUS.get(body.debug_info.func_name, (None, None))
-        if function and _primitives(body) == primitives and len(body.invars) == 1 and _has_zero_maximum(body):
-            return "relu", function
-    elif eqn.primitive is max_p and bare:
-        z, zero = eqn.invars
-        if is_zero(zero, zeros) and jnp.issubdtype(z.aval.dtype, jnp.floating):
-            return "relu", jax.nn.relu
-    elif eqn.primitive is reduce_window_max_p:
-        return "max_pool", lambda z: bind(eqn, [z])[0]
+def match(eqn: JaxprEqn, body: Body) -> tuple[str | None, Operation | None]:
+    """Which operation of `OPERATIONS` the equation is; (None, None) for any other."""
+    for name, (recognise, _) in OPERATIONS.items():
+        if operation := recognise(eqn, body):
+            return name, operation
     return None, None
+
+
+def _relu(eqn: JaxprEqn, zeros: set, bare: bool) -> Operation | None:
+    function = None
+    if eqn.primitive is custom_jvp_call_p:
+        inner = eqn.params["call_jaxpr"].jaxpr
+        function, primitives = RELUS.get(inner.debug_info.func_name, (None, None))
+        if not (function and _primitives(inner) == primitives and len(inner.invars) == 1 and _has_zero_maximum(inner)):
+            return None
+    elif eqn.primitive is max_p and bare and is_zero(eqn.invars[1], zeros):
+        function = jax.nn.relu if jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating) else None
+    return Operation(function, (eqn.invars[0],)) if function else None
+
+
+def _max_pool(eqn: JaxprEqn, body: Body) -> Operation | None:
+    return _as_it_stands(eqn) if eqn.primitive is reduce_window_max_p else None
+
+
+def _conv(eqn: JaxprEqn, body: Body) -> Operation | None:
+    """Of images and kernel."""
+    return _as_it_stands(eqn) if eqn.primitive in (conv_general_dilated_p, forward_p) else None
+
+
+def _dense(eqn: JaxprEqn, body: Body) -> Operation | None:
+    """A product of a value and a kernel, in this order whatever that of the equation.
+
+    The kernel is what no argument changes, else what depends on fewer arguments than the value and on none of its own
+    (x @ W and W @ x). A product of two values that depend on the same, as queries and keys, is no dense layer, unless
+    one of them is an argument as it stands (a kernel that is used twice).
+    """
+    if eqn.primitive is not dot_general_p or eqn.params["dimension_numbers"][1][0]:
+        return None
+    left, right = eqn.invars
+    varying = [v for v in eqn.invars if v in body.varying]
+    if len(varying) == 2:
+        sources = {v: _sources(v, body) & body.varying for v in varying}
+        matrices = [v for v in (right, left) if v.aval.ndim > 1]
+        given = [v for v in matrices if _before(v, body, _is_view) not in body.made_by]
+        if sources[left] & sources[right]:
+            kernel = given[0] if len(given) == 1 else None
+        else:
+            kernel = min(matrices, key=lambda v: (len(sources[v]), v not in given))
+    else:
+        kernel = left if varying == [right] else right
+    if kernel is None:
+        return None
+    if kernel is right:
+        return _as_it_stands(eqn)
+    return Operation(lambda value, kernel: bind(eqn, [kernel, value])[0], (right, left))
+
+
+def _add(eqn: JaxprEqn, body: Body) -> Operation | None:
+    """A sum of two values of the network, as at the end of a residual block.
+
+    A bias belongs to its layer: a constant, and what is spread over axes of the other. So does what is computed element
+    by element from the other, which is part of an activation (GELU's x + .04 x^3).
+    """
+    literal = any(isinstance(v, Literal) for v in eqn.invars)
+    if eqn.primitive is not add_p or not body.bare or literal or not body.varying.issuperset(eqn.invars):
+        return None
+    out = eqn.outvars[0].aval
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        return None
+    for v in eqn.invars:
+        source = _before(v, body, _reshapes)
+        is_vector = source not in body.made_by and source.aval.ndim == 1 < out.ndim
+        if source.aval.size < out.size or is_vector:
+            return None
+    first, second = (_before(v, body, _is_elementwise) for v in eqn.invars)
+    return None if first is second else _as_it_stands(eqn)
+
+
+def _mean(eqn: JaxprEqn, body: Body) -> Operation | None:
+    """A sum over positions divided by their number, or an average pool; the equation is the division."""
+    if eqn.primitive not in (div_p, mul_p):
+        return None
+    total, count = (_literal(v, body) for v in eqn.invars)
+    if eqn.primitive is mul_p and isinstance(total, Literal):
+        total, count = count, total
+    if isinstance(total, Literal):
+        return None
+    steps = []  # from the division back to the sum
+    while total in body.made_by and _reshapes(body.made_by[total]) and body.made_by[total].primitive is not name_p:
+        steps.append(body.made_by[total])
+        total = steps[-1].invars[0]
+    summing = body.made_by.get(total)
+    axes = summed_axes(summing) if summing is not None else None
+    if axes is None:
+        return None
+    value = summing.invars[0]
+    if summing.primitive is reduce_sum_p and (value.aval.ndim, axes) not in POSITIONS:
+        return None
+    number = math.prod(summing.params.get("window_dimensions", value.aval.shape)[i] for i in axes)
+    if isinstance(count, Literal):
+        if not math.isclose(float(count.val), number if eqn.primitive is div_p else 1 / number, rel_tol=0.01):
+            return None
+    elif eqn.primitive is mul_p or not _counts(body.made_by.get(count), summing, body):
+        return None
+
+    def summed(z):
+        for step in (summing, *reversed(steps)):
+            (z,) = bind(step, [z])
+        return z
+
+    def mean(z):
+        return summed(z) / (number if isinstance(count, Literal) else summed(jnp.ones_like(z)))
+
+    return Operation(mean, (value,))
+
+
+def _counts(eqn: JaxprEqn | None, summing: JaxprEqn, body: Body) -> bool:
+    """Whether the equation counts what is in each window, as an average that leaves the padding out divides by."""
+    if eqn is None or eqn.primitive is not reduce_window_sum_p or eqn.params != summing.params:
+        return False
+    return isinstance(_literal(eqn.invars[0], body), Literal)
+
+
+OPERATIONS: dict[str, tuple[Callable[[JaxprEqn, Body], Operation | None], str]] = {
+    "relu": (lambda eqn, body: _relu(eqn, body.zeros, body.bare), "functions named relu or relu6 and maximum(x, 0)"),
+    "max_pool": (_max_pool, "max pooling (reduce_window_max)"),
+    "conv": (_conv, "convolution"),
+    "dense": (_dense, "dense layer (a product with a kernel)"),
+    "add": (_add, "sum of two of its values"),
+    "mean": (_mean, "mean over positions"),
+}
+"""Each operation: how it is recognised, and what there is none of where no equation is one."""
+
+
+def _as_it_stands(eqn: JaxprEqn) -> Operation:
+    return Operation(lambda *values: bind(eqn, values)[0], tuple(eqn.invars))
+
+
+def _before(variable: Any, body: Body, passed: Callable[[JaxprEqn], bool]) -> Any:
+    """What the variable was before the equations that are passed."""
+    while not isinstance(variable, Literal) and variable in body.made_by and passed(body.made_by[variable]):
+        variable = next(v for v in body.made_by[variable].invars if not isinstance(v, Literal))
+    return variable
+
+
+def _literal(variable: Any, body: Body) -> Any:
+    """The number that is spread over the variable's shape or devices; the variable itself where it is none."""
+    source = variable
+    while (
+        not isinstance(source, Literal) and source in body.made_by and body.made_by[source].primitive.name in SPREADING
+    ):
+        source = body.made_by[source].invars[0]
+    return source if isinstance(source, Literal) and source.aval.ndim == 0 else variable
+
+
+def _reshapes(eqn: JaxprEqn) -> bool:
+    same = eqn.primitive in SAME + SHAPE or eqn.primitive.name in VARYING
+    return same and not isinstance(eqn.invars[0], Literal)
+
+
+def _is_view(eqn: JaxprEqn) -> bool:
+    """Whether the equation takes a part of one value, or puts its axes in another order."""
+    return eqn.primitive in (*SAME, transpose_p, squeeze_p, slice_p) or eqn.primitive.name in VARYING
+
+
+def _is_elementwise(eqn: JaxprEqn) -> bool:
+    """Whether the equation is a function of each element of one value."""
+    return eqn.primitive.name in ELEMENTWISE and sum(not isinstance(v, Literal) for v in eqn.invars) == 1
+
+
+def _sources(variable: Any, body: Body) -> set:
+    """The arguments and constants of the body that the variable is computed from."""
+    waiting, sources, seen = [variable], set(), set()
+    while waiting:
+        v = waiting.pop()
+        if isinstance(v, Literal) or v in seen:
+            continue
+        seen.add(v)
+        if v in body.made_by:
+            waiting.extend(body.made_by[v].invars)
+        else:
+            sources.add(v)
+    return sources
 
 
 def _has_zero_maximum(jaxpr: Jaxpr) -> bool:
@@ -90,7 +298,8 @@ def _has_zero_maximum(jaxpr: Jaxpr) -> bool:
 
 def relu_of(eqn: JaxprEqn, zeros: set) -> bool:
     """Whether the equation is a ReLU: `jax.nn.relu`, or a bare maximum(x, 0)."""
-    return match(eqn, zeros, bare=True)[1] is jax.nn.relu
+    operation = _relu(eqn, zeros, bare=True)
+    return operation is not None and operation.function is jax.nn.relu
 
 
 def convolution_axes(eqn: JaxprEqn) -> ConvDimensionNumbers | None:

@@ -36,7 +36,7 @@ def with_pool(model: Model, *, dense: str, pool: Pool) -> Model:
             outs = _evaluate(flat.jaxpr, flat.consts, arrays, full, lambda maps: pool(maps, step))
         return restore(outs)
 
-    return Model(model.init, apply)
+    return model._replace(apply=apply)
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], full: str, pool: Callable) -> list:

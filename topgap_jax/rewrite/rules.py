@@ -1,5 +1,5 @@
-"""Other forward and backward rules for the non-linear operations of a network nobody edited: guided backprop, softplus
-twins.
+"""Other forward and backward rules for the operations of a network nobody edited: guided backprop, softplus twins,
+relevance.
 
 Rules are given to the function before it is differentiated: `jax.grad(with_rules(f, **guided))`. In a function that has
 been differentiated already, the backward pass stands beside the operation and no longer belongs to it.
@@ -15,33 +15,35 @@ from jax.extend.core.primitives import custom_jvp_call_p
 
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite.interpreter import evaluate, reaches, rebuild, trace
-from topgap_jax.rewrite.operations import held, match, operations, zeros_of
+from topgap_jax.rewrite.operations import OPERATIONS, body_of, match, operations, operations_inside
 from topgap_jax.types import Rule, Rules
 
-LOOKED_FOR = {
-    "relu": "functions named relu or relu6 and maximum(x, 0)",
-    "max_pool": "max pooling (reduce_window_max)",
-}
 
-
-def with_rules(f: Callable, *, relu: Rule | None = None, max_pool: Rule | None = None) -> Callable:
-    """f with other forward or backward passes for its ReLUs or its max pooling, e.g. `with_rules(predict, **guided)`.
+def with_rules(f: Callable, **rules: Rule | None) -> Callable:
+    """f with other forward or backward passes for some of its operations, e.g. `with_rules(predict, **guided)`.
 
     relu: `jax.nn.relu`, `jax.nn.relu6` and a bare `maximum(x, 0)`, in this order of the operands (Flax clips a variance
     by `maximum(0, x)`); not what stands inside `clip`, `celu`, `hard_sigmoid` or `hard_silu`, and no bare maximum
     inside a function with a `custom_jvp` of its own, such as `softplus`. A relu6 with another forward rule r is r(z) -
-    r(z - 6). The derivative at 0 is 0. max_pool: `reduce_window_max`, i.e. `nn.max_pool`.
+    r(z - 6). The derivative at 0 is 0.
+    max_pool: `reduce_window_max`, i.e. `nn.max_pool`.
+    conv: of images and kernel, by JAX or by the engine, 1x1 too. A bias is none of the operands.
+    dense: of value and kernel, a product without batch axes (not of queries and keys).
+    add: of two values of one shape, as of a residual block; not of a bias, which is spread over other axes or constant.
+    mean: over positions, or an average pool: a sum and the division by the number of what is summed.
 
-    f may be jitted, and is entered through jit, remat, scan, cond, while, and custom_jvp and custom_vjp functions that
-    hold a match (whose own derivatives are then lost). What f names keeps its name: `tap` and `read` work on the
-    result. Forward rules have derivatives of any order. Of backward rules there is no second derivative, and no forward
-    mode.
+    f may be jitted, and is entered through jit, remat, scan, cond, while, `shard_map`, and custom_jvp and custom_vjp
+    functions that hold a match (whose own derivatives are then lost). What f names keeps its name: `tap` and `read`
+    work on the result. Forward rules have derivatives of any order. Of backward rules there is no second derivative,
+    and no forward mode.
 
     Raises UserError if no given rule finds its operation (one of several may find none), if a match lies in something
     that cannot be entered, and for a second derivative through a backward rule.
     """
-    rules = {name: rule for name, rule in {"relu": relu, "max_pool": max_pool}.items() if rule is not None}
+    rules = {name: rule for name, rule in rules.items() if rule is not None}
     for name, rule in rules.items():
+        if name not in OPERATIONS:
+            raise UserError(f"with_rules: no operation '{name}'; there are {', '.join(OPERATIONS)}")
         if not isinstance(rule, Rule):
             raise UserError(f"with_rules: {name} must be a Rule(forward, backward), got {rule!r}")
     if not rules:
@@ -50,8 +52,8 @@ def with_rules(f: Callable, *, relu: Rule | None = None, max_pool: Rule | None =
     def ruled(*args, **kwargs):
         closed, arrays, restore = trace(f, args, kwargs)
         if not operations(closed.jaxpr) & set(rules):
-            looked = ", nor ".join(LOOKED_FOR[name] for name in rules)
-            raise UserError(f"with_rules: the function has no {looked}")
+            absent = ", nor ".join(OPERATIONS[name][1] for name in rules)
+            raise UserError(f"with_rules: the function has no {absent}")
         return restore(_evaluate(closed.jaxpr, closed.consts, arrays, rules, bare=True))
 
     return ruled
@@ -59,21 +61,21 @@ def with_rules(f: Callable, *, relu: Rule | None = None, max_pool: Rule | None =
 
 def checked(rules: Any) -> Rules | None:
     """`rules` of a method's option: a dict like `guided`, or None; UserError for anything else."""
-    if rules is None or (isinstance(rules, Mapping) and rules and set(rules) <= set(LOOKED_FOR)):
+    if rules is None or (isinstance(rules, Mapping) and rules and set(rules) <= set(OPERATIONS)):
         return rules
-    raise UserError(f"rules must be like guided or softplus(50), for {' and '.join(LOOKED_FOR)}; got {rules!r}")
+    raise UserError(f"rules must be like guided or softplus(50), for {', '.join(OPERATIONS)}; got {rules!r}")
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: Rules, bare: bool) -> list:
     """Results of the jaxpr under the rules; `bare`: whether a bare maximum(x, 0) is a ReLU here."""
-    zeros = zeros_of(jaxpr)
+    around = body_of(jaxpr, bare)
 
     def rule(eqn, values, read):
-        name, operation = match(eqn, zeros, bare)
+        name, operation = match(eqn, around)
         if name in rules:
-            out = _ruled(rules[name], operation)(values[0])
+            out = _ruled(rules[name], operation.function)(*map(read, operation.operands))
             return [jnp.asarray(out, eqn.outvars[0].aval.dtype)]
-        inside = set() if name else held(eqn, bare)
+        inside = set() if name else operations_inside(eqn, bare)
         if not inside & set(rules):
             return None
         if not reaches(eqn):
@@ -100,6 +102,11 @@ def _ruled(rule: Rule, operation: Callable) -> Callable:
     def backward(gradient, inputs):
         gradients = rule.backward(forward, gradient, *inputs)
         gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+        if len(gradients) != len(inputs):
+            raise UserError(
+                f"with_rules: a backward rule returned {len(gradients)} gradient(s) for the {len(inputs)} operands of"
+                " its operation; it must return a tuple, one for each"
+            )
         return tuple(g.astype(z.dtype) for g, z in zip(gradients, inputs, strict=True))
 
     @backward.defjvp

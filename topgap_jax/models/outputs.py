@@ -1,0 +1,84 @@
+"""What a module of somebody else returns, and what it raises."""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from topgap_jax.errors import UserError
+from topgap_jax.types import Array
+
+
+def logits_of(out: Any, images: Array, kind: type) -> Array:
+    """The logits (b, k), float32, of what a module returned.
+
+    An array; what is named `logits` in a dict, dataclass or named tuple (Hugging Face's ModelOutput); else the only
+    array (b, k) in it, or the first of several of one shape (a classifier with auxiliary heads). UserError otherwise.
+    """
+    fits = lambda x: isinstance(x, jax.Array) and x.ndim == 2 and x.shape[0] == images.shape[0]
+    named = _fields(out) or (out if isinstance(out, Mapping) else {})
+    found = (
+        [named["logits"]] if "logits" in named else [out] if isinstance(out, jax.Array) else list(_parts(out, named))
+    )
+    candidates = [x for x in found if fits(x)]
+    shapes = {x.shape for x in candidates}
+    if len(shapes) == 1:
+        return candidates[0].astype(jnp.float32)
+    if shapes:
+        what = f"several arrays, {' and '.join(map(str, sorted(shapes)))}: return the logits alone, or name them logits"
+    elif isinstance(found[0] if len(found) == 1 else out, jax.Array):
+        what = f"an array of shape {found[0].shape}"
+    else:
+        what = f"a {type(out).__name__}" + (f" of {', '.join(map(str, named))}" if named else "")
+    raise UserError(f"{kind.__name__} must return logits (b, k) for images of shape {images.shape}, it returned {what}")
+
+
+def _fields(out: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(out):
+        return {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
+    return dict(zip(out._fields, out)) if hasattr(out, "_fields") else {}
+
+
+def _parts(out: Any, named: Mapping[str, Any]) -> Iterator[Any]:
+    yield from named.values() if named else out if isinstance(out, tuple | list) else ()
+
+
+@contextlib.contextmanager
+def in_one_line(kind: type, images: Any, train: bool | None) -> Iterator[None]:
+    """What a module raises becomes a UserError of one line, which says at which call of ours; its traceback is kept.
+
+    train: None while it is initialised.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        mode = "initialised" if train is None else "called in training mode" if train else "called in eval mode"
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        said = re.sub(r" \(https?://\S+\)$", "", said)  # Flax ends in the address of a page
+        raise UserError(
+            f"{kind.__name__}, {mode} with images of shape {tuple(images.shape)}, raised {type(error).__name__}:"
+            f" {said[:200]}"
+        ) from error
+
+
+def with_axes(call: Callable[[], Any], bound: tuple[str, ...] = ()) -> Any:
+    """call(), inside a mapped axis of size 1 for each name that it asks for and nobody has bound.
+
+    A `BatchNorm(axis_name="batch")` then has the statistics of the whole batch, which is what it asks for, as a batch
+    that `jit` divides among devices is one array here. An axis that is bound, as in `pmap`, stays what it is.
+    """
+    try:
+        return call()
+    except NameError as error:
+        unbound = re.search(r"unbound axis name: (.+?)(?:\. |$)", str(error))
+        if unbound is None or unbound[1] in bound:
+            raise
+        name = unbound[1]
+    within = lambda: jax.vmap(call, axis_name=name, axis_size=1, out_axes=None)()
+    return with_axes(within, (*bound, name))

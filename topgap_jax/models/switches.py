@@ -1,0 +1,119 @@
+"""How authors of networks spell the switch between training and evaluation, and where they put it: an argument of the
+call, what a call passes on through `**kwargs`, a field of the module."""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.linen as nn
+
+# A word is a switch where its parts are one of these and words that say nothing: is_train, train_mode, isTraining.
+PARTS = {
+    "train": True, "training": True,
+    "eval": False, "evaluate": False, "evaluation": False, "test": False, "testing": False,
+    "infer": False, "inference": False, "deterministic": False,
+}  # fmt: skip
+FILLERS = {"is", "in", "do", "mode", "phase", "flag", "for"}
+WORDS = {
+    "use_running_average": False, "use_running_averages": False, "use_running_avg": False, "use_running_stats": False,
+    "use_global_stats": False, "use_moving_average": False, "use_moving_averages": False,
+    "update_stats": True, "update_batch_stats": True, "use_batch_stats": True, "track_running_stats": True,
+    "stochastic": True, "enable_dropout": True, "apply_dropout": True, "use_dropout": True,
+}  # fmt: skip
+PASSED_ON = (
+    *("train", "training", "is_training", "is_train", "deterministic", "use_running_average"),
+    *("train_mode", "is_eval", "eval", "eval_mode", "test", "inference"),
+)
+"""What is tried on a call that takes `**kwargs`."""
+
+
+def in_training(word: str) -> bool | None:
+    """The value of the switch in training; None where the word is none."""
+    if word in WORDS:
+        return WORDS[word]
+    parts = [part.lower() for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", word)]
+    values = {PARTS[part] for part in parts if part in PARTS}
+    rest = [part for part in parts if part not in PARTS and part not in FILLERS]
+    return values.pop() if len(values) == 1 and not rest else None
+
+
+def arguments(call: Callable, train: bool, step: Any) -> dict[str, Any]:
+    """The switches, and `step`, that a `__call__` names among its parameters."""
+    switches = {}
+    for word, parameter in inspect.signature(call).parameters.items():
+        value = in_training(word)
+        plain = parameter.default is inspect.Parameter.empty or isinstance(parameter.default, bool | None)
+        if value is not None and plain and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
+            switches[word] = value == train
+        if word == "step":
+            switches["step"] = step
+    return switches
+
+
+def passes_on(call: Callable) -> bool:
+    """Whether the call takes `**kwargs` and names no switch of its own."""
+    kinds = [parameter.kind for parameter in inspect.signature(call).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds and not arguments(call, True, None).keys() - {"step"}
+
+
+def accepted(attempt: Callable[[dict[str, bool]], Any]) -> tuple[str, ...]:
+    """The switches that a call with `**kwargs` passes on to somebody who takes them; attempt(switches) makes the call.
+
+    Whoever is called last says which word it does not know.
+    """
+    words = list(PASSED_ON)
+    while words:
+        try:
+            attempt({word: not in_training(word) for word in words})
+        except TypeError as error:
+            refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if refused is None or refused[1] not in words:
+                break
+            words.remove(refused[1])
+        else:
+            return tuple(words)
+    return ()
+
+
+def with_fields(module: nn.Module, train: bool) -> nn.Module:
+    """The Linen module, and the modules it was given, with the fields that are switches set: `Net(train=False)`.
+
+    A field that a call may name instead stays as it is, and so does None, which says that the call does.
+    """
+    copies: dict[int, Any] = {}
+
+    def copied(value):
+        if isinstance(value, list | tuple):
+            new = [copied(item) for item in value]
+            same = all(a is b for a, b in zip(new, value))
+            return value if same else type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+        if not isinstance(value, nn.Module):
+            return value
+        if id(value) not in copies:
+            named = inspect.signature(type(value).__call__).parameters if callable(value) else {}
+            changes = {}
+            for field in dataclasses.fields(value):
+                before, switch = getattr(value, field.name, None), in_training(field.name)
+                if field.name in ("parent", "name"):
+                    continue
+                if isinstance(before, bool) and switch is not None and field.name not in named:
+                    after = switch == train
+                else:
+                    after = copied(before)
+                if after is not before:
+                    changes[field.name] = after
+            copies[id(value)] = value.clone(**changes) if changes else value
+        return copies[id(value)]
+
+    return copied(module)
+
+
+def set_attributes(modules: Iterable[Any], train: bool) -> None:
+    """The same for the modules of an NNX module, in place."""
+    for module in modules:
+        for word, value in list(vars(module).items()):
+            switch = in_training(word)
+            if isinstance(value, bool) and switch is not None:
+                setattr(module, word, switch == train)
