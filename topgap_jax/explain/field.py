@@ -88,7 +88,7 @@ def check_position(position: Any) -> None:
 
 
 def _channel_weights(channel, labels, channels, classes, layer):
-    # Made from the labels, also where their values do not matter: inside `shard_map` a cotangent must vary as the layer.
+    # Made from the labels even where they do not matter: inside `shard_map` a cotangent must vary as the layer does.
     if channel == "sum":
         return jnp.ones_like(labels, jnp.float32)[:, None] * jnp.ones((1, channels))
     if channel == "label":
