@@ -75,6 +75,7 @@ BACKBONES = {  # factory: channels of the stages, their strides, parameters with
     "wrn28_10": ([16, 160, 320, 640], [1, 1, 2, 4], 36_479_194),
     "vgg11": ([64, 128, 256, 512, 512], [2, 4, 8, 16, 32], 9_231_114),
     "vgg16": ([64, 128, 256, 512, 512], [2, 4, 8, 16, 32], 14_728_266),
+    "efficientnet_lite0": ([16, 24, 40, 112, 320], [2, 4, 8, 16, 32], 2_962_058),
     "small_resnet": ([16, 8, 16, 32, 64], [2, 2, 4, 8, 16], 79_722),
 }
 
@@ -106,6 +107,12 @@ def test_backbone_stages_and_parameters(factory, size):
         ("resnet18", models.map_head(gap()), 1000, 11_689_512),  # torchvision's counts
         ("resnet34", models.map_head(gap()), 1000, 21_797_672),
         ("resnet50", models.map_head(gap()), 1000, 25_557_032),
+        ("efficientnet_lite0", models.conv_head(gap()), 1000, 4_652_008),  # timm's
+        ("efficientnet_lite1", models.conv_head(gap()), 1000, 5_416_680),
+        ("efficientnet_lite2", models.conv_head(gap()), 1000, 6_092_072),
+        ("efficientnet_lite3", models.conv_head(gap()), 1000, 8_197_096),
+        ("efficientnet_lite4", models.conv_head(gap()), 1000, 13_006_568),
+        ("efficientnet_b0", models.conv_head(gap(), activation="silu", eps=1e-5), 1000, 5_288_548),
         ("vgg11", models.vgg_head(), 1000, 132_868_840),
         ("vgg16", models.vgg_head(), 1000, 138_365_992),
     ],

@@ -1,8 +1,17 @@
 """Networks: ours, and any Flax module through `linen` or `nnx`."""
 
 from topgap_jax.build import merged
-from topgap_jax.models import classifier, heads, model, preact, resnet, resnet4b, vgg
+from topgap_jax.models import classifier, efficientnet, heads, model, preact, resnet, resnet4b, vgg
 from topgap_jax.models.model import bind, fast
 
-TABLE = merged(classifier.TABLE, heads.TABLE, model.TABLE, preact.TABLE, resnet.TABLE, resnet4b.TABLE, vgg.TABLE)
+TABLE = merged(
+    classifier.TABLE,
+    efficientnet.TABLE,
+    heads.TABLE,
+    model.TABLE,
+    preact.TABLE,
+    resnet.TABLE,
+    resnet4b.TABLE,
+    vgg.TABLE,
+)
 globals().update(TABLE)  # the methods, also where a file has the name of one

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from topgap_jax.errors import UserError
 from topgap_jax.pretrained.files import Description, read, tensors
 from topgap_jax.pretrained.names import torch_names
+from topgap_jax.pretrained.names.layout import fits, ours, torch_shape
 from topgap_jax.pretrained.networks import describe
 from topgap_jax.types import Model, Variables
 
@@ -29,30 +30,23 @@ def load(path: str | Path, model: Model, *, image_shape: tuple[int, int, int] = 
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     template = jax.eval_shape(model.init, jax.random.key(0), images)
     leaves, structure = jax.tree.flatten_with_path(template)
+    variables = {tuple(str(getattr(key, "key", key)) for key in keys): leaf.shape for keys, leaf in leaves}
     shapes = read(path).shapes
-    names = torch_names([tuple(str(getattr(key, "key", key)) for key in keys) for keys, _ in leaves], shapes)
-    expected = {name: _torch_shape(leaf.shape) for name, (_, leaf) in zip(names, leaves)}
-    missing = [name for name in names if name not in shapes]
-    unexpected = [name for name in shapes if name not in expected]
+    names = torch_names(variables, shapes)
+    missing = [name for name in names.values() if name not in shapes]
+    unexpected = sorted(set(shapes) - set(names.values()))
     shaped = [
-        f"{name} {shapes[name]} instead of {shape}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
+        f"{name} {shapes[name]} instead of {torch_shape(at, variables[at])}"
+        for at, name in names.items()
+        if name in shapes and not fits(at, variables[at], shapes[name])
     ]
     wrong = {"missing": missing, "unexpected": unexpected, "mis-shaped": shaped}
     if any(wrong.values()):
         parts = "; ".join(f"{kind}: {_listed(items)}" for kind, items in wrong.items() if items)
         raise UserError(f"{path} does not fit the model: {parts}")
     values = tensors(path)
-    return jax.tree.unflatten(structure, [jnp.asarray(_ours(values[name]), jnp.float32) for name in names])
-
-
-def _ours(tensor):
-    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
-
-
-def _torch_shape(shape):
-    return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+    arrays = [jnp.asarray(ours(at, shape, values[names[at]]), jnp.float32) for at, shape in variables.items()]
+    return jax.tree.unflatten(structure, arrays)
 
 
 def _listed(items):

@@ -10,6 +10,20 @@ from topgap_jax.pretrained.files import read
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
+# Config text of a backbone and its head, and the shapes of some tensors that no other network has.
+SIGNATURES = tuple(
+    (f"efficientnet_lite{number}()", "conv_head(pool)", {"_conv_stem.weight": (32, 3, 3, 3), **last})
+    for number, last in enumerate(
+        (
+            {"_blocks.15._project_conv.weight": (320, 1152, 1, 1)},
+            {"_blocks.20._project_conv.weight": (320, 1152, 1, 1)},
+            {"_blocks.20._project_conv.weight": (352, 1248, 1, 1)},
+            {"_blocks.23._project_conv.weight": (384, 1392, 1, 1)},
+            {"_blocks.29._project_conv.weight": (448, 1632, 1, 1)},
+        )
+    )
+)
+
 
 def describe(path: str | Path) -> dict[str, Any]:
     """What a file says of itself: {"mean": tuple, "std": tuple, "model": text for a config}, None for what it does not
@@ -30,6 +44,9 @@ def describe(path: str | Path) -> dict[str, Any]:
 def _architecture(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str | None, bool]:
     """The config text of the network with these tensors, or None; and whether the layout is torchvision's for
     ImageNet."""
+    for text, head, tensors in SIGNATURES:
+        if all(shapes.get(name) == shape for name, shape in tensors.items()):
+            return _text(text, head), False
     stem = shapes.get("conv1.weight", ())
     blocks = tuple(len({name.split(".")[1] for name in shapes if name.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4))
     convolutions = sum(
