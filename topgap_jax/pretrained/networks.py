@@ -7,6 +7,7 @@ from typing import Any
 
 from topgap_jax.errors import UserError
 from topgap_jax.pretrained.files import read
+from topgap_jax.pretrained.hub import check_normalisation, settings
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -26,19 +27,22 @@ SIGNATURES = tuple(
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """What a file says of itself: {"mean": tuple, "std": tuple, "model": text for a config}, None for what it does not
-    say.
+    """What a file says of itself, and a hub's config.json beside it: {"mean": tuple, "std": tuple, "model": text for a
+    config}, None for what they do not say; and where a hub says it, of how the network was tested: "image_size" (h, w),
+    "crop_pct", "interpolation", "labels" (names of the classes), "num_classes".
 
     The model is recognised by names and shapes; mean and std stand in the metadata of a safetensors file
-    ("0.485,0.456,0.406"), and are ImageNet's where the layout is torchvision's.
+    ("0.485,0.456,0.406"), else in config.json, and are ImageNet's where the layout is torchvision's. UserError for
+    numbers that cannot be a mean or a std.
     """
     description = read(path)
     model, torchvision = _architecture(description.shapes)
-    normalisation = IMAGENET if torchvision else {"mean": None, "std": None}
+    said = {"mean": None, "std": None, **(IMAGENET if torchvision else {}), **settings(path)}
     for key in ("mean", "std"):
         if key in description.metadata:
-            normalisation = {**normalisation, key: _numbers(path, key, description.metadata[key])}
-    return {**normalisation, "model": model}
+            said[key] = _numbers(path, key, description.metadata[key])
+    check_normalisation(path, said["mean"], said["std"])
+    return {**said, "model": model}
 
 
 def _architecture(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str | None, bool]:
