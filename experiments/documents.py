@@ -197,12 +197,20 @@ def forms(stored: Mapping[str, Any]) -> str:
 
 
 def parity(stored: Mapping[str, Any]) -> str:
+    networks: dict[str, list[tuple[str, Any]]] = {}
+    for key, row in stored["logits"].items():
+        name, size = key.rsplit(" ", 1)
+        networks.setdefault(name, []).append((size, row))
     text = lambda model: model.replace(", classes=classes, mean=mean, std=std", "")
-    lines = [[name, f"`{text(row['model'])}`", f"{row['difference']:.1e}"] for name, row in stored["logits"].items()]
+    lines = [
+        [name, f"`{text(rows[0][1]['model'])}`", ", ".join(f"{row['difference']:.1e} ({size})" for size, row in rows)]
+        for name, rows in networks.items()
+    ]
     return (
         "Largest difference of the logits from the publisher's, over the largest logit: random weights and statistics,"
-        " in files by the publisher's names.\n\n"
-    ) + markdown(["network", "model", "difference"], lines)
+        " in files by the publisher's names. Those of Hugging Face, efficientnet_pytorch and old torchvision are timm's"
+        " and torchvision's networks with the tensors renamed.\n\n"
+    ) + markdown(["network", "model", "difference (image)"], lines)
 
 
 def devices(stored: Mapping[str, Any]) -> str:

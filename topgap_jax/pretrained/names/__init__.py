@@ -33,6 +33,7 @@ def torch_names(variables: Mapping[Path, Shape], file: Collection[str]) -> dict[
         layer = min((naming.nameless(variables) for naming in NAMINGS.values()), key=len)[0]
         raise UserError(
             f"the layer '{layer}' of this model has no name in PyTorch's files: weights are read into backbones "
-            "with the head that they were published with, e.g. map_head(pool) or conv_head(pool)"
+            "with the head that they were published with, e.g. map_head(pool) or conv_head(pool); head=None leaves the"
+            " file's head out"
         )
     return max(choices, key=lambda names: sum(name in file for name in names.values()))
