@@ -42,12 +42,14 @@ def draw(*shapes, seed=0):
     return [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
-def by_lax(x, w, strides=STRIDES, pads=PADS):
-    return lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def by_lax(x, w, strides=STRIDES, pads=PADS, groups=1, dilation=(1, 1)):
+    return lax.conv_general_dilated(
+        *(x, w, strides, pads, None, dilation, ("NHWC", "HWIO", "NHWC")), feature_group_count=groups
+    )
 
 
-def ours(x, w, strides=STRIDES, pads=PADS):
-    return convolution(x, w, strides, pads)
+def ours(x, w, strides=STRIDES, pads=PADS, **options):
+    return convolution(x, w, strides, pads, **options)
 
 
 def assert_close(got, expected, tolerance=1e-5):
@@ -59,15 +61,25 @@ def assert_close(got, expected, tolerance=1e-5):
 
 @st.composite
 def geometries(draw):
-    """Sizes of a convolution whose result is not empty: images, kernel, strides, pads."""
+    """Sizes of a convolution whose result is not empty: images, kernel, and the options of `ours` and `by_lax`."""
     side = st.integers(1, 3)
     kernel = draw(st.tuples(*[st.sampled_from((1, 3, 5, 7))] * 2))
-    pads = tuple(draw(st.tuples(st.integers(0, k), st.integers(0, k))) for k in kernel)
-    size = tuple(draw(st.integers(max(1, k - sum(p)), 14)) for k, p in zip(kernel, pads))
+    kind = draw(st.sampled_from(("plain", "plain", "dilated", "grouped", "depthwise", "dilated and depthwise")))
+    dilation = draw(st.tuples(side, side)) if "dilated" in kind else (1, 1)
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation)]
+    pads = tuple(draw(st.tuples(st.integers(0, k), st.integers(0, k))) for k in reach)
+    size = tuple(draw(st.integers(max(1, k - sum(p)), max(14, k))) for k, p in zip(reach, pads))
     n, c, o = draw(st.integers(1, 130)), draw(st.integers(1, 64)), draw(st.integers(1, 64))
-    if n * c * o > 20000:
-        n = max(1, 20000 // (c * o))
-    return (n, *size, c), (*kernel, c, o), draw(st.tuples(side, side)), pads
+    groups = 1
+    if "depthwise" in kind:
+        groups, c, o = c, c, c * draw(st.sampled_from((1, 1, 2)))
+    elif kind == "grouped":
+        groups = draw(st.integers(2, 8))
+        c, o = -(-c // groups) * groups, -(-o // groups) * groups
+    if n * c * o // groups > 20000:
+        n = max(1, 20000 * groups // (c * o))
+    options = dict(strides=draw(st.tuples(side, side)), pads=pads, groups=groups, dilation=dilation)
+    return (n, *size, c), (*kernel, c // groups, o), options
 
 
 def everything(f, x, w, dy, dx, dw):
@@ -81,8 +93,8 @@ def everything(f, x, w, dy, dx, dw):
 @settings(max_examples=2)
 @given(geometries())
 def test_numbers(geometry):
-    """Kernel 1 to 7, stride 1 to 3, any padding, 1 to 64 channels, batch 1 to 130: first and second derivatives as of
-    lax."""
+    """Kernel 1 to 7, stride and dilation 1 to 3, any padding, 1 to 64 channels in any groups, batch 1 to 130: first and
+    second derivatives as of lax."""
     check_numbers(geometry)
 
 
@@ -94,8 +106,8 @@ def test_many_numbers(geometry):
 
 
 def check_numbers(geometry):
-    images, kernel, strides, pads = geometry
-    f, g = (functools.partial(f, strides=strides, pads=pads) for f in (ours, by_lax))
+    images, kernel, options = geometry
+    f, g = (functools.partial(f, **options) for f in (ours, by_lax))
     x, w, dx, dw = draw(images, kernel, images, kernel)
     (dy,) = draw(jax.eval_shape(g, x, w).shape, seed=1)
     values = [jax.jit(functools.partial(everything, h))(x, w, dy, dx, dw) for h in (f, g)]
@@ -119,17 +131,24 @@ def test_numbers_of_the_other_path(geometry):
         ((3, 9, 8, 2), (2, 5, 2, 5), (3, 2), ((1, 2), (3, 5))),
         ((3, 4, 6, 2), (1, 1, 2, 5), (2, 3), ((0, 3), (2, 0))),  # rows and columns of padding alone
         ((3, 9, 8, 17), (3, 3, 17, 5), (2, 1), ((1, 1), (1, 1))),  # many channels
+        ((3, 9, 8, 6), (3, 5, 1, 6), (1, 1), ((1, 1), (2, 2)), 6),  # depthwise
+        ((3, 9, 8, 6), (5, 3, 1, 12), (2, 3), ((2, 2), (0, 1)), 6),  # with strides, and two results a channel
+        ((3, 9, 8, 6), (3, 3, 1, 6), (2, 1), ((3, 2), (0, 3)), 6, (2, 2)),
+        ((3, 9, 8, 6), (3, 3, 3, 8), (1, 1), ((1, 1), (1, 1)), 2),  # groups
+        ((3, 9, 8, 6), (3, 2, 3, 8), (2, 2), ((0, 1), (4, 1)), 2, (1, 3)),
+        ((3, 9, 8, 6), (3, 3, 6, 8), (1, 1), ((2, 2), (2, 2)), 1, (2, 2)),  # dilation
     ],
 )
 def test_forms(geometry, form):
-    check_forms(geometry, form)
+    images, kernel, *options = geometry
+    check_forms((images, kernel, dict(zip(("strides", "pads", "groups", "dilation"), options))), form)
 
 
 def check_forms(geometry, form):
-    images, kernel, strides, pads = geometry
-    sizes = engine.Geometry(images[1:3], kernel[:2], strides, pads)
+    images, kernel, options = geometry
+    sizes = engine.Geometry(images[1:3], kernel[:2], **options)
     x, w = draw(images, kernel)
-    plain = functools.partial(by_lax, strides=strides, pads=pads)
+    plain = functools.partial(by_lax, **options)
     (dy,) = draw(jax.eval_shape(plain, x, w).shape, seed=1)
     assert sizes.out == dy.shape[1:3]
 
@@ -185,11 +204,13 @@ def test_derivatives_of_any_order(path, kinds):
     assert_close(got, expected, 2e-5)
 
 
-def test_vmap(path):
+@pytest.mark.parametrize("groups", [1, pytest.param(2, marks=SLOW), 4])
+def test_vmap(path, groups):
     """Over images, kernels or both, at any axis, of the result and of its gradients; and gradients of each example."""
-    x, w = draw((3, 2, 6, 5, 3), (3, 3, 3, 4, 3))
+    x, w = draw((3, 2, 6, 5, 4), (3, 3, 4 // groups, 8, 3))
 
     def cases(f):
+        f = functools.partial(f, groups=groups)
         gradients = lambda x, w: jax.vjp(f, x, w)[1](jnp.sin(f(x, w)))
         for h in (f, gradients):
             yield lambda x, w, h=h: jax.vmap(h, (0, None))(x, w[..., 0])
@@ -202,10 +223,11 @@ def test_vmap(path):
     assert_close(together(list(cases(ours)))(x, w), together(list(cases(by_lax)))(x, w))
 
 
-def test_control_flow(path):
+@pytest.mark.parametrize("groups", [1, 3])
+def test_control_flow(path, groups):
     """scan and its gradient, cond, while, fori_loop, remat, and a gradient in a loop."""
-    x, w = draw((2, 6, 6, 3), (3, 3, 3, 3))
-    same = dict(strides=(1, 1), pads=((1, 1), (1, 1)))
+    x, w = draw((2, 6, 6, 3), (3, 3, 3 // groups, 3))
+    same = dict(strides=(1, 1), pads=((1, 1), (1, 1)), groups=groups)
 
     def cases(f):
         f = functools.partial(f, **same)
@@ -223,14 +245,16 @@ def test_control_flow(path):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("devices", [8, *(pytest.param(count, marks=SLOW) for count in (1, 2))])
-def test_sharded_batch(path, devices, axis_type):
+@pytest.mark.parametrize(
+    ("devices", "groups"), [(8, 1), (8, 4), *(pytest.param(count, 1, marks=SLOW) for count in (1, 2))]
+)
+def test_sharded_batch(path, devices, groups, axis_type):
     """jit with a batch split over devices: the numbers of one device, no image moved, weight gradients summed once."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(axis_type,))
-    x, w = draw(*SHAPES)
+    x, w = draw((8, 9, 7, 4), (3, 3, 4 // groups, 4))
 
     def loss(f, x, w):
-        return (jnp.tanh(f(x, w)) ** 2).sum()
+        return (jnp.tanh(f(x, w, groups=groups)) ** 2).sum()
 
     def both(f):
         gradients = jax.grad(functools.partial(loss, f), (0, 1))
@@ -302,10 +326,15 @@ def test_bad_operands():
     for bad in ((x, w[:, :, :2]), (x, w.astype(bool)), (x.astype(jnp.bfloat16), w), (x[0], w), none, (x, w[..., :0])):
         with pytest.raises(UserError, match=r"convolution: give images \(n, h, w, c\) and a kernel .*, got "):
             convolution(*bad, STRIDES, PADS)
+    with pytest.raises(UserError, match=r"got float32 .* in 2 groups"):
+        convolution(x, w, STRIDES, PADS, groups=2)
     with pytest.raises(UserError, match="a result of"):
         convolution(x[:, :1], w, (1, 1), ((0, 0), (0, 0)))
-    with pytest.raises(UserError, match="pads"):
-        convolution(x, w, (1, 1), ((-1, 0), (0, 0)))
+    for bad in (((1, 1), ((-1, 0), (0, 0))), ((0, 1), PADS), (STRIDES, PADS, (0, 1))):
+        with pytest.raises(
+            UserError, match="convolution: give strides and dilation of at least 1 and no negative pads"
+        ):
+            ours(x, w, *bad[:2], **dict(zip(("dilation",), bad[2:])))
 
 
 def test_types_of_results(path):
@@ -318,11 +347,12 @@ def test_types_of_results(path):
     assert no_images.shape == (2, 0, 5, 7, 4)
 
 
-def test_per_device_programs(path):
+@pytest.mark.parametrize("groups", [1, 4])
+def test_per_device_programs(path, groups):
     """pmap, and shard_map with and without its check of what varies."""
-    x, w = draw(*SHAPES)
-    expected = jax.jit(jax.grad(lambda x, w: jnp.tanh(by_lax(x, w)).sum(), (0, 1)))(x, w)
-    gradients = jax.grad(lambda x, w: jnp.tanh(ours(x, w)).sum(), (0, 1))
+    x, w = draw((8, 9, 7, 4), (3, 3, 4 // groups, 4))
+    expected = jax.jit(jax.grad(lambda x, w: jnp.tanh(by_lax(x, w, groups=groups)).sum(), (0, 1)))(x, w)
+    gradients = jax.grad(lambda x, w: jnp.tanh(ours(x, w, groups=groups)).sum(), (0, 1))
     dx, dw = jax.pmap(lambda x, w: gradients(x[None], w), in_axes=(0, None))(x, w)
     assert_close((dx[:, 0], dw.sum(0)), expected)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))

@@ -50,7 +50,7 @@ class Small(nnx.Module):
 
 
 def plain(images):
-    """NCHW, an uncommon order of axes, and three kinds that the engine leaves alone."""
+    """NCHW, an uncommon order of axes, groups, dilation, and three kinds that the engine leaves alone."""
     random = np.random.default_rng(1)
     w = lambda *shape: jnp.asarray(random.standard_normal(shape) / 5, jnp.float32)
     x = lax.conv_general_dilated(images.transpose(0, 3, 1, 2), w(4, 3, 3, 3), (1, 2), "SAME")
@@ -59,6 +59,10 @@ def plain(images):
     numbers = ("NHWC", "HWIO", "NHWC")
     x = lax.conv_general_dilated(x, w(3, 3, 2, 4), (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=2)
     x = lax.conv_general_dilated(x, w(3, 3, 4, 4), (1, 1), "SAME", dimension_numbers=numbers, rhs_dilation=(2, 2))
+    x = x + lax.conv_general_dilated(x, w(2, 2, 4, 4), (2, 2), ((1, 1), (1, 1)), (2, 2), dimension_numbers=numbers)
+    x = x + lax.conv_general_dilated(
+        jnp.concatenate([x, x]), w(1, 1, 4, 4), (1, 1), "SAME", dimension_numbers=numbers, batch_group_count=2
+    )
     x = x + lax.conv_general_dilated(
         x.reshape(4, -1, 4), w(3, 4, 4), (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
     ).reshape(x.shape)
@@ -292,21 +296,17 @@ def test_explain_says_where_it_could_not_go():
 def test_explain_lists_paths_and_reasons(monkeypatch):
     found = engine.explain(fast_convs(plain), IMAGES)
     why = [(each.path, each.why) for each in found]
+    reasons = ["dilated images", "a batch in 2 groups", "1 spatial axes, not 2"]
     own = ("onednn", "") if onednn.available() else ("xla", onednn.reason())
-    assert why == [own, own, ("lax", "2 groups"), ("lax", "dilation"), ("lax", "1 spatial axes, not 2")]
-    assert str(found[2]) == "convolution      (4, 15, 7, 4) (3, 3, 2, 4): lax (2 groups)"
+    assert why == [own] * 4 + [("lax", reason) for reason in reasons]
+    assert str(found[4]) == "convolution      (4, 15, 7, 4) (2, 2, 4, 4): lax (dilated images)"
     own = jax.custom_jvp(lambda x: plain(x))
     own.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
     assert engine.explain(fast_convs(own), IMAGES)[0].why == "inside custom_jvp_call"
-    assert {each.why for each in engine.explain(plain, IMAGES)} == {
-        "not under fast_convs",
-        "2 groups",
-        "dilation",
-        "1 spatial axes, not 2",
-    }
+    assert {each.why for each in engine.explain(plain, IMAGES)} == {"not under fast_convs", *reasons}
     kinds = [each.kind for each in engine.explain(jax.grad(lambda x: fast_convs(plain)(x).sum()), IMAGES)]
     assert (
-        kinds.count("convolution") == 5 + 3 and kinds.count("input gradient") == 2
+        kinds.count("convolution") == 7 + 3 and kinds.count("input gradient") == 4
     )  # lax's gradients are its convolutions
     half = engine.explain(
         lambda x: fast_convs(nn.Conv(2, (3, 3), dtype=jnp.bfloat16).apply)(

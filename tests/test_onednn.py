@@ -103,7 +103,8 @@ def test_why_it_is_not_used(patch, reason, monkeypatch):
 def test_errors_are_errors_of_xla():
     """A call that oneDNN refuses raises, and the next one works."""
     x, w = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2))
-    wrong = jax.jit(lambda x, w: onednn.call(library.FORWARD, (x, w), (1, 9, 9, 2), (1, 1), ((0, 0), (0, 0))))
+    geometry = library.Geometry((4, 4), (3, 3), (1, 1), ((0, 0), (0, 0)))
+    wrong = jax.jit(lambda x, w: onednn.call(library.FORWARD, (x, w), (1, 9, 9, 2), geometry))
     for _ in range(2):
         with pytest.raises(jax.errors.JaxRuntimeError, match="topgap_onednn: RuntimeError: dnnl_convolution_forward"):
             wrong(x, w).block_until_ready()

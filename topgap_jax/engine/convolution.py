@@ -1,9 +1,11 @@
 """One convolution and its two gradients, each bilinear and each other's transposes, so that derivatives of any order
 are fast.
 
-With x (n, h, w, c), kernel w (kh, kw, c, o), y (n, p, q, o), strides s and pads (top, bottom), (left, right):
+With x (n, h, w, c), kernel w (kh, kw, c/g, o), y (n, p, q, o), strides s, dilation d, pads (top, bottom), (left,
+right), and g groups, of which o is in group u:
 
-    forward          y[n,i,j,o]  = sum over a, b, c  of  x[n, i s + a - top, j s + b - left, c]  w[a,b,c,o]
+    forward          y[n,i,j,o]  = sum over a, b, c < c/g  of  x[n, i s + a d - top, j s + b d - left, u c/g + c]
+                                                               w[a,b,c,o]
     input gradient   dx = the transpose in x, of (dy, w)
     weight gradient  dw = the transpose in w, of (x, dy)
 
@@ -14,7 +16,7 @@ these three.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,29 +27,45 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from topgap_jax.engine import onednn
-from topgap_jax.engine.forms import BY_LAX, ON_CPU, Geometry
-from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, NOTHING, WEIGHT_GRADIENT, Fused
+from topgap_jax.engine.forms import BY_LAX, ON_CPU, after, turned
+from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, NOTHING, WEIGHT_GRADIENT, Fused, Geometry
 from topgap_jax.errors import UserError
 from topgap_jax.types import Array
 
 
-def convolution(x: Array, w: Array, strides: tuple[int, int], pads: tuple[tuple[int, int], tuple[int, int]]) -> Array:
-    """x (n, h, w, c) with kernel w (kh, kw, c, o), both of one floating type: (n, p, q, o), of derivatives of any
-    order.
+def convolution(
+    x: Array,
+    w: Array,
+    strides: tuple[int, int],
+    pads: tuple[tuple[int, int], tuple[int, int]],
+    *,
+    groups: int = 1,
+    dilation: tuple[int, int] = (1, 1),
+) -> Array:
+    """x (n, h, w, c) with kernel w (kh, kw, c/groups, o), both of one floating type: (n, p, q, o), of derivatives of
+    any order.
 
     What is not finite stays so; without oneDNN an infinity or NaN can also make NaN of columns beside those its kernel
     reaches, where a zero of the rearranged kernel meets it. Raises UserError for other types, for channels that differ
     or that there are none of, for negative pads and for a result without rows or columns.
     """
     x, w = jnp.asarray(x), jnp.asarray(w)
-    geometry = Geometry(x.shape[1:3], w.shape[:2], tuple(strides), tuple(tuple(pair) for pair in pads))
-    fits = x.ndim == w.ndim == 4 and x.shape[3] == w.shape[2] > 0 and w.shape[3] > 0
-    if not fits or x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+    # One tap is not dilated, whatever is said.
+    steps = tuple(step if taps > 1 else 1 for step, taps in zip(dilation, w.shape))
+    pads = tuple(tuple(pair) for pair in pads)
+    geometry = Geometry(x.shape[1:3], w.shape[:2], tuple(strides), pads, groups, steps)
+    fits = x.ndim == w.ndim == 4 and groups > 0 and x.shape[3] == w.shape[2] * groups > 0 and w.shape[3] > 0
+    if not fits or w.shape[3] % groups or x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(
-            "convolution: give images (n, h, w, c) and a kernel (kh, kw, c, o) of one floating type, "
-            f"got {x.dtype} {x.shape} and {w.dtype} {w.shape}"
+            "convolution: give images (n, h, w, c) and a kernel (kh, kw, c / groups, o) of one floating type, "
+            f"got {x.dtype} {x.shape} and {w.dtype} {w.shape}" + f" in {groups} groups" * (groups != 1)
         )
-    if min(min(pair) for pair in geometry.pads) < 0 or min(geometry.out) < 1:
+    if min(*map(min, geometry.pads), *(step - 1 for step in (*geometry.strides, *dilation))) < 0:
+        raise UserError(
+            f"convolution: give strides and dilation of at least 1 and no negative pads, got strides {strides}, "
+            f"dilation {dilation}, pads {pads}"
+        )
+    if min(geometry.out) < 1:
         raise UserError(f"convolution: pads {geometry.pads} give {geometry.size} images a result of {geometry.out}")
     return bind(forward_p, x, w, geometry)
 
@@ -62,31 +80,26 @@ def bind(primitive: Primitive, left: Array, right: Array, geometry: Geometry) ->
     return primitive.bind(left, right, geometry=geometry)
 
 
-def _like(aval, shape, batch):
-    """Type of a result: sharded over the batch alone, or not at all; varying as the operands do."""
-    spec = PartitionSpec(aval.sharding.spec[0] if batch else None, None, None, None)
-    return aval.update(shape=shape, weak_type=False, sharding=NamedSharding(aval.sharding.mesh, spec))
+def _shape(kind: int, left: Sequence[int], right: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
+    """Of the result, by those of the operands."""
+    if kind == FORWARD:
+        return (left[0], *geometry.out, right[3])
+    if kind == INPUT_GRADIENT:
+        return (left[0], *geometry.size, right[2] * geometry.groups)
+    return (*geometry.kernel, left[3] // geometry.groups, right[3])
 
 
-def _forward_type(x, w, *, geometry):
-    return _like(x, (x.shape[0], *geometry.out, w.shape[3]), batch=True)
-
-
-def _input_gradient_type(dy, w, *, geometry):
-    return _like(dy, (dy.shape[0], *geometry.size, w.shape[2]), batch=True)
-
-
-def _weight_gradient_type(x, dy, *, geometry):
-    return _like(x, (*geometry.kernel, x.shape[3], dy.shape[3]), batch=False)
-
-
-TYPES = {FORWARD: _forward_type, INPUT_GRADIENT: _input_gradient_type, WEIGHT_GRADIENT: _weight_gradient_type}
-"""Of each kind: the type of its result."""
+def result_type(kind: int, left, right, *, geometry: Geometry):
+    """Abstract value of the result: sharded over the batch alone, or, of a weight gradient, not at all; varying as the
+    operands do."""
+    batch = None if kind == WEIGHT_GRADIENT else left.sharding.spec[0]
+    sharding = NamedSharding(left.sharding.mesh, PartitionSpec(batch, None, None, None))
+    return left.update(shape=_shape(kind, left.shape, right.shape, geometry), weak_type=False, sharding=sharding)
 
 
 def _primitive(name: str, kind: int) -> Primitive:
     primitive = Primitive(f"topgap_{name}")
-    primitive.def_abstract_eval(TYPES[kind])
+    primitive.def_abstract_eval(functools.partial(result_type, kind))
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
     mlir.register_lowering(primitive, lowering(BY_LAX[kind]))
     mlir.register_lowering(primitive, _cpu_lowering(kind), platform="cpu")
@@ -161,22 +174,24 @@ def _call(kind: int, geometry: Geometry, fused: Fused, *operands: Array) -> Arra
         (rows, columns), (down, right) = geometry.out, geometry.strides
         padded = jnp.pad(x, ((0, 0), *geometry.pads, (0, 0)))
         taken = padded[:, ::down, ::right][:, :rows, :columns]
-        dense = geometry._replace(size=geometry.out, strides=(1, 1), pads=((0, 0), (0, 0)))
-        return _call(kind, dense, fused, taken, dy)
-    (n, *_, channels), (_, _, c, o) = operands[0].shape, operands[1].shape
-    if kind == FORWARD:
-        shape = (n, *geometry.out, o)
-    elif kind == INPUT_GRADIENT:
-        shape = (n, *geometry.size, c)
-    else:
-        shape = (*geometry.kernel, channels, o)
-    return onednn.call(kind, operands, shape, geometry.strides, geometry.pads, fused)
+        close = geometry._replace(size=geometry.out, strides=(1, 1), pads=((0, 0), (0, 0)))
+        return _call(kind, close, fused, taken, dy)
+    if kind == INPUT_GRADIENT and not geometry.dense:
+        # Behind a deconvolution in groups oneDNN does what is fused pixel by pixel, a hundred times slower.
+        dy, w, *extras = operands
+        if found := turned(w, geometry):
+            kernel, geometry = found
+            return _call(FORWARD, geometry, fused, dy, kernel, *extras)
+        if fused != NOTHING:
+            return after(_call(kind, geometry, NOTHING, dy, w), extras, fused)
+    shape = _shape(kind, operands[0].shape, operands[1].shape, geometry)
+    return onednn.call(kind, operands, shape, geometry, fused)
 
 
-RULES = {  # operands and result by axis; what is fused has the axes of the result
-    FORWARD: (["n h w c", "a b c o"], "n p q o"),
-    INPUT_GRADIENT: (["n p q o", "a b c o"], "n h w c"),
-    WEIGHT_GRADIENT: (["n h w c", "n p q o"], "a b c o"),
+RULES = {  # operands and result by axis, i = c / groups; what is fused has the axes of the result
+    FORWARD: (["n h w c", "a b i o"], "n p q o"),
+    INPUT_GRADIENT: (["n p q o", "a b i o"], "n h w c"),
+    WEIGHT_GRADIENT: (["n h w c", "n p q o"], "a b i o"),
 }
 
 
@@ -245,7 +260,10 @@ FOLDS = {forward_p: ((0, 0), (3, 3)), input_gradient_p: ((0, 0), (2, 3)), weight
 
 
 def _batched(primitive: Primitive, operands, axes, *, geometry: Geometry):
-    """`vmap` of one operand is a larger batch or more channels; of both, or over nothing, a loop."""
+    """`vmap` of one operand is a larger batch or more channels; of both, or over nothing, a loop.
+
+    Of channels the mapped axis is the inner one, so that each group keeps its own.
+    """
     mapped = [axis is not None for axis in axes]
     which = mapped.index(True)
     size = operands[which].shape[axes[which]]
@@ -254,18 +272,15 @@ def _batched(primitive: Primitive, operands, axes, *, geometry: Geometry):
         one = lambda row: bind(primitive, *(row.get(i, operands[i]) for i in range(2)), geometry)
         return lax.map(one, rows), 0
     into, out_of = FOLDS[primitive][which]
+    inner = into != 0
     folded = list(operands)
-    folded[which] = _fold(operands[which], axes[which], into)
-    out = bind(primitive, *folded, geometry)
-    return out.reshape(*out.shape[:out_of], size, out.shape[out_of] // size, *out.shape[out_of + 1 :]), out_of
-
-
-def _fold(operand: Array, axis: int, into: int) -> Array:
-    """The mapped axis before axis `into` of the rest, the two made one."""
-    operand = jnp.moveaxis(operand, axis, into)
-    return operand.reshape(
+    operand = jnp.moveaxis(operands[which], axes[which], into + inner)
+    folded[which] = operand.reshape(
         *operand.shape[:into], operand.shape[into] * operand.shape[into + 1], *operand.shape[into + 2 :]
     )
+    out = bind(primitive, *folded, geometry)
+    pair = (out.shape[out_of] // size, size) if inner else (size, out.shape[out_of] // size)
+    return out.reshape(*out.shape[:out_of], *pair, *out.shape[out_of + 1 :]), out_of + inner
 
 
 for _each in FOLDS:

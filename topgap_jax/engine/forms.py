@@ -5,48 +5,61 @@ channels it is the copying that takes the time, so `by_columns` has each window 
 weight gradient is lax's own. `experiments/bench_forms.py` compares the two (results/bench_forms.json).
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
+from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Fused, Geometry
 from topgap_jax.types import Array
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
-class Geometry(NamedTuple):
-    """What a convolution is, but for its batch and channels: shards and folded batches need no geometry of their
-    own."""
+def after(out: Array, extras: Sequence[Array], fused: Fused) -> Array:
+    """What is fused with a convolution, done to its result."""
+    rest = iter(extras)
+    out = out + next(rest).reshape(1, 1, 1, -1) if fused.bias else out
+    out = out + next(rest) if fused.residual else out
+    out = jax.nn.relu(out) if fused.relu else out
+    return jnp.where(next(rest).reshape(out.shape), out, 0) if fused.mask else out
 
-    size: tuple[int, int]
-    kernel: tuple[int, int]
-    strides: tuple[int, int]
-    pads: tuple[tuple[int, int], tuple[int, int]]
 
-    @property
-    def out(self) -> tuple[int, int]:
-        """Height and width of the result."""
-        sides = zip(self.size, self.kernel, self.strides, self.pads)
-        return tuple((size + low + high - kernel) // stride + 1 for size, kernel, stride, (low, high) in sides)
+def turned(w: Array, geometry: Geometry) -> tuple[Array, Geometry] | None:
+    """The kernel and geometry with which the input gradient of stride 1 is itself a convolution of dy; None where it is
+    none: with strides, and where pads reach over the kernel."""
+    pads = tuple((reach - 1 - low, reach - 1 - high) for reach, (low, high) in zip(geometry.reach, geometry.pads))
+    if geometry.strides != (1, 1) or min(map(min, pads)) < 0:
+        return None
+    kh, kw, i, o = w.shape
+    kernel = jnp.flip(w, (0, 1)).reshape(kh, kw, i, geometry.groups, o // geometry.groups)
+    kernel = kernel.transpose(0, 1, 4, 3, 2).reshape(kh, kw, o // geometry.groups, geometry.groups * i)
+    return kernel, geometry._replace(size=geometry.out, pads=pads)
 
 
 def forward(x: Array, w: Array, *, geometry: Geometry) -> Array:
     """The convolution as lax has it."""
-    return lax.conv_general_dilated(x, w, geometry.strides, geometry.pads, dimension_numbers=DIMENSIONS)
+    return lax.conv_general_dilated(
+        x,
+        w,
+        geometry.strides,
+        geometry.pads,
+        rhs_dilation=geometry.dilation,
+        dimension_numbers=DIMENSIONS,
+        feature_group_count=geometry.groups,
+    )
 
 
 def input_gradient(dy: Array, w: Array, *, geometry: Geometry) -> Array:
     """Its transpose in x."""
-    shape = jax.ShapeDtypeStruct((dy.shape[0], *geometry.size, w.shape[2]), dy.dtype)
+    shape = jax.ShapeDtypeStruct((dy.shape[0], *geometry.size, w.shape[2] * geometry.groups), dy.dtype)
     return jax.linear_transpose(lambda x: forward(x, w, geometry=geometry), shape)(dy)[0]
 
 
 def weight_gradient(x: Array, dy: Array, *, geometry: Geometry) -> Array:
     """Its transpose in w."""
-    shape = jax.ShapeDtypeStruct((*geometry.kernel, x.shape[3], dy.shape[3]), x.dtype)
+    shape = jax.ShapeDtypeStruct((*geometry.kernel, x.shape[3] // geometry.groups, dy.shape[3]), x.dtype)
     return jax.linear_transpose(lambda w: forward(x, w, geometry=geometry), shape)(dy)[0]
 
 
@@ -56,6 +69,8 @@ def by_columns(x: Array, w: Array, *, geometry: Geometry) -> Array:
     A window that serves f columns is (f - 1) strides wider, and the kernel stands in it at f places: y[i, f j + r] is
     channel r of a convolution with f times the stride. Zeros are multiplied as well, so it is for few channels.
     """
+    if not geometry.dense:
+        return forward(x, w, geometry=geometry)
     (kh, kw), (down, along) = geometry.kernel, geometry.strides
     c, o = w.shape[2:]
     f = _columns(c, o, kw, geometry.out[1])
@@ -81,6 +96,10 @@ def by_flipped_kernel(dy: Array, w: Array, *, geometry: Geometry) -> Array:
     few channels: dx[s u + r - top] is the sum over b of dy[u - b] w[s b + r], so that each of the s x s places of r is
     a channel of a convolution with a small kernel.
     """
+    if not geometry.dense:
+        return input_gradient(dy, w, geometry=geometry)
+    if found := turned(w, geometry):
+        return by_columns(dy, found[0], geometry=found[1])
     (kh, kw), (down, along) = geometry.kernel, geometry.strides
     (h, width), (p, q), ((top, _), (left, _)) = geometry.size, geometry.out, geometry.pads
     n, c, o = dy.shape[0], *w.shape[2:]
@@ -88,8 +107,6 @@ def by_flipped_kernel(dy: Array, w: Array, *, geometry: Geometry) -> Array:
         flipped = jnp.flip(w, (0, 1)).swapaxes(2, 3)
         sides = zip((h, width), (p, q), (kh, kw), (down, along), (top, left))
         pads = tuple((k - 1 - low, size - (out - 1) * stride - 1 + low) for size, out, k, stride, low in sides)
-        if (down, along) == (1, 1) and min(map(min, pads)) >= 0:
-            return by_columns(dy, flipped, geometry=geometry._replace(size=(p, q), pads=pads))
         return lax.conv_general_dilated(
             dy, flipped, (1, 1), pads, lhs_dilation=(down, along), dimension_numbers=DIMENSIONS
         )

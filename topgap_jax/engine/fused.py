@@ -5,22 +5,20 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from topgap_jax.engine.convolution import (
-    TYPES,
-    Geometry,
     bind,
     custom_call,
     forward_p,
     input_gradient_p,
     lowering,
     needs_devices,
+    result_type,
 )
-from topgap_jax.engine.forms import BY_LAX, ON_CPU
-from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, Fused
+from topgap_jax.engine.forms import BY_LAX, ON_CPU, after
+from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, Fused, Geometry
 from topgap_jax.types import Array
 
 ALONE = {FORWARD: forward_p, INPUT_GRADIENT: input_gradient_p}
@@ -43,24 +41,16 @@ def fused_convolution(
 
 
 def _type(left, right, *extras, kind, geometry, fused):
-    return TYPES[kind](left, right, geometry=geometry)
+    return result_type(kind, left, right, geometry=geometry)
 
 
 def _by(forms, left, right, *extras, kind, geometry, fused):
-    return _after(forms[kind](left, right, geometry=geometry), extras, fused)
+    return after(forms[kind](left, right, geometry=geometry), extras, fused)
 
 
 def _apart(left, right, *extras, kind, geometry, fused):
     """The same as several equations, which have derivatives."""
-    return _after(bind(ALONE[kind], left, right, geometry), extras, fused)
-
-
-def _after(out, extras, fused):
-    rest = iter(extras)
-    out = out + next(rest).reshape(1, 1, 1, -1) if fused.bias else out
-    out = out + next(rest) if fused.residual else out
-    out = jax.nn.relu(out) if fused.relu else out
-    return jnp.where(next(rest).reshape(out.shape), out, 0) if fused.mask else out
+    return after(bind(ALONE[kind], left, right, geometry), extras, fused)
 
 
 def _on_cpu(ctx, *operands, kind, geometry, fused):

@@ -36,6 +36,37 @@ class _Argument(ctypes.Structure):
     _fields_ = [("which", c_int), ("memory", c_void_p)]
 
 
+class Geometry(NamedTuple):
+    """What a convolution is, but for its batch and channels: shards and folded batches need no geometry of their own.
+
+    The taps of a kernel stand `dilation` apart. Channels in and out are in `groups` that lie one after another, and
+    each group of the result is made of its own group alone: groups = channels is a depthwise convolution.
+    """
+
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    pads: tuple[tuple[int, int], tuple[int, int]]
+    groups: int = 1
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Rows and columns from the first tap of the kernel to its last."""
+        return tuple((kernel - 1) * step + 1 for kernel, step in zip(self.kernel, self.dilation))
+
+    @property
+    def out(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        sides = zip(self.size, self.reach, self.strides, self.pads)
+        return tuple((size + low + high - reach) // stride + 1 for size, reach, stride, (low, high) in sides)
+
+    @property
+    def dense(self) -> bool:
+        """Whether there is one group, and no dilation."""
+        return self.groups == 1 and self.dilation == (1, 1)
+
+
 class Fused(NamedTuple):
     """What a call does besides the convolution, in this order: bias (o,) added, another array added, ReLU, times 0 or
     1.
@@ -114,18 +145,19 @@ class Ready:
         self.library, self.steps = library, []
         with contextlib.ExitStack() as self.kept, contextlib.ExitStack() as self.passing:
             self.stream = self._object("stream", self.kept, "stream_create", library.engine, IN_ORDER)
-            self._build(*numbers[:7], Fused(*(bool(numbers[7] >> i & 1) for i in range(4))), numbers[8:])
+            self._build(*numbers[:10], Fused(*(bool(numbers[10] >> i & 1) for i in range(4))), numbers[11:])
             self.kept = self.kept.pop_all()  # all went well
 
-    def _build(self, kind, down, along, top, bottom, near, far, fused, sizes):
-        geometry = [_numbers(pair) for pair in ((down, along), (0, 0), (top, near), (bottom, far))]
+    def _build(self, kind, down, along, top, bottom, near, far, groups, rows, columns, fused, sizes):
+        steps = (down, along), (rows - 1, columns - 1), (top, near), (bottom, far)  # strides, dilation, pads
+        geometry = [_numbers(pair) for pair in steps]
         left, right, result = sizes[:4], sizes[4:8], sizes[-4:]
         first, bias = self._images(left), self._layout(result[3:], (1,)) if fused.bias else None
         same, zeros_and_ones = self._images(result), self._images(result, BYTE)
         attributes = self._attributes(fused, same, zeros_and_ones)
         if kind == WEIGHT_GRADIENT:
-            second, third, which = self._images(right), self._kernel(result), 2
-            free, names = self._kernel(result, order=False), (SOURCE, OUTPUT_GRADIENT, WEIGHT_RESULT)
+            second, third, which = self._images(right), self._kernel(result, groups), 2
+            free, names = self._kernel(result, groups, order=False), (SOURCE, OUTPUT_GRADIENT, WEIGHT_RESULT)
             forward = (INFERENCE, CONVOLUTION, first, free, None, second, *geometry, attributes)
             hint = self._description("convolution_forward", *forward)
             backward = (CONVOLUTION, first, free, None, second, *geometry, hint, attributes)
@@ -134,8 +166,8 @@ class Ready:
             # An input gradient is a deconvolution: so oneDNN needs no flipped kernel at any stride, and takes few
             # channels faster than its own backward pass does.
             back = kind == INPUT_GRADIENT
-            second, third, which = self._kernel(right, back), same, 1
-            free, names = self._kernel(right, back, order=False), (SOURCE, WEIGHTS, DESTINATION)
+            second, third, which = self._kernel(right, groups, back), same, 1
+            free, names = self._kernel(right, groups, back, order=False), (SOURCE, WEIGHTS, DESTINATION)
             name, algorithm = ("deconvolution", DECONVOLUTION) if back else ("convolution", CONVOLUTION)
             forward = (INFERENCE, algorithm, first, free, bias, third, *geometry, attributes)
             description = self._description(f"{name}_forward", *forward)
@@ -219,11 +251,15 @@ class Ready:
         n, h, w, c = shape
         return self._layout((n, c, h, w), (h * w * c, 1, w * c, c), kind)
 
-    def _kernel(self, shape, back=False, order=True):
-        """HWIO, or any order; oneDNN's sizes are (o, i, h, w), of a deconvolution (i, o, h, w)."""
+    def _kernel(self, shape, groups, back=False, order=True):
+        """HWIO, or any order; oneDNN's sizes are (o, i, h, w), of a deconvolution (i, o, h, w), of groups (g, ...)."""
         h, w, i, o = shape
-        sizes, strides = ((i, o, h, w), (o, 1)) if back else ((o, i, h, w), (1, o))
-        return self._layout(sizes, (*strides, w * i * o, i * o) if order else None)
+        each = o // groups
+        sizes, strides = ((i, each), (o, 1)) if back else ((each, i), (1, o))
+        sizes, strides = (*sizes, h, w), (*strides, w * i * o, i * o)
+        if groups > 1:
+            sizes, strides = (groups, *sizes), (each, *strides)
+        return self._layout(sizes, strides if order else None)
 
     def _layout(self, sizes, strides, kind=FLOAT):
         name, how = ("tag", ANY) if strides is None else ("strides", _numbers(strides))

@@ -20,7 +20,7 @@ import jaxlib
 import numpy as np
 
 from topgap_jax.engine import interface
-from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, NOTHING, WEIGHT_GRADIENT, Fused, Library
+from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, NOTHING, WEIGHT_GRADIENT, Fused, Geometry, Library
 
 TARGET = "topgap_onednn"
 
@@ -65,14 +65,14 @@ def call(
     kind: int,
     operands: Sequence[jax.Array],
     shape: Sequence[int],
-    strides: Sequence[int],
-    pads: Sequence[Sequence[int]],
+    geometry: Geometry,
     fused: Fused = NOTHING,
 ) -> jax.Array:
     """The custom call: (x, w), (dy, w) or (x, dy) and what is fused with it, float32; `shape` is the result's."""
     flags = sum(1 << i for i, one in enumerate(fused) if one)
     sizes = [size for buffer in (*(x.shape for x in operands), shape) for size in buffer]
-    numbers = np.array([kind, *strides, *pads[0], *pads[1], flags, *sizes], np.int64)
+    pads = (*geometry.pads[0], *geometry.pads[1])
+    numbers = np.array([kind, *geometry.strides, *pads, geometry.groups, *geometry.dilation, flags, *sizes], np.int64)
     return jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, np.float32))(*operands, call=numbers)
 
 
@@ -156,11 +156,12 @@ def _self_test() -> str:
         (FORWARD, (x, w, bias, residual), everything, np.maximum(y + bias + residual, 0)),
         (INPUT_GRADIENT, (dy, w, x, mask.reshape(2, -1)), masked, np.where(mask, dx + x, 0)),
     ]
+    geometry = Geometry((8, 8), (3, 3), (2, 2), ((1, 1), (1, 1)))
     # It may be asked for while another function is traced, and must not become a part of that, nor obey a guard meant
     # for it.
     with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
         for kind, operands, fused, result in cases:
-            run = lambda *operands: call(kind, operands, result.shape, (2, 2), ((1, 1), (1, 1)), fused)
+            run = lambda *operands: call(kind, operands, result.shape, geometry, fused)
             if not np.allclose(jax.jit(run)(*operands), result, rtol=1e-4, atol=1e-4, equal_nan=True):
                 return f"its result of kind {kind} with {fused} is not the definition's"
     return ""

@@ -52,10 +52,10 @@ def refusal(eqn: JaxprEqn) -> str:
         return f"types {left.dtype} and {right.dtype}"
     if params["preferred_element_type"] not in (None, left.dtype):
         return f"result of type {params['preferred_element_type']}"
-    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
-        return f"{max(params['feature_group_count'], params['batch_group_count'])} groups"
-    if any(step != 1 for step in (*params["lhs_dilation"], *params["rhs_dilation"])):
-        return "dilation"
+    if params["batch_group_count"] != 1:
+        return f"a batch in {params['batch_group_count']} groups"
+    if any(step != 1 for step in params["lhs_dilation"]):
+        return "dilated images"
     if any(pad < 0 for pads in params["padding"] for pad in pads):
         return "negative padding"
     if 0 in (*left.shape, *right.shape, *eqn.outvars[0].aval.shape):

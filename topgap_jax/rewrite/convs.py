@@ -18,8 +18,8 @@ def fast_convs(f: Callable) -> Callable:
 
     Derivatives of any order, in loops too, are then made of fast convolutions: `jax.grad(fast_convs(predict))`. Around
     a gradient, `fast_convs(jax.grad(predict))`, the numbers are right but most of the gain is lost. What the engine
-    does not take (groups, dilation, other ranks) and what stands inside a function with derivatives of its own stays as
-    it is; `engine.explain(fast_convs(f), *args)` says which. The numbers are those of finite ones: see
+    does not take (dilated images, a batch in groups, other ranks) and what stands inside a function with derivatives of
+    its own stays as it is; `engine.explain(fast_convs(f), *args)` says which. The numbers are those of finite ones: see
     `engine.convolution`.
     """
 
@@ -74,7 +74,9 @@ def _in_order(replace: Callable, eqn: JaxprEqn, left: Any, right: Any) -> Any:
 
 
 def _by_engine(eqn: JaxprEqn, images: Any, kernel: Any) -> Any:
-    return convolution(images, kernel, eqn.params["window_strides"], eqn.params["padding"])
+    params = eqn.params
+    groups, dilation = params["feature_group_count"], params["rhs_dilation"]
+    return convolution(images, kernel, params["window_strides"], params["padding"], groups=groups, dilation=dilation)
 
 
 def _by_lax(eqn: JaxprEqn, images: Any, kernel: Any) -> Any:
