@@ -1,5 +1,6 @@
 """A source: one split of a data set with random access, and what is checked and done to every record of it."""
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -106,6 +107,34 @@ def crop_window(
     return (h - height / scale) / 2, (w - width / scale) / 2, height / scale, width / scale
 
 
+def with_classes(source: Source, classes: tuple[str, ...]) -> Source:
+    """The source with its labels as positions in `classes`, those of a network, matched by name.
+
+    Raises a UserError that lists both where a name is only in one of them.
+    """
+    if source.classes == classes:
+        return source
+    unknown, absent = sorted(set(source.classes) - set(classes)), sorted(set(classes) - set(source.classes))
+    if unknown or absent or len(set(classes)) < len(classes):
+        what = [f"{_names(unknown)} {_is(unknown)} not among the network's"] if unknown else []
+        what += [f"{_names(absent)} {_is(absent)} not in the data"] if absent else []
+        what = what or ["the same name stands twice among the network's"]
+        near = [difflib.get_close_matches(name, absent, n=1) for name in unknown[:1]]
+        hint = f" (did you mean '{near[0][0]}'?)" if near and near[0] else ""
+        raise UserError(
+            f"{source.name} has other classes than the network: {', and '.join(what)}{hint}; the network's are "
+            f"{_names(classes)}; the data's are {_names(source.classes)}; rename them, or train on these data"
+        )
+    positions = [classes.index(name) for name in source.classes]
+
+    def read(index: int) -> Record:
+        record = source.read(index)
+        label = record["label"]  # one out of range stays so, and is told
+        return {**record, "label": positions[label] if 0 <= label < len(positions) else label}
+
+    return dataclasses.replace(source, classes=classes, read=read)
+
+
 def slice_split(text: str, sizes: Mapping[str, int], name: str) -> tuple[str, range]:
     """The split and the rows that 'train', 'train[:800]' or 'train[-20%:]' mean; name: the data set, for errors.
 
@@ -133,8 +162,18 @@ def choices(name: str, options: Iterable[str]) -> str:
     """
     options = sorted(options)
     near = difflib.get_close_matches(name, options, n=1)
-    shown = ", ".join(options[:30]) + (f" and {len(options) - 30} more" if len(options) > 30 else "")
-    return (f"did you mean '{near[0]}'? " if near else "") + f"choose from {shown or 'nothing: there is none'}"
+    shown = _names(options) or "nothing: there is none"
+    return (f"did you mean '{near[0]}'? " if near else "") + f"choose from {shown}"
+
+
+def _names(names: Iterable[str]) -> str:
+    """cat, dog, fish: the first 30."""
+    names = list(names)
+    return ", ".join(names[:30]) + (f" and {len(names) - 30} more" if len(names) > 30 else "")
+
+
+def _is(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def _fault(record: Record, classes: int) -> str:

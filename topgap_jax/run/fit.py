@@ -32,7 +32,7 @@ from topgap_jax.mesh import check_batch, data_mesh, replicated, split
 from topgap_jax.models import bind
 from topgap_jax.progress import Metrics, bar
 from topgap_jax.run import checkpoint
-from topgap_jax.run.workdir import claim, record_versions, release
+from topgap_jax.run.workdir import Data, claim, record_versions, release
 from topgap_jax.types import Array, Augment, Model, Objective, Variables
 
 # Steps that may be under way before the host waits for the metrics of an earlier one: the device never idles, and a
@@ -45,7 +45,7 @@ class Parts(NamedTuple):
 
     train: a split as `data.resident` decodes it, held on the device, or a `data.Stream` that gives this process's rows
     of each batch without end. validation: likewise arrays, or a `Split`, or None. ema: 0, or the decay of averaged
-    parameters.
+    parameters. class_names: stored in the folder of the run, which is refused to data of other classes.
     """
 
     model: Model
@@ -61,6 +61,7 @@ class Parts(NamedTuple):
     ema: float
     image_shape: tuple[int, int, int]
     classes: int
+    class_names: tuple[str, ...] = ()
 
 
 class State(NamedTuple):
@@ -95,7 +96,7 @@ def fit(
     start = time.perf_counter(), time.process_time()
     mesh = data_mesh() if mesh is None else mesh
     check_batch(parts.batch, mesh)
-    claim(workdir, config, file)
+    claim(workdir, config, file, Data(parts.class_names, parts.examples) if parts.class_names else None)
     record_versions(workdir, mesh)
     log_every, checkpoint_every = config.get("log_every", 50), config.get("checkpoint_every", 1)
     per_epoch = max(1, parts.examples // parts.batch)

@@ -23,13 +23,13 @@ from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.run import checkpoint
 from topgap_jax.run.fit import Parts
+from topgap_jax.run.workdir import learnt
 from topgap_jax.setup import checks
 from topgap_jax.setup import config as configs
 from topgap_jax.setup.assembly import (
     Experiment,
     assemble,
     context,
-    experiment,
     first,
     init,
     open_split,
@@ -105,16 +105,24 @@ def parts(chosen: Experiment) -> Parts:
         ema=config.ema,
         image_shape=(*config.image_size, 3),
         classes=len(chosen.classes),
+        class_names=chosen.classes,
     )
 
 
-def from_workdir(workdir: str | Path, overrides=(), checkpoint_name: str = "best") -> Loaded:
-    """The model of a run, with its best (or last) checkpoint; EMA weights where the run kept them."""
+def from_workdir(
+    workdir: str | Path, overrides=(), checkpoint_name: str = "best", file: str | Path | None = None
+) -> Loaded:
+    """The model of a run, with its best (or last) checkpoint; EMA weights where the run kept them.
+
+    Its classes are those that it learnt; data are matched to them by name. file: the Python file whose methods the
+    run's config names, which is run only if it is given here.
+    """
     path = Path(workdir) / "config.json"
     if not path.is_file():
         why = "it has no config.json" if Path(workdir).is_dir() else "there is no such folder"
         raise UserError(f"'{workdir}' is not the folder of a run: {why}")
-    return restored(experiment(path, overrides), workdir, checkpoint_name)._replace(changes=tuple(overrides))
+    chosen = assemble(configs.load(path, overrides, file=file), learnt(Path(workdir)))
+    return restored(chosen, workdir, checkpoint_name)._replace(changes=tuple(overrides))
 
 
 def restored(chosen: Experiment, workdir: str | Path, checkpoint_name: str = "best") -> Loaded:
@@ -125,13 +133,13 @@ def restored(chosen: Experiment, workdir: str | Path, checkpoint_name: str = "be
     return Loaded(chosen, evaluation_variables(trees["variables"]), f"checkpoint {which}, step {meta['step']}", workdir)
 
 
-def from_weights(path: str | Path, overrides, weights: str | Path) -> Loaded:
+def from_weights(path: str | Path, overrides, weights: str | Path, file: str | Path | None = None) -> Loaded:
     """The config's model with weights from a file in PyTorch naming.
 
     Where the file says of itself which network it is and how its input is normalised, the config follows, unless the
     command line sets the key.
     """
-    loaded = configs.load(path, overrides)
+    loaded = configs.load(path, overrides, file=file)
     config, given = loaded.config, {key for key, _ in overrides}
     described = pretrained.describe(weights)
     for key, value in described.items():
