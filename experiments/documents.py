@@ -197,10 +197,12 @@ def forms(stored: Mapping[str, Any]) -> str:
 
 
 def parity(stored: Mapping[str, Any]) -> str:
-    lines = [[name, f"`{row['model']}`", f"{row['difference']:.1e}"] for name, row in stored["logits"].items()]
-    return "Largest difference of the logits from torchvision's, over the largest logit.\n\n" + markdown(
-        ["network", "model", "difference"], lines
-    )
+    text = lambda model: model.replace(", classes=classes, mean=mean, std=std", "")
+    lines = [[name, f"`{text(row['model'])}`", f"{row['difference']:.1e}"] for name, row in stored["logits"].items()]
+    return (
+        "Largest difference of the logits from the publisher's, over the largest logit: random weights and statistics,"
+        " in files by the publisher's names.\n\n"
+    ) + markdown(["network", "model", "difference"], lines)
 
 
 def devices(stored: Mapping[str, Any]) -> str:
@@ -220,7 +222,7 @@ BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("What Top-GAP costs", "bench_pool", pool),
     ("What each system costs", "bench_systems", steps),
     ("Forms of convolutions", "bench_forms", forms),
-    ("Networks of torchvision", "parity_torchvision", parity),
+    ("Networks of torchvision, timm, Hugging Face and RobustBench", "parity_networks", parity),
     ("Many devices on a CPU", "stress_devices", devices),
 )
 

@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple
 
 from topgap_jax.build import table
-from topgap_jax.models.inverted_residual import Block, InvertedResiduals, Variant
+from topgap_jax.models.inverted_residual import Block, InvertedResiduals, Variant, round_channels
 from topgap_jax.models.layers import check_variant
 
 
@@ -100,16 +100,6 @@ def _blocks(width, depth, activation, squeeze):
             blocks.append(Block(kernel, 1 if j else stride, before * expansion, features, reduced, activation))
             before = features
     return tuple(blocks)
-
-
-def round_channels(channels: float) -> int:
-    """The nearest multiple of 8 that is not below 0.9 of `channels`.
-
-    >>> round_channels(24 * 1.1), round_channels(40 * 1.1)
-    (24, 48)
-    """
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
 TABLE = table(

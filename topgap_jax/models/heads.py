@@ -47,7 +47,7 @@ class ConvHead(nn.Module):
     def __call__(self, features: Mapping[str, Array], train: bool = False, step: Array | None = None) -> Array:
         x = convolution(self.width, 1, dtype=self.dtype, name="conv")(features[ordered(features)[-1]])
         x = ACTIVATIONS[self.activation](batch_norm(train, dtype=self.dtype, name="norm", eps=self.eps)(x))
-        x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
+        x = name(nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x), "features")
         return self.pool(_class_maps(x, self.classes), step)
 
 
@@ -135,7 +135,8 @@ def conv_head(
 
     With `gap()` its logits are those of the published networks; the defaults are EfficientNet-Lite0's, B0 has
     `activation` "silu" and `eps` 1e-5. In training whole channels are dropped with probability `dropout`, which behind
-    `gap()` is the published dropout of the pooled features. The maps (b, h, w, classes) are named "maps".
+    `gap()` is the published dropout of the pooled features. What the maps are made of (b, h, w, width) is named
+    "features", the maps (b, h, w, classes) "maps".
     """
     _check_pool("conv_head", pool)
     check_number("width", width, 1, whole=True)

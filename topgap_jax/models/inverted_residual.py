@@ -108,3 +108,13 @@ class InvertedResiduals(nn.Module):
             stage = Stage(self.blocks[start:end], drops, self.variant, self.dtype, stem, name=name)
             x = features[name] = stage(x, train)
         return features
+
+
+def round_channels(channels: float) -> int:
+    """The nearest multiple of 8 that is not below 0.9 of `channels`.
+
+    >>> round_channels(24 * 1.1), round_channels(40 * 1.1)
+    (24, 48)
+    """
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded

@@ -19,7 +19,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "hard_swish": nn.hard_swish,
     "gelu": lambda x: nn.gelu(x, approximate=False),
 }
-PADDINGS = ("symmetric", "same")
 
 
 def convolution(
@@ -34,13 +33,14 @@ def convolution(
     padding: str = "symmetric",
 ) -> nn.Conv:
     """A square convolution. "symmetric" pads kernel // 2 rows and columns on every side, as PyTorch's networks do;
-    "same" is TensorFlow's SAME, which at stride 2 and even sizes pads one less at the top and left."""
+    "same" is TensorFlow's SAME, which at stride 2 and even sizes pads one less at the top and left; "valid" pads
+    nothing."""
     pad = (kernel // 2, kernel // 2)
     return nn.Conv(
         features,
         (kernel, kernel),
         stride,
-        "SAME" if padding == "same" else (pad, pad),
+        (pad, pad) if padding == "symmetric" else padding.upper(),
         feature_group_count=groups,
         use_bias=bias,
         dtype=dtype,
@@ -85,15 +85,27 @@ class SqueezeExcite(nn.Module):
         return x * self.gate(dense(x.shape[-1], "expand")(y))
 
 
+def check_five_halvings(network: str, images: Array) -> None:
+    """UserError for images (b, h, w, c) of which a network that rounds down would leave no position."""
+    height, width = images.shape[1:3]
+    if min(height, width) < 32:
+        raise UserError(f"{network} halves its images five times and needs at least 32x32 pixels, got {height}x{width}")
+
+
 def check_activation(activation: str) -> None:
     """UserError unless it is a name in ACTIVATIONS."""
     if activation not in ACTIVATIONS:
         raise UserError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
+def check_padding(padding: str) -> None:
+    """UserError unless it is one of the two ways to pad that backbones have."""
+    if padding not in ("symmetric", "same"):
+        raise UserError(f"padding must be 'symmetric' or 'same', got {padding!r}")
+
+
 def check_variant(padding: str, eps: float, stochastic_depth: float) -> None:
     """The options in which publications of one network differ: UserError unless they are right."""
-    if padding not in PADDINGS:
-        raise UserError(f"padding must be 'symmetric' or 'same', got {padding!r}")
+    check_padding(padding)
     check_number("eps", eps, 0)
     check_number("stochastic_depth", stochastic_depth, 0, 0.99)

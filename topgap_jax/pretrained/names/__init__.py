@@ -3,10 +3,22 @@
 from collections.abc import Collection, Mapping
 
 from topgap_jax.errors import UserError
-from topgap_jax.pretrained.names import efficientnet, resnet, vgg
+from topgap_jax.pretrained.names import convnext, densenet, inverted_residual, resnet, vgg, vit
 from topgap_jax.pretrained.names.naming import Path, Shape
 
-NAMINGS = {**resnet.NAMINGS, **vgg.NAMINGS, **efficientnet.NAMINGS}
+NAMINGS = {
+    **resnet.NAMINGS,
+    **vgg.NAMINGS,
+    **inverted_residual.NAMINGS,
+    **convnext.NAMINGS,
+    **densenet.NAMINGS,
+    **vit.NAMINGS,
+}
+
+
+def unused(name: str) -> bool:
+    """Whether it is a tensor that a published definition has and never uses: TRADES's second first block."""
+    return name.startswith("sub_block1.")
 
 
 def torch_names(variables: Mapping[Path, Shape], file: Collection[str]) -> dict[Path, str]:
@@ -18,19 +30,9 @@ def torch_names(variables: Mapping[Path, Shape], file: Collection[str]) -> dict[
     """
     choices = [names for naming in NAMINGS.values() if (names := naming.names(variables, file))]
     if not choices:
-        raise UserError(_nameless(variables))
+        layer = min((naming.nameless(variables) for naming in NAMINGS.values()), key=len)[0]
+        raise UserError(
+            f"the layer '{layer}' of this model has no name in PyTorch's files: weights are read into backbones "
+            "with the head that they were published with, e.g. map_head(pool) or conv_head(pool)"
+        )
     return max(choices, key=lambda names: sum(name in file for name in names.values()))
-
-
-def _nameless(variables):
-    """Which layer it is: of the naming that goes furthest, the first layer that it has no name for."""
-
-    def missing(naming):
-        return [path for path, shape in variables.items() if naming.names({path: shape}) is None]
-
-    path = min((missing(naming) for naming in NAMINGS.values()), key=len)[0]
-    layer = "/".join(path[1:-1]).removeprefix("backbone/")
-    return (
-        f"the layer '{layer}' of this model has no name in PyTorch's files: weights are read into backbones "
-        "with the head that they were published with, e.g. map_head(pool) or conv_head(pool)"
-    )

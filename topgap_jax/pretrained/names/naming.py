@@ -25,6 +25,8 @@ class Naming(NamedTuple):
 
     def names(self, variables: Mapping[Path, Shape], file: Collection[str] = ()) -> dict[Path, str] | None:
         """What a file calls each of the variables (path: shape); None where a layer has no name by this naming."""
+        if self.nameless(variables):
+            return None
         layers: dict[str, Shape] = {}
         for path, shape in variables.items():
             layers.setdefault(_layer(path), shape)
@@ -33,10 +35,8 @@ class Naming(NamedTuple):
         for path in variables:
             layer, leaf = _layer(path), LEAVES.get(path[-1])
             stage, block, key = _place(layer)
-            templates = self.table.get(key)
-            if templates is None:
-                return None
-            fields = {"s": stage, "s0": stage - 1} if stage is not None else {}
+            templates = self.table[key]
+            fields = {"s": stage, "s0": stage - 1}
             if block is not None:
                 fields |= {"i": block, "i1": block + 1, "n": blocks.index((stage, block))}
             fields |= more.get(layer, {})
@@ -46,6 +46,11 @@ class Naming(NamedTuple):
             names[path] = next(filter(exists, choices), choices[0]) + (f".{leaf}" if leaf else "")
         return names
 
+    def nameless(self, variables: Collection[Path]) -> list[str]:
+        """The layers among the variables that this naming has no name for."""
+        layers = dict.fromkeys(map(_layer, variables))
+        return [layer for layer in layers if _place(layer)[2] not in self.table]
+
 
 def _layer(path):
     """("params", "backbone", "stem", "conv", "kernel") -> "stem/conv"; a parameter that is no layer's is one."""
@@ -54,11 +59,8 @@ def _layer(path):
 
 
 def _place(layer):
-    """(stage, block, key): "stage2/block0/conv1" -> (2, 0, "block/conv1"), "stem/conv" -> (0, None, "stem/conv")."""
-    match = re.fullmatch(r"(stem|stage(\d+))/(?:block(\d+)/)?(.+)", layer)
-    if not match:
-        return None, None, layer
-    stage = int(match[2] or 0)
-    if match[3] is not None:
-        return stage, int(match[3]), f"block/{match[4]}"
-    return stage, None, f"{'stage' if stage else 'stem'}/{match[4]}"
+    """(stage, block, key): "stage2/block0/conv1" -> (2, 0, "block/conv1"), "stem/conv" -> (0, None, "stem/conv"); 0 is
+    the stem, and where there are no stages."""
+    stem, stage, block, rest = re.fullmatch(r"(?:(stem)/|stage(\d+)/)?(?:block(\d+)/)?(.+)", layer).groups()
+    at = "block/" if block else "stage/" if stage else "stem/" if stem else ""
+    return int(stage or 0), None if block is None else int(block), at + rest

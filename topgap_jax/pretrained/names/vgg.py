@@ -1,18 +1,23 @@
-"""VGG with batch norm: torchvision's names."""
+"""VGG with batch norm: the names of torchvision, of timm, and of kuangliu's networks for CIFAR."""
 
 from topgap_jax.pretrained.names.naming import Naming
 
-CONVOLUTIONS = {
+FEATURES = {
     f"{at}/{layer}{i}": f"features.{{{layer}}}"
     for at in ("stem", "stage")
     for layer in ("conv", "norm")
     for i in (1, 2, 3)
 }
-TORCHVISION = CONVOLUTIONS | {
-    "head/dense": "classifier",
+TORCHVISION = FEATURES | {
     "head/dense1": "classifier.0",
     "head/dense2": "classifier.3",
     "head/dense3": "classifier.6",
+    "head/dense": "classifier",
+}
+TIMM = FEATURES | {
+    "head/dense1": "pre_logits.fc1",
+    "head/dense2": "pre_logits.fc2",
+    "head/dense3": "head.fc",
 }
 
 
@@ -28,4 +33,4 @@ def _numbers(layers):
     return fields
 
 
-NAMINGS = {"vgg torchvision": Naming(TORCHVISION, _numbers)}
+NAMINGS = {"torchvision vgg": Naming(TORCHVISION, _numbers), "timm vgg": Naming(TIMM, _numbers)}
