@@ -13,10 +13,10 @@ RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow
 def settings(path: str | Path) -> dict[str, Any]:
     """What config.json and preprocessor_config.json beside the file say of how the network was tested.
 
-    {"architecture": text, "mean": tuple, "std": tuple, "image_size": (h, w), "crop_pct": float, "interpolation": text, "labels": tuple,
-    "num_classes": int}, without what they do not say; {} where they are not there or are of another kind. timm's test
-    settings (`test_input_size`, `test_crop_pct`) go before those of training. UserError for a file that is no JSON, and
-    for numbers that cannot be right.
+    {"architecture": text, "mean": tuple, "std": tuple, "image_size": (h, w), "crop_pct": float, "interpolation": text,
+    "labels": tuple, "num_classes": int}, without what they do not say; {} where they are not there or are of another
+    kind. timm's test settings (`test_input_size`, `test_crop_pct`) go before those of training. UserError for a file
+    that is no JSON, and for numbers that cannot be right.
     """
     folder = Path(path).parent
     config, preprocessor = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
