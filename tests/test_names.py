@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 from topgap_jax import models, pool, pretrained
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
+from topgap_jax.pretrained import fitting
 from topgap_jax.pretrained.architectures import ARCHITECTURES, FOREIGN, foreign, recognise
 from topgap_jax.pretrained.names import NAMINGS, torch_names
 from topgap_jax.pretrained.names.layout import fits, ours, torch_shape
@@ -229,3 +231,13 @@ def test_an_error_says_which_network_the_file_is(tmp_path):
     ours = error({name: torch_shape(path, variables_of(text)[path]) for path, name in names.items()})
     assert ours.endswith(f"; the file is {text}")
     assert error({"scale": (3,)}).endswith("unexpected: scale")
+
+
+def test_the_head_of_any_naming_can_be_left_out():
+    """What `head=None` drops of a file: the head's tensors, whatever they are called, and nothing of the blocks."""
+    for naming in NAMINGS.values():
+        for layer, templates in naming.table.items():
+            for template in (templates,) if isinstance(templates, str) else templates:
+                name = re.sub(r"\{\w+\}", "2", template) + ".weight"
+                if layer.split("/")[0] in ("head", "block"):
+                    assert fitting._of_a_head(name, None) == layer.startswith("head"), name
