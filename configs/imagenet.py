@@ -22,8 +22,7 @@ def get_config() -> ConfigDict:
     config.std = (128 / 255, 128 / 255, 128 / 255)
 
     config.init = "efficientnet_lite0"
-    config.backbone = "efficientnet_lite0()"
-    config.head = "conv_head(pool)"
+    config.network = "classifier(efficientnet_lite0(), conv_head(pool), classes=classes, mean=mean, std=std)"
     config.batch = 50
     config.epochs = 1
     config.optimizer = "sgd(0)"  # nothing is trained
