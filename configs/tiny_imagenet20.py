@@ -1,13 +1,12 @@
-"""Twenty classes of Tiny ImageNet at 64x64, with one box an image.
+"""Twenty classes of Tiny ImageNet, enlarged to 128x128, with one box an image: EfficientNet-Lite0, fine-tuned.
 
+pip install 'topgap-jax[imagenet]'
 topgap train --config configs/tiny_imagenet20.py --workdir runs/tiny_gap
-topgap train --config configs/tiny_imagenet20.py --config.pool='top_gap(fraction=.25)' --workdir runs/tiny_top_gap
+topgap train --config configs/tiny_imagenet20.py --arm 'top_gap .25' --workdir runs/tiny_top_gap
 topgap explain --workdir runs/tiny_top_gap
 
-Measured on 1,000 validation images, one seed, 2.6 CPU minutes an arm (results/tiny_imagenet20.json): accuracy 52.6 %
-with gap(), 51.0 % with top_gap(fraction=.25). MaxBoxAcc of the class map .509 and .505; a full-image box has .495, a
-centred one .346. At its best threshold (.05) the map's IoU is .485 and .487, a full-image box's .489: neither arm
-localises better than the whole image.
+The pictures are from ImageNet: the network has probably seen them in its pretraining, and its own 20 columns are right
+on 79 % of them without any fine-tuning.
 """
 
 from ml_collections import ConfigDict
@@ -17,17 +16,24 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.source = "tfds('tiny_imagenet20', box='bbox')"
     config.test = "validation"
-    config.image_size = (64, 64)
-    config.mean = (0.485, 0.456, 0.406)
-    config.std = (0.229, 0.224, 0.225)
+    config.image_size = (128, 128)
+    config.mean = (127 / 255, 127 / 255, 127 / 255)
+    config.std = (128 / 255, 128 / 255, 128 / 255)
 
-    config.backbone = "small_resnet()"
-    config.head = "pyramid_head(pool, width=32)"
-    config.epochs = 20
-    config.augment = "crop_flip(padding=8), cutout(16)"
-    config.optimizer = "adamw(cosine(4e-3, 0, total_steps, warmup=0.1), weight_decay=.02)"
+    config.init = "efficientnet_lite0"
+    config.backbone = "efficientnet_lite0()"
+    config.head = "pyramid_head(pool, width=256, levels=2)"
+    config.model = "frozen_statistics(network, 'backbone')"
+    config.batch = 50
+    config.epochs = 5
+    config.augment = "crop_flip(padding=16)"
+    config.optimizer = "slower(adamw(cosine(1e-3, 0, total_steps, warmup=.1), weight_decay=.02), .1, 'backbone')"
 
     config.eps = 1 / 255
     config.evaluators = "accuracy(), localisation(cam()), localisation(grad_cam('stage4')), receptive_field()"
     config.explain = "cam(), grad_cam('stage4')"
     return config
+
+
+def arms():
+    return {"gap": {}, "top_gap .25": {"pool": "top_gap(fraction=.25)"}}

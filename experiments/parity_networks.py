@@ -5,13 +5,15 @@
 Random weights and random batch statistics, two images of every size. `pretrained.describe` picks the architecture,
 `pretrained.load` reads the file by name, as `topgap evaluate --weights` does. Largest difference of the logits, over
 the largest logit; at most 1e-4. Where they differ, the layers with a kernel are compared one by one, and the first that
-differs is printed. Hugging Face's and efficientnet_pytorch's files are timm's networks with the tensors renamed.
-Writes results/parity_networks.json, unless parts of names are given.
+differs is printed. `pretrained.to_torch` must give the file again, bit by bit. The files of Hugging Face and of
+efficientnet_pytorch are timm's networks with the tensors renamed. Writes results/parity_networks.json, unless parts of
+names are given.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -22,7 +24,7 @@ import numpy as np
 
 from topgap_jax import models, pool, pretrained
 from topgap_jax.build import build
-from topgap_jax.pretrained.names import torch_names
+from topgap_jax.pretrained.names import naming_of, torch_names, unused
 from topgap_jax.run.provenance import provenance
 
 HERE = Path(__file__).parent
@@ -104,6 +106,20 @@ def loaded(folder, images, mean, std):
     return described["model"], model, variables
 
 
+def same_file(folder, variables):
+    """Do the variables become the tensors of the file again? Old names of a layer become its new ones."""
+    tensors = pretrained.tensors(folder / "network.safetensors")
+    saved = pretrained.to_torch(variables, naming_of(shapes(variables), tensors))
+    new = {re.sub(r"(denselayer.+\.)(norm|conv)\.([12])", r"\1\2\3", name): x for name, x in tensors.items()}
+    expected = {name: tensor for name, tensor in new.items() if not unused(name)}
+    return set(saved) == set(expected) and all(np.array_equal(saved[name], expected[name]) for name in saved)
+
+
+def shapes(variables):
+    """{path: shape}, as the names of layers are asked for."""
+    return {tuple(k.key for k in keys): leaf.shape for keys, leaf in jax.tree.flatten_with_path(variables)[0]}
+
+
 def classes(folder):
     with np.load(next(folder.glob("*.npz"))) as file:
         return file["logits"].shape[-1]
@@ -114,6 +130,8 @@ def compare(folder, size):
     with np.load(folder / f"{size}.npz") as file:
         images, expected, mean, std = (file[name] for name in ("images", "logits", "mean", "std"))
     text, model, variables = loaded(folder, images, mean, std)
+    if not same_file(folder, variables):
+        raise SystemExit(f"{text}: our variables do not become the publisher's file again")
     logits = jax.jit(lambda variables, images: models.bind(model, variables)(images))(variables, images)
     scale = np.abs(expected).max()
     return {
@@ -130,8 +148,7 @@ def first_difference(folder, size):
     with np.load(folder / f"{size}.npz") as file:
         arrays = dict(file)
     _, model, variables = loaded(folder, arrays["images"], arrays["mean"], arrays["std"])
-    paths = {tuple(k.key for k in keys): leaf.shape for keys, leaf in jax.tree.flatten_with_path(variables)[0]}
-    names = torch_names(paths, pretrained.read(folder / "network.safetensors").shapes)
+    names = torch_names(shapes(variables), pretrained.read(folder / "network.safetensors").shapes)
     layers = {path[1:-1]: name for path, name in names.items() if path[-1] == "kernel"}
 
     names_in_order = []

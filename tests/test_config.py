@@ -227,7 +227,7 @@ def test_split_list_finds_the_parts(parts):
         ({"image_size": (32, 0)}, "config.image_size must be (height, width) in pixels, got (32, 0)"),
         ({"mean": (0.5, "a")}, "config.mean must be numbers, one per channel, got (0.5, 'a')"),
         ({"pool": None}, "config.pool must be an expression, got None"),
-        ({"resize": "squash"}, "config.resize must be 'stretch' or 'crop', got 'squash'"),
+        ({"resize": "squash"}, "config.resize must be 'stretch', 'crop' or 'centre', got 'squash'"),
     ],
 )
 def test_a_value_of_the_wrong_kind(tmp_path, change, words):

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 from topgap_jax import models, pool, pretrained
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
+from topgap_jax.pretrained import fitting
 from topgap_jax.pretrained.architectures import ARCHITECTURES, FOREIGN, foreign, recognise
 from topgap_jax.pretrained.names import NAMINGS, torch_names
 from topgap_jax.pretrained.names.layout import fits, ours, torch_shape
@@ -112,7 +114,7 @@ def test_names_are_those_that_the_package_saves(naming, network):
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == SAVED[naming, network]
 
 
-def test_a_file_of_timm_becomes_our_variables(tmp_path):
+def test_a_file_of_timm_becomes_our_variables_and_they_a_file(tmp_path):
     """MobileNetV3: dense layers that timm has as convolutions, among others."""
     text = "classifier(mobilenet_v3_small(), mobilenet_head(width=576, hidden=1024), classes=10, mean=mean, std=std)"
     names = NAMINGS["timm mobilenet"].names(variables_of(text))
@@ -124,11 +126,26 @@ def test_a_file_of_timm_becomes_our_variables(tmp_path):
             if "hidden" in path or "squeeze_excite" in path:
                 values = values[..., None, None]
         tensors[names[path]] = np.ascontiguousarray(values)
-    tensors["sub_block1.layer.0.bn1.weight"] = np.ones(3, np.float32)  # TRADES's, which nothing uses
-    save_file(tensors, tmp_path / "w.safetensors")
+    unused = {"sub_block1.layer.0.bn1.weight": np.ones(3, np.float32)}  # TRADES's, which nothing uses
+    save_file(tensors | unused, tmp_path / "w.safetensors")
     loaded = pretrained.load(tmp_path / "w.safetensors", model_of(text), image_shape=(64, 64, 3))
     for keys, leaf in jax.tree.flatten_with_path(loaded)[0]:
         np.testing.assert_array_equal(leaf, expected[tuple(key.key for key in keys)], str(keys))
+    saved = pretrained.to_torch(loaded, "timm mobilenet")
+    assert set(saved) == set(tensors)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(saved[name], tensor, name)  # shapes too
+
+
+def test_namings_that_a_network_does_not_have():
+    variables = {"params": {"backbone": {"stem": {"patch": {"kernel": np.ones((1, 1, 3, 4))}}}}}
+    for naming, text in (
+        ("timm mobilnet", "there is no naming 'timm mobilnet'; did you mean 'timm mobilenet'? choose from torchvision"),
+        ("torchvision resnet", "the layer 'stem/patch' has no name by 'torchvision resnet'"),
+    ):
+        with pytest.raises(UserError) as caught:
+            pretrained.to_torch(variables, naming)
+        assert str(caught.value).startswith(text)
 
 
 @pytest.mark.parametrize(
@@ -229,3 +246,13 @@ def test_an_error_says_which_network_the_file_is(tmp_path):
     ours = error({name: torch_shape(path, variables_of(text)[path]) for path, name in names.items()})
     assert ours.endswith(f"; the file is {text}")
     assert error({"scale": (3,)}).endswith("unexpected: scale")
+
+
+def test_the_head_of_any_naming_can_be_left_out():
+    """What `head=None` drops of a file: the head's tensors, whatever they are called, and nothing of the blocks."""
+    for naming in NAMINGS.values():
+        for layer, templates in naming.table.items():
+            for template in (templates,) if isinstance(templates, str) else templates:
+                name = re.sub(r"\{\w+\}", "2", template) + ".weight"
+                if layer.split("/")[0] in ("head", "block"):
+                    assert fitting._of_a_head(name, None) == layer.startswith("head"), name

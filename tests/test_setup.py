@@ -145,21 +145,21 @@ def test_weights_from_a_file(tmp_path, capsys, reads):
     variables = assembly.init(chosen)
     path = tmp_path / "net.safetensors"
     store(path, variables, {"mean": "0.4,0.4,0.4"})
-    loaded = setup.from_weights(TINY, [], path)
+    loaded = setup.from_config(TINY, [("init", str(path))])
     jax.tree.map(np.testing.assert_array_equal, dict(loaded.variables), dict(variables))
     assert loaded.experiment.config.mean == (0.4, 0.4, 0.4) and loaded.weights == "net.safetensors"
     assert capsys.readouterr().err == "net.safetensors: config.mean = (0.4, 0.4, 0.4)\n"
-    given = setup.from_weights(TINY, [("mean", "(.3, .3, .3)")], path)
+    given = setup.from_config(TINY, [("mean", "(.3, .3, .3)"), ("init", str(path))])
     assert given.experiment.config.mean == (0.3, 0.3, 0.3) and capsys.readouterr().err == ""
     assert reads == []
-    text = error(setup.from_weights, TINY, [("source", "folder('nowhere')")], path)
+    text = error(setup.from_config, TINY, [("source", "folder('nowhere')"), ("init", str(path))])
     assert text == "config.source: folder: folder('nowhere'): there is no such folder"
 
 
 def store(path, variables, metadata):
     """The variables in PyTorch's naming and layout."""
     leaves = jax.tree.flatten_with_path(variables)[0]
-    names = pretrained.torch_names([tuple(key.key for key in keys) for keys, _ in leaves], {})
+    names = pretrained.torch_names({tuple(key.key for key in keys): leaf.shape for keys, leaf in leaves}, {}).values()
     turn = lambda x: x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
     arrays = {name: np.ascontiguousarray(turn(np.asarray(leaf))) for name, (_, leaf) in zip(names, leaves)}
     save_file(arrays, path, metadata)

@@ -117,7 +117,10 @@ def _add_model(parser):
         parser, "a config file, e.g. configs/cifar10.py; with --workdir the Python file of the run's own methods"
     )
     parser.add_argument(
-        "--weights", type=_path, metavar="FILE", help="with --config: .safetensors or .npz in PyTorch naming"
+        "--weights",
+        type=_path,
+        metavar="FILE",
+        help="with --config: a file of weights (.safetensors, .npz, .pth), or whatever config.init may be",
     )
     parser.add_argument("--checkpoint", choices=("best", "last"), help="with --workdir (default: best)")
     _add_devices(parser)
@@ -197,15 +200,17 @@ def _loaded(arguments, overrides):
     from topgap_jax import setup
 
     _check_model(arguments)
-    if arguments.config and not arguments.weights:
-        raise UserError(
-            "--config needs --weights FILE: a config alone has no trained weights (of a run, give --workdir)"
-        )
     _configure(arguments)
     if arguments.workdir:
         which = arguments.checkpoint or "best"
         return setup.from_workdir(arguments.workdir, overrides, checkpoint_name=which, file=arguments.file)
-    return setup.from_weights(arguments.config, overrides, arguments.weights, arguments.file)
+    pictures = getattr(arguments, "images", None) is not None
+    return setup.from_config(arguments.config, _with_weights(arguments, overrides), arguments.file, pictures)
+
+
+def _with_weights(arguments, overrides):
+    """The overrides, --weights among them: it is another way to write --config.init."""
+    return [*overrides, *([("init", arguments.weights)] if arguments.weights else [])]
 
 
 def _check_model(arguments):
@@ -228,7 +233,9 @@ def _train(arguments, overrides):
     if evaluates:
         results.read(Path(arguments.workdir) / results.FILE)  # a damaged one is told before the training
     try:
-        fit(experiment.config, arguments.workdir, parts=setup.parts(experiment), file=experiment.file)
+        fit(
+            experiment.config, arguments.workdir, parts=setup.parts(experiment, arguments.workdir), file=experiment.file
+        )
     except Stopped as stopped:
         print(f"topgap: {stopped}", file=sys.stderr)
         return 143
@@ -270,7 +277,8 @@ def _layers(arguments, overrides):
     _check_model(arguments)
     _configure(arguments)
     if arguments.weights:
-        experiment = setup.from_weights(arguments.config, overrides, arguments.weights, arguments.file).experiment
+        overrides = _with_weights(arguments, overrides)
+        experiment = setup.from_config(arguments.config, overrides, arguments.file).experiment
     elif arguments.workdir:
         experiment = setup.from_workdir(arguments.workdir, overrides, file=arguments.file).experiment
     else:

@@ -16,7 +16,7 @@ Record: TypeAlias = dict[str, Any]
 """`image` (h, w, 3) uint8 RGB, `label` int (-1: none), and where offered `box` (4,) float32 (ymin, xmin, ymax, xmax) in
 [0, 1], `region` (h, w) uint8 (0 outside, 1 inside, 2 unsure), `group` int, `name` str (the set's own id)."""
 
-RESIZES = ("stretch", "crop")
+RESIZES = ("stretch", "crop", "centre")
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,14 @@ def decode(
     """Record `index` of the source with its image at `image_size` (h, w); box and region move along.
 
     resize: "stretch" squashes the whole image (bilinear, antialiased); "crop" scales the image until it covers the size
-    and cuts out the centre. A box is cut at the border (one that is wholly outside has no area); a region is resized by
+    and cuts out the centre; "centre" cuts it out of the image as it is, which is enlarged first (bicubic) where a side
+    is too small. A box is cut at the border (one that is wholly outside has no area); a region is resized by
     nearest neighbour. extras=False leaves box, region and group out.
     """
     left_out = () if extras else ("box", "region", "group")
     record = {key: value for key, value in source[index].items() if key not in left_out}
+    if resize == "centre":
+        _enlarge(record, image_size)
     h, w = record["image"].shape[:2]
     top, left, height, width = window = crop_window((h, w), image_size, resize)
     if (h, w) == tuple(image_size):
@@ -104,6 +107,8 @@ def crop_window(
     if resize == "stretch":
         return 0.0, 0.0, float(h), float(w)
     scale = max(height / h, width / w)
+    if resize == "centre" and scale <= 1:  # whole pixels: nothing is resampled
+        return float((h - height) // 2), float((w - width) // 2), float(height), float(width)
     return (h - height / scale) / 2, (w - width / scale) / 2, height / scale, width / scale
 
 
@@ -190,6 +195,17 @@ def _fault(record: Record, classes: int) -> str:
         if not (-1e-3 <= ymin <= ymax <= 1 + 1e-3 and -1e-3 <= xmin <= xmax <= 1 + 1e-3):
             return f"box {[round(float(x), 4) for x in record['box']]} is not (ymin, xmin, ymax, xmax) in [0, 1]"
     return ""
+
+
+def _enlarge(record: Record, image_size: tuple[int, int]) -> None:
+    """Enlarge image and region until they cover the size, where a side does not."""
+    h, w = record["image"].shape[:2]
+    scale = max(image_size[0] / h, image_size[1] / w)
+    if scale > 1:
+        size, whole = (round(h * scale), round(w * scale)), (0.0, 0.0, float(h), float(w))
+        record["image"] = _cut(record["image"], size, whole, Image.Resampling.BICUBIC)
+        if "region" in record:
+            record["region"] = _cut(record["region"], size, whole, Image.Resampling.NEAREST)
 
 
 def _cut(image: np.ndarray, image_size, window, method) -> np.ndarray:

@@ -81,7 +81,7 @@ class ViT(nn.Module):
             # can look at.
             x = Block((h // PATCH, w // PATCH) if i == DEPTH - 1 else None, name=f"block{i}")(x)
         x = layer_norm(dtype=None, name="norm")(x)
-        return nn.Dense(self.classes, kernel_init=INIT, name="dense")(x[:, 0])
+        return nn.Dense(self.classes, kernel_init=INIT, name="head")(x[:, 0])
 
 
 def vit_s16(classes: int = 1000, *, mean: Sequence[float], std: Sequence[float], registers: int = 0) -> Model:

@@ -16,7 +16,7 @@ from topgap_jax.build import build, did_you_mean
 from topgap_jax.errors import UserError
 from topgap_jax.pretrained.files import Description, check_values, read, tensors
 from topgap_jax.pretrained.fitting import filled
-from topgap_jax.pretrained.names import torch_names
+from topgap_jax.pretrained.names import to_torch, torch_names
 from topgap_jax.pretrained.networks import describe
 from topgap_jax.pretrained.published import NETWORKS, imagenet_classes, weights_of
 from topgap_jax.types import Array, Model, Variables

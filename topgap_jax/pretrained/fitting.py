@@ -22,11 +22,10 @@ Shape = tuple[int, ...]
 
 
 class Fit(NamedTuple):
-    """Names in a file by path of a variable; whether they are the module's own; and the tensors left over."""
+    """Names in a file by path of a variable, and whether they are the module's own."""
 
     names: Mapping[Path, str]
     own: bool
-    unexpected: list[str]
 
 
 def filled(
@@ -78,7 +77,7 @@ def _fit(where, shapes, variables, head):
         shapes[names[path]] == expected(path) if own else fits(path, variables[path], shapes[names[path]])
     )
     missing = [name for name in names.values() if name not in shapes]
-    unexpected = sorted(name for name in set(shapes) - set(names.values()) if own or not unused(name))
+    unexpected = sorted(name for name in set(shapes) - set(names.values()) if not unused(name))
     if head is None:
         unexpected = [name for name in unexpected if not _of_a_head(name, own)]
     shaped = {
@@ -90,9 +89,10 @@ def _fit(where, shapes, variables, head):
     if any(wrong.values()):
         parts = "; ".join(f"{kind}: {_listed(items)}" for kind, items in wrong.items() if items)
         heads = not (missing or unexpected) and all(path[1] == HEAD for path in shaped)
-        hint = "head=None leaves the file's head out, for fine-tuning" if heads else unlike(shapes)
+        hint = "head=None leaves the file's head out, for fine-tuning" if heads else None
+        hint = unlike(shapes) if not own and (missing or unexpected) else hint
         raise UserError(f"{where} does not fit the model: {parts}{'; ' + hint if hint else ''}")
-    return Fit(names, bool(own), unexpected)
+    return Fit(names, bool(own))
 
 
 def _array(fit, path, shape, values):
@@ -109,7 +109,7 @@ def _of_a_head(name, own):
 def _head_patterns():
     for naming in NAMINGS.values():
         for layer, templates in naming.table.items():
-            if layer.startswith(f"{HEAD}/"):
+            if layer.split("/")[0] == HEAD:
                 for template in (templates,) if isinstance(templates, str) else templates:
                     yield r"\d+".join(map(re.escape, re.split(r"\{\w+\}", template)))
 

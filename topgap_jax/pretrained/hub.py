@@ -13,10 +13,10 @@ RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow
 def settings(path: str | Path) -> dict[str, Any]:
     """What config.json and preprocessor_config.json beside the file say of how the network was tested.
 
-    {"mean": tuple, "std": tuple, "image_size": (h, w), "crop_pct": float, "interpolation": text, "labels": tuple,
-    "num_classes": int}, without what they do not say; {} where they are not there or are of another kind. timm's test
-    settings (`test_input_size`, `test_crop_pct`) go before those of training. UserError for a file that is no JSON, and
-    for numbers that cannot be right.
+    {"architecture": text, "mean": tuple, "std": tuple, "image_size": (h, w), "crop_pct": float, "interpolation": text,
+    "labels": tuple, "num_classes": int}, without what they do not say; {} where they are not there or are of another
+    kind. timm's test settings (`test_input_size`, `test_crop_pct`) go before those of training. UserError for a file
+    that is no JSON, and for numbers that cannot be right.
     """
     folder = Path(path).parent
     config, preprocessor = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
@@ -26,12 +26,6 @@ def settings(path: str | Path) -> dict[str, Any]:
         inner = config.get("pretrained_cfg")
         return _checked(folder, _timm({**config, **(inner if isinstance(inner, dict) else {})}))
     return {}
-
-
-def architecture(path: str | Path) -> str:
-    """What config.json beside the file calls the network ("tf_efficientnet_b0"), "" where it says nothing."""
-    name = _json(Path(path).parent / "config.json").get("architecture")
-    return name if isinstance(name, str) else ""
 
 
 def check_normalisation(where: str | Path, mean: Any, std: Any) -> None:
@@ -51,6 +45,7 @@ def _timm(config):
     said = config.get("label_descriptions")
     labels = [said.get(name, name) for name in named] if named and isinstance(said, dict) else named
     return {
+        "architecture": config.get("architecture"),
         "mean": config.get("mean"),
         "std": config.get("std"),
         "image_size": size[-2:] if isinstance(size, list) else None,
@@ -93,6 +88,7 @@ def _checked(folder, said):
         "image_size": lambda x: isinstance(x, tuple) and len(x) == 2 and all(map(whole, x)),
         "crop_pct": lambda x: isinstance(x, int | float) and not isinstance(x, bool) and 0 < x <= 1,
         "interpolation": lambda x: isinstance(x, str),
+        "architecture": lambda x: isinstance(x, str),
         "labels": lambda x: isinstance(x, tuple) and all(isinstance(name, str) for name in x),
         "num_classes": whole,
     }

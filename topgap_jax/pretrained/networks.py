@@ -6,7 +6,7 @@ from typing import Any
 from topgap_jax.errors import UserError
 from topgap_jax.pretrained.architectures import recognise
 from topgap_jax.pretrained.files import read
-from topgap_jax.pretrained.hub import architecture, check_normalisation, settings
+from topgap_jax.pretrained.hub import check_normalisation, settings
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -14,18 +14,19 @@ def describe(path: str | Path) -> dict[str, Any]:
     config}, None for what they do not say; and where a hub says it, of how the network was tested: "image_size" (h, w),
     "crop_pct", "interpolation", "labels" (names of the classes), "num_classes".
 
-    The model is recognised by names and shapes, and where these are not enough by what config.json calls it; mean and
-    std stand in the metadata of a safetensors file ("0.485,0.456,0.406"), else in config.json, else they are those of
-    the published weights that go by these names. UserError for numbers that cannot be a mean or a std.
+    The model is recognised by names and shapes; mean and std stand in the metadata of a safetensors file
+    ("0.485,0.456,0.406"), else in config.json, and are else those of the published weights that go by these names.
+    UserError for numbers that cannot be a mean or a std.
     """
-    description = read(path)
-    row = recognise(description.shapes, architecture(path))
-    said = {"mean": None, "std": None, **(row.published if row else {}), **settings(path)}
+    description, hub = read(path), settings(path)
+    name = hub.pop("architecture", description.metadata.get("architecture", ""))
+    architecture = recognise(description.shapes, name)
+    said = {"mean": None, "std": None, **(architecture.published if architecture else {}), **hub}
     for key in ("mean", "std"):
         if key in description.metadata:
             said[key] = _numbers(path, key, description.metadata[key])
     check_normalisation(path, said["mean"], said["std"])
-    return {**said, "model": row.model if row else None}
+    return {**said, "model": architecture.model if architecture else None}
 
 
 def _numbers(path, key, text):

@@ -45,7 +45,8 @@ class Parts(NamedTuple):
 
     train: a split as `data.resident` decodes it, held on the device, or a `data.Stream` that gives this process's rows
     of each batch without end. validation: likewise arrays, or a `Split`, or None. ema: 0, or the decay of averaged
-    parameters. class_names: stored in the folder of the run, which is refused to data of other classes.
+    parameters. class_names: stored in the folder of the run, which is refused to data of other classes. initial:
+    variables on the host that training begins with; None: as the model draws them.
     """
 
     model: Model
@@ -62,6 +63,7 @@ class Parts(NamedTuple):
     image_shape: tuple[int, int, int]
     classes: int
     class_names: tuple[str, ...] = ()
+    initial: Variables | None = None
 
 
 class State(NamedTuple):
@@ -232,9 +234,9 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
 def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, Any]]:
     """Fresh variables from the seed, or the last checkpoint."""
 
-    def fresh():
+    def fresh(initial):
         # Copies: a donated state must not hold one buffer twice.
-        variables = dict(parts.model.init(jax.random.key(parts.seed), jnp.zeros((1, *parts.image_shape))))
+        variables = dict(initial or parts.model.init(jax.random.key(parts.seed), jnp.zeros((1, *parts.image_shape))))
         if parts.ema:
             variables["ema"] = jax.tree.map(jnp.copy, {key: variables[key] for key in ("params", "batch_stats")})
         return State(jnp.int32(0), variables, parts.optimizer.init(variables["params"]))
@@ -243,7 +245,7 @@ def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, An
         # Drawing every parameter is a large program that runs once: at LLVM's level 1 it has the same bits, and
         # does not take longer to compile than the training step.
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-        return jax.jit(fresh, out_shardings=replicated(mesh), compiler_options=options)(), {
+        return jax.jit(fresh, out_shardings=replicated(mesh), compiler_options=options)(parts.initial), {
             "step": 0,
             "best": None,
             "stream": None,
@@ -252,7 +254,8 @@ def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, An
             "cpu_seconds": 0.0,
         }
     described = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), jax.eval_shape(fresh)
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+        jax.eval_shape(fresh, None),
     )
     templates = {"variables": described.variables, "optimizer": described.optimizer}
     trees, meta = checkpoint.restore(workdir, "last", templates)

@@ -21,6 +21,7 @@ import optax
 from ml_collections import ConfigDict
 
 from topgap_jax.build import build, calls, did_you_mean, names
+from topgap_jax.data.source import RESIZES
 from topgap_jax.errors import UserError
 from topgap_jax.measure.results import today
 from topgap_jax.setup.tables import ROOMS, TABLE, VALUES
@@ -52,7 +53,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "a text": lambda value: isinstance(value, str),
     "an expression": lambda value: isinstance(value, str),
     "expressions": lambda value: isinstance(value, str),
-    "'stretch' or 'crop'": lambda value: value in ("stretch", "crop"),
+    "'stretch', 'crop' or 'centre'": lambda value: value in RESIZES,
     "a whole number": lambda value: type(value) is int and value >= 0,
     "a whole number of at least 1": lambda value: type(value) is int and value >= 1,
     "a number in [0, 1)": lambda value: _number(value) and 0 <= value < 1,
@@ -73,7 +74,11 @@ KEYS = {
     "validation": Key("a text", "the split that the best checkpoint is chosen by; '' for none", ""),
     "test": Key("a text", "the splits that are evaluated, separated by commas", "test"),
     "image_size": Key("(height, width) in pixels", "of what the network sees"),
-    "resize": Key("'stretch' or 'crop'", "how a picture gets that size; a crop keeps the aspect", "stretch"),
+    "resize": Key(
+        "'stretch', 'crop' or 'centre'",
+        "how a picture gets that size: a crop keeps the aspect, the centre its pixels too",
+        "stretch",
+    ),
     "mean": Key("numbers, one per channel", "subtracted inside the model; images are in [0, 1]", (0.5, 0.5, 0.5)),
     "std": Key("numbers, one per channel", "divided by inside the model", (0.25, 0.25, 0.25)),
     "dtype": Key("a text", "'float32' or 'bfloat16', of the network's arithmetic", "float32"),
@@ -87,6 +92,12 @@ KEYS = {
         _model,
     ),
     "model": Key("an expression", "what is trained: the network, or the network changed", "network", _model),
+    "init": Key(
+        "a text",
+        "the weights to begin with: a file, the name of a published network, the folder of a run or of Orbax's; '' for "
+        "fresh ones",
+        "",
+    ),
     "batch": Key("a whole number of at least 1", "examples in a step, over all devices", 100),
     "epochs": Key("a whole number of at least 1", "passes over the training split"),
     "augment": Key("expressions", "augmentations; '' for none", "", Role("an augmentation", "augmentation")),

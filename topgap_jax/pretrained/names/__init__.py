@@ -2,9 +2,14 @@
 
 from collections.abc import Collection, Mapping
 
+import jax
+import numpy as np
+
+from topgap_jax.build import did_you_mean
 from topgap_jax.errors import UserError
 from topgap_jax.pretrained.names import convnext, densenet, inverted_residual, resnet, vgg, vit
 from topgap_jax.pretrained.names.naming import Path, Shape
+from topgap_jax.types import Variables
 
 NAMINGS = {
     **resnet.NAMINGS,
@@ -28,7 +33,12 @@ def torch_names(variables: Mapping[Path, Shape], file: Collection[str]) -> dict[
     have a name for every variable, the one that most of the file's names agree with. UserError where a layer of ours
     has no name.
     """
-    choices = [names for naming in NAMINGS.values() if (names := naming.names(variables, file))]
+    return NAMINGS[naming_of(variables, file)].names(variables, file)
+
+
+def naming_of(variables: Mapping[Path, Shape], file: Collection[str]) -> str:
+    """The key in NAMINGS of the naming that `torch_names` goes by."""
+    choices = {key: names for key, naming in NAMINGS.items() if (names := naming.names(variables, file))}
     if not choices:
         layer = min((naming.nameless(variables) for naming in NAMINGS.values()), key=len)[0]
         raise UserError(
@@ -36,4 +46,22 @@ def torch_names(variables: Mapping[Path, Shape], file: Collection[str]) -> dict[
             "with the head that they were published with, e.g. map_head(pool) or conv_head(pool); head=None leaves the"
             " file's head out"
         )
-    return max(choices, key=lambda names: sum(name in file for name in names.values()))
+    return max(choices, key=lambda key: sum(name in file for name in choices[key].values()))
+
+
+def to_torch(variables: Variables, naming: str) -> dict[str, np.ndarray]:
+    """The variables of one of our networks as PyTorch's authors save them, {name: tensor} in their layout: what
+    `safetensors.numpy.save_file` takes and `load` reads.
+
+    naming: a key of NAMINGS ("torchvision resnet", "timm mobilenet"). UserError for another, and for a layer that has
+    no name by it.
+    """
+    if naming not in NAMINGS:
+        raise UserError(
+            f"there is no naming '{naming}'; {did_you_mean(naming, NAMINGS, n=1)}choose from {', '.join(NAMINGS)}"
+        )
+    leaves = jax.tree.flatten_with_path(variables)[0]
+    arrays = {tuple(str(getattr(key, "key", key)) for key in keys): np.asarray(leaf) for keys, leaf in leaves}
+    if nameless := NAMINGS[naming].nameless(arrays):
+        raise UserError(f"the layer '{nameless[0]}' has no name by '{naming}'")
+    return NAMINGS[naming].tensors(arrays)

@@ -51,7 +51,7 @@ def _numbers(layers):
 
 
 NAMINGS = {
-    "torchvision convnext": Naming(TORCHVISION, _numbers),
+    "torchvision convnext": Naming(TORCHVISION, _numbers, {"block/layer_scale": (1, 1)}),
     "timm convnext": Naming(TIMM),
     "hugging face convnext": Naming(
         {layer: (f"convnext.{name}", name) for layer, name in HUGGING_FACE.items()} | {"head/dense": "classifier"}

@@ -93,10 +93,13 @@ def _numbers(layers):
     return fields | {"head/conv": last, "head/norm": last}
 
 
+ONE = (-1, 1, 1)
+AXES = {"block/squeeze_excite/reduce": ONE, "block/squeeze_excite/expand": ONE}
+
 NAMINGS = {
-    "efficientnet_pytorch efficientnet": Naming(EFFICIENTNET_PYTORCH, _numbers),
-    "timm efficientnet": Naming(TIMM, _numbers),
-    "torchvision efficientnet": Naming(TORCHVISION, _numbers),
-    "timm mobilenet": Naming(TIMM_MOBILENET, _numbers),
-    "torchvision mobilenet": Naming(TORCHVISION_MOBILENET, _numbers),
+    "efficientnet_pytorch efficientnet": Naming(EFFICIENTNET_PYTORCH, _numbers, AXES),
+    "timm efficientnet": Naming(TIMM, _numbers, AXES),
+    "torchvision efficientnet": Naming(TORCHVISION, _numbers, AXES),
+    "timm mobilenet": Naming(TIMM_MOBILENET, _numbers, {**AXES, "head/hidden": ONE}),
+    "torchvision mobilenet": Naming(TORCHVISION_MOBILENET, _numbers, AXES),
 }

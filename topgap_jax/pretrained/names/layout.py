@@ -27,3 +27,10 @@ def ours(path: tuple[str, ...], shape: tuple[int, ...], tensor: np.ndarray) -> n
     if path[-1] != "kernel":
         return tensor.reshape(shape)
     return tensor.transpose(2, 3, 1, 0) if len(shape) == 4 else tensor.reshape(shape[1], shape[0]).T
+
+
+def theirs(path: tuple[str, ...], values: np.ndarray, rest: tuple[int, ...] | None = None) -> np.ndarray:
+    """Our variable in PyTorch's layout; rest: the axes behind the first, where an author writes them otherwise."""
+    if path[-1] == "kernel":
+        values = values.transpose(3, 2, 0, 1) if values.ndim == 4 else values.T
+    return np.ascontiguousarray(values if rest is None else values.reshape(len(values), *rest))

@@ -4,6 +4,10 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from topgap_jax.pretrained.names.layout import theirs
+
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 Path = tuple[str, ...]  # ("params", "backbone", "stem", "conv", "kernel")
@@ -17,11 +21,13 @@ class Naming(NamedTuple):
     Keys are "stem/conv", "block/conv1" (of any stage), "stage/norm", "head/dense"; a parameter that is no layer's
     stands as "block/layer_scale", and its template is the whole name. Fields of a template: {s} stage from 1, {s0} from
     0, {i} block of the stage from 0, {i1} from 1, {n} block of the network from 0, and those that `numbers(layers)`
-    adds, {our layer: {field: value}} for layers {our layer: shape of its first variable}.
+    adds, {our layer: {field: value}} for layers {our layer: shape of its first variable}. axes: by key, those of a
+    weight behind its first where the file writes a dense layer as a convolution, a vector as (c, 1, 1).
     """
 
     table: Mapping[str, str | tuple[str, ...]]
     numbers: Callable[[Mapping[str, Shape]], Mapping[str, Mapping[str, Any]]] = lambda layers: {}
+    axes: Mapping[str, Shape] = {}
 
     def names(self, variables: Mapping[Path, Shape], file: Collection[str] = ()) -> dict[Path, str] | None:
         """What a file calls each of the variables (path: shape); None where a layer has no name by this naming."""
@@ -45,6 +51,13 @@ class Naming(NamedTuple):
             exists = lambda choice: f"{choice}.weight" in file or choice in file
             names[path] = next(filter(exists, choices), choices[0]) + (f".{leaf}" if leaf else "")
         return names
+
+    def tensors(self, variables: Mapping[Path, np.ndarray]) -> dict[str, np.ndarray]:
+        """The variables by a file's names and in its layout."""
+        names = self.names({path: values.shape for path, values in variables.items()})
+        axes = {path: self.axes.get(_place(_layer(path))[2]) for path in variables}
+        whole = lambda path: path[-1] == "kernel" or path[-1] not in LEAVES
+        return {names[path]: theirs(path, x, axes[path] if whole(path) else None) for path, x in variables.items()}
 
     def nameless(self, variables: Collection[Path]) -> list[str]:
         """The layers among the variables that this naming has no name for."""

@@ -33,4 +33,7 @@ def _numbers(layers):
     return fields
 
 
-NAMINGS = {"torchvision vgg": Naming(TORCHVISION, _numbers), "timm vgg": Naming(TIMM, _numbers)}
+NAMINGS = {
+    "torchvision vgg": Naming(TORCHVISION, _numbers),
+    "timm vgg": Naming(TIMM, _numbers, {"head/dense1": (-1, 7, 7), "head/dense2": (-1, 1, 1)}),
+}

@@ -14,7 +14,7 @@ TIMM = {
     "block/dense1": "blocks.{i}.mlp.fc1",
     "block/dense2": "blocks.{i}.mlp.fc2",
     "norm": "norm",
-    "dense": "head",
+    "head": "head",
 }
 
 NAMINGS = {"timm vit": Naming(TIMM)}
