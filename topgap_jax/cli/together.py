@@ -41,8 +41,10 @@ def run(configure: Callable[[], object], command: Callable[[], int | None]) -> i
 
     from topgap_jax.run import hosts
 
+    done = lambda: None
     try:
         configure()
+        done = hosts.watch()
         # Gloo and others write lines of their own on the descriptor of stdout, in C: those go where errors go.
         results = os.dup(1) if jax.process_index() == 0 else os.open(os.devnull, os.O_WRONLY)
         sys.stdout.flush()
@@ -62,6 +64,7 @@ def run(configure: Callable[[], object], command: Callable[[], int | None]) -> i
     except Exception:
         traceback.print_exc()
         code = 1
+    done()
     if code not in (0, STOPPED) and jax.distributed.is_initialized():
         hosts.leave(code)
     return code

@@ -2,8 +2,10 @@
 
 import os
 import re
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 
@@ -11,6 +13,14 @@ from topgap_jax.build import check_number
 from topgap_jax.errors import UserError
 
 GRACE = 3  # seconds that process 0 outlives the others: without it JAX ends them in pages of text of its own
+AGAIN = "give the same command to all of them again: they go on from the last checkpoint"
+WATCHER = """
+import signal, sys
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+if sys.stdin.read() != "done":
+    print(sys.argv[1], file=sys.stderr)
+"""
 HEARTBEAT = 60  # seconds without a sign of life after which JAX ends the other processes
 JOIN = 300  # seconds to wait for all processes at the start
 
@@ -39,11 +49,29 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
 
 def lost(error: Exception) -> str:
     """What to say where a computation of all processes ended in `error`."""
-    return (
-        f"process {jax.process_index()} of {jax.process_count()}: another process is gone, or does not answer "
-        f"({' '.join(str(error).split())[:200]}); give the same command to all of them again: they go on from the last "
-        "checkpoint"
-    )
+    reason = " ".join(str(error).split())[:200]
+    return f"{_name()}: another process is gone, or does not answer ({reason}); {AGAIN}"
+
+
+def watch() -> Callable[[], None]:
+    """Start a small program that says a line if this process is killed, or ended by JAX, which asks nobody before.
+
+    Returns what to call when this process ends by itself.
+    """
+    line = f"topgap: {_name()} was killed, or ended by JAX because another one is gone; {AGAIN}"
+    watcher = subprocess.Popen(
+        [sys.executable, "-S", "-c", WATCHER, line],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+
+    def done():
+        watcher.communicate("done")
+
+    return done
+
+
+def _name() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"
 
 
 def leave(code: int) -> None:
