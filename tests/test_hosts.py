@@ -142,7 +142,7 @@ def test_one_is_killed_and_both_go_on(victim, tmp_path):
     assert processes[victim].returncode == -signal.SIGKILL
     assert processes[1 - victim].returncode in (3, -signal.SIGABRT), texts
     for number, text in enumerate(texts):
-        assert f"topgap: process {number} of 2" in text and text.endswith(again), text
+        assert f"topgap: process {number} of 2" in text and again in text, text  # JAX may add pages of its own
     stopped = checkpoint.latest_step(tmp_path)
     assert stopped >= 6
     processes = started(4, *train(tmp_path, *more))

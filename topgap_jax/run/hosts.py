@@ -12,7 +12,8 @@ import jax
 from topgap_jax.build import check_number
 from topgap_jax.errors import UserError
 
-GRACE = 3  # seconds that process 0 outlives the others: without it JAX ends them in pages of text of its own
+MISTAKE = 2  # the status after a user's mistake, which all processes meet at nearly the same time
+GRACE = 3  # seconds that process 0 then outlives the others: without it JAX ends them in pages of text of its own
 AGAIN = "give the same command to all of them again: they go on from the last checkpoint"
 WATCHER = """
 import signal, sys
@@ -78,7 +79,7 @@ def leave(code: int) -> None:
     """End this process at once, so that the others see it: an ordinary end would wait for them, and they for it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and code == MISTAKE:
         time.sleep(GRACE)
     os._exit(code)
 
