@@ -12,6 +12,8 @@ from topgap_jax.norms import direction_and_length
 from topgap_jax.types import Ball
 
 AXES = (1, 2, 3)
+LARGEST = 1e6
+"""The largest radius of l2: beyond the diagonal of any picture, and its squares are still numbers of float32."""
 
 
 def linf(eps: float) -> Ball:
@@ -44,7 +46,7 @@ def l2(eps: float) -> Ball:
     The projection scales to the ball, then cuts by the box: feasible, and what all references do, but not the nearest
     point of the intersection.
     """
-    check_number("eps", eps, 0)
+    check_number("eps", eps, 0, LARGEST)
 
     def start(keys, images, eps):
         def draw(key, image, eps):

@@ -4,7 +4,7 @@ Traced arrays are not looked at: inside `jit` code trusts its types. All is done
 traces.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,7 +26,14 @@ def check_examples(where: str, keys: Any, predict: Callable, images: Any, labels
     check_images(where, images)
     b = images.shape[0]
     if not hasattr(labels, "dtype") or not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != (b,):
-        raise UserError(f"{where}: labels must be an int array ({b},), one class for each image, got {_what(labels)}")
+        advice = ""
+        if isinstance(labels, (list, tuple)):
+            advice = "; jnp.array(labels) is one"
+        elif getattr(labels, "ndim", 0) == 2:
+            advice = "; labels.argmax(-1) are the classes of one-hot rows"
+        raise UserError(
+            f"{where}: labels must be an int array ({b},), one class for each image, got {_what(labels)}{advice}"
+        )
     typed = hasattr(keys, "dtype") and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
     if keys is not None and (not typed or keys.shape != (b,)):
         advice = f"jax.random.split(jax.random.key(0), {b}) gives them"
@@ -42,8 +49,13 @@ def check_images(where: str, images: Any) -> None:
     if not _is_concrete(images):
         return
     if not hasattr(images, "dtype") or getattr(images, "ndim", 0) != 4 or 0 in images.shape:
-        raise UserError(f"{where}: images must be an array (b, h, w, c) of at least one image, got {_what(images)}")
+        advice = "; images[None] is a batch of one" if getattr(images, "ndim", 0) == 3 else ""
+        raise UserError(
+            f"{where}: images must be an array (b, h, w, c) of at least one image, got {_what(images)}{advice}"
+        )
     low, high = float(np.asarray(images).min()), float(np.asarray(images).max())
+    if np.isnan(low) or np.isnan(high):  # either is NaN if any pixel is
+        raise UserError(f"{where}: images must be float in [0, 1], some pixels of these are NaN")
     if not jnp.issubdtype(images.dtype, jnp.floating) or high > 1.0 + 1e-6 or low < -1e-6:
         advice = "give images / 255" if high > 2 else "give (images + 1) / 2" if low >= -1 - 1e-6 and low < 0 else ""
         advice = advice or "give pixels from 0 to 1"
@@ -51,6 +63,35 @@ def check_images(where: str, images: Any) -> None:
             f"{where}: images must be float in [0, 1], these are {images.dtype} from {low:.4g} to {high:.4g}; {advice};"
             " normalisation belongs inside the model"
         )
+
+
+def check_split(where: str, arrays: Mapping[str, Any], classes: int) -> None:
+    """Raise a UserError unless a split's arrays are `image` (n, h, w, c) uint8 and `label` (n,) int, -1 to classes - 1.
+
+    Bytes, because `as_batch` divides by 255: of pixels in [0, 1] it would make black pictures.
+    """
+    image, label = arrays.get("image"), arrays.get("label")
+    if getattr(image, "dtype", None) != np.uint8 or image.ndim != 4 or 0 in image.shape:
+        floats = hasattr(image, "dtype") and jnp.issubdtype(image.dtype, jnp.floating)
+        advice = "; (255 * image).round().astype(np.uint8) makes bytes of pixels in [0, 1]" if floats else ""
+        raise UserError(f"{where}: image must be a uint8 array (n, h, w, c), got {_what(image)}{advice}")
+    n = len(image)
+    if not hasattr(label, "dtype") or not jnp.issubdtype(label.dtype, jnp.integer) or label.shape != (n,):
+        raise UserError(f"{where}: label must be an int array ({n},), one class for each image, got {_what(label)}")
+    if _is_concrete(label):
+        low, high = int(np.asarray(label).min()), int(np.asarray(label).max())
+        if low < -1 or high >= classes:  # -1: a picture without a label
+            raise UserError(f"{where}: label {low if low < -1 else high} is none of {classes} classes")
+
+
+def check_maps(where: str, maps: Any, images: Any) -> None:
+    """Raise a UserError unless `maps`, where it is not traced, is a float array (b, h', w'), a map for each image."""
+    if not _is_concrete(maps) or not _is_concrete(images):
+        return
+    floats = hasattr(maps, "dtype") and jnp.issubdtype(maps.dtype, jnp.floating)
+    if not floats or maps.ndim != 3 or (images is not None and len(images) != len(maps)):
+        b = "b" if images is None else len(images)
+        raise UserError(f"{where}: maps must be a float array ({b}, h', w'), one for each image, got {_what(maps)}")
 
 
 def _is_concrete(array: Any) -> bool:
@@ -61,4 +102,5 @@ def _is_concrete(array: Any) -> bool:
 def _what(value: Any) -> str:
     if isinstance(value, (jax.Array, np.ndarray)):
         return f"an array of shape {value.shape} and type {value.dtype}"
-    return f"a {type(value).__name__}"
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from topgap_jax.edges import check_examples
+from topgap_jax.edges import check_examples, check_images, check_maps
 from topgap_jax.errors import UserError
 
 Array: TypeAlias = jax.Array
@@ -289,6 +289,9 @@ class Metric(NamedTuple):
     cost: Costs
 
     def __call__(self, keys: Keys, predict: Predict, maps: Array, batch: Batch) -> Mapping[str, Array]:
+        check_maps("metric", maps, batch.get("image"))
+        if "image" in batch:
+            check_images("metric", batch["image"])
         defined = jnp.isfinite(maps).all(tuple(range(1, maps.ndim)))
         rows = self.rows(keys, predict, maps, batch)
         return {

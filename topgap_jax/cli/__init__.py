@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import functools
 import os
 import sys
 import traceback
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from topgap_jax import __version__
-from topgap_jax.cli import texts
+from topgap_jax.cli import texts, together
 from topgap_jax.errors import UserError
 
 
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = [word for word in argv if word != "--traceback"]
     try:
         arguments, overrides = _parse(argv or ["--help"])
-        return COMMANDS[arguments.command].run(arguments, overrides) or 0
+        command = lambda: COMMANDS[arguments.command].run(arguments, overrides) or 0
+        return together.run(lambda: _configure(arguments), command) if together.place(arguments) else command()
     except UserError as error:
         if shows_traceback:
             traceback.print_exc()
@@ -143,6 +145,7 @@ def _add_train(parser):
     )
     parser.add_argument("--no-evaluate", action="store_true", help="leave out the config's evaluators at the end")
     _add_devices(parser)
+    together.add_arguments(parser)
 
 
 def _add_evaluate(parser):
@@ -150,6 +153,7 @@ def _add_evaluate(parser):
     parser.add_argument("--split", metavar="NAMES", help="splits, separated by commas (default: config.test)")
     parser.add_argument("--evaluators", metavar="CALLS", help="separated by commas (default: config.evaluators)")
     parser.add_argument("--batch", type=int, metavar="N", help="examples at a time (default: config.batch)")
+    together.add_arguments(parser)
 
 
 def _add_explain(parser):
@@ -177,13 +181,18 @@ def _add_help(parser):
     )
 
 
-def _configure(arguments):
-    """Before the first array: memory, compilation cache, devices."""
+@functools.cache
+def _configured(devices, place):
+    """Before the first array: memory, compilation cache, devices, the other processes. Done once, asked for twice where
+    there are others: `together` must know which of them this is."""
     import jax
 
+    from topgap_jax.run import hosts
     from topgap_jax.run.cpu import configure_cpu
 
-    done = configure_cpu(devices=arguments.devices)
+    done = configure_cpu(devices=devices)
+    if place is not None:
+        hosts.join(*place)
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # a platform that is not there, or that has no device
@@ -193,6 +202,10 @@ def _configure(arguments):
             f"JAX_PLATFORMS={platforms}: JAX cannot use it here ({reason}); unset JAX_PLATFORMS, or set it to cpu"
         ) from error
     return done
+
+
+def _configure(arguments):
+    return _configured(arguments.devices, together.place(arguments))
 
 
 def _loaded(arguments, overrides):
@@ -223,10 +236,13 @@ def _check_model(arguments):
 def _train(arguments, overrides):
     from topgap_jax import engine, setup
     from topgap_jax.measure import results
+    from topgap_jax.progress import is_writer
     from topgap_jax.run import workdir
     from topgap_jax.run.fit import Stopped, fit
 
-    print(_configure(arguments), engine.status(), sep="; ", file=sys.stderr)
+    about = _configure(arguments)
+    if is_writer():
+        print(about, engine.status(), sep="; ", file=sys.stderr)
     experiment = setup.experiment(arguments.config, overrides, arguments.arm, arguments.file)
     workdir.check(arguments.workdir, experiment.config, experiment.classes)
     evaluates = experiment.config.evaluators and experiment.config.test and not arguments.no_evaluate
@@ -237,7 +253,8 @@ def _train(arguments, overrides):
             experiment.config, arguments.workdir, parts=setup.parts(experiment, arguments.workdir), file=experiment.file
         )
     except Stopped as stopped:
-        print(f"topgap: {stopped}", file=sys.stderr)
+        if is_writer():
+            print(f"topgap: {stopped}", file=sys.stderr)
         return 143
     if evaluates:
         loaded = setup.restored(experiment, arguments.workdir)

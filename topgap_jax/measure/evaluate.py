@@ -61,7 +61,10 @@ def evaluate(
     variables = evaluation_variables(variables)
     check_finite(variables, weights)
     if mesh is not None:
-        variables = jax.device_put(variables, replicated(mesh))
+        if not mesh.is_multi_process:
+            variables = jax.device_put(variables, replicated(mesh))
+        else:  # each process has them on a device of its own, from where none reaches another's
+            variables = jax.device_put(jax.tree.map(_local, variables), replicated(mesh))
     _check_logits(model, variables, data, mesh, weights)
     rows = []
     for text, evaluator in evaluators.items():
@@ -135,10 +138,14 @@ def evaluation_variables(variables: Variables) -> Variables:
     return {"params": kept["params"], "batch_stats": kept.get("batch_stats", {})}
 
 
+def _local(leaf):
+    return np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
+
+
 def check_finite(variables: Variables, weights: str = "") -> None:
     """Raise a UserError that names the first array of the variables with a value that is NaN or infinite."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        values = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
+        values = _local(leaf)
         if jax.numpy.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
             count = values.size - np.isfinite(values).sum()
             name = jax.tree_util.keystr(path, simple=True, separator="/")

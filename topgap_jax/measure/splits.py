@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from topgap_jax.data import Stream, as_batch, gather
 from topgap_jax.data.source import Source
+from topgap_jax.edges import check_split
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import check_batch, replicated, split
 from topgap_jax.types import Array, Batch
@@ -29,6 +30,7 @@ class Split(NamedTuple):
 def resident_split(arrays: Mapping[str, Array], *, classes: int, batch: int, mesh: Mesh | None = None) -> Split:
     """A split held on the device as `data.resident` decodes it, gathered in batches of `batch` rows."""
     _check(batch, mesh)
+    check_split("split", arrays, classes)
     held = jax.device_put(dict(arrays), None if mesh is None else replicated(mesh))
     make = jax.jit(
         lambda held, ids, mask: gather(held, ids, mask, classes), out_shardings=None if mesh is None else split(mesh)

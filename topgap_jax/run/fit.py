@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from topgap_jax.data import Stream, as_batch, epoch_ids, gather
+from topgap_jax.edges import check_split
 from topgap_jax.errors import UserError
 from topgap_jax.evaluators import accuracy
 from topgap_jax.keys import example_keys, fold_in
@@ -98,6 +99,8 @@ def fit(
     start = time.perf_counter(), time.process_time()
     mesh = data_mesh() if mesh is None else mesh
     check_batch(parts.batch, mesh)
+    if isinstance(parts.train, Mapping):
+        check_split("train", parts.train, parts.classes)
     claim(workdir, config, file, Data(parts.class_names, parts.examples) if parts.class_names else None)
     record_versions(workdir, mesh)
     log_every, checkpoint_every = config.get("log_every", 50), config.get("checkpoint_every", 1)

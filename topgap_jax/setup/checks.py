@@ -1,6 +1,5 @@
 """What is checked of an experiment before anything is read or trained: shapes are traced, nothing is compiled."""
 
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from topgap_jax.data import Source
 from topgap_jax.errors import UserError
 from topgap_jax.measure.evaluate import evaluation_variables
 from topgap_jax.models import bind
+from topgap_jax.progress import say
 from topgap_jax.setup import config as configs
 from topgap_jax.setup.assembly import Experiment, context, template
 from topgap_jax.types import Batch, Evaluator, Explain, Robustness
@@ -32,9 +32,7 @@ def unread(chosen: Experiment) -> None:
             configs.choice(config, key, chosen.methods, **context(chosen))
     if keys:
         listed, verb = " and ".join(f"config.{key}" for key in keys), "has" if len(keys) == 1 else "have"
-        print(
-            f"topgap: {listed} {verb} no effect: nothing in config.model = '{config.model}' reads it", file=sys.stderr
-        )
+        say(f"{listed} {verb} no effect: nothing in config.model = '{config.model}' reads it")
 
 
 def model(chosen: Experiment) -> None:

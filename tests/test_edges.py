@@ -1,0 +1,128 @@
+"""Arrays of a user's own, where they come in: each mistake is one line that says what would be right."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from topgap_jax import attacks, balls, edges, explain, metrics
+from topgap_jax.attacks import attack
+from topgap_jax.errors import UserError
+from topgap_jax.measure.splits import resident_split
+
+B = 4
+IMAGES = np.random.default_rng(0).random((B, 6, 6, 3), np.float32)
+LABELS = np.arange(B, dtype=np.int32)
+KEYS = jax.random.split(jax.random.key(0), B)
+
+
+def predict(images):
+    return images.mean((1, 2)) @ jnp.arange(12.0).reshape(3, 4)
+
+
+def error(function, *args) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+NAN = IMAGES.copy()
+NAN[1, 2, 3, 0] = np.nan
+ROWS = "labels must be an int array (4,), one class for each image, got "
+TYPED = "keys must be 4 typed keys, one for each image, got "
+MISTAKES = {
+    "bytes": ((IMAGES * 255).astype(np.uint8), LABELS, KEYS, "these are uint8 from 0 to 25", "; give images / 255;"),
+    "0 to 255": (IMAGES * 255, LABELS, KEYS, "these are float32 from ", "; give images / 255;"),
+    "-1 to 1": (2 * IMAGES - 1, LABELS, KEYS, "these are float32 from -", "; give (images + 1) / 2;"),
+    "normalised": (
+        (IMAGES - 0.5) * 4,
+        LABELS,
+        KEYS,
+        "; give pixels from 0 to 1; normalisation belongs inside the model",
+    ),
+    "NaN": (NAN, LABELS, KEYS, "some pixels of these are NaN"),
+    "bool": (IMAGES > 0.5, LABELS, KEYS, "these are bool from 0 to 1"),
+    "one image": (IMAGES[0], LABELS[:1], KEYS[:1], "(6, 6, 3) and type float32; images[None] is a batch of one"),
+    "a list of images": (
+        list(IMAGES),
+        LABELS,
+        KEYS,
+        "images must be an array (b, h, w, c) of at least one image, got a list",
+    ),
+    "no image": (IMAGES[:0], LABELS[:0], KEYS[:0], "of at least one image, got an array of shape (0, 6, 6, 3)"),
+    "a label too high": (IMAGES, LABELS + 1, KEYS, "label 4 is no class of a network with 4 logits"),
+    "a label too low": (IMAGES, LABELS - 1, KEYS, "label -1 is no class of a network with 4 logits"),
+    "float labels": (IMAGES, LABELS * 1.0, KEYS, ROWS + "an array of shape (4,) and type float64"),
+    "one-hot labels": (IMAGES, np.eye(4), KEYS, ROWS, "; labels.argmax(-1) are the classes of one-hot rows"),
+    "one label": (IMAGES, LABELS[:1], KEYS, ROWS + "an array of shape (1,) and type int32"),
+    "a list of labels": (IMAGES, [0, 1, 2, 3], KEYS, ROWS + "a list; jnp.array(labels) is one"),
+    "an int": (IMAGES, 3, KEYS, ROWS + "an int"),
+    "names": (IMAGES, np.array(list("abcd")), KEYS, ROWS),
+    "one key": (
+        IMAGES,
+        LABELS,
+        KEYS[0],
+        TYPED + "an array of shape () and type key<fry>; jax.random.split(jax.random.key(0), 4)",
+    ),
+    "a seed": (IMAGES, LABELS, 0, TYPED + "an int"),
+    "a key of the old kind": (IMAGES, LABELS, np.zeros(2, np.uint32), TYPED + "an array of shape (2,) and type uint32"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_attacks_and_explanations_refuse(name):
+    images, labels, keys, *words = MISTAKES[name]
+    for where, function in {
+        "attack": lambda: attack(attacks.pgd(balls.linf(0.1), steps=1), keys, predict, images, labels),
+        "explain": lambda: explain.gradient()(keys, predict, images, labels),
+    }.items():
+        said = error(function)
+        assert said.startswith(f"{where}: ") and all(word in said for word in words), said
+
+
+def test_what_is_right_passes():
+    for images in (IMAGES, IMAGES.astype(np.float64), jnp.asarray(IMAGES, jnp.bfloat16), np.zeros_like(IMAGES)):
+        for labels in (LABELS, LABELS.astype(np.int64), LABELS.astype(np.uint8)):
+            edges.check_examples("here", KEYS, predict, images, labels)
+    edges.check_examples("here", None, predict, IMAGES, LABELS)
+    jax.jit(lambda images: edges.check_images("here", images))(255 * IMAGES)  # inside jit code trusts its types
+
+
+BYTES = (IMAGES * 255).astype(np.uint8)
+SPLITS = {
+    "pixels in [0, 1]": (IMAGES, LABELS, "image must be a uint8 array (n, h, w, c), got ", "(255 * image).round()"),
+    "one picture": (BYTES[0], LABELS, "image must be a uint8 array (n, h, w, c), got an array of shape (6, 6, 3)"),
+    "a list": (list(BYTES), LABELS, "image must be a uint8 array (n, h, w, c), got a list"),
+    "float labels": (BYTES, LABELS * 1.0, "label must be an int array (4,), one class for each image, got "),
+    "too few labels": (BYTES, LABELS[:3], "label must be an int array (4,), one class for each image, got "),
+    "a label too high": (BYTES, LABELS + 1, "label 4 is none of 4 classes"),
+    "a label too low": (BYTES, LABELS - 2, "label -2 is none of 4 classes"),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_splits_refuse(name):
+    image, label, *words = SPLITS[name]
+    said = error(lambda: resident_split({"image": image, "label": label}, classes=4, batch=2))
+    assert all(word in said for word in words), said
+
+
+def test_metrics_refuse():
+    batch = {"image": IMAGES, "label": LABELS, "mask": np.ones(B, bool), "id": LABELS}
+    measure = lambda maps, **changes: metrics.gini()(KEYS, predict, maps, {**batch, **changes})
+    maps = np.ones((B, 3, 3), np.float32)
+    assert measure(maps)["gini"].shape == (B,)
+    wanted = "metric: maps must be a float array (4, h', w'), one for each image, got "
+    for wrong in (maps[:3], maps[0], maps.astype(int), [maps]):
+        assert error(measure, wrong).startswith(wanted)
+    assert error(lambda: measure(maps, image=255 * IMAGES)).startswith("metric: images must be float in [0, 1], ")
+
+
+def test_a_radius_that_cannot_be_squared():
+    """Its steps would be infinite, their projection 0: an attack that never moves and says robust."""
+    assert error(balls.l2, 1e20) == "eps must be a number in [0, 1e+06], got 1e+20"
+    state = attack(
+        attacks.pgd(balls.l2(1e6), steps=2), KEYS, predict, IMAGES, predict(IMAGES).argmax(-1).astype(jnp.int32)
+    )
+    assert jnp.abs(state.images + state.delta - IMAGES).max() > 0.5
