@@ -206,7 +206,7 @@ def _partitioned(kind: int, geometry: Geometry, fused: Fused) -> Callable:
     summed."""
     alone = functools.partial(_call, kind, geometry, fused)
     operands, result = RULES[kind]
-    extras = zip(fused, ("o", result, None, "n m"))
+    extras = zip(fused[:4], ("o", result, None, "n m"))
     operands = operands + [axes for present, axes in extras if present and axes]
     split_result = kind != WEIGHT_GRADIENT
 
