@@ -57,10 +57,11 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-bench-env: ## an environment of its own for the peers of the benchmarks (PyTorch, torchvision)
+bench-env: ## an environment of its own for the peers of the benchmarks (PyTorch, torchvision, timm, RobustBench)
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 safetensors numpy pillow psutil
-	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 timm==1.0.31 robustbench==1.1.1
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check huggingface_hub pyyaml tqdm
 
 bench: install bench-env ## speed against PyTorch: results/bench_*.json
 	$(BIN)/python experiments/bench_core.py --peer-python .venv-bench/bin/python
@@ -68,7 +69,7 @@ bench: install bench-env ## speed against PyTorch: results/bench_*.json
 	$(BIN)/python experiments/bench_systems.py
 
 parity: install bench-env ## the same numbers as public packages: results/parity_*.json
-	$(BIN)/python experiments/parity_torchvision.py --peer-python .venv-bench/bin/python
+	$(BIN)/python experiments/parity_networks.py --peer-python .venv-bench/bin/python
 
 clean: ## remove runs and caches, keep environments
 	rm -rf runs build .pytest_cache .hypothesis .ruff_cache

@@ -197,10 +197,20 @@ def forms(stored: Mapping[str, Any]) -> str:
 
 
 def parity(stored: Mapping[str, Any]) -> str:
-    lines = [[name, f"`{row['model']}`", f"{row['difference']:.1e}"] for name, row in stored["logits"].items()]
-    return "Largest difference of the logits from torchvision's, over the largest logit.\n\n" + markdown(
-        ["network", "model", "difference"], lines
-    )
+    networks: dict[str, list[tuple[str, Any]]] = {}
+    for key, row in stored["logits"].items():
+        name, size = key.rsplit(" ", 1)
+        networks.setdefault(name, []).append((size, row))
+    text = lambda model: model.replace(", classes=classes, mean=mean, std=std", "")
+    lines = [
+        [name, f"`{text(rows[0][1]['model'])}`", ", ".join(f"{row['difference']:.1e} ({size})" for size, row in rows)]
+        for name, rows in networks.items()
+    ]
+    return (
+        "Largest difference of the logits from the publisher's, over the largest logit: random weights and statistics,"
+        " in files by the publisher's names. Those of Hugging Face, efficientnet_pytorch and old torchvision are timm's"
+        " and torchvision's networks with the tensors renamed.\n\n"
+    ) + markdown(["network", "model", "difference (image)"], lines)
 
 
 def devices(stored: Mapping[str, Any]) -> str:
@@ -220,7 +230,7 @@ BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("What Top-GAP costs", "bench_pool", pool),
     ("What each system costs", "bench_systems", steps),
     ("Forms of convolutions", "bench_forms", forms),
-    ("Networks of torchvision", "parity_torchvision", parity),
+    ("Networks of torchvision, timm, Hugging Face and RobustBench", "parity_networks", parity),
     ("Many devices on a CPU", "stress_devices", devices),
 )
 

@@ -28,7 +28,7 @@ def main() -> None:
     networks = {}
     for network, published in PUBLISHED.items():
         (path,) = Path(os.environ["TOPGAP_DATA"], "weights").glob(f"{network}_*.safetensors")
-        loaded = setup.from_weights(ROOT / "configs" / "cifar10.py", (), path)
+        loaded = setup.from_config(ROOT / "configs" / "cifar10.py", [("init", str(path))])
         (row,) = setup.evaluate(loaded, splits="test", evaluators="accuracy()")
         networks[path.stem] = {"published_error": published, "row": to_json(row._replace(measures=row.numbers))}
         print(f"{path.stem}: error {100 * (1 - row.measures['accuracy'].value):.2f} %, published {published:.2f} %")

@@ -227,7 +227,7 @@ def test_split_list_finds_the_parts(parts):
         ({"image_size": (32, 0)}, "config.image_size must be (height, width) in pixels, got (32, 0)"),
         ({"mean": (0.5, "a")}, "config.mean must be numbers, one per channel, got (0.5, 'a')"),
         ({"pool": None}, "config.pool must be an expression, got None"),
-        ({"resize": "squash"}, "config.resize must be 'stretch' or 'crop', got 'squash'"),
+        ({"resize": "squash"}, "config.resize must be 'stretch', 'crop' or 'centre', got 'squash'"),
     ],
 )
 def test_a_value_of_the_wrong_kind(tmp_path, change, words):
@@ -283,7 +283,7 @@ def methods():
 
 
 def test_methods_of_ones_own(tmp_path, monkeypatch):
-    """Also from a module beside the file, and again from the config.json of a run, which holds the path of the file."""
+    """Also from a module beside the file, and again with the config.json of a run, if the command names the file."""
     folder = tmp_path / "there"
     folder.mkdir()
     path = write(folder / "config.py", OWN)
@@ -291,15 +291,32 @@ def test_methods_of_ones_own(tmp_path, monkeypatch):
     config, methods, file, *_ = configs.load(path)
     assert configs.choice(config, "pool", methods)(None) == 3 and file == str(path)
     stored = write(tmp_path / "config.json", json.dumps({"config": config.to_dict(), "file": file}))
-    config, methods, again, *_ = configs.load(stored, [("pool", "mine(4)")])
+    config, methods, again, *_ = configs.load(stored, [("pool", "mine(4)")], file=path)
     assert configs.choice(config, "pool", methods)(None) == 4 and again == file
     assert config.image_size == (32, 32), "a tuple again, not JSON's list"
-    folder.rename(tmp_path / "elsewhere")
-    text = error(configs.load, stored)
-    assert (
-        text == f"{stored}: 'mine' comes from {path}, which is not there any more; put it back, or correct \"file\" in"
-        f" {stored}"
+    assert error(configs.load, stored) == (
+        f"{stored}: 'mine' is no name of the library; the Python file of a run is run only if the command names it: add "
+        f"--config {path}"
     )
+    assert configs.load(stored, [("pool", "gap()")]).methods == {}, "nothing calls it"
+    assert error(configs.load, stored, file=tmp_path / "gone.py") == f"there is no config file '{tmp_path}/gone.py'"
+    for first, second in ((path, path), (stored, stored)):
+        said = error(configs.load, first, file=second)
+        assert said.startswith(
+            "of two config files the first is the config.json of a run, the second a Python file; got "
+        )
+
+
+def test_a_file_that_a_file_names_is_never_run(tmp_path):
+    """A run may come from anywhere."""
+    trap = write(tmp_path / "notes.txt", f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for named in (str(trap), "notes.txt", str(tmp_path / "." / "notes.txt")):
+        config = configs.load(TINY)[0].to_dict()
+        path = write(tmp_path / "config.json", json.dumps({"config": config, "file": named}))
+        assert configs.load(path).config.epochs == 2
+        write(path, json.dumps({"config": {**config, "pool": "mine()"}, "file": named}))
+        assert f"add --config {named}" in error(configs.load, path)
+        assert not (tmp_path / "ran").exists()
 
 
 def test_a_config_without_own_methods_does_not_need_its_file(tmp_path):

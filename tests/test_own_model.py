@@ -91,18 +91,17 @@ def test_by_command(kind, tmp_path, monkeypatch):
     code, out, err = topgap("train", "--config", file, "--workdir", workdir, "--config.model", text)
     assert code == 0 and losses_fall(workdir), err
     assert "\ntest: accuracy()" in out and "\ntest: localisation(cam(), boxes=False)" in out
-    code, out, _ = topgap("explain", "--workdir", workdir, "--methods", f"cam(), grad_cam('{layer}')", "--count", 2)
+    words = ("--workdir", workdir, "--config", file)
+    code, out, _ = topgap("explain", *words, "--methods", f"cam(), grad_cam('{layer}')", "--count", 2)
     assert code == 0 and out.startswith(f"{workdir}/sheets/test.png: 2 of 20 pictures")
-    assert f"\n{layer} " in topgap("layers", "--workdir", workdir)[1]
+    assert f"\n{layer} " in topgap("layers", *words)[1]
 
-    file.rename(tmp_path / "renamed.py")
     code, _, err = topgap("evaluate", "--workdir", workdir)
     name = "my_linen" if kind == "linen" else "my_nnx"
     assert (code, err) == (
         2,
-        f"topgap: {workdir}/config.json: '{name}' comes from {file}, which is not there any more; put it back, or"
-        " correct "
-        f'"file" in {workdir}/config.json\n',
+        f"topgap: {workdir}/config.json: '{name}' is no name of the library; the Python file of a run is run only if the "
+        f"command names it: add --config {file}\n",
     )
 
 
@@ -122,4 +121,4 @@ def test_a_killed_run_goes_on(kind, tmp_path, monkeypatch):
 
 
 def variables(workdir):
-    return flat(setup.from_workdir(workdir, checkpoint_name="last").variables)
+    return flat(setup.from_workdir(workdir, checkpoint_name="last", file=FILE).variables)

@@ -17,6 +17,7 @@ from topgap_jax.measure import results
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.run import fit as fit_module
+from topgap_jax.run import workdir as workdir_module
 from topgap_jax.run.fit import fit
 from topgap_jax.setup import assembly
 from topgap_jax.types import Model
@@ -66,9 +67,9 @@ def error(function, *args, **kwargs) -> str:
 def test_an_experiment_knows_its_classes_and_steps():
     chosen = setup.experiment(TINY, [("train", "train[:50]"), ("pool", "top_gap(k=linear(64, 8, total_steps))")])
     assert chosen.classes == ("disc", "square", "triangle", "cross", "ring", "star")
-    assert assembly.total_steps(chosen.config, chosen.source) == 2 * 2
+    assert chosen.total_steps == 2 * 2
     few = setup.experiment(TINY, [("train", "train[:5]"), ("epochs", "7")])
-    assert assembly.total_steps(few.config, few.source) == 7, "one batch that repeats its rows"
+    assert few.total_steps == 7, "one batch that repeats its rows"
 
 
 def test_a_command_reads_each_split_once(reads):
@@ -144,21 +145,21 @@ def test_weights_from_a_file(tmp_path, capsys, reads):
     variables = assembly.init(chosen)
     path = tmp_path / "net.safetensors"
     store(path, variables, {"mean": "0.4,0.4,0.4"})
-    loaded = setup.from_weights(TINY, [], path)
+    loaded = setup.from_config(TINY, [("init", str(path))])
     jax.tree.map(np.testing.assert_array_equal, dict(loaded.variables), dict(variables))
     assert loaded.experiment.config.mean == (0.4, 0.4, 0.4) and loaded.weights == "net.safetensors"
     assert capsys.readouterr().err == "net.safetensors: config.mean = (0.4, 0.4, 0.4)\n"
-    given = setup.from_weights(TINY, [("mean", "(.3, .3, .3)")], path)
+    given = setup.from_config(TINY, [("mean", "(.3, .3, .3)"), ("init", str(path))])
     assert given.experiment.config.mean == (0.3, 0.3, 0.3) and capsys.readouterr().err == ""
     assert reads == []
-    text = error(setup.from_weights, TINY, [("source", "folder('nowhere')")], path)
+    text = error(setup.from_config, TINY, [("source", "folder('nowhere')"), ("init", str(path))])
     assert text == "config.source: folder: folder('nowhere'): there is no such folder"
 
 
 def store(path, variables, metadata):
     """The variables in PyTorch's naming and layout."""
     leaves = jax.tree.flatten_with_path(variables)[0]
-    names = pretrained.torch_names([tuple(key.key for key in keys) for keys, _ in leaves], {})
+    names = pretrained.torch_names({tuple(key.key for key in keys): leaf.shape for keys, leaf in leaves}, {}).values()
     turn = lambda x: x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
     arrays = {name: np.ascontiguousarray(turn(np.asarray(leaf))) for name, (_, leaf) in zip(names, leaves)}
     save_file(arrays, path, metadata)
@@ -349,3 +350,107 @@ def test_the_configs_of_the_repository_are_whole(path, request, monkeypatch):
         assert len(chosen.source(split)) > 0
     layers, default = setup.layers(chosen)
     assert default in {layer.name for layer in layers} - {"maps", "head"}
+
+
+def colours(root, **classes):
+    """Pictures of one colour a class, three a class and split."""
+    for split in ("train", "val"):
+        for name, colour in classes.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (20, 20), colour).save(root / split / name / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def colours_run(tmp_path_factory):
+    """A run on three classes of a folder: (folder of the run, folder of the pictures)."""
+    folder = tmp_path_factory.mktemp("colours")
+    colours(folder / "data", blue=(20, 30, 220), green=(20, 200, 30), red=(220, 30, 20))
+    chosen = setup.experiment(
+        TINY,
+        [("source", f"folder('{folder / 'data'}')"), ("validation", ""), ("test", "val"), ("batch", "9"), ("epochs", "30"),
+         ("image_size", "(16, 16)"), ("optimizer", "sgd(.1)"), ("evaluators", "accuracy()")],
+    )  # fmt: skip
+    mesh = data_mesh(jax.devices()[:1])
+    fit(chosen.config, folder / "run", parts=setup.parts(chosen), file=chosen.file, mesh=mesh)
+    return folder / "run", folder / "data"
+
+
+def accuracy_of(loaded):
+    return setup.evaluate(loaded)[0].measures["accuracy"].value
+
+
+def test_classes_are_stored_and_matched_by_name(colours_run, tmp_path):
+    workdir, folder = colours_run
+    assert json.loads((workdir / "config.json").read_text())["data"] == {
+        "classes": ["blue", "green", "red"],
+        "examples": 9,
+    }
+    right = accuracy_of(setup.from_workdir(workdir))
+    assert right == 1.0
+    renamed = shutil.copytree(folder, tmp_path / "renamed")
+    for split in ("train", "val"):
+        (renamed / split / "blue").rename(renamed / split / "ultramarine")
+    loaded = setup.from_workdir(workdir, [("source", f"folder('{renamed}')")])
+    assert error(setup.evaluate, loaded) == (
+        f"folder('{renamed}') has other classes than the network: ultramarine is not among the network's, and blue is not "
+        "in the data; the network's are blue, green, red; the data's are green, red, ultramarine; rename them, or train on "
+        "these data"
+    )
+    more = shutil.copytree(folder, tmp_path / "more")
+    for split in ("train", "val"):
+        shutil.copytree(more / split / "red", more / split / "reed")
+    said = error(setup.evaluate, setup.from_workdir(workdir, [("source", f"folder('{more}')")]))
+    assert "reed is not among the network's; the network's are" in said
+    for split in ("train", "val"):
+        shutil.rmtree(more / split / "reed")
+        shutil.rmtree(more / split / "green")
+    said = error(setup.evaluate, setup.from_workdir(workdir, [("source", f"folder('{more}')")]))
+    assert "than the network: green is not in the data; the network's are" in said
+    chosen = setup.experiment(workdir / "config.json", [("source", f"folder('{renamed}')")])
+    assert chosen.classes == ("green", "red", "ultramarine"), "a new run learns its own"
+    stored = dict(setup.experiment(workdir / "config.json").config)
+    with pytest.raises(
+        UserError, match="holds a run with other classes: blue, green, red there and green, red, ultramarine here"
+    ):
+        workdir_module.check(workdir, stored, chosen.classes)
+
+
+def test_labels_follow_the_names_in_another_order():
+    record = lambda i: {"image": np.zeros((2, 2, 3), np.uint8), "label": i}
+    source = data.with_classes(data.Source("s()", "all", ("b", "a", "c"), 4, record), ("a", "b", "c"))
+    assert source.classes == ("a", "b", "c") and [source[i]["label"] for i in range(3)] == [1, 0, 2]
+    assert error(lambda: source[3]) == "s() split 'all' index 3: label 3 is not in 0..2"
+    twice = data.Source("s()", "all", ("a", "a", "b"), 1, record)
+    assert data.with_classes(twice, ("a", "a", "b")) is twice
+    assert "the same name stands twice" in error(data.with_classes, twice, ("a", "b", "b"))
+
+
+def test_pictures_are_explained_without_the_data(colours_run, tmp_path):
+    workdir, folder = colours_run
+    away = tmp_path / "away"
+    shutil.move(folder, away)
+    try:
+        loaded = setup.from_workdir(workdir)
+        pictures = setup.explain(loaded, images=str(away / "val" / "red"), count=2)
+        assert pictures.names == [("", "0.png: red"), ("", "2.png: red")]
+        assert setup.layers(loaded.experiment)[1] == "backbone/stage1"
+        assert error(setup.evaluate, loaded).endswith("there is no such folder")
+    finally:
+        shutil.move(away, folder)
+
+
+@pytest.mark.parametrize(
+    "stored", [3, {"classes": ["a", 2], "examples": 1}, {"classes": ["a", "b"], "examples": "9"}, {}]
+)
+def test_a_damaged_list_of_classes(stored, run, tmp_path):
+    text = json.loads((run[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**text, "data": stored}))
+    assert error(setup.from_workdir, tmp_path) == f"{tmp_path}/config.json is not the config.json of a run"
+
+
+def test_one_class_is_nothing_to_learn(tmp_path):
+    colours(tmp_path, red=(220, 30, 20))
+    source = ("source", f"folder('{tmp_path}')")
+    said = error(setup.experiment, TINY, [source, ("validation", ""), ("test", "val")])
+    assert said == f"folder('{tmp_path}') has the one class red: there is nothing to tell apart"

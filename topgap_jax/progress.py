@@ -30,7 +30,7 @@ def bar(total: int, text: str, unit: str = "images", enabled: bool | None = None
     shows nothing; `None` shows it in process 0 only.
     """
     if enabled is None:
-        enabled = _is_writer()
+        enabled = is_writer()
     shown = _TerminalBar if sys.stderr.isatty() else _Lines
     current = shown(total, text, unit, done) if enabled else _Silent()
     try:
@@ -108,7 +108,7 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int = 0):
         self.file = self.board = None
-        if not _is_writer():
+        if not is_writer():
             return
         from tensorboardX import SummaryWriter  # here, since it takes 2 s that `topgap compare` need not wait
 
@@ -165,7 +165,14 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def _is_writer() -> bool:
+def say(line: str) -> None:
+    """One line for the person at the terminal, from process 0."""
+    if is_writer():
+        print(f"topgap: {line}", file=sys.stderr, flush=True)
+
+
+def is_writer() -> bool:
+    """Whether this process prints and writes: of many, number 0. Asking starts no device."""
     import jax
 
-    return jax.process_index() == 0
+    return not jax.distributed.is_initialized() or jax.process_index() == 0

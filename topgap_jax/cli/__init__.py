@@ -50,7 +50,23 @@ def _parse(argv):
     """(arguments, the --config.key=value among them as pairs)."""
     parser, _ = _parsers()
     arguments, rest = parser.parse_known_args(argv)
+    if hasattr(arguments, "config"):
+        _divide_configs(arguments)
     return arguments, _overrides(rest, arguments)
+
+
+def _divide_configs(arguments):
+    """`config`, where the values are from, and `file`, the Python file of a run's own methods, from all --config."""
+    files = arguments.config or []
+    run = arguments.command != "train" and arguments.workdir
+    if not files and not run:
+        raise UserError(f"--workdir DIR or --config FILE is required; see 'topgap {arguments.command} --help'")
+    if len(files) > (1 if run else 2):
+        raise UserError(
+            "--config is given once; a second one is the Python file of a run's own methods, beside the config.json of "
+            "the run or its --workdir"
+        )
+    arguments.config, arguments.file = [None, *files, None][:2] if run else [*files, None][:2]
 
 
 def _parsers():
@@ -90,14 +106,22 @@ _path = os.path.expanduser
 
 
 def _add_model(parser):
-    group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--workdir", type=_path, metavar="DIR", help="the folder of a run")
-    group.add_argument("--config", type=_path, metavar="FILE", help="a config file, e.g. configs/cifar10.py")
+    parser.add_argument("--workdir", type=_path, metavar="DIR", help="the folder of a run")
+    _add_config(
+        parser, "a config file, e.g. configs/cifar10.py; with --workdir the Python file of the run's own methods"
+    )
     parser.add_argument(
-        "--weights", type=_path, metavar="FILE", help="with --config: .safetensors or .npz in PyTorch naming"
+        "--weights",
+        type=_path,
+        metavar="FILE",
+        help="with --config: a file of weights (.safetensors, .npz, .pth), or whatever config.init may be",
     )
     parser.add_argument("--checkpoint", choices=("best", "last"), help="with --workdir (default: best)")
     _add_devices(parser)
+
+
+def _add_config(parser, about, **options):
+    parser.add_argument("--config", type=_path, metavar="FILE", action="append", help=about, **options)
 
 
 def _add_devices(parser):
@@ -105,9 +129,8 @@ def _add_devices(parser):
 
 
 def _add_train(parser):
-    parser.add_argument(
-        "--config", type=_path, metavar="FILE", required=True, help="a config file, e.g. configs/shapes.py"
-    )
+    about = "a config file, e.g. configs/shapes.py; after the config.json of a run the Python file of its own methods"
+    _add_config(parser, about, required=True)
     parser.add_argument("--workdir", type=_path, metavar="DIR", required=True, help="the folder of the run")
     parser.add_argument(
         "--arm", default="", metavar="NAME", help="one of the config's arms(): overrides that belong together"
@@ -171,14 +194,17 @@ def _loaded(arguments, overrides):
     from topgap_jax import setup
 
     _check_model(arguments)
-    if arguments.config and not arguments.weights:
-        raise UserError(
-            "--config needs --weights FILE: a config alone has no trained weights (of a run, give --workdir)"
-        )
     _configure(arguments)
     if arguments.workdir:
-        return setup.from_workdir(arguments.workdir, overrides, checkpoint_name=arguments.checkpoint or "best")
-    return setup.from_weights(arguments.config, overrides, arguments.weights)
+        which = arguments.checkpoint or "best"
+        return setup.from_workdir(arguments.workdir, overrides, checkpoint_name=which, file=arguments.file)
+    pictures = getattr(arguments, "images", None) is not None
+    return setup.from_config(arguments.config, _with_weights(arguments, overrides), arguments.file, pictures)
+
+
+def _with_weights(arguments, overrides):
+    """The overrides, --weights among them: it is another way to write --config.init."""
+    return [*overrides, *([("init", arguments.weights)] if arguments.weights else [])]
 
 
 def _check_model(arguments):
@@ -195,13 +221,15 @@ def _train(arguments, overrides):
     from topgap_jax.run.fit import Stopped, fit
 
     print(_configure(arguments), engine.status(), sep="; ", file=sys.stderr)
-    experiment = setup.experiment(arguments.config, overrides, arguments.arm)
-    workdir.check(arguments.workdir, experiment.config)
+    experiment = setup.experiment(arguments.config, overrides, arguments.arm, arguments.file)
+    workdir.check(arguments.workdir, experiment.config, experiment.classes)
     evaluates = experiment.config.evaluators and experiment.config.test and not arguments.no_evaluate
     if evaluates:
         results.read(Path(arguments.workdir) / results.FILE)  # a damaged one is told before the training
     try:
-        fit(experiment.config, arguments.workdir, parts=setup.parts(experiment), file=experiment.file)
+        fit(
+            experiment.config, arguments.workdir, parts=setup.parts(experiment, arguments.workdir), file=experiment.file
+        )
     except Stopped as stopped:
         print(f"topgap: {stopped}", file=sys.stderr)
         return 143
@@ -243,11 +271,12 @@ def _layers(arguments, overrides):
     _check_model(arguments)
     _configure(arguments)
     if arguments.weights:
-        experiment = setup.from_weights(arguments.config, overrides, arguments.weights).experiment
+        overrides = _with_weights(arguments, overrides)
+        experiment = setup.from_config(arguments.config, overrides, arguments.file).experiment
     elif arguments.workdir:
-        experiment = setup.from_workdir(arguments.workdir, overrides).experiment
+        experiment = setup.from_workdir(arguments.workdir, overrides, file=arguments.file).experiment
     else:
-        experiment = setup.experiment(arguments.config, overrides)
+        experiment = setup.experiment(arguments.config, overrides, file=arguments.file)
     found, default = setup.layers(experiment)
     rows = [["layer", "shape", ""]]
     for layer in found:

@@ -23,6 +23,10 @@ examples:
 `topgap help COMMAND` says more. A mistake is answered by one line and exit code 2.
 """
 
+METHODS = """\
+The Python file of a run with methods of its own is run only if it is named: --workdir runs/mine --config mine.py.
+"""
+
 TRAIN = f"""\
 The folder holds the config, checkpoints, metrics.jsonl (and the same for TensorBoard) and the results. The same
 command, given again, goes on where a run was stopped (SIGTERM and Ctrl-C save first) and ends with the same weights,
@@ -38,7 +42,7 @@ examples:
 {CONFIG}
 """
 
-EVALUATE = """\
+EVALUATE = f"""\
 Of a run it takes the best checkpoint and adds to its evaluation.json; a row of the same split and
 evaluator is replaced. Of a weights file in PyTorch naming it prints the table. A keyword such as eps in an evaluator is
 a number of the config.
@@ -47,16 +51,18 @@ examples:
   topgap evaluate --workdir runs/gap
   topgap evaluate --workdir runs/gap --split 'test[:200]' --evaluators 'accuracy(), robust(pgd(linf(eps), steps=20))'
   topgap evaluate --config configs/cifar10.py --weights resnet20_cifar10.safetensors
-"""
 
-EXPLAIN = """\
+{METHODS}"""
+
+EXPLAIN = f"""\
 Each picture stands beside the maps of its predicted class; true boxes and regions are drawn where
-the data set has them.
+the data set has them. Your own pictures need no training data: a run knows the names of its classes.
 
 examples:
   topgap explain --workdir runs/gap
   topgap explain --workdir runs/gap --images holiday/ --methods 'cam(), grad_cam("stage3")' --count 20
-"""
+
+{METHODS}"""
 
 LAYERS = """\
 A layer is given to a method by its name or by any end of it that is unique: grad_cam("stage3"), field("stage3/block0").

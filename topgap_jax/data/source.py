@@ -1,5 +1,6 @@
 """A source: one split of a data set with random access, and what is checked and done to every record of it."""
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +16,7 @@ Record: TypeAlias = dict[str, Any]
 """`image` (h, w, 3) uint8 RGB, `label` int (-1: none), and where offered `box` (4,) float32 (ymin, xmin, ymax, xmax) in
 [0, 1], `region` (h, w) uint8 (0 outside, 1 inside, 2 unsure), `group` int, `name` str (the set's own id)."""
 
-RESIZES = ("stretch", "crop")
+RESIZES = ("stretch", "crop", "centre")
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,14 @@ def decode(
     """Record `index` of the source with its image at `image_size` (h, w); box and region move along.
 
     resize: "stretch" squashes the whole image (bilinear, antialiased); "crop" scales the image until it covers the size
-    and cuts out the centre. A box is cut at the border (one that is wholly outside has no area); a region is resized by
+    and cuts out the centre; "centre" cuts it out of the image as it is, which is enlarged first (bicubic) where a side
+    is too small. A box is cut at the border (one that is wholly outside has no area); a region is resized by
     nearest neighbour. extras=False leaves box, region and group out.
     """
     left_out = () if extras else ("box", "region", "group")
     record = {key: value for key, value in source[index].items() if key not in left_out}
+    if resize == "centre":
+        _enlarge(record, image_size)
     h, w = record["image"].shape[:2]
     top, left, height, width = window = crop_window((h, w), image_size, resize)
     if (h, w) == tuple(image_size):
@@ -103,7 +107,37 @@ def crop_window(
     if resize == "stretch":
         return 0.0, 0.0, float(h), float(w)
     scale = max(height / h, width / w)
+    if resize == "centre" and scale <= 1:  # whole pixels: nothing is resampled
+        return float((h - height) // 2), float((w - width) // 2), float(height), float(width)
     return (h - height / scale) / 2, (w - width / scale) / 2, height / scale, width / scale
+
+
+def with_classes(source: Source, classes: tuple[str, ...]) -> Source:
+    """The source with its labels as positions in `classes`, those of a network, matched by name.
+
+    Raises a UserError that lists both where a name is only in one of them.
+    """
+    if source.classes == classes:
+        return source
+    unknown, absent = sorted(set(source.classes) - set(classes)), sorted(set(classes) - set(source.classes))
+    if unknown or absent or len(set(classes)) < len(classes):
+        what = [f"{_names(unknown)} {_is(unknown)} not among the network's"] if unknown else []
+        what += [f"{_names(absent)} {_is(absent)} not in the data"] if absent else []
+        what = what or ["the same name stands twice among the network's"]
+        near = [difflib.get_close_matches(name, absent, n=1) for name in unknown[:1]]
+        hint = f" (did you mean '{near[0][0]}'?)" if near and near[0] else ""
+        raise UserError(
+            f"{source.name} has other classes than the network: {', and '.join(what)}{hint}; the network's are "
+            f"{_names(classes)}; the data's are {_names(source.classes)}; rename them, or train on these data"
+        )
+    positions = [classes.index(name) for name in source.classes]
+
+    def read(index: int) -> Record:
+        record = source.read(index)
+        label = record["label"]  # one out of range stays so, and is told
+        return {**record, "label": positions[label] if 0 <= label < len(positions) else label}
+
+    return dataclasses.replace(source, classes=classes, read=read)
 
 
 def slice_split(text: str, sizes: Mapping[str, int], name: str) -> tuple[str, range]:
@@ -133,8 +167,18 @@ def choices(name: str, options: Iterable[str]) -> str:
     """
     options = sorted(options)
     near = difflib.get_close_matches(name, options, n=1)
-    shown = ", ".join(options[:30]) + (f" and {len(options) - 30} more" if len(options) > 30 else "")
-    return (f"did you mean '{near[0]}'? " if near else "") + f"choose from {shown or 'nothing: there is none'}"
+    shown = _names(options) or "nothing: there is none"
+    return (f"did you mean '{near[0]}'? " if near else "") + f"choose from {shown}"
+
+
+def _names(names: Iterable[str]) -> str:
+    """cat, dog, fish: the first 30."""
+    names = list(names)
+    return ", ".join(names[:30]) + (f" and {len(names) - 30} more" if len(names) > 30 else "")
+
+
+def _is(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def _fault(record: Record, classes: int) -> str:
@@ -151,6 +195,17 @@ def _fault(record: Record, classes: int) -> str:
         if not (-1e-3 <= ymin <= ymax <= 1 + 1e-3 and -1e-3 <= xmin <= xmax <= 1 + 1e-3):
             return f"box {[round(float(x), 4) for x in record['box']]} is not (ymin, xmin, ymax, xmax) in [0, 1]"
     return ""
+
+
+def _enlarge(record: Record, image_size: tuple[int, int]) -> None:
+    """Enlarge image and region until they cover the size, where a side does not."""
+    h, w = record["image"].shape[:2]
+    scale = max(image_size[0] / h, image_size[1] / w)
+    if scale > 1:
+        size, whole = (round(h * scale), round(w * scale)), (0.0, 0.0, float(h), float(w))
+        record["image"] = _cut(record["image"], size, whole, Image.Resampling.BICUBIC)
+        if "region" in record:
+            record["region"] = _cut(record["region"], size, whole, Image.Resampling.NEAREST)
 
 
 def _cut(image: np.ndarray, image_size, window, method) -> np.ndarray:

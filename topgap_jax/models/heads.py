@@ -15,7 +15,7 @@ import numpy as np
 
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
-from topgap_jax.models.layers import batch_norm, convolution, he_normal
+from topgap_jax.models.layers import ACTIVATIONS, batch_norm, check_activation, convolution, he_normal
 from topgap_jax.rewrite import name
 from topgap_jax.types import Array, Pool
 
@@ -29,6 +29,26 @@ class MapHead(nn.Module):
     @nn.compact
     def __call__(self, features: Mapping[str, Array], train: bool = False, step: Array | None = None) -> Array:
         return self.pool(_class_maps(features[ordered(features)[-1]], self.classes), step)
+
+
+class ConvHead(nn.Module):
+    """A 1x1 convolution of the last stage, batch norm, activation, dropout of whole channels, then class maps,
+    pooled."""
+
+    pool: Pool
+    width: int
+    activation: str
+    eps: float
+    dropout: float
+    classes: int = 0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Mapping[str, Array], train: bool = False, step: Array | None = None) -> Array:
+        x = convolution(self.width, 1, dtype=self.dtype, name="conv")(features[ordered(features)[-1]])
+        x = ACTIVATIONS[self.activation](batch_norm(train, dtype=self.dtype, name="norm", eps=self.eps)(x))
+        x = name(nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x), "features")
+        return self.pool(_class_maps(x, self.classes), step)
 
 
 class PyramidHead(nn.Module):
@@ -105,6 +125,25 @@ def map_head(pool: Pool) -> MapHead:
     """
     _check_pool("map_head", pool)
     return MapHead(pool)
+
+
+def conv_head(
+    pool: Pool, *, width: int = 1280, activation: str = "relu6", eps: float = 1e-3, dropout: float = 0.2
+) -> ConvHead:
+    """EfficientNet's own head: a 1x1 convolution to `width` channels, batch norm, activation, then one map per class
+    and `pool` (Tan & Le 2019, arXiv 1905.11946).
+
+    With `gap()` its logits are those of the published networks; the defaults are EfficientNet-Lite0's, B0 has
+    `activation` "silu" and `eps` 1e-5. In training whole channels are dropped with probability `dropout`, which behind
+    `gap()` is the published dropout of the pooled features. What the maps are made of (b, h, w, width) is named
+    "features", the maps (b, h, w, classes) "maps".
+    """
+    _check_pool("conv_head", pool)
+    check_number("width", width, 1, whole=True)
+    check_activation(activation)
+    check_number("eps", eps, 0)
+    check_number("dropout", dropout, 0, 1)
+    return ConvHead(pool, width, activation, eps, dropout)
 
 
 def pyramid_head(
@@ -185,4 +224,4 @@ def _check_pool(head, pool):
         raise UserError(f"{head} needs a pool such as gap() or top_gap(k=4), got {pool!r}")
 
 
-TABLE = table(map_head, pyramid_head, vgg_head)
+TABLE = table(map_head, conv_head, pyramid_head, vgg_head)

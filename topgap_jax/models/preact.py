@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from topgap_jax.build import table
-from topgap_jax.models.layers import batch_norm, convolution
+from topgap_jax.models.layers import ACTIVATIONS, batch_norm, check_activation, check_padding, convolution
 from topgap_jax.types import Array
 
 
@@ -22,14 +22,17 @@ class PreActBlock(nn.Module):
     features: int
     stride: int
     dtype: Any
+    activation: str = "relu"
+    padding: str = "symmetric"
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        active = nn.relu(batch_norm(train, dtype=self.dtype, name="norm1")(x))
+        activate = ACTIVATIONS[self.activation]
+        active = activate(batch_norm(train, dtype=self.dtype, name="norm1")(x))
         if self.stride != 1 or x.shape[-1] != self.features:
             x = convolution(self.features, 1, self.stride, dtype=self.dtype, name="project")(active)
-        y = convolution(self.features, 3, self.stride, dtype=self.dtype, name="conv1")(active)
-        y = nn.relu(batch_norm(train, dtype=self.dtype, name="norm2")(y))
+        y = convolution(self.features, 3, self.stride, dtype=self.dtype, name="conv1", padding=self.padding)(active)
+        y = activate(batch_norm(train, dtype=self.dtype, name="norm2")(y))
         return x + convolution(self.features, 3, dtype=self.dtype, name="conv2")(y)
 
 
@@ -45,19 +48,23 @@ class Stem(nn.Module):
 
 
 class Stage(nn.Module):
-    """`blocks` blocks, the first with the stride; `last`: followed by batch norm and ReLU."""
+    """`blocks` blocks, the first with the stride; `last`: followed by batch norm and the activation."""
 
     blocks: int
     features: int
     stride: int
     last: bool
+    activation: str
+    padding: str
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         for i in range(self.blocks):
-            x = PreActBlock(self.features, self.stride if i == 0 else 1, self.dtype, name=f"block{i}")(x, train)
-        return nn.relu(batch_norm(train, dtype=self.dtype, name="norm")(x)) if self.last else x
+            stride = self.stride if i == 0 else 1
+            block = PreActBlock(self.features, stride, self.dtype, self.activation, self.padding, name=f"block{i}")
+            x = block(x, train)
+        return ACTIVATIONS[self.activation](batch_norm(train, dtype=self.dtype, name="norm")(x)) if self.last else x
 
 
 class PreActResNet(nn.Module):
@@ -66,6 +73,8 @@ class PreActResNet(nn.Module):
     widths: tuple[int, ...]
     blocks: int
     stem: int
+    activation: str = "relu"
+    padding: str = "symmetric"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -74,7 +83,8 @@ class PreActResNet(nn.Module):
         features = {"stem": x}
         for i, width in enumerate(self.widths):
             stride, last, name = 1 if i == 0 else 2, i + 1 == len(self.widths), f"stage{i + 1}"
-            x = Stage(self.blocks, width, stride, last, self.dtype, name=name)(x, train)
+            stage = Stage(self.blocks, width, stride, last, self.activation, self.padding, self.dtype, name=name)
+            x = stage(x, train)
             features[name] = x
         return features
 
@@ -87,12 +97,16 @@ def preact_resnet18() -> PreActResNet:
     return PreActResNet((64, 128, 256, 512), 2, 64)
 
 
-def wrn28_10() -> PreActResNet:
+def wrn28_10(*, activation: str = "relu", padding: str = "symmetric") -> PreActResNet:
     """WRN-28-10, without dropout (Zagoruyko & Komodakis 2016, arXiv 1605.07146).
 
-    160 / 320 / 640 channels at stride 1 / 2 / 4, 36.5 million parameters; images (b, h, w, c) of any size.
+    160 / 320 / 640 channels at stride 1 / 2 / 4, 36.5 million parameters; images (b, h, w, c) of any size. The robust
+    networks of TRADES's kind (arXiv 1901.08573) have the defaults, those of DeepMind's (arXiv 2010.03593) `activation`
+    "silu" and `padding` "same".
     """
-    return PreActResNet((160, 320, 640), 4, 16)
+    check_activation(activation)
+    check_padding(padding)
+    return PreActResNet((160, 320, 640), 4, 16, activation, padding)
 
 
 TABLE = table(preact_resnet18, wrn28_10)

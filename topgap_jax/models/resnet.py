@@ -54,29 +54,39 @@ class Bottleneck(nn.Module):
 
 
 def _shortcut(x, features, stride, kind, train, dtype):
-    """The identity where the shape stays; else a strided 1x1 convolution with batch norm, or every stride-th pixel and
-    zeros."""
+    """The identity where the shape stays; else a strided 1x1 convolution with batch norm (ResNet-D: a mean over stride
+    x stride pixels, then the convolution), or every stride-th pixel and zeros."""
     missing = features - x.shape[-1]
     if stride == 1 and missing == 0:
         return x
-    if kind == "project":
+    if kind == "average" and stride > 1:
+        edges = [(0, -n % stride) for n in x.shape[1:3]]  # an odd last row or column is a window of its own
+        x, stride = nn.avg_pool(x, (stride, stride), (stride, stride), edges, count_include_pad=False), 1
+    if kind in ("project", "average"):
         x = convolution(features, 1, stride, dtype=dtype, name="project")(x)
         return batch_norm(train, dtype=dtype, name="project_norm")(x)
     return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
 
 
 class Stem(nn.Module):
-    """Convolution, batch norm, ReLU, and where `pool` is set a 3x3 max pooling of stride 2."""
+    """Convolution (`deep`: two narrower ones with batch norm and ReLU before it, which take its stride), batch norm,
+    ReLU, and where `pool` is set a 3x3 max pooling of stride 2."""
 
     features: int
     kernel: int
     stride: int
     pool: bool
+    deep: bool
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        x = convolution(self.features, self.kernel, self.stride, dtype=self.dtype, name="conv")(x)
+        stride = self.stride
+        if self.deep:
+            for i in (1, 2):
+                x = convolution(self.features // 2, self.kernel, stride, dtype=self.dtype, name=f"conv{i}")(x)
+                x, stride = nn.relu(batch_norm(train, dtype=self.dtype, name=f"norm{i}")(x)), 1
+        x = convolution(self.features, self.kernel, stride, dtype=self.dtype, name="conv")(x)
         x = nn.relu(batch_norm(train, dtype=self.dtype, name="norm")(x))
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if self.pool else x
 
@@ -107,11 +117,12 @@ class ResNet(nn.Module):
     stem: tuple[int, int, int, bool]  # features, kernel, stride, max pooling
     block: type[nn.Module] = BasicBlock
     shortcut: str = "project"
+    deep: bool = False  # the stem
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> dict[str, Array]:
-        x = Stem(*self.stem, self.dtype, name="stem")(images, train)
+        x = Stem(*self.stem, self.deep, self.dtype, name="stem")(images, train)
         features = {"stem": x}
         for i, (width, blocks) in enumerate(zip(self.widths, self.blocks)):
             stride, name = 1 if i == 0 else 2, f"stage{i + 1}"
@@ -152,28 +163,34 @@ def resnet56(*, shortcut: str = "pad") -> ResNet:
     return _cifar(9, shortcut)
 
 
-def resnet18(*, stem: str = "imagenet") -> ResNet:
+def resnet18(*, stem: str = "imagenet", shortcut: str = "project") -> ResNet:
     """ResNet-18, 64 to 512 channels (He et al. 2015, arXiv 1512.03385).
 
-    `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride 1). Images (b, h, w, c) of any size.
+    `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride 1). `stem="deep", shortcut="average"`
+    (three 3x3 convolutions; a mean before the shortcut's convolution) is ResNet-D (He et al. 2018, arXiv 1812.01187).
+    Images (b, h, w, c) of any size.
     """
-    return ResNet((64, 128, 256, 512), (2, 2, 2, 2), _stem(stem))
+    return _wide((2, 2, 2, 2), BasicBlock, stem, shortcut)
 
 
-def resnet34(*, stem: str = "imagenet") -> ResNet:
+def resnet34(*, stem: str = "imagenet", shortcut: str = "project") -> ResNet:
     """ResNet-34, 64 to 512 channels (He et al. 2015, arXiv 1512.03385).
 
-    `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride 1). Images (b, h, w, c) of any size.
+    `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride 1). `stem="deep", shortcut="average"`
+    (three 3x3 convolutions; a mean before the shortcut's convolution) is ResNet-D (He et al. 2018, arXiv 1812.01187).
+    Images (b, h, w, c) of any size.
     """
-    return ResNet((64, 128, 256, 512), (3, 4, 6, 3), _stem(stem))
+    return _wide((3, 4, 6, 3), BasicBlock, stem, shortcut)
 
 
-def resnet50(*, stem: str = "imagenet") -> ResNet:
+def resnet50(*, stem: str = "imagenet", shortcut: str = "project") -> ResNet:
     """ResNet-50, 256 to 2048 channels, the stride in the 3x3 convolution ("v1.5") (He et al. 2015, arXiv 1512.03385).
 
-    `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride 1). Images (b, h, w, c) of any size.
+    `stem`: "imagenet" (7x7 of stride 2, max pooling) or "cifar" (3x3 of stride 1). `stem="deep", shortcut="average"`
+    (three 3x3 convolutions; a mean before the shortcut's convolution) is ResNet-D (He et al. 2018, arXiv 1812.01187).
+    Images (b, h, w, c) of any size.
     """
-    return ResNet((64, 128, 256, 512), (3, 4, 6, 3), _stem(stem), Bottleneck)
+    return _wide((3, 4, 6, 3), Bottleneck, stem, shortcut)
 
 
 def small_resnet(
@@ -201,10 +218,15 @@ def _cifar(blocks, shortcut):
     return ResNet((16, 32, 64), (blocks,) * 3, (16, 3, 1, False), shortcut=shortcut)
 
 
-def _stem(kind):
-    if kind not in ("cifar", "imagenet"):
-        raise UserError(f"stem must be 'cifar' or 'imagenet', got {kind!r}")
-    return (64, 7, 2, True) if kind == "imagenet" else (64, 3, 1, False)
+STEMS = {"imagenet": (64, 7, 2, True), "cifar": (64, 3, 1, False), "deep": (64, 3, 2, True)}
+
+
+def _wide(blocks, block, stem, shortcut):
+    if stem not in STEMS:
+        raise UserError(f"stem must be 'imagenet', 'cifar' or 'deep', got {stem!r}")
+    if shortcut not in ("project", "average"):
+        raise UserError(f"shortcut must be 'project' or 'average', got {shortcut!r}")
+    return ResNet((64, 128, 256, 512), blocks, STEMS[stem], block, shortcut, stem == "deep")
 
 
 TABLE = table(small_resnet, resnet20, resnet32, resnet44, resnet56, resnet18, resnet34, resnet50)

@@ -10,8 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from topgap_jax.build import table
-from topgap_jax.errors import UserError
-from topgap_jax.models.layers import batch_norm, convolution
+from topgap_jax.models.layers import batch_norm, check_five_halvings, convolution
 from topgap_jax.types import Array
 
 
@@ -39,11 +38,7 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> dict[str, Array]:
-        if min(images.shape[1:3]) < 32:
-            raise UserError(
-                "VGG halves its images five times and needs at least 32x32 pixels, got"
-                f" {images.shape[1]}x{images.shape[2]}"
-            )
+        check_five_halvings("VGG", images)
         x, features = images, {}
         names = ("stem", "stage1", "stage2", "stage3", "stage4")
         for name, count, width in zip(names, self.convolutions, (64, 128, 256, 512, 512)):

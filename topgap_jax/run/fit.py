@@ -32,7 +32,7 @@ from topgap_jax.mesh import check_batch, data_mesh, replicated, split
 from topgap_jax.models import bind
 from topgap_jax.progress import Metrics, bar
 from topgap_jax.run import checkpoint
-from topgap_jax.run.workdir import claim, record_versions, release
+from topgap_jax.run.workdir import Data, claim, record_versions, release
 from topgap_jax.types import Array, Augment, Model, Objective, Variables
 
 # Steps that may be under way before the host waits for the metrics of an earlier one: the device never idles, and a
@@ -45,7 +45,8 @@ class Parts(NamedTuple):
 
     train: a split as `data.resident` decodes it, held on the device, or a `data.Stream` that gives this process's rows
     of each batch without end. validation: likewise arrays, or a `Split`, or None. ema: 0, or the decay of averaged
-    parameters.
+    parameters. class_names: stored in the folder of the run, which is refused to data of other classes. initial:
+    variables on the host that training begins with; None: as the model draws them.
     """
 
     model: Model
@@ -61,6 +62,8 @@ class Parts(NamedTuple):
     ema: float
     image_shape: tuple[int, int, int]
     classes: int
+    class_names: tuple[str, ...] = ()
+    initial: Variables | None = None
 
 
 class State(NamedTuple):
@@ -95,7 +98,7 @@ def fit(
     start = time.perf_counter(), time.process_time()
     mesh = data_mesh() if mesh is None else mesh
     check_batch(parts.batch, mesh)
-    claim(workdir, config, file)
+    claim(workdir, config, file, Data(parts.class_names, parts.examples) if parts.class_names else None)
     record_versions(workdir, mesh)
     log_every, checkpoint_every = config.get("log_every", 50), config.get("checkpoint_every", 1)
     per_epoch = max(1, parts.examples // parts.batch)
@@ -231,9 +234,9 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
 def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, Any]]:
     """Fresh variables from the seed, or the last checkpoint."""
 
-    def fresh():
+    def fresh(initial):
         # Copies: a donated state must not hold one buffer twice.
-        variables = dict(parts.model.init(jax.random.key(parts.seed), jnp.zeros((1, *parts.image_shape))))
+        variables = dict(initial or parts.model.init(jax.random.key(parts.seed), jnp.zeros((1, *parts.image_shape))))
         if parts.ema:
             variables["ema"] = jax.tree.map(jnp.copy, {key: variables[key] for key in ("params", "batch_stats")})
         return State(jnp.int32(0), variables, parts.optimizer.init(variables["params"]))
@@ -242,7 +245,7 @@ def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, An
         # Drawing every parameter is a large program that runs once: at LLVM's level 1 it has the same bits, and
         # does not take longer to compile than the training step.
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-        return jax.jit(fresh, out_shardings=replicated(mesh), compiler_options=options)(), {
+        return jax.jit(fresh, out_shardings=replicated(mesh), compiler_options=options)(parts.initial), {
             "step": 0,
             "best": None,
             "stream": None,
@@ -251,7 +254,8 @@ def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, An
             "cpu_seconds": 0.0,
         }
     described = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), jax.eval_shape(fresh)
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+        jax.eval_shape(fresh, None),
     )
     templates = {"variables": described.variables, "optimizer": described.optimizer}
     trees, meta = checkpoint.restore(workdir, "last", templates)

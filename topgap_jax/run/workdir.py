@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -24,23 +24,33 @@ LOOKING = ("test", "evaluators", "explain", "log_every")
 _locks: dict[Path, IO] = {}  # of this process, by folder; the system drops them when it ends, however it ends
 
 
-def claim(workdir: Path, config: Mapping[str, Any], file: str | Path | None = None) -> None:
-    """Lock the folder, which is made where it is not there, and write config.json: {"config", "file"}.
+class Data(NamedTuple):
+    """What a run learnt from: the names of its classes, and the number of its training examples."""
+
+    classes: tuple[str, ...]
+    examples: int
+
+
+def claim(workdir: Path, config: Mapping[str, Any], file: str | Path | None = None, data: Data | None = None) -> None:
+    """Lock the folder, which is made where it is not there, and write config.json: {"config", "file", "data"}.
 
     file: the Python file that the config came from. config.json follows keys of `LOOKING`. Raises a UserError for a
-    folder that another process trains in, and for one whose run has another config, naming the first key that differs.
+    folder that another process trains in, and for one whose run has another config or other classes, naming the first
+    key that differs.
     """
     path = Path(workdir) / "config.json"
+    classes = data.classes if data else ()
     if jax.process_index() != 0:
-        check(workdir, config)
+        check(workdir, config, classes)
         return
     stored = {"config": _plain(config), "file": None if file is None else str(Path(file).absolute())}
+    stored |= {} if data is None else {"data": data._asdict()}
     text = json.dumps(stored, indent=1) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _lock(path.parent)
         try:
-            check(workdir, config)
+            check(workdir, config, classes)
         except UserError:
             release(workdir)  # it is another's run, and its own process may go on with it
             raise
@@ -50,8 +60,23 @@ def claim(workdir: Path, config: Mapping[str, Any], file: str | Path | None = No
         raise UserError(f"cannot write in the workdir '{workdir}': {error.strerror}") from None
 
 
-def check(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Raise a UserError if the folder holds a run whose weights another config decides.
+def learnt(workdir: Path) -> Data | None:
+    """What the run in a folder learnt from; None where it does not say, as runs of version 0.1.0 do not."""
+    path = Path(workdir) / "config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8")).get("data")
+        if stored is None:
+            return None
+        data = Data(tuple(stored["classes"]), stored["examples"])
+        if not all(isinstance(name, str) for name in data.classes) or type(data.examples) is not int:
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not the config.json of a run") from None
+    return data
+
+
+def check(workdir: Path, config: Mapping[str, Any], classes: tuple[str, ...] = ()) -> None:
+    """Raise a UserError if the folder holds a run whose weights another config decides, or data of other classes.
 
     A key that the stored config lacks is younger than the run: what it says stands in a text that differs too, or
     nowhere.
@@ -71,6 +96,12 @@ def check(workdir: Path, config: Mapping[str, Any]) -> None:
                 f"'{path.parent}' holds a run with another config: {key} is {stored[key]!r} there and {here} here; "
                 "take another workdir"
             )
+    before = learnt(workdir)
+    if before and classes and before.classes != classes:
+        raise UserError(
+            f"'{path.parent}' holds a run with other classes: {_names(before.classes)} there and "
+            f"{_names(classes)} here; take another workdir"
+        )
 
 
 def release(workdir: Path) -> None:
@@ -106,6 +137,10 @@ def _lock(workdir: Path) -> None:
     file.write(f"{os.getpid()}\n")
     file.flush()
     _locks[folder] = file
+
+
+def _names(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:30]) + (f" and {len(names) - 30} more" if len(names) > 30 else "")
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

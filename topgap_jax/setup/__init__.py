@@ -5,12 +5,13 @@ import importlib
 ROOMS = {
     "assembly": ("Experiment", "experiment", "read"),
     "commands": (
-        "Loaded", "Pictures", "evaluate", "explain", "from_weights", "from_workdir", "layers", "parts", "restored",
+        "Loaded", "Pictures", "evaluate", "explain", "from_config", "from_workdir", "layers", "parts", "restored",
         "stored",
     ),
     "checks": (),
     "config": (),
     "tables": (),
+    "weights": (),
 }  # fmt: skip
 __all__ = [name for names in ROOMS.values() for name in names]
 

@@ -13,10 +13,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from topgap_jax import data
+from topgap_jax.errors import UserError
 from topgap_jax.measure.splits import Split, resident_split, streamed_split
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import fast
 from topgap_jax.progress import bar
+from topgap_jax.run.workdir import Data
 from topgap_jax.setup import config as configs
 from topgap_jax.types import Model, Table, Variables
 
@@ -38,31 +40,45 @@ class Experiment(NamedTuple):
     classes: tuple[str, ...]
     model: Model
     arrays: dict[str, dict[str, np.ndarray]]
+    total_steps: int
 
 
-def experiment(path: str | Path, overrides: Sequence[tuple[str, str]] = (), arm: str = "") -> Experiment:
-    """The experiment of a config file (or of a run's config.json), of one of its arms, with `(key, text)` overrides."""
-    return assemble(configs.load(path, overrides, arm))
+def experiment(
+    path: str | Path, overrides: Sequence[tuple[str, str]] = (), arm: str = "", file: str | Path | None = None
+) -> Experiment:
+    """The experiment of a config file (or of a run's config.json), of one of its arms, with `(key, text)` overrides.
+
+    file: the Python file whose methods a config.json names.
+    """
+    return assemble(configs.load(path, overrides, arm, file))
 
 
-def assemble(loaded: configs.Loaded) -> Experiment:
-    """The experiment of a config: its classes are those of the first split of the data that it names."""
+def assemble(loaded: configs.Loaded, learnt: Data | None = None) -> Experiment:
+    """The experiment of a config: its classes are those of the first split of the data that it names.
+
+    learnt: what a run learnt from. Then its classes are the experiment's, every split is matched to them by name, and
+    nothing is asked of the data before a split is needed.
+    """
     config, methods = loaded.config, loaded.methods
-    source = functools.cache(configs.choice(config, "source", methods))
-    classes = source(first(config.train) or first(config.test)).classes
-    context = {"classes": len(classes), "total_steps": total_steps(config, source)}
-    model = fast(configs.choice(config, "model", methods, **context))
-    return Experiment(config, methods, loaded.file, loaded.stated, source, classes, model, {})
+    splits = functools.cache(lambda: configs.choice(config, "source", methods))
+    classes = learnt.classes if learnt else splits()(first(config.train) or first(config.test)).classes
+    if len(classes) < 2:
+        raise UserError(f"{config.source} has the one class {', '.join(classes)}: there is nothing to tell apart")
+    source = functools.cache(lambda split: data.with_classes(splits()(split), classes))
+    examples = learnt.examples if learnt else len(source(config.train)) if config.train else 0
+    steps = total_steps(config, examples)
+    model = fast(configs.choice(config, "model", methods, classes=len(classes), total_steps=steps))
+    return Experiment(config, methods, loaded.file, loaded.stated, source, classes, model, {}, steps)
 
 
 def context(chosen: Experiment) -> dict[str, int]:
     """What the texts of a config may name beside its keys: the number of classes, the training steps in all."""
-    return {"classes": len(chosen.classes), "total_steps": total_steps(chosen.config, chosen.source)}
+    return {"classes": len(chosen.classes), "total_steps": chosen.total_steps}
 
 
-def total_steps(config: ConfigDict, source: data.Splits) -> int:
+def total_steps(config: ConfigDict, examples: int) -> int:
     """Training steps in all: epochs x whole batches of the training split."""
-    return config.epochs * max(1, len(source(config.train)) // config.batch) if config.train else 0
+    return config.epochs * max(1, examples // config.batch) if config.train else 0
 
 
 def read(chosen: Experiment, split: str) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from topgap_jax.data import Source
 from topgap_jax.errors import UserError
@@ -66,6 +67,14 @@ def model(chosen: Experiment) -> None:
             f"config.model: '{config.model}' returns {logits.shape[1]} logits an image, and {config.source} has "
             f"{classes} classes; name `classes` in its text"
         )
+
+
+def optimizer(chosen: Experiment, built: optax.GradientTransformation) -> None:
+    """The optimizer can begin with the model's parameters: every layer it names is there."""
+    try:
+        jax.eval_shape(built.init, template(chosen)["params"])
+    except UserError as error:
+        raise UserError(f"config.optimizer: {error}") from error
 
 
 def evaluators(chosen: Experiment, sources: Iterable[Source], built: Mapping[str, Any], where: str) -> None:

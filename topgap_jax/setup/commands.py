@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topgap_jax import data, pretrained, rewrite
+from topgap_jax import data, rewrite
 from topgap_jax.build import check_number
 from topgap_jax.errors import UserError
 from topgap_jax.keys import example_keys
@@ -23,13 +23,13 @@ from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.run import checkpoint
 from topgap_jax.run.fit import Parts
+from topgap_jax.run.workdir import Data, learnt
 from topgap_jax.setup import checks
 from topgap_jax.setup import config as configs
 from topgap_jax.setup.assembly import (
     Experiment,
     assemble,
     context,
-    experiment,
     first,
     init,
     open_split,
@@ -38,6 +38,7 @@ from topgap_jax.setup.assembly import (
     training,
     validation,
 )
+from topgap_jax.setup.weights import born_with_weights, initial, weights
 from topgap_jax.types import Variables
 
 DECISIVE = ("seed", "source", "train", "image_size", "resize", "mean", "std", "pool", "model")
@@ -73,11 +74,12 @@ class Pictures(NamedTuple):
     total: int
 
 
-def parts(chosen: Experiment) -> Parts:
+def parts(chosen: Experiment, workdir: str | Path | None = None) -> Parts:
     """What `fit` needs: data read (small sets) or opened (large ones), objective, augmentation and optimiser built.
 
-    Everything that the config says is checked first, evaluators and explanations too, so that a mistake is told before
-    anything is read, and not after the training.
+    workdir: a run that goes on there has its variables, and config.init is not looked for again. Everything that the
+    config says is checked first, evaluators and explanations too, so that a mistake is told before anything is read,
+    and not after the training.
     """
     config, methods = chosen.config, chosen.methods
     if not config.train:
@@ -91,11 +93,15 @@ def parts(chosen: Experiment) -> Parts:
     for split in filter(None, (config.train, config.validation)):
         chosen.source(split)
     checks.model(chosen)
+    checks.optimizer(chosen, build["optimizer"])
     _checked_evaluators(chosen, configs.split_list(config.test), None)
     _checked_explanations(chosen, None)
+    goes_on = workdir is not None and checkpoint.latest_step(Path(workdir)) is not None
+    image_shape = (*config.image_size, 3)
     return Parts(
         model=chosen.model,
         **build,
+        initial=None if goes_on else initial(config.init, chosen.model, image_shape, config.seed),
         train=training(chosen),
         validation=validation(chosen),
         examples=len(chosen.source(config.train)),
@@ -103,18 +109,26 @@ def parts(chosen: Experiment) -> Parts:
         epochs=config.epochs,
         seed=config.seed,
         ema=config.ema,
-        image_shape=(*config.image_size, 3),
+        image_shape=image_shape,
         classes=len(chosen.classes),
+        class_names=chosen.classes,
     )
 
 
-def from_workdir(workdir: str | Path, overrides=(), checkpoint_name: str = "best") -> Loaded:
-    """The model of a run, with its best (or last) checkpoint; EMA weights where the run kept them."""
+def from_workdir(
+    workdir: str | Path, overrides=(), checkpoint_name: str = "best", file: str | Path | None = None
+) -> Loaded:
+    """The model of a run, with its best (or last) checkpoint; EMA weights where the run kept them.
+
+    Its classes are those that it learnt; data are matched to them by name. file: the Python file whose methods the
+    run's config names, which is run only if it is given here.
+    """
     path = Path(workdir) / "config.json"
     if not path.is_file():
         why = "it has no config.json" if Path(workdir).is_dir() else "there is no such folder"
         raise UserError(f"'{workdir}' is not the folder of a run: {why}")
-    return restored(experiment(path, overrides), workdir, checkpoint_name)._replace(changes=tuple(overrides))
+    chosen = assemble(configs.load(path, overrides, file=file), learnt(Path(workdir)))
+    return restored(chosen, workdir, checkpoint_name)._replace(changes=tuple(overrides))
 
 
 def restored(chosen: Experiment, workdir: str | Path, checkpoint_name: str = "best") -> Loaded:
@@ -125,24 +139,31 @@ def restored(chosen: Experiment, workdir: str | Path, checkpoint_name: str = "be
     return Loaded(chosen, evaluation_variables(trees["variables"]), f"checkpoint {which}, step {meta['step']}", workdir)
 
 
-def from_weights(path: str | Path, overrides, weights: str | Path) -> Loaded:
-    """The config's model with weights from a file in PyTorch naming.
+def from_config(path: str | Path, overrides, file: str | Path | None = None, pictures: bool = False) -> Loaded:
+    """The config's model with the weights that config.init names, or those that the model is born with.
 
-    Where the file says of itself which network it is and how its input is normalised, the config follows, unless the
-    command line sets the key.
+    Where the weights say of themselves which network they are and how its input is normalised, the config follows,
+    unless the command line sets the key. pictures: no data are needed; then the classes are those of the weights, where
+    they say so.
     """
-    loaded = configs.load(path, overrides)
+    loaded = configs.load(path, overrides, file=file)
     config, given = loaded.config, {key for key, _ in overrides}
-    described = pretrained.describe(weights)
-    for key, value in described.items():
-        if value is None or key in given:
-            continue
-        if config[key] != value:
-            print(f"{Path(weights).name}: config.{key} = {value!r}", file=sys.stderr)
+    if not config.init:
+        chosen = assemble(loaded)
+        if not born_with_weights(chosen.model, (*config.image_size, 3)):
+            raise UserError(
+                "--config needs --weights (or config.init): a config alone has no trained weights (of a run, give "
+                "--workdir)"
+            )
+        return Loaded(chosen, init(chosen), "the model's own weights", None)
+    source = weights(config.init)
+    for key, value in source.settings.items():
+        if key not in given and config[key] != value:
+            print(f"{source.name}: config.{key} = {value!r}", file=sys.stderr)
             config[key] = value
-    chosen = assemble(loaded)
-    variables = pretrained.load(weights, chosen.model, image_shape=(*config.image_size, 3))
-    return Loaded(chosen, variables, Path(weights).name, None)
+    chosen = assemble(loaded, Data(source.labels, 0) if pictures and source.labels else None)
+    variables = source.load(chosen.model, image_shape=(*config.image_size, 3))
+    return Loaded(chosen, variables, source.name, None)
 
 
 def evaluate(

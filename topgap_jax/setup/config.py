@@ -10,6 +10,7 @@ own models, pools or data sets, usable in its texts; and `arms()`, {name: {key: 
 
 import json
 import runpy
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ import optax
 from ml_collections import ConfigDict
 
 from topgap_jax.build import build, calls, did_you_mean, names
+from topgap_jax.data.source import RESIZES
 from topgap_jax.errors import UserError
 from topgap_jax.measure.results import today
 from topgap_jax.setup.tables import ROOMS, TABLE, VALUES
@@ -51,7 +53,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "a text": lambda value: isinstance(value, str),
     "an expression": lambda value: isinstance(value, str),
     "expressions": lambda value: isinstance(value, str),
-    "'stretch' or 'crop'": lambda value: value in ("stretch", "crop"),
+    "'stretch', 'crop' or 'centre'": lambda value: value in RESIZES,
     "a whole number": lambda value: type(value) is int and value >= 0,
     "a whole number of at least 1": lambda value: type(value) is int and value >= 1,
     "a number in [0, 1)": lambda value: _number(value) and 0 <= value < 1,
@@ -72,7 +74,11 @@ KEYS = {
     "validation": Key("a text", "the split that the best checkpoint is chosen by; '' for none", ""),
     "test": Key("a text", "the splits that are evaluated, separated by commas", "test"),
     "image_size": Key("(height, width) in pixels", "of what the network sees"),
-    "resize": Key("'stretch' or 'crop'", "how a picture gets that size; a crop keeps the aspect", "stretch"),
+    "resize": Key(
+        "'stretch', 'crop' or 'centre'",
+        "how a picture gets that size: a crop keeps the aspect, the centre its pixels too",
+        "stretch",
+    ),
     "mean": Key("numbers, one per channel", "subtracted inside the model; images are in [0, 1]", (0.5, 0.5, 0.5)),
     "std": Key("numbers, one per channel", "divided by inside the model", (0.25, 0.25, 0.25)),
     "dtype": Key("a text", "'float32' or 'bfloat16', of the network's arithmetic", "float32"),
@@ -86,6 +92,12 @@ KEYS = {
         _model,
     ),
     "model": Key("an expression", "what is trained: the network, or the network changed", "network", _model),
+    "init": Key(
+        "a text",
+        "the weights to begin with: a file, the name of a published network, the folder of a run or of Orbax's; '' for "
+        "fresh ones",
+        "",
+    ),
     "batch": Key("a whole number of at least 1", "examples in a step, over all devices", 100),
     "epochs": Key("a whole number of at least 1", "passes over the training split"),
     "augment": Key("expressions", "augmentations; '' for none", "", Role("an augmentation", "augmentation")),
@@ -113,16 +125,30 @@ class Loaded(NamedTuple):
     stated: frozenset[str] = frozenset()
 
 
-def load(path: str | Path, overrides: Sequence[tuple[str, str]] = (), arm: str = "") -> Loaded:
+def load(
+    path: str | Path, overrides: Sequence[tuple[str, str]] = (), arm: str = "", file: str | Path | None = None
+) -> Loaded:
     """The config of a Python file or of a run's config.json, with the overrides of an arm, then `(key, text)` ones.
 
-    Modules beside the file can be imported in it. Raises UserError for a file that is not there, cannot be run or has
-    no config, for an arm that it does not have, and for a key that is unknown, missing or of the wrong kind.
+    file: the Python file whose methods and arms a config.json may name. The one that config.json itself names is never
+    run: a run may come from anywhere. Modules beside a Python file can be imported in it. Raises UserError for a file
+    that is not there, cannot be run or has no config, for an arm that it does not have, for a method whose file is not
+    given, and for a key that is unknown, missing or of the wrong kind.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no config file '{path}'")
-    loaded = _stored(path) if path.suffix == ".json" else _written(path)
+    for each in filter(None, (path, file)):
+        if not Path(each).is_file():
+            raise UserError(f"there is no config file '{each}'")
+    if file is not None and (path.suffix != ".json" or Path(file).suffix == ".json"):
+        raise UserError(
+            f"of two config files the first is the config.json of a run, the second a Python file; got '{path}' and "
+            f"'{file}'"
+        )
+    if path.suffix == ".json":
+        loaded = _stored(path, file)
+    else:
+        loaded = _written(path)
+    foreign = _foreign(loaded.config) if path.suffix == ".json" and file is None else []
     config, arms = loaded.config, loaded.arms
     for key in KEYS:
         if key not in config and KEYS[key].default is not None:
@@ -146,6 +172,14 @@ def load(path: str | Path, overrides: Sequence[tuple[str, str]] = (), arm: str =
     for key, (kind, *_) in KEYS.items():
         if not KINDS[kind](config[key]):
             raise UserError(f"config.{key} must be {kind}, got {config[key]!r}")
+    foreign = [
+        name for name in _foreign(config) if name in foreign
+    ]  # what the command line misspells is told otherwise
+    if foreign and loaded.file:
+        raise UserError(
+            f"{path}: '{foreign[0]}' is no name of the library; the Python file of a run is run only if the command "
+            f"names it: add --config {shlex.quote(loaded.file)}"
+        )
     stated = {*loaded.stated, *arms.get(arm, {}), *(key for key, _ in overrides)}
     return loaded._replace(stated=frozenset(stated))
 
@@ -281,26 +315,25 @@ def _written(path: Path) -> Loaded:
     return Loaded(config, methods, str(path), arms, frozenset(config))
 
 
-def _stored(path: Path) -> Loaded:
-    """The config of a run, and the methods and arms of the Python file that it was written in."""
+def _stored(path: Path, file: str | Path | None) -> Loaded:
+    """The config of a run, with the methods and arms of a Python file where one is given."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         config = ConfigDict({key: _tuples(value) for key, value in stored["config"].items()})
         config.evaluators = today(config.get("evaluators", ""))
-        file = stored.get("file") and str(Path(stored["file"]))
+        origin = stored.get("file") and str(Path(stored["file"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not the config.json of a run") from None
     stated = frozenset(key for key in config if key not in KEYS or config[key] != KEYS[key].default)
-    if file is not None and Path(file).is_file():
-        _, methods, arms = _run(Path(file))
-        return Loaded(config, methods, file, arms, stated)
-    own = [name for key in config if is_expression(config, key) for name in calls(config[key]) if name not in TABLE]
-    if own and file is not None:
-        raise UserError(
-            f"{path}: '{own[0]}' comes from {file}, which is not there any more; put it back, or correct \"file\" in "
-            f"{path}"
-        )
-    return Loaded(config, {}, file, {}, stated)
+    if file is None:
+        return Loaded(config, {}, origin, {}, stated)
+    _, methods, arms = _run(Path(file))
+    return Loaded(config, methods, str(file), arms, stated)
+
+
+def _foreign(config: ConfigDict) -> list[str]:
+    """What the texts of a config call and the library does not have."""
+    return [name for key in config if is_expression(config, key) for name in calls(config[key]) if name not in TABLE]
 
 
 def _run(path: Path) -> tuple[Any, Table, Mapping[str, Mapping[str, str]]]:

@@ -1,10 +1,14 @@
-"""Optimisers as configs name them: optax chains whose weight decay leaves biases and normalisation alone."""
+"""Optimisers as configs name them: optax chains whose weight decay leaves biases and normalisation alone; and, for
+fine-tuning, what learns and how fast, by the names of layers."""
 
 import jax
 import optax
 
-from topgap_jax.build import check_number, table
+from topgap_jax.build import check_number, did_you_mean, table
+from topgap_jax.errors import UserError
 from topgap_jax.types import Schedule
+
+LISTED = 40  # layers that an error spells out
 
 
 def sgd(
@@ -46,6 +50,62 @@ def adamw(
     return optax.chain(_clipped(clip), step)
 
 
+def freeze(optimizer: optax.GradientTransformation, *layers: str) -> optax.GradientTransformation:
+    """The optimizer, but the parameters of `layers` stay as they are: freeze(adamw(1e-3), 'stem', 'stage1').
+
+    A layer is a part of a parameter's path, "stem", "backbone" or "stage1/block0". What is frozen has no optimizer
+    state, its gradient is not computed, and its weights do not decay. Batch norm's statistics are no parameters: see
+    `frozen_statistics`. UserError, before the training, for a layer that is not there.
+    """
+    _check_optimizer("freeze", optimizer, layers)
+    frozen = lambda params: _inside(params, layers, "freeze")
+    learning = lambda params: jax.tree.map(lambda inside: not inside, frozen(params))
+    return optax.chain(optax.masked(optimizer, learning), optax.masked(optax.set_to_zero(), frozen))
+
+
+def slower(optimizer: optax.GradientTransformation, factor: float, *layers: str) -> optax.GradientTransformation:
+    """The optimizer with `factor` times its learning rate in `layers`, named as in `freeze`: slower(adamw(1e-3), .1,
+    'backbone').
+
+    The whole update is scaled, decay included, as a parameter group of PyTorch's with a learning rate of its own is.
+    """
+    _check_optimizer("slower", optimizer, layers)
+    check_number("factor", factor, 0)
+    return optax.chain(optimizer, optax.masked(optax.scale(factor), lambda params: _inside(params, layers, "slower")))
+
+
+def _check_optimizer(name, optimizer, layers):
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise UserError(f"{name} needs an optimizer first, such as {name}(adamw(1e-3), ...), got {optimizer!r:.60}")
+    if not layers or not all(isinstance(layer, str) and layer.strip("/") for layer in layers):
+        raise UserError(f"{name} needs names of layers, such as 'stem' or 'stage1/block0', got {layers!r:.60}")
+
+
+def _inside(params, layers, name):
+    """True for every parameter inside one of the layers; every layer must be there."""
+    paths = jax.tree.map_with_path(lambda path, _: _text(path), params, is_leaf=_is_masked)
+    inside = lambda path: [layer for layer in layers if f"/{layer.strip('/')}/" in f"/{path}/"]
+    seen = {layer for path in jax.tree.leaves(paths) for layer in inside(path)}
+    unknown = [layer for layer in layers if layer not in seen]
+    if unknown:
+        parents = dict.fromkeys(path.rpartition("/")[0] for path in jax.tree.leaves(paths))
+        parts = dict.fromkeys(part for parent in parents for part in parent.split("/"))
+        more = f" and {len(parents) - LISTED} more" if len(parents) > LISTED else ""
+        raise UserError(
+            f"{name}: there is no layer '{unknown[0]}'; {did_you_mean(unknown[0], [*parts, *parents], n=1)}"
+            f"the layers with parameters are {', '.join(list(parents)[:LISTED])}{more}"
+        )
+    return jax.tree.map(lambda path: bool(inside(path)), paths)
+
+
+def _text(path):
+    return "/".join(str(getattr(part, "key", part)) for part in path)
+
+
+def _is_masked(value):
+    return isinstance(value, optax.MaskedNode)  # of a layer that another mask took out
+
+
 def kernels(params):
     """True for every parameter with more than one axis: kernels, not biases or scales."""
     return jax.tree.map(lambda value: value.ndim > 1, params)
@@ -63,4 +123,4 @@ def _check(learning_rate, weight_decay, clip):
         check_number("clip", clip, 1e-12)
 
 
-TABLE = table(sgd, adamw)
+TABLE = table(sgd, adamw, freeze, slower)

@@ -1,0 +1,104 @@
+"""Weights from elsewhere: what `config.init` and `--weights` mean, and what they say of themselves."""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from topgap_jax import pretrained
+from topgap_jax.build import did_you_mean
+from topgap_jax.errors import UserError
+from topgap_jax.measure.evaluate import evaluation_variables
+from topgap_jax.run import checkpoint
+from topgap_jax.run.workdir import learnt
+from topgap_jax.types import Model, Variables
+
+FOLLOWED = ("model", "mean", "std", "image_size")
+"""Keys of a config that follow what weights say of themselves, where the network is evaluated as it is."""
+
+
+class Weights(NamedTuple):
+    """Weights by the text that names them.
+
+    settings: keys of the config that they decide; labels: the names of their classes, where they say so; load(model,
+    image_shape=(h, w, c), head=, key=) -> variables, as `pretrained.load`.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    labels: tuple[str, ...] | None
+    load: Callable[..., Variables]
+
+
+def weights(text: str) -> Weights:
+    """The weights that a text names: a published network's ("efficientnet_lite0"), a file's, the folder of a run (its
+    best checkpoint), a folder that Orbax wrote a tree of the module itself in.
+
+    What was taken off the names of a file is printed. UserError where the text names none of these.
+    """
+    path = Path(text).expanduser()
+    if text in pretrained.NETWORKS:
+        return _file(
+            text, pretrained.weights_of(text), {**pretrained.NETWORKS[text].settings}, pretrained.imagenet_classes()
+        )
+    if path.is_dir():
+        return _run(path) if (path / "config.json").is_file() else _tree(path, checkpoint.tree(path))
+    if path.is_file() or path.suffix:
+        return _file(path.name, path, {}, None)
+    raise UserError(
+        f"'{text}' is no file of weights, no folder of a run and no published network; "
+        f"{did_you_mean(text, pretrained.NETWORKS, n=1)}the networks are {', '.join(pretrained.NETWORKS)}"
+    )
+
+
+def initial(text: str, model: Model, image_shape: tuple[int, int, int], seed: int) -> Variables | None:
+    """The variables that a training begins with, on the host; None where they are drawn, as the model's own `init`
+    does.
+
+    Where the head of the weights is not the model's (other classes, another kind), it is drawn from the seed, and that
+    is printed.
+    """
+    if not text:
+        return None
+    source, key = weights(text), jax.random.key(seed)
+    try:
+        variables = source.load(model, image_shape=image_shape, head="file", key=key)
+    except UserError:
+        variables = source.load(model, image_shape=image_shape, head=None, key=key)
+        print(f"topgap: the head is drawn anew: that of {source.name} is another", file=sys.stderr)
+    return jax.device_get(variables)
+
+
+def born_with_weights(model: Model, image_shape: tuple[int, int, int]) -> bool:
+    """Is the model's `init` the same whatever the key, as that of an NNX module with parameters of its own?"""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    traced = jax.make_jaxpr(model.init)(jax.random.key(0), images)
+    key = traced.jaxpr.invars[0]
+    return not any(key is variable for equation in traced.jaxpr.eqns for variable in equation.invars)
+
+
+def _file(name: str, path: Path, settings: dict[str, Any], labels: tuple[str, ...] | None) -> Weights:
+    for note in pretrained.read(path).notes:
+        print(f"{name}: {note}", file=sys.stderr)
+    described = {**pretrained.describe(path), **settings}
+    said = [f"{key} {described[key]}" for key in ("interpolation", "crop_pct") if key in described]
+    if said:
+        print(f"{name}: tested with {', '.join(said)}", file=sys.stderr)
+    followed = {key: described[key] for key in FOLLOWED if described.get(key) is not None}
+    load = lambda model, **options: pretrained.load(path, model, **options)
+    return Weights(name, followed, labels or described.get("labels"), load)
+
+
+def _run(path: Path) -> Weights:
+    which = "best" if checkpoint.latest_step(path, "best") is not None else "last"
+    data = learnt(path)
+    variables = evaluation_variables(checkpoint.stored(path, which, "variables"))
+    return _tree(path, variables)._replace(labels=data.classes if data else None)
+
+
+def _tree(path: Path, tree: Mapping[str, Any]) -> Weights:
+    load = lambda model, **options: pretrained.load_tree(path, tree, model, **options)
+    return Weights(str(path), {}, None, load)
