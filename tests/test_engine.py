@@ -246,7 +246,7 @@ def test_control_flow(path, groups):
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
-    ("devices", "groups"), [(8, 1), (8, 4), *(pytest.param(count, 1, marks=SLOW) for count in (1, 2))]
+    ("devices", "groups"), [(8, 1), (8, 4), *(pytest.param(*pair, marks=SLOW) for pair in ((1, 1), (2, 1), (8, 2)))]
 )
 def test_sharded_batch(path, devices, groups, axis_type):
     """jit with a batch split over devices: the numbers of one device, no image moved, weight gradients summed once."""

@@ -287,6 +287,36 @@ def test_explained():
     ]
 
 
+@needs_onednn
+def test_fused_relu6():
+    """Of depthwise and plain convolutions, with its mask of two comparisons; what is not a number stays none."""
+    w, depthwise, b = draw(3, 3, 3, 6) / 2, draw(3, 3, 1, 6), 3 + draw(6)
+    options = {"padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+    def net(x):
+        x = jax.nn.relu6(lax.conv_general_dilated(x, w, (1, 1), **options) + b)
+        for strides in ((1, 1), (2, 2)):
+            x = jax.nn.relu6(lax.conv_general_dilated(x, depthwise, strides, feature_group_count=6, **options) + b)
+        return x
+
+    both = lambda f: lambda x: (f(x), jax.grad(lambda x: (f(x) * jnp.cos(f(x))).sum())(x))
+    ours = fused(both(fast_convs(net)))
+    values, gradient = jax.jit(ours)(IMAGES)
+    assert_same((values, gradient), jax.jit(both(net))(IMAGES))
+    assert set(np.unique(values[values >= 5.9999])) == {6} and values.min() == 0
+    text = str(jax.make_jaxpr(ours)(IMAGES))
+    assert text.count("limit=6.0") == text.count("relu=True") == 9 and text.count("mask=True") == 4
+    assert "onednn (fused with bias, relu6)" in str(explain_paths(ours, IMAGES)[0])
+    for value in (jnp.nan, jnp.inf):
+        broken = jax.jit(fused(fast_convs(net)))(IMAGES.at[0, 3, 4, 1].set(value))
+        np.testing.assert_array_equal(jnp.isfinite(broken[1:]), True)
+        assert not (jnp.isfinite(broken) & jnp.isnan(net(IMAGES.at[0, 3, 4, 1].set(value)))).any()
+    unlike = (lambda x: (x > 0) & (x < 5), lambda x: x < 6, lambda x: (x > 0) & (x < 6))
+    for mask in unlike:  # whatever the comparisons are
+        f = lambda x, mask=mask: jnp.where(mask(y := fast_convs(net)(x)), jax.nn.relu6(y), mask(y))
+        assert_same(jax.jit(fused(f))(IMAGES), jax.jit(f)(IMAGES))
+
+
 def squared(f):
     """A gradient without labels, which need not be split."""
     return jax.grad(lambda images: (f(images) ** 2).sum())

@@ -60,7 +60,7 @@ CASES = {  # what is done before, and what the line in the log says
     "another library": ("import os; os.environ['TOPGAP_ONEDNN'] = 'libm.so.6'", "AttributeError: "),
     "wrong numbers": (
         "library.Ready.run = lambda self, pointers: None",
-        "result of kind 1 with Fused(bias=False, residual=False, relu=False, mask=False) is not the definition's",
+        "result of kind 1 with Fused(bias=False, residual=False, relu=False, mask=False, limit=inf) is not the definition's",
     ),
     "failing calls": ("library.INFERENCE = 7", "dnnl_convolution_forward_primitive_desc_create gives status"),
     "off": ("import os; os.environ['TOPGAP_ONEDNN'] = 'off'", "it is switched off by TOPGAP_ONEDNN"),

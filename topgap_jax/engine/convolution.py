@@ -124,12 +124,17 @@ def needs_devices(primitive: Primitive) -> None:
 
 
 def lowering(f: Callable) -> Callable:
-    """Lowering by f, traced without the axes of an explicit mesh: to them lax's weight gradient has an objection."""
+    """Lowering by f, traced without the explicit mesh and its axes: to them lax's weight gradient has an objection, and
+    other functions gather what they split."""
+
+    def without(*operands, **params):
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            return f(*operands, **params)
 
     def lower(ctx, *operands, **params):
         bare = lambda avals: [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in avals]
         within = ctx.replace(avals_in=bare(ctx.avals_in), avals_out=bare(ctx.avals_out))
-        return mlir.lower_fun(functools.partial(f, **params), multiple_results=False)(within, *operands)
+        return mlir.lower_fun(functools.partial(without, **params), multiple_results=False)(within, *operands)
 
     return lower
 
@@ -179,9 +184,9 @@ def _call(kind: int, geometry: Geometry, fused: Fused, *operands: Array) -> Arra
     if kind == INPUT_GRADIENT and not geometry.dense:
         # Behind a deconvolution in groups oneDNN does what is fused pixel by pixel, a hundred times slower.
         dy, w, *extras = operands
-        if found := turned(w, geometry):
-            kernel, geometry = found
-            return _call(FORWARD, geometry, fused, dy, kernel, *extras)
+        kernel, straight = turned(w, geometry)
+        if geometry.strides == (1, 1) and min(map(min, straight.pads)) >= 0:
+            return _call(FORWARD, straight, fused, dy, kernel, *extras)
         if fused != NOTHING:
             return after(_call(kind, geometry, NOTHING, dy, w), extras, fused)
     shape = _shape(kind, operands[0].shape, operands[1].shape, geometry)
@@ -201,7 +206,7 @@ def _partitioned(kind: int, geometry: Geometry, fused: Fused) -> Callable:
     summed."""
     alone = functools.partial(_call, kind, geometry, fused)
     operands, result = RULES[kind]
-    extras = zip(fused, ("o", result, None, "n m"))
+    extras = zip(fused[:4], ("o", result, None, "n m"))
     operands = operands + [axes for present, axes in extras if present and axes]
     split_result = kind != WEIGHT_GRADIENT
 

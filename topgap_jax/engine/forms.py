@@ -2,19 +2,26 @@
 
 XLA's CPU copies the window around each pixel of the result into a matrix and multiplies that by the kernel. With few
 channels it is the copying that takes the time, so `by_columns` has each window serve several pixels of a row. The
-weight gradient is lax's own. `experiments/bench_forms.py` compares the two (results/bench_forms.json).
+weight gradient is lax's own. For groups it has naive loops: depthwise convolutions are sums of products of shifted
+images here (`by_taps`), other groups a few plain convolutions (`in_parts`). `experiments/bench_forms.py` compares them
+(results/bench_forms.json).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Fused, Geometry
 from topgap_jax.types import Array
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+TAPS, PARTS, DENSE = 64, 8, 16
+"""Limits of the forms of groups: taps of a depthwise kernel, parts that a convolution is divided into, and groups in a
+part, of whose products all but one are zeros."""
 
 
 def after(out: Array, extras: Sequence[Array], fused: Fused) -> Array:
@@ -23,19 +30,27 @@ def after(out: Array, extras: Sequence[Array], fused: Fused) -> Array:
     out = out + next(rest).reshape(1, 1, 1, -1) if fused.bias else out
     out = out + next(rest) if fused.residual else out
     out = jax.nn.relu(out) if fused.relu else out
+    out = jnp.minimum(out, fused.limit) if fused.limit < math.inf else out
     return jnp.where(next(rest).reshape(out.shape), out, 0) if fused.mask else out
 
 
-def turned(w: Array, geometry: Geometry) -> tuple[Array, Geometry] | None:
-    """The kernel and geometry with which the input gradient of stride 1 is itself a convolution of dy; None where it is
-    none: with strides, and where pads reach over the kernel."""
-    pads = tuple((reach - 1 - low, reach - 1 - high) for reach, (low, high) in zip(geometry.reach, geometry.pads))
-    if geometry.strides != (1, 1) or min(map(min, pads)) < 0:
-        return None
+def turned(w: Array, geometry: Geometry) -> tuple[Array, Geometry]:
+    """The kernel and geometry with which the input gradient is itself a convolution, of dy with its pixels `strides`
+    apart.
+
+    Its pads can be negative: where those of the convolution reach over the kernel, and where strides leave pixels out.
+    """
+    pads = tuple(
+        (reach - 1 - low, size - (out - 1) * stride - 1 + low)
+        for size, out, reach, stride, (low, _) in zip(
+            geometry.size, geometry.out, geometry.reach, geometry.strides, geometry.pads
+        )
+    )
+    size = tuple((out - 1) * stride + 1 for out, stride in zip(geometry.out, geometry.strides))
     kh, kw, i, o = w.shape
     kernel = jnp.flip(w, (0, 1)).reshape(kh, kw, i, geometry.groups, o // geometry.groups)
     kernel = kernel.transpose(0, 1, 4, 3, 2).reshape(kh, kw, o // geometry.groups, geometry.groups * i)
-    return kernel, geometry._replace(size=geometry.out, pads=pads)
+    return kernel, geometry._replace(size=size, strides=(1, 1), pads=pads)
 
 
 def forward(x: Array, w: Array, *, geometry: Geometry) -> Array:
@@ -70,7 +85,7 @@ def by_columns(x: Array, w: Array, *, geometry: Geometry) -> Array:
     channel r of a convolution with f times the stride. Zeros are multiplied as well, so it is for few channels.
     """
     if not geometry.dense:
-        return forward(x, w, geometry=geometry)
+        return _in_groups(geometry, w)(x, w, geometry=geometry)
     (kh, kw), (down, along) = geometry.kernel, geometry.strides
     c, o = w.shape[2:]
     f = _columns(c, o, kw, geometry.out[1])
@@ -96,20 +111,18 @@ def by_flipped_kernel(dy: Array, w: Array, *, geometry: Geometry) -> Array:
     few channels: dx[s u + r - top] is the sum over b of dy[u - b] w[s b + r], so that each of the s x s places of r is
     a channel of a convolution with a small kernel.
     """
-    if not geometry.dense:
-        return input_gradient(dy, w, geometry=geometry)
-    if found := turned(w, geometry):
-        return by_columns(dy, found[0], geometry=found[1])
-    (kh, kw), (down, along) = geometry.kernel, geometry.strides
-    (h, width), (p, q), ((top, _), (left, _)) = geometry.size, geometry.out, geometry.pads
-    n, c, o = dy.shape[0], *w.shape[2:]
-    if (down, along) == (1, 1) or c > 16:
-        flipped = jnp.flip(w, (0, 1)).swapaxes(2, 3)
-        sides = zip((h, width), (p, q), (kh, kw), (down, along), (top, left))
-        pads = tuple((k - 1 - low, size - (out - 1) * stride - 1 + low) for size, out, k, stride, low in sides)
+    if geometry.groups > 1:
+        return _gradient_in_groups(dy, w, geometry)
+    (down, along), c = geometry.strides, w.shape[2]
+    if (down, along) == (1, 1) or c > 16 or not geometry.dense:
+        kernel, straight = turned(w, geometry)
+        if (down, along) == (1, 1) and min(map(min, straight.pads)) >= 0:
+            return by_columns(dy, kernel, geometry=straight)
         return lax.conv_general_dilated(
-            dy, flipped, (1, 1), pads, lhs_dilation=(down, along), dimension_numbers=DIMENSIONS
+            *(dy, kernel, (1, 1), straight.pads), (down, along), geometry.dilation, dimension_numbers=DIMENSIONS
         )
+    (kh, kw), (p, q), ((top, _), (left, _)) = geometry.kernel, geometry.out, geometry.pads
+    (h, width), n, o = geometry.size, dy.shape[0], w.shape[3]
     high, wide = -(-kh // down), -(-kw // along)  # taps that one place has
     taps = jnp.pad(w, ((0, high * down - kh), (0, wide * along - kw), (0, 0), (0, 0)))
     taps = taps.reshape(high, down, wide, along, c, o).transpose(0, 2, 5, 1, 3, 4)
@@ -121,5 +134,83 @@ def by_flipped_kernel(dy: Array, w: Array, *, geometry: Geometry) -> Array:
     return places.reshape(n, rows * down, columns * along, c)[:, top : top + h, left : left + width]
 
 
+def _in_groups(geometry: Geometry, w: Array) -> Callable:
+    """The form of a convolution with this kernel in groups, or dilated."""
+    if geometry.groups > 1 and w.shape[2] == 1 and math.prod(geometry.kernel) <= TAPS:
+        return by_taps
+    return in_parts if geometry.groups // _parts(geometry) <= DENSE else forward
+
+
+def _taps(x: Array, geometry: Geometry):
+    """For each tap of the kernel, row by row, the pixel of x that each pixel of the result sees through it; in float32
+    at least."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*pair, 0) for pair in geometry.pads), (0, 0, 0)))
+    for tap in np.ndindex(*geometry.kernel):
+        start = [place * step for place, step in zip(tap, geometry.dilation)]
+        end = [first + (out - 1) * step + 1 for first, out, step in zip(start, geometry.out, geometry.strides)]
+        yield lax.slice(x, (0, *start, 0), (x.shape[0], *end, x.shape[3]), (1, *geometry.strides, 1))
+
+
+def _repeated(x: Array, times: int) -> Array:
+    """Each channel several times; jnp's own would gather images that an explicit mesh has split."""
+    n, h, w, c = x.shape
+    return x if times == 1 else jnp.broadcast_to(x[..., None], (n, h, w, c, times)).reshape(n, h, w, c * times)
+
+
+def by_taps(x: Array, w: Array, *, geometry: Geometry) -> Array:
+    """A depthwise convolution as the sum of its taps' products, which XLA makes one loop of."""
+    dtype, x = x.dtype, _repeated(x, w.shape[3] // geometry.groups)
+    return sum(pixels * taps for pixels, taps in zip(_taps(x, geometry), w.reshape(-1, w.shape[3]))).astype(dtype)
+
+
+def weight_gradient_by_taps(x: Array, dy: Array, geometry: Geometry) -> Array:
+    """The gradient of `by_taps` by the kernel.
+
+    One reduction of all taps' products together is up to four times as fast, but no partitioner divides it.
+    """
+    dtype, x = x.dtype, _repeated(x, dy.shape[3] // geometry.groups)
+    sums = [(pixels * dy).sum((0, 1)).sum(0) for pixels in _taps(x, geometry)]
+    return jnp.stack(sums).reshape(*geometry.kernel, 1, -1).astype(dtype)
+
+
+def _parts(geometry: Geometry) -> int:
+    """Into how many convolutions one in groups is divided: each costs time to compile."""
+    return next(parts for parts in range(PARTS, 0, -1) if geometry.groups % parts == 0)
+
+
+def in_parts(x: Array, w: Array, *, geometry: Geometry) -> Array:
+    """A convolution in groups as a few without, each of several groups, whose kernel has zeros between them."""
+    parts, (kh, kw, i, o) = _parts(geometry), w.shape
+    groups, one = geometry.groups // parts, geometry._replace(groups=1)
+    kernels = w.reshape(kh, kw, i, parts, groups, o // geometry.groups)
+    kernels = jnp.einsum("abipgo,gf->pabfigo", kernels, jnp.eye(groups, dtype=w.dtype))
+    kernels = kernels.reshape(parts, kh, kw, groups * i, o // parts)
+    images = jnp.split(x, parts, 3)
+    return jnp.concatenate([forward(*pair, geometry=one) for pair in zip(images, kernels)], 3)
+
+
+def _gradient_in_groups(dy: Array, w: Array, geometry: Geometry) -> Array:
+    form, alike = _in_groups(geometry, w), w.shape[3] == geometry.groups
+    kernel, straight = turned(w, geometry)
+    if form is by_taps and alike:
+        space = tuple((*pair, stride - 1) for pair, stride in zip(straight.pads, geometry.strides))
+        dy = lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *space, (0, 0, 0)))
+        return by_taps(dy, kernel, geometry=straight._replace(size=dy.shape[1:3], pads=((0, 0), (0, 0))))
+    if form is in_parts and geometry.strides == (1, 1) and min(map(min, straight.pads)) >= 0:
+        return in_parts(dy, kernel, geometry=straight)
+    shape = jax.ShapeDtypeStruct((dy.shape[0], *geometry.size, w.shape[2] * geometry.groups), dy.dtype)
+    return jax.linear_transpose(lambda x: form(x, w, geometry=geometry), shape)(dy)[0]
+
+
+def weight_gradient_in_groups(x: Array, dy: Array, *, geometry: Geometry) -> Array:
+    """The weight gradient, of which lax's own is for groups as slow as 30 seconds a layer."""
+    shape = jax.ShapeDtypeStruct((*geometry.kernel, x.shape[3] // geometry.groups, dy.shape[3]), x.dtype)
+    form = _in_groups(geometry, shape) if geometry.groups > 1 else forward
+    if form is by_taps:
+        return weight_gradient_by_taps(x, dy, geometry)
+    return jax.linear_transpose(lambda w: form(x, w, geometry=geometry), shape)(dy)[0]
+
+
 BY_LAX = {FORWARD: forward, INPUT_GRADIENT: input_gradient, WEIGHT_GRADIENT: weight_gradient}
-ON_CPU = {FORWARD: by_columns, INPUT_GRADIENT: by_flipped_kernel, WEIGHT_GRADIENT: weight_gradient}
+ON_CPU = {FORWARD: by_columns, INPUT_GRADIENT: by_flipped_kernel, WEIGHT_GRADIENT: weight_gradient_in_groups}

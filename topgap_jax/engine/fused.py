@@ -30,8 +30,8 @@ fused_p = Primitive("topgap_fused_convolution")
 def fused_convolution(
     kind: int, left: Array, right: Array, extras: Sequence[Array], geometry: Geometry, fused: Fused
 ) -> Array:
-    """forward(x, w) + bias, or the input gradient of (dy, w); then + residual, ReLU, where(mask, ., 0), as `fused`
-    says.
+    """forward(x, w) + bias, or the input gradient of (dy, w); then + residual, ReLU up to a limit, where(mask, ., 0),
+    as `fused` says.
 
     extras: bias (o,), residual (as the result) and mask (bool, n x (h w c)), those that there are, in this order. It is
     for functions that have been differentiated already: its derivatives and its `vmap` are right, and not fused. NaN

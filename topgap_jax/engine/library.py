@@ -6,6 +6,7 @@ Primitives are kept ready for the calls that come again, and each is used by one
 import collections
 import contextlib
 import ctypes
+import math
 import os
 import threading
 from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_void_p
@@ -22,7 +23,7 @@ LIMIT = 1024
 # Constants of dnnl_types.h and dnnl_common_types.h, the same in oneDNN 3.2 to 3.13.
 CPU, IN_ORDER, FLOAT, BYTE, ANY = 1, 1, 3, 6, 1
 INFERENCE, CONVOLUTION, DECONVOLUTION = 96, 0x1, 0xA
-RELU, ADD, MULTIPLY = 0x20, 0x1FFF0, 0x1FFF1
+RELU, LINEAR, ADD, MULTIPLY = 0x20, 0x26, 0x1FFF0, 0x1FFF1
 SLOPE = 1.2e-38
 """Of a ReLU below 0, the least that is not flushed to 0: with 0 itself oneDNN takes max(x, 0), which of NaN is 0."""
 USER_SCRATCHPAD, EXECUTION_ARGUMENT = 1, 255
@@ -71,14 +72,34 @@ class Fused(NamedTuple):
     """What a call does besides the convolution, in this order: bias (o,) added, another array added, ReLU, times 0 or
     1.
 
-    The bias is of a forward call alone. The mask is bool, flat from the second axis on: so XLA computes it faster. What
-    is not finite stays so: oneDNN's ReLU of -inf is -inf, and where the mask is 0 an infinity becomes NaN.
+    The bias is of a forward call alone. The ReLU has an upper limit: 6 makes it a ReLU6. The mask is bool, flat from
+    the second axis on: so XLA computes it faster. What is not finite stays so: oneDNN's ReLU of -inf is -inf, that with
+    a limit of inf is inf, and where the mask is 0 an infinity becomes NaN.
     """
 
     bias: bool = False
     residual: bool = False
     relu: bool = False
     mask: bool = False
+    limit: float = math.inf
+
+    @property
+    def words(self) -> str:
+        """Itself as a reader sees it: "bias, relu6"."""
+        relu = "relu" if self.limit == math.inf else f"relu{self.limit:g}"
+        parts = (("bias", self.bias), ("residual", self.residual), (relu, self.relu), ("mask", self.mask))
+        return ", ".join(word for word, on in parts if on)
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """Itself as two whole numbers: the flags, and the bits of the limit."""
+        flags = sum(1 << i for i, on in enumerate(self[:4]) if on)
+        return flags, int(np.float32(self.limit).view(np.int32))
+
+
+def fused_of(flags: int, limit: int) -> Fused:
+    """What has these numbers."""
+    return Fused(*(bool(flags >> i & 1) for i in range(4)), float(np.int32(limit).view(np.float32)))
 
 
 NOTHING = Fused()
@@ -145,7 +166,7 @@ class Ready:
         self.library, self.steps = library, []
         with contextlib.ExitStack() as self.kept, contextlib.ExitStack() as self.passing:
             self.stream = self._object("stream", self.kept, "stream_create", library.engine, IN_ORDER)
-            self._build(*numbers[:10], Fused(*(bool(numbers[10] >> i & 1) for i in range(4))), numbers[11:])
+            self._build(*numbers[:10], fused_of(*numbers[10:12]), numbers[12:])
             self.kept = self.kept.pop_all()  # all went well
 
     def _build(self, kind, down, along, top, bottom, near, far, groups, rows, columns, fused, sizes):
@@ -175,10 +196,10 @@ class Ready:
         kernel, place = (first, second, third)[which], arguments[names[which]]
         # In the order of the operands, the result last; what is fused stands where oneDNN looks for it: after-steps are
         # numbered.
-        after = iter(range(1, 4))
+        after = iter(range(1, 8))
         extras = {BIAS: self._memory(bias, NOWHERE)} if fused.bias else {}
         extras |= {next(after) * AFTER_STEP | SECOND: self._memory(same, NOWHERE)} if fused.residual else {}
-        _ = next(after) if fused.relu else None
+        _ = [next(after) for _ in self._relu(fused)]
         extras |= {next(after) * AFTER_STEP | SECOND: self._memory(zeros_and_ones, NOWHERE)} if fused.mask else {}
         self.memories = [*list(arguments.values())[:2], *extras.values(), arguments[names[2]]]
         arguments |= extras
@@ -206,12 +227,20 @@ class Ready:
         steps = self._object("post_ops", self.passing, "post_ops_create")
         if fused.residual:
             self.library.do("post_ops_append_binary", steps, ADD, same)
-        if fused.relu:
-            self.library.do("post_ops_append_eltwise", steps, RELU, c_float(SLOPE), c_float(0))
+        for algorithm, alpha, beta in self._relu(fused):
+            self.library.do("post_ops_append_eltwise", steps, algorithm, c_float(alpha), c_float(beta))
         if fused.mask:
             self.library.do("post_ops_append_binary", steps, MULTIPLY, zeros_and_ones)
         self.library.do("primitive_attr_set_post_ops", made, steps)
         return made
+
+    def _relu(self, fused):
+        """The steps of a ReLU; min(x, limit) = limit - relu(limit - x), for oneDNN's own clip makes 0 of NaN.
+
+        Its rounding error is that of the limit, 2.4e-7 of 6, everywhere.
+        """
+        relu, turn = (RELU, SLOPE, 0.0), (LINEAR, -1.0, fused.limit)
+        return [relu] * fused.relu + [turn, relu, turn] * (fused.relu and fused.limit < math.inf)
 
     def run(self, pointers: list[int]) -> None:
         """The call on the buffers that are there."""

@@ -69,10 +69,9 @@ def call(
     fused: Fused = NOTHING,
 ) -> jax.Array:
     """The custom call: (x, w), (dy, w) or (x, dy) and what is fused with it, float32; `shape` is the result's."""
-    flags = sum(1 << i for i, one in enumerate(fused) if one)
     sizes = [size for buffer in (*(x.shape for x in operands), shape) for size in buffer]
-    pads = (*geometry.pads[0], *geometry.pads[1])
-    numbers = np.array([kind, *geometry.strides, *pads, geometry.groups, *geometry.dilation, flags, *sizes], np.int64)
+    steps = (*geometry.strides, *geometry.pads[0], *geometry.pads[1], geometry.groups, *geometry.dilation)
+    numbers = np.array([kind, *steps, *fused.numbers, *sizes], np.int64)
     return jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, np.float32))(*operands, call=numbers)
 
 
@@ -154,6 +153,7 @@ def _self_test() -> str:
         (INPUT_GRADIENT, (dy, w), NOTHING, dx),
         (WEIGHT_GRADIENT, (x, dy), NOTHING, dw),
         (FORWARD, (x, w, bias, residual), everything, np.maximum(y + bias + residual, 0)),
+        (FORWARD, (x, w, bias, residual), everything._replace(limit=1), np.clip(y + bias + residual, 0, 1)),
         (INPUT_GRADIENT, (dy, w, x, mask.reshape(2, -1)), masked, np.where(mask, dx + x, 0)),
     ]
     geometry = Geometry((8, 8), (3, 3), (2, 2), ((1, 1), (1, 1)))

@@ -77,7 +77,7 @@ def _convolutions(jaxpr: Jaxpr, within: str = "", partly: bool = False):
             path = "xla" if why else "onednn"
             if eqn.primitive is fused_p:
                 kind = KINDS[ALONE[eqn.params["kind"]]]
-                why = "fused with " + ", ".join(word for word, on in eqn.params["fused"]._asdict().items() if on)
+                why = f"fused with {eqn.params['fused'].words}"
             else:
                 kind = KINDS[eqn.primitive]
             yield Convolution(kind, shapes, path, why)
