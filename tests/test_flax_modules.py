@@ -424,6 +424,28 @@ def test_every_stream_is_fed():
     assert inline.apply(variables, IMAGES, train=True, keys=KEYS).logits.shape == (4, 2)
 
 
+class TakingKey(nn.Module):
+    @nn.compact
+    def __call__(self, x, rng, train=False):
+        return x.mean((1, 2)) * (jax.random.uniform(rng) if train else 1)
+
+
+class TakingKeyNNX(nnx.Module):
+    def __call__(self, x, *, rngs: jax.Array, train: bool = False):
+        return x.mean((1, 2)) * (jax.random.uniform(rngs) if train else 1)
+
+
+@pytest.mark.parametrize("module", [TakingKey(), TakingKeyNNX()], ids=["linen", "nnx"])
+def test_a_call_that_takes_a_key_gets_one(module):
+    """Also where it is called `rngs` and is a key."""
+    model = models.nnx(module) if isinstance(module, nnx.Module) else models.linen(module)
+    variables = model.init(jax.random.key(0), IMAGES)
+    np.testing.assert_allclose(model.apply(variables, IMAGES).logits, IMAGES.mean((1, 2)), atol=1e-6)
+    first, again, other = (model.apply(variables, IMAGES, train=True, keys=k).logits for k in (KEYS, KEYS, OTHER))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
 @dataclasses.dataclass
 class Plain:
     features: jax.Array
@@ -588,6 +610,17 @@ def test_the_command_line_shows_the_rest_where_it_is_asked_for(tmp_path, capsys)
 
 
 EMPTY = {"params": {}, "batch_stats": {}}
+
+
+def test_what_is_no_module():
+    class Wrapped:
+        module, params = Misfit(), {}
+
+    assert message(lambda: models.linen(Misfit)) == "linen needs an instance of a linen Module, got the class Misfit"
+    assert message(lambda: models.nnx(Misfit())) == "nnx needs an instance of a nnx Module, got a Misfit"
+    assert message(lambda: models.linen(Wrapped())) == (
+        "linen needs an instance of a linen Module, got a Wrapped; give its .module, and weights=its .params"
+    )
 
 
 def test_what_has_no_logits():

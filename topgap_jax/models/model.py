@@ -30,13 +30,15 @@ def linen(module: nn.Module, *, weights: Variables | None = None) -> Model:
     module inside, a field of the module; `step` is the pool's schedule. A module whose batch statistics do not move in
     training gets a warning. Logits may be in a dict, a dataclass or a tuple (`models.outputs.logits_of`).
 
-    Every random stream draws from `keys[0]`; training mode without keys leaves out dropout and other layers without
-    variables that have a switch. A named axis (`BatchNorm(axis_name=...)`) is the whole batch. Collections besides
-    params count as batch statistics, under "(name)" but for `batch_stats` itself; what a module only sows is dropped.
+    Every random stream draws from `keys[0]`, and so does a `key` or `rng` that the call takes; training mode without
+    keys leaves out dropout and other layers without variables that have a switch. A named axis
+    (`BatchNorm(axis_name=...)`) is the whole batch. Collections besides params count as batch statistics, under
+    "(name)" but for `batch_stats` itself; what a module only sows is dropped.
 
     weights: variables that `init` returns whatever the key, of a network that is trained already: {"params": ...,
     "batch_stats": ...}, or the parameters alone. Raises UserError, in one line, for whatever the module raises.
     """
+    _check(module, nn.Module, "linen")
     kind = type(module)
     passed_on: list[tuple[str, ...]] = []  # by `**kwargs`; one entry once it is known
     warned: list[bool] = []
@@ -56,6 +58,7 @@ def linen(module: nn.Module, *, weights: Variables | None = None) -> Model:
     def init(key, images):
         with in_one_line(kind, images, None):
             switched_off, words = switched(images, False, None)
+            words |= switches.keys(kind.__call__, None, lambda x: x)
             variables = switched_off.init({"params": key, "dropout": key}, images, **words)
             packed = _packed(variables)
             if set(packed["batch_stats"]) - set(variables.get("batch_stats", {})):
@@ -71,6 +74,7 @@ def linen(module: nn.Module, *, weights: Variables | None = None) -> Model:
 
         def call():
             called, words = switched(images, train, step)
+            words |= switches.keys(kind.__call__, None if keys is None else jax.random.fold_in(keys[0], 2), lambda x: x)
             without = nn.intercept_methods(_without_random_layers(collections)) if keys is None else nullcontext()
             mutable = ["batch_stats", *extra] if train else extra  # what evaluation changes is dropped
             try:
@@ -101,16 +105,16 @@ def nnx(module: "flax.nnx.Module") -> Model:
     """A `Model` of any NNX module that maps images (b, h, w, c) to logits (b, k).
 
     `init` returns the module's own parameters, whatever the key: an NNX module is born with them. Random layers are
-    seeded from `keys[0]`, and so are the `rngs` of a `__call__` that takes them; without keys, training mode leaves
-    dropout out, and for whatever else is random the module's own random state serves again and again. Everything that
-    is neither a parameter nor random state counts as batch statistics. Switches, named axes, outputs and errors are as
-    `linen` has them.
+    seeded from `keys[0]`, and so are the `rngs`, `rng` or `key` of a `__call__` that takes them; without keys, training
+    mode leaves dropout out, and for whatever else is random the module's own random state serves again and again.
+    Everything that is neither a parameter nor random state counts as batch statistics. Switches, named axes, outputs
+    and errors are as `linen` has them.
     """
     from flax import nnx as flax_nnx  # here, since few models need it and it takes half a second
 
+    _check(module, flax_nnx.Module, "nnx")
     kind = type(module)
     graph, params, random, rest = flax_nnx.split(module, flax_nnx.Param, flax_nnx.RngState, ...)
-    takes_rngs = "rngs" in inspect.signature(kind.__call__).parameters
     has_statistics = bool(jax.tree.leaves(flax_nnx.split(module, flax_nnx.BatchStat, ...)[1]))
     passed_on: list[tuple[str, ...]] = []
     warned: list[bool] = []
@@ -130,8 +134,8 @@ def nnx(module: "flax.nnx.Module") -> Model:
             switches.set_attributes((child for _, child in flax_nnx.iter_modules(merged)), train)
             if keys is None:
                 merged.set_attributes(deterministic=True, raise_if_not_found=False)
-            rngs = {"rngs": None if keys is None else flax_nnx.Rngs(keys[0])} if takes_rngs else {}
-            out = _named_call(merged, images, **rngs, **words)
+            random_keys = switches.keys(kind.__call__, None if keys is None else keys[0], flax_nnx.Rngs)
+            out = _named_call(merged, images, **random_keys, **words)
             after = flax_nnx.split(merged, flax_nnx.Param, flax_nnx.RngState, ...)[3]
             return logits_of(out, images, kind), flax_nnx.to_pure_dict(after)
 
@@ -176,6 +180,15 @@ def fast(model: Model) -> Model:
     itself.
     """
     return model._replace(apply=speed.fast(model.apply))
+
+
+def _check(module: Any, kind: type, name: str) -> None:
+    if isinstance(module, kind):
+        return
+    what = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+    inside = isinstance(getattr(module, "module", None), kind) and not isinstance(module, type)
+    hint = "; give its .module, and weights=its .params" if inside and name == "linen" else ""
+    raise UserError(f"{name} needs an instance of a {kind.__module__.split('.')[1]} Module, got {what}{hint}")
 
 
 def _without_random_layers(collections: Mapping[str, Any]):
