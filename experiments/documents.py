@@ -219,8 +219,8 @@ def foreign(stored: Mapping[str, Any]) -> str:
         "Flax networks that other people published, with random weights, at 64 pixels, some with fewer blocks: largest"
         " difference from plain Flax (`module.apply`, `jax.grad`), over the largest value. `apply`, `fast_convs`,"
         " `with_rules` (the ordinary rule of every operation): logits and input gradient; `grad_cam` against the"
-        " formula by Flax's interceptors; `with_pool(gap())` against the logits; `with_drop(dropout(0))`: the gradient of"
-        " a training step; 20 steps of gradient descent: weights and statistics.\n\n"
+        " formula by Flax's interceptors; `with_pool(gap())` against the logits; `with_drop(dropout(0))`: the gradient"
+        " of a training step; 20 steps of gradient descent: weights and statistics.\n\n"
     )
     sources = f"\n\nFrom {', '.join(stored['sources'])}."
     return text + markdown(head, lines) + ("\n\n" + "\n".join(said) if said else "") + sources

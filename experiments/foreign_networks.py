@@ -96,7 +96,7 @@ NETWORKS = {
     "Flax's ImageNet ResNet-18": Network(
         "flax_examples", lambda: _from("models", "ResNet18")(num_classes=CLASSES), "Dense_0"
     ),
-    "bonsai ResNet-50 (NNX)": Network(
+    "bonsai ResNet (NNX)": Network(
         "bonsai",
         lambda: _bonsai("resnet", "ResNet", {"block_layers": [1, 1, 1, 1], "num_classes": CLASSES}),
         "fc",
@@ -110,7 +110,7 @@ NETWORKS = {
         eval={"train": False, "rngs": None},
         train={"train": True, "rngs": None},
     ),
-    "bonsai DenseNet-121 (NNX)": Network(
+    "bonsai DenseNet (NNX)": Network(
         "bonsai",
         lambda: _bonsai(
             "densenet121", "DenseNet", {"num_classes": CLASSES, "dense_block_layers": [2, 2, 2, 2], "growth_rate": 16}
@@ -232,8 +232,10 @@ def check(network: Network) -> dict[str, Any]:
     def cam():
         layer = network.layer or default_layer(models.bind(model, variables), images)
         row["layer"] = layer
-        maps = jax.jit(lambda v, x: explain.grad_cam(layer)(keys, models.bind(model, v), x, labels))(variables, images)
-        return difference(maps, jax.jit(lambda v, x: plain.grad_cam(v, x, labels, layer))(variables, images))
+        ours = jax.jit(lambda v, x, y: explain.grad_cam(layer)(keys, models.bind(model, v), x, y))
+        theirs = jax.jit(lambda v, x, y: plain.grad_cam(v, x, y, layer))
+        of_class = [(ours(variables, images, labels + i), theirs(variables, images, labels + i)) for i in range(5)]
+        return difference(*zip(*of_class))  # of five classes, as the ReLU leaves nothing of some
 
     tried("default_layer", lambda: default_layer(models.bind(model, variables), images))
     tried("grad_cam", cam)
