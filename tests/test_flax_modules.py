@@ -290,6 +290,10 @@ class Around(nn.Module):
         return self.parts[0](x)
 
 
+class OpenField(Field):
+    deterministic: bool | None = None
+
+
 class NNXSwitched(nnx.Module):
     def __init__(self):
         self.norm, self.training = nnx.BatchNorm(3, rngs=nnx.Rngs(0)), False
@@ -310,7 +314,7 @@ class NNXPassingOn(nnx.Module):
     "module",
     [
         *(Switched(), PassingOn(Switched()), PassingOn(PassingOn(OtherWord())), Popping(), OtherWord()),
-        *(Field(), Around((Field(),)), PassingOn(Field())),
+        *(Field(), OpenField(), Around((Field(),)), PassingOn(Field())),
         *(nn.Sequential([Switched()]), NNXSwitched(), NNXPassingOn()),
     ],
     ids=lambda module: type(module).__name__,
@@ -472,6 +476,8 @@ RETURNS = {
     "dataclass": lambda z, x: Plain(2 * z, z),
     "struct": lambda z, x: ModelOutput(logits=z, hidden=2 * z),
     "named tuple": lambda z, x: Pair(2 * z, z),
+    "nested": lambda z, x: {"maps": x, "heads": {"aux": {"logits": z}}},
+    "named inside": lambda z, x: ({"logits": z, "pooled": 2 * z}, x),
     "half": lambda z, x: z.astype(jnp.bfloat16).astype(jnp.float16),
 }
 

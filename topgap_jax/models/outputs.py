@@ -37,14 +37,20 @@ def logits_of(out: Any, images: Array, kind: type) -> Array:
     raise UserError(f"{kind.__name__} must return logits (b, k) for images of shape {images.shape}, it returned {what}")
 
 
-def _fields(out: Any) -> dict[str, Any]:
+def _named(out: Any) -> Mapping[str, Any]:
     if dataclasses.is_dataclass(out):
         return {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
+    if isinstance(out, Mapping):
+        return out
     return dict(zip(out._fields, out)) if hasattr(out, "_fields") else {}
 
 
-def _parts(out: Any, named: Mapping[str, Any]) -> Iterator[Any]:
-    yield from named.values() if named else out if isinstance(out, tuple | list) else ()
+def _parts(out: Any) -> list[Any]:
+    """What a container holds; of one that names its logits, these alone."""
+    named = _named(out)
+    if "logits" in named:
+        return [named["logits"]]
+    return list(named.values() if named else out if isinstance(out, tuple | list) else ())
 
 
 @contextlib.contextmanager

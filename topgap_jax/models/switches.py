@@ -97,7 +97,7 @@ def accepted(attempt: Callable[[dict[str, bool]], Any]) -> tuple[str, ...]:
 def with_fields(module: nn.Module, train: bool) -> nn.Module:
     """The Linen module, and the modules it was given, with the fields that are switches set: `Net(train=False)`.
 
-    A field that a call may name instead stays as it is, and so does None, which says that the call does.
+    A field that a call may name instead stays as it is, and so does a None of a module inside, whose call names it.
     """
     copies: dict[int, Any] = {}
 
@@ -115,7 +115,8 @@ def with_fields(module: nn.Module, train: bool) -> nn.Module:
                 before, switch = getattr(value, field.name, None), in_training(field.name)
                 if field.name in ("parent", "name"):
                     continue
-                if isinstance(before, bool) and switch is not None and field.name not in named:
+                is_open = before is None and value is module and "bool" in str(field.type)
+                if switch is not None and field.name not in named and (isinstance(before, bool) or is_open):
                     after = switch == train
                 else:
                     after = copied(before)
