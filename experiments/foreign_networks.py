@@ -13,7 +13,9 @@ largest value. What cannot be done says so in one line. Writes results/foreign_n
 
 import argparse
 import collections
+import dataclasses
 import importlib
+import importlib.machinery
 import json
 import sys
 import time
@@ -80,9 +82,9 @@ def _hugging_face(family: str, **config):
     return _from(f"{module}.modeling_flax_{family}", f"Flax{kind}ForImageClassificationModule")(config=settings)
 
 
-def _bonsai(folder: str, kind: str, config: dict[str, Any]):
+def _bonsai(folder: str, kind: str, config: Callable[[Any], Any]):
     module = f"bonsai.models.{folder}.modeling"
-    settings = _from(module, "ModelConfig")(**config)
+    settings = config(_from(module, "ModelConfig"))
     return nnx.jit(lambda: _from(module, kind)(settings, rngs=nnx.Rngs(0)))()
 
 
@@ -90,7 +92,6 @@ def _jeffnet(variant: str):
     return _from("jeffnet.linen", "create_model")(variant, num_classes=CLASSES, input_shape=(3, SIZE, SIZE))[0]
 
 
-CONVNEXT = {"stage_depths": (1, 1, 2, 1), "stage_dims": (32, 64, 128, 256), "drop_path_rate": 0.0}
 HF = {"eval": {"deterministic": True}, "train": {"deterministic": False}, "logits": lambda out: out.logits}
 NETWORKS = {
     "Flax's ImageNet ResNet-18": Network(
@@ -98,14 +99,14 @@ NETWORKS = {
     ),
     "bonsai ResNet (NNX)": Network(
         "bonsai",
-        lambda: _bonsai("resnet", "ResNet", {"block_layers": [1, 1, 1, 1], "num_classes": CLASSES}),
+        lambda: _bonsai("resnet", "ResNet", lambda kind: kind([1, 1, 1, 1], CLASSES)),
         "fc",
         eval={},
         train={},
     ),
     "bonsai ConvNeXt (NNX)": Network(
         "bonsai",
-        lambda: _bonsai("convnext", "ConvNeXt", {**CONVNEXT, "num_classes": CLASSES}),
+        lambda: _bonsai("convnext", "ConvNeXt", lambda kind: kind((1, 1, 2, 1), (32, 64, 128, 256), 0.0, CLASSES)),
         "head",
         eval={"train": False, "rngs": None},
         train={"train": True, "rngs": None},
@@ -113,7 +114,7 @@ NETWORKS = {
     "bonsai DenseNet (NNX)": Network(
         "bonsai",
         lambda: _bonsai(
-            "densenet121", "DenseNet", {"num_classes": CLASSES, "dense_block_layers": [2, 2, 2, 2], "growth_rate": 16}
+            "densenet121", "DenseNet", lambda kind: kind(CLASSES, dense_block_layers=[2, 2, 2, 2], growth_rate=16)
         ),
         "linear",
         eval={},
@@ -121,11 +122,9 @@ NETWORKS = {
     ),
     "bonsai EfficientNet-B0 (NNX)": Network(
         "bonsai",
-        lambda: nnx.jit(
-            lambda: _from("bonsai.models.efficientnet.modeling", "EfficientNet")(
-                _from("bonsai.models.efficientnet.modeling", "ModelConfig").b0(CLASSES), rngs=nnx.Rngs(0)
-            )
-        )(),
+        lambda: _bonsai(
+            "efficientnet", "EfficientNet", lambda kind: dataclasses.replace(kind.b0(CLASSES), dropout_rate=0.0)
+        ),
         "classifier",
         eval={"training": False},
         train={"training": True},
@@ -284,9 +283,10 @@ def check(network: Network) -> dict[str, Any]:
 
 def made(network: Network) -> Any:
     """The module; what its repository imports and does not need for it is empty meanwhile."""
+    importlib.import_module("flax.training.checkpoints")  # which would take TensorFlow where it is
     empty = {name: types.ModuleType(name) for name in UNUSED.get(network.folder, ())}
-    for each in empty.values():
-        each.make_rng = None
+    for name, each in empty.items():
+        each.make_rng, each.__spec__ = None, importlib.machinery.ModuleSpec(name, None)
     sys.modules.update(empty)
     try:
         return network.make()

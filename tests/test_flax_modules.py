@@ -450,6 +450,28 @@ def test_a_call_that_takes_a_key_gets_one(module):
     assert (first != other).any()
 
 
+def test_an_nnx_dropout_without_keys_of_its_own():
+    """Whoever calls it gives it none either: it draws from `keys[0]`, and without keys it is left out."""
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.first, self.second = nnx.Dropout(0.5, deterministic=False), nnx.Dropout(0.5)
+
+        def __call__(self, x, training: bool):
+            x = jnp.abs(x.mean((1, 2))) + 1
+            return jnp.concatenate([drop(x, deterministic=not training) for drop in (self.first, self.second)], 1)
+
+    model = models.nnx(Net())
+    variables = model.init(jax.random.key(0), IMAGES)
+    many = jnp.concatenate([IMAGES] * 8)
+    out = lambda keys: model.apply(variables, many, train=True, keys=keys).logits
+    np.testing.assert_array_equal(out(KEYS), out(KEYS))
+    masks = np.asarray(out(KEYS) != 0)
+    assert 0.3 < masks.mean() < 0.7 and (masks[:, :3] != masks[:, 3:]).any() and (out(OTHER) != out(KEYS)).any()
+    still = models.bind(model, variables, train=True)(many)
+    np.testing.assert_array_equal(still, model.apply(variables, many).logits)
+
+
 @dataclasses.dataclass
 class Plain:
     features: jax.Array

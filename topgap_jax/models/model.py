@@ -132,6 +132,11 @@ def nnx(module: "flax.nnx.Module") -> Model:
             switches.set_attributes((child for _, child in flax_nnx.iter_modules(merged)), train)
             if keys is None:
                 merged.set_attributes(deterministic=True, raise_if_not_found=False)
+            for i, (_, child) in enumerate(flax_nnx.iter_modules(merged)):
+                if isinstance(child, flax_nnx.Dropout) and keys is None:
+                    child.rate = 0.0  # also where the call says deterministic=False
+                elif isinstance(child, flax_nnx.Dropout) and child.rngs is None:
+                    child.rngs = flax_nnx.Rngs(jax.random.fold_in(keys[0], 10**6 + i))  # where the call has none
             random_keys = switches.keys(kind.__call__, None if keys is None else keys[0], flax_nnx.Rngs)
             out = _named_call(merged, images, **random_keys, **words)
             after = flax_nnx.split(merged, flax_nnx.Param, flax_nnx.RngState, ...)[3]
