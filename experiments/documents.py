@@ -213,6 +213,29 @@ def parity(stored: Mapping[str, Any]) -> str:
     ) + markdown(["network", "model", "difference (image)"], lines)
 
 
+def foreign(stored: Mapping[str, Any]) -> str:
+    columns = ("apply", "fast_convs", "with_rules", "grad_cam", "with_pool", "with_drop", "twenty_steps")
+    lines, said = [], []
+    for name, row in stored["networks"].items():
+        cells = []
+        for column in columns:
+            value = row.get(column)
+            if isinstance(value, str):
+                said.append(f"- {name}, `{column}`: {value}")
+            cells.append(f"{value:.0e}" if isinstance(value, float) else "says why not" if value else "")
+        lines.append([name, str(row["layers"]), str(sum(row["operations"].values())), *cells])
+    head = ["network", "layers", "operations", *columns[:-1], "20 steps"]
+    text = (
+        "Flax networks that other people published, with random weights, at 64 pixels, some with fewer blocks: largest"
+        " difference from plain Flax (`module.apply`, `jax.grad`), over the largest value. `apply`, `fast_convs`,"
+        " `with_rules` (the ordinary rule of every operation): logits and input gradient; `grad_cam` against the"
+        " formula by Flax's interceptors; `with_pool(gap())` against the logits; `with_drop(dropout(0))`: the gradient"
+        " of a training step; 20 steps of gradient descent: weights and statistics.\n\n"
+    )
+    sources = f"\n\nFrom {', '.join(stored['sources'])}."
+    return text + markdown(head, lines) + ("\n\n" + "\n".join(said) if said else "") + sources
+
+
 def devices(stored: Mapping[str, Any]) -> str:
     head = ["devices", "busy processes beside", "steps", "seconds", "aborted"]
     keys = ("devices", "busy_processes", "steps_taken", "seconds", "aborted")
@@ -231,6 +254,7 @@ BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("What each system costs", "bench_systems", steps),
     ("Forms of convolutions", "bench_forms", forms),
     ("Networks of torchvision, timm, Hugging Face and RobustBench", "parity_networks", parity),
+    ("Networks of other people", "foreign_networks", foreign),
     ("Many devices on a CPU", "stress_devices", devices),
 )
 

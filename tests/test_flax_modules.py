@@ -290,6 +290,10 @@ class Around(nn.Module):
         return self.parts[0](x)
 
 
+class OpenField(Field):
+    deterministic: bool | None = None
+
+
 class NNXSwitched(nnx.Module):
     def __init__(self):
         self.norm, self.training = nnx.BatchNorm(3, rngs=nnx.Rngs(0)), False
@@ -310,7 +314,7 @@ class NNXPassingOn(nnx.Module):
     "module",
     [
         *(Switched(), PassingOn(Switched()), PassingOn(PassingOn(OtherWord())), Popping(), OtherWord()),
-        *(Field(), Around((Field(),)), PassingOn(Field())),
+        *(Field(), OpenField(), Around((Field(),)), PassingOn(Field())),
         *(nn.Sequential([Switched()]), NNXSwitched(), NNXPassingOn()),
     ],
     ids=lambda module: type(module).__name__,
@@ -424,6 +428,50 @@ def test_every_stream_is_fed():
     assert inline.apply(variables, IMAGES, train=True, keys=KEYS).logits.shape == (4, 2)
 
 
+class TakingKey(nn.Module):
+    @nn.compact
+    def __call__(self, x, rng, train=False):
+        return x.mean((1, 2)) * (jax.random.uniform(rng) if train else 1)
+
+
+class TakingKeyNNX(nnx.Module):
+    def __call__(self, x, *, rngs: jax.Array, train: bool = False):
+        return x.mean((1, 2)) * (jax.random.uniform(rngs) if train else 1)
+
+
+@pytest.mark.parametrize("module", [TakingKey(), TakingKeyNNX()], ids=["linen", "nnx"])
+def test_a_call_that_takes_a_key_gets_one(module):
+    """Also where it is called `rngs` and is a key."""
+    model = models.nnx(module) if isinstance(module, nnx.Module) else models.linen(module)
+    variables = model.init(jax.random.key(0), IMAGES)
+    np.testing.assert_allclose(model.apply(variables, IMAGES).logits, IMAGES.mean((1, 2)), atol=1e-6)
+    first, again, other = (model.apply(variables, IMAGES, train=True, keys=k).logits for k in (KEYS, KEYS, OTHER))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_an_nnx_dropout_without_keys_of_its_own():
+    """Whoever calls it gives it none either: it draws from `keys[0]`, and without keys it is left out."""
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.first, self.second = nnx.Dropout(0.5, deterministic=False), nnx.Dropout(0.5)
+
+        def __call__(self, x, training: bool):
+            x = jnp.abs(x.mean((1, 2))) + 1
+            return jnp.concatenate([drop(x, deterministic=not training) for drop in (self.first, self.second)], 1)
+
+    model = models.nnx(Net())
+    variables = model.init(jax.random.key(0), IMAGES)
+    many = jnp.concatenate([IMAGES] * 8)
+    out = lambda keys: model.apply(variables, many, train=True, keys=keys).logits
+    np.testing.assert_array_equal(out(KEYS), out(KEYS))
+    masks = np.asarray(out(KEYS) != 0)
+    assert 0.3 < masks.mean() < 0.7 and (masks[:, :3] != masks[:, 3:]).any() and (out(OTHER) != out(KEYS)).any()
+    still = models.bind(model, variables, train=True)(many)
+    np.testing.assert_array_equal(still, model.apply(variables, many).logits)
+
+
 @dataclasses.dataclass
 class Plain:
     features: jax.Array
@@ -450,6 +498,8 @@ RETURNS = {
     "dataclass": lambda z, x: Plain(2 * z, z),
     "struct": lambda z, x: ModelOutput(logits=z, hidden=2 * z),
     "named tuple": lambda z, x: Pair(2 * z, z),
+    "nested": lambda z, x: {"maps": x, "heads": {"aux": {"logits": z}}},
+    "named inside": lambda z, x: ({"logits": z, "pooled": 2 * z}, x),
     "half": lambda z, x: z.astype(jnp.bfloat16).astype(jnp.float16),
 }
 
@@ -588,6 +638,17 @@ def test_the_command_line_shows_the_rest_where_it_is_asked_for(tmp_path, capsys)
 
 
 EMPTY = {"params": {}, "batch_stats": {}}
+
+
+def test_what_is_no_module():
+    class Wrapped:
+        module, params = Misfit(), {}
+
+    assert message(lambda: models.linen(Misfit)) == "linen needs an instance of a linen Module, got the class Misfit"
+    assert message(lambda: models.nnx(Misfit())) == "nnx needs an instance of a nnx Module, got a Misfit"
+    assert message(lambda: models.linen(Wrapped())) == (
+        "linen needs an instance of a linen Module, got a Wrapped; give its .module, and weights=its .params"
+    )
 
 
 def test_what_has_no_logits():

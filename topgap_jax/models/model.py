@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -11,11 +10,10 @@ from typing import Any
 import flax
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from topgap_jax.build import table
 from topgap_jax.errors import UserError
-from topgap_jax.models import switches
+from topgap_jax.models import collections, switches
 from topgap_jax.models.outputs import in_one_line, logits_of, with_axes
 from topgap_jax.rewrite import speed
 from topgap_jax.rewrite.names import NAMING, name_tree
@@ -30,13 +28,15 @@ def linen(module: nn.Module, *, weights: Variables | None = None) -> Model:
     module inside, a field of the module; `step` is the pool's schedule. A module whose batch statistics do not move in
     training gets a warning. Logits may be in a dict, a dataclass or a tuple (`models.outputs.logits_of`).
 
-    Every random stream draws from `keys[0]`; training mode without keys leaves out dropout and other layers without
-    variables that have a switch. A named axis (`BatchNorm(axis_name=...)`) is the whole batch. Collections besides
-    params count as batch statistics, under "(name)" but for `batch_stats` itself; what a module only sows is dropped.
+    Every random stream draws from `keys[0]`, and so does a `key` or `rng` that the call takes; training mode without
+    keys leaves out dropout and other layers without variables that have a switch. A named axis
+    (`BatchNorm(axis_name=...)`) is the whole batch. Collections besides params count as batch statistics, under
+    "(name)" but for `batch_stats` itself; what a module only sows is dropped.
 
     weights: variables that `init` returns whatever the key, of a network that is trained already: {"params": ...,
     "batch_stats": ...}, or the parameters alone. Raises UserError, in one line, for whatever the module raises.
     """
+    _check(module, nn.Module, "linen")
     kind = type(module)
     passed_on: list[tuple[str, ...]] = []  # by `**kwargs`; one entry once it is known
     warned: list[bool] = []
@@ -56,39 +56,41 @@ def linen(module: nn.Module, *, weights: Variables | None = None) -> Model:
     def init(key, images):
         with in_one_line(kind, images, None):
             switched_off, words = switched(images, False, None)
+            words |= switches.keys(kind.__call__, None, lambda x: x)
             variables = switched_off.init({"params": key, "dropout": key}, images, **words)
-            packed = _packed(variables)
-            if set(packed["batch_stats"]) - set(variables.get("batch_stats", {})):
-                step = lambda packed, images: apply(packed, images, train=True, keys=key[None]).batch_stats
-                packed = _carried(packed, jax.eval_shape(step, packed, images))
-        return packed if weights is None else _with_weights(weights, packed, kind)
+            fresh = collections.packed(variables)
+            if set(fresh["batch_stats"]) - set(variables.get("batch_stats", {})):
+                step = lambda fresh, images: apply(fresh, images, train=True, keys=key[None]).batch_stats
+                fresh = collections.carried(fresh, jax.eval_shape(step, fresh, images))
+        return fresh if weights is None else collections.with_weights(weights, fresh, kind)
 
     def apply(variables, images, *, train=False, keys=None, targets=None, step=None):
-        collections = _unpacked(variables)
+        given = collections.unpacked(variables)
         # Streams that have no key of their own draw from that of the parameters.
         rngs = None if keys is None else {"dropout": keys[0], "params": jax.random.fold_in(keys[0], 1)}
-        extra = [name for name in collections if name not in ("params", "batch_stats")]
+        extra = [name for name in given if name not in ("params", "batch_stats")]
 
         def call():
             called, words = switched(images, train, step)
-            without = nn.intercept_methods(_without_random_layers(collections)) if keys is None else nullcontext()
+            words |= switches.keys(kind.__call__, None if keys is None else jax.random.fold_in(keys[0], 2), lambda x: x)
+            without = nn.intercept_methods(_without_random_layers(given)) if keys is None else nullcontext()
             mutable = ["batch_stats", *extra] if train else extra  # what evaluation changes is dropped
             try:
                 with without if train else nullcontext():
-                    out, updates = called.apply(collections, images, rngs=rngs, mutable=mutable, **words)
+                    out, updates = called.apply(given, images, rngs=rngs, mutable=mutable, **words)
             except flax.errors.InvalidRngError as error:
                 if keys is not None:
                     raise
                 raise UserError(
                     f"{kind.__name__} draws random numbers in {_mode(train)}, and there are no keys"
                 ) from error
-            after = {**collections, **updates} if train else collections
-            before, moved = collections.get("batch_stats", {}), after.get("batch_stats", {})
+            after = {**given, **updates} if train else given
+            before, moved = given.get("batch_stats", {}), after.get("batch_stats", {})
             still = all(a is b for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(moved)))
             if train and still and jax.tree.leaves(before) and not warned:
                 warned.append(True)
                 warnings.warn(_unmoved(kind), stacklevel=3)
-            return logits_of(out, images, kind), _packed(after)["batch_stats"]
+            return logits_of(out, images, kind), collections.packed(after)["batch_stats"]
 
         with in_one_line(kind, images, train):
             logits, after = with_axes(call)
@@ -101,16 +103,16 @@ def nnx(module: "flax.nnx.Module") -> Model:
     """A `Model` of any NNX module that maps images (b, h, w, c) to logits (b, k).
 
     `init` returns the module's own parameters, whatever the key: an NNX module is born with them. Random layers are
-    seeded from `keys[0]`, and so are the `rngs` of a `__call__` that takes them; without keys, training mode leaves
-    dropout out, and for whatever else is random the module's own random state serves again and again. Everything that
-    is neither a parameter nor random state counts as batch statistics. Switches, named axes, outputs and errors are as
-    `linen` has them.
+    seeded from `keys[0]`, and so are the `rngs`, `rng` or `key` of a `__call__` that takes them; without keys, training
+    mode leaves dropout out, and for whatever else is random the module's own random state serves again and again.
+    Everything that is neither a parameter nor random state counts as batch statistics. Switches, named axes, outputs
+    and errors are as `linen` has them.
     """
     from flax import nnx as flax_nnx  # here, since few models need it and it takes half a second
 
+    _check(module, flax_nnx.Module, "nnx")
     kind = type(module)
     graph, params, random, rest = flax_nnx.split(module, flax_nnx.Param, flax_nnx.RngState, ...)
-    takes_rngs = "rngs" in inspect.signature(kind.__call__).parameters
     has_statistics = bool(jax.tree.leaves(flax_nnx.split(module, flax_nnx.BatchStat, ...)[1]))
     passed_on: list[tuple[str, ...]] = []
     warned: list[bool] = []
@@ -130,8 +132,13 @@ def nnx(module: "flax.nnx.Module") -> Model:
             switches.set_attributes((child for _, child in flax_nnx.iter_modules(merged)), train)
             if keys is None:
                 merged.set_attributes(deterministic=True, raise_if_not_found=False)
-            rngs = {"rngs": None if keys is None else flax_nnx.Rngs(keys[0])} if takes_rngs else {}
-            out = _named_call(merged, images, **rngs, **words)
+            for i, (_, child) in enumerate(flax_nnx.iter_modules(merged)):
+                if isinstance(child, flax_nnx.Dropout) and keys is None:
+                    child.rate = 0.0  # also where the call says deterministic=False
+                elif isinstance(child, flax_nnx.Dropout) and child.rngs is None:
+                    child.rngs = flax_nnx.Rngs(jax.random.fold_in(keys[0], 10**6 + i))  # where the call has none
+            random_keys = switches.keys(kind.__call__, None if keys is None else keys[0], flax_nnx.Rngs)
+            out = _named_call(merged, images, **random_keys, **words)
             after = flax_nnx.split(merged, flax_nnx.Param, flax_nnx.RngState, ...)[3]
             return logits_of(out, images, kind), flax_nnx.to_pure_dict(after)
 
@@ -178,6 +185,15 @@ def fast(model: Model) -> Model:
     return model._replace(apply=speed.fast(model.apply))
 
 
+def _check(module: Any, kind: type, name: str) -> None:
+    if isinstance(module, kind):
+        return
+    what = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+    inside = isinstance(getattr(module, "module", None), kind) and not isinstance(module, type)
+    hint = "; give its .module, and weights=its .params" if inside and name == "linen" else ""
+    raise UserError(f"{name} needs an instance of a {kind.__module__.split('.')[1]} Module, got {what}{hint}")
+
+
 def _without_random_layers(collections: Mapping[str, Any]):
     """A Linen interceptor under which layers that only draw do what they do in eval mode, as there are no keys.
 
@@ -208,41 +224,6 @@ def _inside(tree: Any, path: Sequence[str]) -> bool:
             return False
         tree = tree[name]
     return True
-
-
-def _packed(collections: Mapping[str, Any]) -> dict[str, Any]:
-    """Flax's collections as "params" and "batch_stats", which holds the others as "(name)"."""
-    others = {f"({name})": tree for name, tree in collections.items() if name not in ("params", "batch_stats")}
-    return {"params": collections.get("params", {}), "batch_stats": {**collections.get("batch_stats", {}), **others}}
-
-
-def _unpacked(variables: Variables) -> dict[str, Any]:
-    stats = variables["batch_stats"]
-    others = {name[1:-1]: tree for name, tree in stats.items() if name.startswith("(")}
-    own = {name: tree for name, tree in stats.items() if not name.startswith("(")} if others else stats
-    return {"params": variables["params"], "batch_stats": own, **others}
-
-
-def _carried(packed: Variables, after: Any) -> dict[str, Any]:
-    """Without the collections that grow with each call: what is sown there is a result, and no state."""
-    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    stats = {name: tree for name, tree in packed["batch_stats"].items() if shapes(tree) == shapes(after[name])}
-    return {"params": packed["params"], "batch_stats": stats}
-
-
-def _with_weights(weights: Variables, drawn: Variables, kind: type) -> dict[str, Any]:
-    """The weights that a module came with, in the form of those that it would have drawn."""
-    given = _packed(weights if "params" in weights else {"params": weights})
-    given = jax.tree.map(jnp.asarray, {**given, "batch_stats": {**drawn["batch_stats"], **given["batch_stats"]}})
-    for (path, a), (other, b) in itertools.zip_longest(
-        *(jax.tree.leaves_with_path(tree) for tree in (given, drawn)), fillvalue=(None, None)
-    ):
-        if path != other or a.shape != b.shape:
-            name = lambda path, x: f"{jax.tree_util.keystr(path)} {x.shape}" if path else "nothing more"
-            raise UserError(
-                f"linen: the weights do not fit {kind.__name__}: {name(path, a)} where it has {name(other, b)}"
-            )
-    return given
 
 
 def _mode(train: bool) -> str:

@@ -17,34 +17,40 @@ def logits_of(out: Any, images: Array, kind: type) -> Array:
     """The logits (b, k), float32, of what a module returned.
 
     An array; what is named `logits` in a dict, dataclass or named tuple (Hugging Face's ModelOutput); else the only
-    array (b, k) in it, or the first of several of one shape (a classifier with auxiliary heads). UserError otherwise.
+    array (b, k) in it, or the first of several of one shape (a classifier with auxiliary heads); else the same of what
+    is inside. UserError otherwise.
     """
-    fits = lambda x: isinstance(x, jax.Array) and x.ndim == 2 and x.shape[0] == images.shape[0]
-    named = _fields(out) or (out if isinstance(out, Mapping) else {})
-    found = (
-        [named["logits"]] if "logits" in named else [out] if isinstance(out, jax.Array) else list(_parts(out, named))
-    )
-    candidates = [x for x in found if fits(x)]
-    shapes = {x.shape for x in candidates}
+    level, candidates = [out], []
+    while level and not candidates:
+        candidates = [x for x in level if isinstance(x, jax.Array) and x.ndim == 2 and x.shape[0] == images.shape[0]]
+        level = [part for x in level for part in _parts(x)]
+    shapes = sorted({x.shape for x in candidates})
     if len(shapes) == 1:
         return candidates[0].astype(jnp.float32)
     if shapes:
-        what = f"several arrays, {' and '.join(map(str, sorted(shapes)))}: return the logits alone, or name them logits"
-    elif isinstance(found[0] if len(found) == 1 else out, jax.Array):
-        what = f"an array of shape {found[0].shape}"
+        what = f"several arrays, {' and '.join(map(str, shapes))}: return the logits alone, or name them logits"
+    elif isinstance(out, jax.Array):
+        what = f"an array of shape {out.shape}"
     else:
+        named = _named(out)
         what = f"a {type(out).__name__}" + (f" of {', '.join(map(str, named))}" if named else "")
     raise UserError(f"{kind.__name__} must return logits (b, k) for images of shape {images.shape}, it returned {what}")
 
 
-def _fields(out: Any) -> dict[str, Any]:
+def _named(out: Any) -> Mapping[str, Any]:
     if dataclasses.is_dataclass(out):
         return {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
+    if isinstance(out, Mapping):
+        return out
     return dict(zip(out._fields, out)) if hasattr(out, "_fields") else {}
 
 
-def _parts(out: Any, named: Mapping[str, Any]) -> Iterator[Any]:
-    yield from named.values() if named else out if isinstance(out, tuple | list) else ()
+def _parts(out: Any) -> list[Any]:
+    """What a container holds; of one that names its logits, these alone."""
+    named = _named(out)
+    if "logits" in named:
+        return [named["logits"]]
+    return list(named.values() if named else out if isinstance(out, tuple | list) else ())
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 """How authors of networks spell the switch between training and evaluation, and where they put it: an argument of the
-call, what a call passes on through `**kwargs`, a field of the module."""
+call, what a call passes on through `**kwargs`, a field of the module. Likewise keys that a call takes."""
 
 import dataclasses
 import inspect
@@ -22,6 +22,7 @@ WORDS = {
     "update_stats": True, "update_batch_stats": True, "use_batch_stats": True, "track_running_stats": True,
     "stochastic": True, "enable_dropout": True, "apply_dropout": True, "use_dropout": True,
 }  # fmt: skip
+KEYS = ("rngs", "rng", "key", "prng_key", "rng_key", "random_key", "dropout_rng", "dropout_key")
 PASSED_ON = (
     *("train", "training", "is_training", "is_train", "deterministic", "use_running_average"),
     *("train_mode", "is_eval", "eval", "eval_mode", "test", "inference"),
@@ -52,6 +53,22 @@ def arguments(call: Callable, train: bool, step: Any) -> dict[str, Any]:
     return switches
 
 
+def keys(call: Callable, key: Any, rngs: Callable[[Any], Any]) -> dict[str, Any]:
+    """What a `__call__` names among its parameters that is random: a key, or `rngs(key)` where it takes `nnx.Rngs`.
+
+    Without a key it is None, or what the call has by itself.
+    """
+    parameters = list(inspect.signature(call).parameters.items())[2:]  # not the module and the images
+    given = {}
+    for word, parameter in parameters:
+        kind = getattr(parameter.annotation, "__name__", str(parameter.annotation))
+        if word not in KEYS or (key is None and parameter.default is not inspect.Parameter.empty):
+            continue
+        takes_rngs = word == "rngs" and not any(name in kind for name in ("Array", "Key"))
+        given[word] = rngs(key) if takes_rngs and key is not None else key
+    return given
+
+
 def passes_on(call: Callable) -> bool:
     """Whether the call takes `**kwargs` and names no switch of its own."""
     kinds = [parameter.kind for parameter in inspect.signature(call).parameters.values()]
@@ -80,7 +97,7 @@ def accepted(attempt: Callable[[dict[str, bool]], Any]) -> tuple[str, ...]:
 def with_fields(module: nn.Module, train: bool) -> nn.Module:
     """The Linen module, and the modules it was given, with the fields that are switches set: `Net(train=False)`.
 
-    A field that a call may name instead stays as it is, and so does None, which says that the call does.
+    A field that a call may name instead stays as it is, and so does a None of a module inside, whose call names it.
     """
     copies: dict[int, Any] = {}
 
@@ -98,7 +115,8 @@ def with_fields(module: nn.Module, train: bool) -> nn.Module:
                 before, switch = getattr(value, field.name, None), in_training(field.name)
                 if field.name in ("parent", "name"):
                     continue
-                if isinstance(before, bool) and switch is not None and field.name not in named:
+                is_open = before is None and value is module and "bool" in str(field.type)
+                if switch is not None and field.name not in named and (isinstance(before, bool) or is_open):
                     after = switch == train
                 else:
                     after = copied(before)

@@ -17,8 +17,8 @@ from topgap_jax.rewrite.axes import (
     is_channel,
     is_position,
 )
+from topgap_jax.rewrite.body import SAME
 from topgap_jax.rewrite.interpreter import depending, inline, needed, users
-from topgap_jax.rewrite.operations import SAME
 
 NAME = "topgap_jax.rewrite.name"
 

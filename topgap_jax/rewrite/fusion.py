@@ -19,7 +19,7 @@ from topgap_jax.engine import (
     input_gradient_p,
 )
 from topgap_jax.rewrite.interpreter import channel_vector, evaluate, reaches, rebuild, subjaxprs, trace, users
-from topgap_jax.rewrite.operations import SUMS, is_masked, is_positive, match, zeros_of
+from topgap_jax.rewrite.operations import SUMS, is_masked, is_positive, relu_of, zeros_of
 
 LIMITS = {jax.nn.relu: math.inf, jax.nn.relu6: 6.0}
 CONVOLUTIONS = {forward_p: FORWARD, input_gradient_p: INPUT_GRADIENT}
@@ -165,7 +165,7 @@ def _sum(value: Any, used: dict, plan: Plan) -> tuple[JaxprEqn, Any] | None:
 
 def _limit(eqn: JaxprEqn, zeros: set) -> float | None:
     """The most that the equation gives where it is a ReLU; None for any other."""
-    return LIMITS.get(match(eqn, zeros, bare=True)[1])
+    return LIMITS.get(relu_of(eqn, zeros))
 
 
 def _is_compared(eqn: JaxprEqn, zeros: set, limit: float | None = None) -> bool:

@@ -8,8 +8,8 @@ from jax.extend.core import Literal
 from jax.extend.core.primitives import add_p, div_p, mul_p, sub_p
 
 from topgap_jax.errors import UserError
+from topgap_jax.rewrite.body import SAME
 from topgap_jax.rewrite.interpreter import depending, evaluate, inline, trace
-from topgap_jax.rewrite.operations import SAME
 from topgap_jax.types import Array
 
 

@@ -14,10 +14,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.extend.core.primitives import (
     add_jaxvals_p,
     add_p,
-    broadcast_in_dim_p,
     conv_general_dilated_p,
-    convert_element_type_p,
-    copy_p,
     custom_jvp_call_p,
     div_p,
     dot_general_p,
@@ -29,16 +26,25 @@ from jax.extend.core.primitives import (
     reduce_sum_p,
     reduce_window_max_p,
     reduce_window_sum_p,
-    reshape_p,
     select_n_p,
-    slice_p,
-    squeeze_p,
-    transpose_p,
 )
 from jax.lax import ConvDimensionNumbers
 
 from topgap_jax.engine import forward_p
-from topgap_jax.rewrite.interpreter import bind, depending, subjaxprs
+from topgap_jax.rewrite.body import (
+    SPREADING,
+    Body,
+    before,
+    body_of,
+    is_elementwise,
+    is_view,
+    is_zero,
+    literal,
+    reshapes,
+    sources_of,
+    zeros_of,
+)
+from topgap_jax.rewrite.interpreter import bind, subjaxprs
 
 WHOLE = ("clip", "celu", "hard_sigmoid", "hard_silu")  # functions under `jit` whose maximum or relu6 is no ReLU
 # (axes of the value, axes summed over) of a mean over positions: tokens, images or volumes, channels last or first,
@@ -47,16 +53,8 @@ POSITIONS = {
     (3, (0, 1)), (3, (1,)), (3, (1, 2)), (4, (1, 2)), (4, (2, 3)), (5, (1, 2, 3)), (5, (2, 3, 4)),
 }  # fmt: skip
 RELUS = {"relu": (jax.nn.relu, ["max"]), "relu6": (jax.nn.relu6, ["max", "min"])}
-SAME = (name_p, copy_p, convert_element_type_p)  # up to the precision, the value they are given
-SHAPE = (reshape_p, squeeze_p, broadcast_in_dim_p, transpose_p)
 SCALE = (mul_p, div_p, select_n_p)  # a select of the value or zero is dropout
 SUMS = (add_p, add_jaxvals_p)
-ELEMENTWISE = {
-    *("abs", "add", "add_any", "convert_element_type", "copy", "div", "erf", "erfc", "exp", "integer_pow", "log"),
-    *("log1p", "logistic", "max", "min", "mul", "name", "neg", "pow", "sign", "sqrt", "square", "sub", "tanh"),
-}
-VARYING = ("pcast", "pvary")  # inside a `shard_map`: the same on every device, or made to look different
-SPREADING = ("broadcast_in_dim", "convert_element_type", *VARYING)
 
 
 class Operation(NamedTuple):
@@ -64,25 +62,6 @@ class Operation(NamedTuple):
 
     function: Callable[..., Any]
     operands: tuple[Any, ...]
-
-
-class Body(NamedTuple):
-    """What the recognition of an equation needs of the jaxpr around it.
-
-    zeros: its variables that are 0; made_by: the equation of each variable; varying: what depends on the arguments, not
-    on constants alone; bare: whether a maximum(x, 0) or a sum is the network's own, not a part of a function with
-    derivatives of its own.
-    """
-
-    zeros: set
-    made_by: dict[Any, JaxprEqn]
-    varying: set
-    bare: bool
-
-
-def body_of(jaxpr: Jaxpr, bare: bool = True) -> Body:
-    made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
-    return Body(zeros_of(jaxpr), made_by, depending(jaxpr, jaxpr.invars), bare)
 
 
 def operations(jaxpr: Jaxpr, bare: bool = True) -> set[str]:
@@ -142,9 +121,9 @@ def _dense(eqn: JaxprEqn, body: Body) -> Operation | None:
     left, right = eqn.invars
     varying = [v for v in eqn.invars if v in body.varying]
     if len(varying) == 2:
-        sources = {v: _sources(v, body) & body.varying for v in varying}
+        sources = {v: sources_of(v, body) & body.varying for v in varying}
         matrices = [v for v in (right, left) if v.aval.ndim > 1]
-        given = [v for v in matrices if _before(v, body, _is_view) not in body.made_by]
+        given = [v for v in matrices if before(v, body, is_view) not in body.made_by]
         if sources[left] & sources[right]:
             kernel = given[0] if len(given) == 1 else None
         else:
@@ -171,11 +150,11 @@ def _add(eqn: JaxprEqn, body: Body) -> Operation | None:
     if not jnp.issubdtype(out.dtype, jnp.floating):
         return None
     for v in eqn.invars:
-        source = _before(v, body, _reshapes)
+        source = before(v, body, reshapes)
         is_vector = source not in body.made_by and source.aval.ndim == 1 < out.ndim
         if source.aval.size < out.size or is_vector:
             return None
-    first, second = (_before(v, body, _is_elementwise) for v in eqn.invars)
+    first, second = (before(v, body, is_elementwise) for v in eqn.invars)
     return None if first is second else _as_it_stands(eqn)
 
 
@@ -183,13 +162,13 @@ def _mean(eqn: JaxprEqn, body: Body) -> Operation | None:
     """A sum over positions divided by their number, or an average pool; the equation is the division."""
     if eqn.primitive not in (div_p, mul_p):
         return None
-    total, count = (_literal(v, body) for v in eqn.invars)
+    total, count = (literal(v, body) for v in eqn.invars)
     if eqn.primitive is mul_p and isinstance(total, Literal):
         total, count = count, total
     if isinstance(total, Literal):
         return None
     steps = []  # from the division back to the sum
-    while total in body.made_by and _reshapes(body.made_by[total]) and body.made_by[total].primitive is not name_p:
+    while total in body.made_by and reshapes(body.made_by[total]) and body.made_by[total].primitive is not name_p:
         steps.append(body.made_by[total])
         total = steps[-1].invars[0]
     summing = body.made_by.get(total)
@@ -221,7 +200,7 @@ def _counts(eqn: JaxprEqn | None, summing: JaxprEqn, body: Body) -> bool:
     """Whether the equation counts what is in each window, as an average that leaves the padding out divides by."""
     if eqn is None or eqn.primitive is not reduce_window_sum_p or eqn.params != summing.params:
         return False
-    return isinstance(_literal(eqn.invars[0], body), Literal)
+    return isinstance(literal(eqn.invars[0], body), Literal)
 
 
 OPERATIONS: dict[str, tuple[Callable[[JaxprEqn, Body], Operation | None], str]] = {
@@ -239,53 +218,6 @@ def _as_it_stands(eqn: JaxprEqn) -> Operation:
     return Operation(lambda *values: bind(eqn, values)[0], tuple(eqn.invars))
 
 
-def _before(variable: Any, body: Body, passed: Callable[[JaxprEqn], bool]) -> Any:
-    """What the variable was before the equations that are passed."""
-    while not isinstance(variable, Literal) and variable in body.made_by and passed(body.made_by[variable]):
-        variable = next(v for v in body.made_by[variable].invars if not isinstance(v, Literal))
-    return variable
-
-
-def _literal(variable: Any, body: Body) -> Any:
-    """The number that is spread over the variable's shape or devices; the variable itself where it is none."""
-    source = variable
-    while (
-        not isinstance(source, Literal) and source in body.made_by and body.made_by[source].primitive.name in SPREADING
-    ):
-        source = body.made_by[source].invars[0]
-    return source if isinstance(source, Literal) and source.aval.ndim == 0 else variable
-
-
-def _reshapes(eqn: JaxprEqn) -> bool:
-    same = eqn.primitive in SAME + SHAPE or eqn.primitive.name in VARYING
-    return same and not isinstance(eqn.invars[0], Literal)
-
-
-def _is_view(eqn: JaxprEqn) -> bool:
-    """Whether the equation takes a part of one value, or puts its axes in another order."""
-    return eqn.primitive in (*SAME, transpose_p, squeeze_p, slice_p) or eqn.primitive.name in VARYING
-
-
-def _is_elementwise(eqn: JaxprEqn) -> bool:
-    """Whether the equation is a function of each element of one value."""
-    return eqn.primitive.name in ELEMENTWISE and sum(not isinstance(v, Literal) for v in eqn.invars) == 1
-
-
-def _sources(variable: Any, body: Body) -> set:
-    """The arguments and constants of the body that the variable is computed from."""
-    waiting, sources, seen = [variable], set(), set()
-    while waiting:
-        v = waiting.pop()
-        if isinstance(v, Literal) or v in seen:
-            continue
-        seen.add(v)
-        if v in body.made_by:
-            waiting.extend(body.made_by[v].invars)
-        else:
-            sources.add(v)
-    return sources
-
-
 def _has_zero_maximum(jaxpr: Jaxpr) -> bool:
     """Whether the jaxpr, or a `jit` in it, takes the maximum with 0."""
     zeros = zeros_of(jaxpr)
@@ -296,10 +228,10 @@ def _has_zero_maximum(jaxpr: Jaxpr) -> bool:
     )
 
 
-def relu_of(eqn: JaxprEqn, zeros: set) -> bool:
-    """Whether the equation is a ReLU: `jax.nn.relu`, or a bare maximum(x, 0)."""
+def relu_of(eqn: JaxprEqn, zeros: set) -> Callable | None:
+    """`jax.nn.relu` or `jax.nn.relu6` where the equation is one, or a bare maximum(x, 0); None for any other."""
     operation = _relu(eqn, zeros, bare=True)
-    return operation is not None and operation.function is jax.nn.relu
+    return None if operation is None else operation.function
 
 
 def convolution_axes(eqn: JaxprEqn) -> ConvDimensionNumbers | None:
@@ -391,21 +323,6 @@ def is_masked(eqn: JaxprEqn, value: Any, zeros: set) -> bool:
         return False
     mask, otherwise, kept = eqn.invars
     return kept is value and is_zero(otherwise, zeros) and mask.aval.shape == value.aval.shape
-
-
-def zeros_of(jaxpr: Jaxpr) -> set:
-    """The variables that are a literal 0, spread over a shape or over the devices of a `shard_map`."""
-    zeros = set()
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in SPREADING and is_zero(eqn.invars[0], zeros):
-            zeros.update(eqn.outvars)
-    return zeros
-
-
-def is_zero(variable: Any, zeros: set) -> bool:
-    if isinstance(variable, Literal):
-        return variable.aval.ndim == 0 and variable.val == 0
-    return variable in zeros
 
 
 def _primitives(jaxpr: Jaxpr) -> list[str]:

@@ -10,8 +10,9 @@ from jax.extend.core.primitives import broadcast_in_dim_p, name_p, transpose_p
 
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite.axes import follow, images_and_others, is_channel, is_position
+from topgap_jax.rewrite.body import SAME, SHAPE
 from topgap_jax.rewrite.interpreter import depending, needed, subjaxprs, users
-from topgap_jax.rewrite.operations import SAME, SCALE, SHAPE, SUMS, Dense, dense, is_whole, summed_axes
+from topgap_jax.rewrite.operations import SCALE, SUMS, Dense, dense, is_whole, summed_axes
 
 BATCH, POSITION, CHANNEL = "batch", "position", "channel"  # what an axis is; None: an axis of length 1
 Labels = tuple[str | None, ...]
