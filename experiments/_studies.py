@@ -88,20 +88,25 @@ REAL = ACCURACY | {
 }
 
 
-def _real(config: str, pool: str) -> Study:
-    """GAP beside Top-GAP on real data, one seed: no difference is decided."""
+def _real(config: str, arms: Mapping[str, Arm], method: str, seeds: tuple[int, ...] = (0,), **more) -> Study:
+    """GAP beside Top-GAP on real data; of one seed no difference is decided."""
+    turned_on = f"`{arms[method].overrides.get('pool', method)}`"
     return Study(
         **TOP_GAP,
-        turned_on=f"`{pool}`",
+        turned_on=turned_on,
         config=config,
-        arms={"gap": Arm(), "top_gap": Arm(overrides={"pool": pool})},
-        method="top_gap",
+        arms=arms,
+        method=method,
         decides="gap",
-        seeds=(0,),
+        seeds=seeds,
         evaluators=(),
         shown=REAL,
+        **more,
     )
 
+
+PETS = ("plain", "gap", "top_gap .5", "top_gap .28", "top_gap .1", "top_gap .05")
+TINY = ("gap", "top_gap .25")
 
 STUDIES = {
     "shapes": Study(
@@ -254,8 +259,17 @@ STUDIES = {
             Claim(f"test[:500] | {DELETION_BLACK} | deletion", "deletion score, black", -1),
         ),
     ),
-    "cifar10": _real("cifar10.py", "top_gap(k=16)"),
-    "tiny_imagenet20": _real("tiny_imagenet20.py", "top_gap(fraction=.25)"),
-    "pets3": _real("pets3.py", "top_gap(fraction=.28)"),
+    "cifar10": _real("cifar10.py", {"gap": Arm(), "top_gap": Arm(overrides={"pool": "top_gap(k=16)"})}, "top_gap"),
+    "tiny_imagenet20": _real("tiny_imagenet20.py", {name: Arm(name) for name in TINY}, "top_gap .25"),
+    "pets3": _real(
+        "pets3.py",
+        {name: Arm(name) for name in PETS},
+        "top_gap .28",
+        seeds=(0, 1, 2),
+        claims=(
+            Claim("test | accuracy() | accuracy", "accuracy", 1),
+            Claim("test | localisation(cam()) | iou", "IoU of the class map", 1),
+        ),
+    ),
 }
 SYSTEMS = ("sgdrop", "norm_regularised", "art", "guided")
