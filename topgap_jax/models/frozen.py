@@ -1,5 +1,7 @@
 """A model whose batch norm keeps its statistics while it is trained: for fine-tuning on few images."""
 
+import warnings
+
 import flax.linen as nn
 
 from topgap_jax.build import table
@@ -34,7 +36,8 @@ def frozen_statistics(model: Model, *layers: str) -> Model:
             finally:
                 object.__setattr__(norm, "use_running_average", before)
 
-        with nn.intercept_methods(freeze):
+        with nn.intercept_methods(freeze), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*batch statistics did not move")  # they are not meant to
             output = model.apply(variables, images, train=True, keys=keys, targets=targets, step=step)
         missing = [layer for layer in layers if not any(f"/{layer.strip('/')}/" in f"/{path}/" for path in frozen)]
         if missing or not frozen:
