@@ -15,7 +15,6 @@ from topgap_jax.measure import results
 from topgap_jax.setup import config as configs
 from topgap_jax.setup.assembly import context
 
-
 UNFINISHED = ("pets3", "tiny_imagenet20")
 """Studies of hours, of which not every run has been made."""
 
