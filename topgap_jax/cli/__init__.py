@@ -1,7 +1,6 @@
 """The command line: `topgap train | evaluate | explain | layers | compare | report | help`."""
 
 import argparse
-import errno
 import functools
 import os
 import sys
@@ -44,10 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        line = together.disk_full(error)
+        if not line:
             raise
-        where = f", writing '{error.filename}'" if error.filename else ""
-        print(f"topgap: {error.strerror}{where}; make room, then give the same command again", file=sys.stderr)
+        print(f"topgap: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("topgap: stopped", file=sys.stderr)

@@ -1,5 +1,6 @@
 """`topgap train` and `topgap evaluate` as one of many processes: its arguments, who prints, and how it ends."""
 
+import errno
 import os
 import sys
 import traceback
@@ -32,6 +33,14 @@ def place(arguments: Namespace) -> tuple[str | None, int | None, int | None] | N
     return numbers if given or found else None
 
 
+def disk_full(error: OSError) -> str:
+    """What to say of a full disk, "" of any other error."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    where = f", writing '{error.filename}'" if error.filename else ""
+    return f"{error.strerror}{where}; make room, then give the same command again"
+
+
 def run(configure: Callable[[], object], command: Callable[[], int | None]) -> int:
     """The exit code of the command in one process of many. Process 0 prints; a mistake is told by whom it meets.
 
@@ -61,6 +70,13 @@ def run(configure: Callable[[], object], command: Callable[[], int | None]) -> i
     except KeyboardInterrupt:
         print("topgap: stopped", file=sys.stderr)
         code = 130
+    except OSError as error:
+        line = disk_full(error)
+        if line:
+            print(f"topgap: process {jax.process_index()}: {line}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        code = 2 if line else 1
     except Exception:
         traceback.print_exc()
         code = 1

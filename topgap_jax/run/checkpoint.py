@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from topgap_jax.errors import UserError
 
 # A kill during a save leaves the one before, and a second good one while the third is being written.
 KEPT = {"last": 2, "best": 1}
 SPARE = 16 * 10**6  # bytes, for a checkpoint's own files, metrics and results: a disk is not to be filled to its end
+NONE = -1
 READING = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
 
 
@@ -56,12 +59,17 @@ def save(manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], me
 
 
 def latest_step(workdir: Path, which: str = "last") -> int | None:
-    """The newest step of `which` ("last" or "best"), None if there is none."""
-    folder = _folder(workdir, which)
-    if not folder.is_dir():
-        return None
-    with ocp.CheckpointManager(folder, options=READING) as manager:
-        return manager.latest_step()
+    """The newest step of `which` ("last" or "best"), None if there is none.
+
+    Of many processes, which all must ask, process 0 looks: a folder that one of them has made already, and another has
+    not seen, would send them different ways. What is not written whole has no bare number for a name.
+    """
+    folder, step = _folder(workdir, which), NONE
+    if jax.process_index() == 0 and folder.is_dir():
+        step = max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=NONE)
+    if jax.process_count() > 1:
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+    return None if step == NONE else step
 
 
 def restore(workdir: Path, which: str, templates: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
