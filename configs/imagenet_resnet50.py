@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     config.optimizer = "sgd(cosine(.4, 0, total_steps, warmup=5/90), weight_decay=5e-5)"
     config.ema = 0.9999
 
+    config.eps = 1 / 255
     config.explain = "cam(), grad_cam('stage3')"
     config.log_every = 100
     return config
