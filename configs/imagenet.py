@@ -27,5 +27,6 @@ def get_config() -> ConfigDict:
     config.epochs = 1
     config.optimizer = "sgd(0)"  # nothing is trained
 
+    config.eps = 1 / 255
     config.explain = "cam(), grad_cam()"
     return config

@@ -26,11 +26,12 @@ def get_config() -> ConfigDict:
     config.backbone = "resnet50()"
     config.batch = 1024
     config.epochs = 90
-    config.augment = "random_resized_crop(), flip()"
+    config.augment = "random_resized_crop(scale=(.08, 1)), flip()"
     config.objective = "standard(label_smoothing=.1)"
     config.optimizer = "sgd(cosine(.4, 0, total_steps, warmup=5/90), weight_decay=5e-5)"
     config.ema = 0.9999
 
+    config.eps = 1 / 255
     config.explain = "cam(), grad_cam('stage3')"
     config.log_every = 100
     return config

@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.head = "pyramid_head(pool, width=256, levels=2)"
     config.model = "frozen_statistics(network, 'backbone')"
     config.batch = 30
-    config.epochs = 20
+    config.epochs = 12
     config.augment = "crop_flip(padding=28), colour_jitter()"
     config.optimizer = "slower(adamw(cosine(1e-3, 0, total_steps, warmup=.1), weight_decay=.05), .1, 'backbone')"
 

@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.head = "pyramid_head(pool, width=256, levels=2)"
     config.model = "frozen_statistics(network, 'backbone')"
     config.batch = 50
-    config.epochs = 5
+    config.epochs = 4
     config.augment = "crop_flip(padding=16)"
     config.optimizer = "slower(adamw(cosine(1e-3, 0, total_steps, warmup=.1), weight_decay=.02), .1, 'backbone')"
 

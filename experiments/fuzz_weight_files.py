@@ -29,8 +29,8 @@ from topgap_jax.run.provenance import provenance
 
 SECONDS, MEMORY = 1.0, 500 * 2**20
 PICKLE = (
-    b"R", b"b", b"Q", b"t", b"(", b"}", b"]", b"u", b"e", b"s", b"a", b"\x85", b"\x93", b"\x81", b"h\x00", b"q\x00",
-    b"N",
+    b"R", b"b", b"Q", b"t", b"(", b"}", b"]", b"u", b"e", b"s", b"a", b"\x85", b"\x93", b"\x81", b"h\x00",
+    b"q\x00", b"N",
     b"cos\nsystem\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"J\xff\xff\xff\x7f", b"\x8a\x08" + b"\xff" * 8,
 )  # fmt: skip
 

@@ -128,7 +128,9 @@ def test_box_and_region_move_with_the_image(resize):
 
 
 def test_an_unknown_resize_names_the_choices():
-    with pytest.raises(UserError, match=r"resize 'crup' is unknown; did you mean 'crop'\? choose from crop, stretch"):
+    with pytest.raises(
+        UserError, match=r"resize 'crup' is unknown; did you mean 'crop'\? choose from centre, crop, stretch"
+    ):
         data.decode(memory_source(h=3, w=3), 0, (3, 3), "crup")
 
 

@@ -45,13 +45,15 @@ examples:
 
 EVALUATE = f"""\
 Of a run it takes the best checkpoint and adds to its evaluation.json; a row of the same split and
-evaluator is replaced. Of a weights file in PyTorch naming it prints the table. A keyword such as eps in an evaluator is
-a number of the config.
+evaluator is replaced. Of --weights (a file of PyTorch's names and layout or of the module's own, another run, or the
+name of a published network) it prints the table; a config that names them as config.init needs none. A keyword such as
+eps in an evaluator is a number of the config.
 
 examples:
   topgap evaluate --workdir runs/gap
   topgap evaluate --workdir runs/gap --split 'test[:200]' --evaluators 'accuracy(), robust(pgd(linf(eps), steps=20))'
   topgap evaluate --config configs/cifar10.py --weights resnet20_cifar10.safetensors
+  topgap evaluate --config configs/imagenet.py
 
 {METHODS}"""
 
@@ -61,6 +63,7 @@ the data set has them. Your own pictures need no training data: a run knows the 
 
 examples:
   topgap explain --workdir runs/gap
+  topgap explain --config configs/imagenet.py --images holiday/
   topgap explain --workdir runs/gap --images holiday/ --methods 'cam(), grad_cam("stage3")' --count 20
 
 {METHODS}"""
