@@ -1,5 +1,5 @@
-"""The JAX process of bench_core.py, bench_loops.py, bench_memory.py and bench_pool.py: the paths as `topgap train` and
-`topgap evaluate` run them.
+"""The JAX process of bench_core.py, bench_networks.py, bench_loops.py, bench_memory.py and bench_pool.py: the paths as
+`topgap train` and `topgap evaluate` run them.
 
 BENCH_DEVICES: over how many devices the batch is split; TOPGAP_ONEDNN=off: without the custom calls.
 """
@@ -17,6 +17,7 @@ from _bench_worker import serve
 
 import topgap_jax as tg
 from topgap_jax import pretrained
+from topgap_jax.build import build
 from topgap_jax.mesh import data_mesh, replicated, split
 from topgap_jax.rewrite import fused
 from topgap_jax.run.cpu import configure_cpu
@@ -36,11 +37,18 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
     """k: of `top_gap`, None for `gap`. images, labels: .npy files, uint8 and int32. weights: random if there is no such
     file. engine: or plain JAX."""
     pool = tg.pool.gap() if k is None else tg.pool.top_gap(k=k)
-    model = tg.models.classifier(BACKBONES[network](), HEADS[head](pool), classes=classes, **IMAGENET)
+    if network in BACKBONES:
+        model = tg.models.classifier(BACKBONES[network](), HEADS[head](pool), classes=classes, **IMAGENET)
+    else:  # what a peer's file of weights is
+        values = {"classes": classes, "pool": pool, **IMAGENET}
+        model = build(pretrained.describe(weights)["model"], tg.models.TABLE, values)
     pixels, labels = np.load(images), np.load(labels)
     x, y = jnp.asarray(pixels, jnp.float32) / 255, jnp.asarray(labels)
     known = weights and Path(weights).exists()  # peers, where there are any, have written it
-    variables = pretrained.load(weights, model) if known else jax.jit(model.init)(jax.random.key(0), x[:1])
+    shape = pixels.shape[1:]
+    variables = (
+        pretrained.load(weights, model, image_shape=shape) if known else jax.jit(model.init)(jax.random.key(0), x[:1])
+    )
     if engine:
         model = tg.models.fast(model)
     merged = fused if engine else lambda f: f

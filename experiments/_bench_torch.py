@@ -1,7 +1,7 @@
-"""The PyTorch process of bench_core.py: the same network and the same steps, written as PyTorch users write them,
-channels_last.
+"""The PyTorch process of bench_core.py and bench_networks.py: the same network and the same steps, written as PyTorch
+users write them, channels_last. Any other network than the first one's is timm's of that name.
 
-Runs in the peers' own environment (torch, numpy, safetensors), started by the driver.
+Runs in the peers' own environment (torch, numpy, safetensors, timm), started by the driver.
 """
 
 import os
@@ -77,7 +77,20 @@ class ResNet(nn.Module):
 def build(network, k):
     if network == "resnet20":
         return ResNet((16, 32, 64), 3, "pad", "linear", k)
-    return ResNet((64, 128, 256, 512), 2, "project", "fc")
+    if network == "resnet18":
+        return ResNet((64, 128, 256, 512), 2, "project", "fc")
+    # torchvision's published wheel is a CUDA build: without CUDA only the shape rules of its own operators complain at
+    # import.
+    register = torch.library.register_fake
+    torch.library.register_fake = lambda op, *rest, **words: (
+        (lambda f: f) if str(op).startswith("torchvision::") else register(op, *rest, **words)
+    )
+    import timm
+
+    torch.library.register_fake = register
+    model, (mean, std) = timm.create_model(network), (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
+    model.register_forward_pre_hook(lambda module, inputs: ((inputs[0] - mean) / std,))
+    return model
 
 
 def pgd(model, images, labels, steps):

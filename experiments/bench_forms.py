@@ -3,7 +3,8 @@
     python experiments/bench_forms.py
 
 One process without oneDNN, the two forms of a layer called in turn; ratio = lax's time over ours, median over the
-rounds (above 1 ours is faster). The layers are those of a ResNet-20 at batch 128, and others with few channels.
+rounds (above 1 ours is faster). The layers are those of a ResNet-20 at batch 128, others with few channels, and
+some in groups, of EfficientNet-Lite0, ConvNeXt and ResNeXt.
 """
 
 import argparse
@@ -21,10 +22,10 @@ import numpy as np
 
 from topgap_jax.engine import Geometry
 from topgap_jax.engine.forms import BY_LAX, ON_CPU
-from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT
+from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 from topgap_jax.run.cpu import configure_cpu
 
-LAYERS = [  # batch, size, channels in, out, stride; 3x3 kernels
+LAYERS = [  # batch, size, channels in, out, stride; and kernel and groups where they are not 3 and 1
     (128, 32, 3, 16, 1),
     (128, 32, 16, 16, 1),
     (128, 32, 16, 32, 2),
@@ -35,6 +36,13 @@ LAYERS = [  # batch, size, channels in, out, stride; 3x3 kernels
     (64, 64, 3, 32, 2),
     (64, 64, 8, 8, 1),
     (128, 32, 8, 16, 2),
+    (8, 112, 32, 32, 1, 3, 32),
+    (8, 112, 96, 96, 2, 3, 96),
+    (8, 56, 144, 144, 2, 5, 144),
+    (8, 28, 240, 240, 1, 3, 240),
+    (8, 14, 672, 672, 1, 5, 672),
+    (8, 14, 384, 384, 1, 7, 384),
+    (8, 14, 512, 512, 1, 3, 32),
 ]
 
 
@@ -54,13 +62,15 @@ def main():
 
 
 def measure(layer, rounds):
-    """Forward and input gradient; the weight gradient has no form of its own."""
-    batch, size, c, o, stride = layer
-    geometry = Geometry((size, size), (3, 3), (stride, stride), ((1, 1), (1, 1)))
+    """Forward, input gradient and, in depthwise convolutions, which alone have a form for it, weight gradient."""
+    batch, size, c, o, stride, kernel, groups = (*layer, *(3, 1)[len(layer) - 5 :])
+    pad = (kernel // 2, kernel // 2)
+    geometry = Geometry((size, size), (kernel, kernel), (stride, stride), (pad, pad), groups)
     random = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)
-    x, w, dy = draw(batch, size, size, c), draw(3, 3, c, o), draw(batch, *geometry.out, o)
-    for name, kind, operands in (("forward", FORWARD, (x, w)), ("input gradient", INPUT_GRADIENT, (dy, w))):
+    x, w, dy = draw(batch, size, size, c), draw(kernel, kernel, c // groups, o), draw(batch, *geometry.out, o)
+    kinds = [("forward", FORWARD, (x, w)), ("input gradient", INPUT_GRADIENT, (dy, w))]
+    for name, kind, operands in kinds + [("weight gradient", WEIGHT_GRADIENT, (x, dy))] * (groups == c):
         forms = [jax.jit(functools.partial(table[kind], geometry=geometry)) for table in (BY_LAX, ON_CPU)]
         times = [[], []]
         for number in range(rounds + 1):
@@ -71,7 +81,8 @@ def measure(layer, rounds):
                     found.append(1e3 * (time.perf_counter() - start))
         ratio = statistics.median(a / b for a, b in zip(*times))
         lax_ms, ours_ms = map(statistics.median, times)
-        yield {"layer": layer, "kind": name, "lax_ms": lax_ms, "ours_ms": ours_ms, "ratio": ratio}
+        name += f", {kernel}x{kernel} in {groups} groups" * (groups > 1)
+        yield {"layer": layer[:5], "kind": name, "lax_ms": lax_ms, "ours_ms": ours_ms, "ratio": ratio}
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def after(out: Array, extras: Sequence[Array], fused: Fused) -> Array:
     out = out + next(rest).reshape(1, 1, 1, -1) if fused.bias else out
     out = out + next(rest) if fused.residual else out
     out = jax.nn.relu(out) if fused.relu else out
-    out = jnp.minimum(out, fused.limit) if fused.limit < math.inf else out
+    out = jnp.minimum(out, fused.limit) if fused.relu and fused.limit < math.inf else out
     return jnp.where(next(rest).reshape(out.shape), out, 0) if fused.mask else out
 
 

@@ -1,0 +1,71 @@
+"""Activations that XLA's CPU computes slowly, in a form it is fast with."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core.primitives import erfc_p, mul_p, neg_p
+
+from topgap_jax.rewrite.interpreter import evaluate, keeps_derivatives, rebuild, subjaxprs, trace, users
+
+
+def gelu_by_erf(f: Callable) -> Callable:
+    """f with the exact GELU of `jax.nn`, x/2 erfc(-x/sqrt 2), as x/2 (1 + erf(x/sqrt 2)), as PyTorch has it.
+
+    XLA's CPU computes erf in a third of the time of erfc, which is that of a pass over memory. Largest error on [-12,
+    12] in float32, over max(|x|, 1): 2.1e-7, against 1.3e-7. Only this product is replaced: elsewhere somebody may need
+    the tail of erfc. Derivatives of any order, under jit, remat and loops.
+    """
+
+    def by_erf(*args, **kwargs):
+        closed, arrays, restore = trace(f, args, kwargs)
+        return restore(_run(closed.jaxpr, closed.consts, arrays))
+
+    return by_erf
+
+
+def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list:
+    replaced = _gelus(jaxpr)
+
+    def rule(eqn, values, read):
+        if id(eqn) in replaced:
+            return [1 - lax.erf(values[0])]
+        if keeps_derivatives(eqn) and any(map(_holds, subjaxprs(eqn))):
+            return rebuild(eqn, values, _run)
+        return None
+
+    return evaluate(jaxpr, consts, args, rule)
+
+
+def _gelus(jaxpr: Jaxpr) -> set[int]:
+    """The erfc, by `id`, of each x/2 erfc(-x/sqrt 2) in float32, used for nothing else."""
+    if not any(eqn.primitive is erfc_p for eqn in jaxpr.eqns):
+        return set()
+    made_by, used, gelus = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}, users(jaxpr), set()
+    for eqn in jaxpr.eqns:
+        (user,) = used[eqn.outvars[0]] if eqn.primitive is erfc_p and len(used[eqn.outvars[0]]) == 1 else (None,)
+        if user is None or user.primitive is not mul_p or eqn.outvars[0].aval.dtype != jnp.float32:
+            continue
+        half = _scaled(user.invars[1 if user.invars[0] is eqn.outvars[0] else 0], made_by, 0.5)
+        turned = _scaled(eqn.invars[0], made_by, 0.5**0.5)
+        negated = None if isinstance(turned, Literal) else made_by.get(turned)
+        if half is not None and negated is not None and negated.primitive is neg_p and negated.invars[0] is half:
+            gelus.add(id(eqn))
+    return gelus
+
+
+def _scaled(variable: Any, made_by: dict[Any, JaxprEqn], factor: float) -> Any | None:
+    """What the variable is `factor` times of; None if it is no such product."""
+    eqn = None if isinstance(variable, Literal) else made_by.get(variable)
+    if eqn is None or eqn.primitive is not mul_p:
+        return None
+    for number, other in (eqn.invars, eqn.invars[::-1]):
+        if isinstance(number, Literal) and number.aval.ndim == 0 and abs(float(number.val) - factor) < 1e-6:
+            return other
+    return None
+
+
+def _holds(jaxpr: Jaxpr) -> bool:
+    return bool(_gelus(jaxpr)) or any(_holds(body) for eqn in jaxpr.eqns for body in subjaxprs(eqn))
