@@ -222,16 +222,20 @@ def foreign(stored: Mapping[str, Any]) -> str:
         for column in columns:
             value = row.get(column)
             if isinstance(value, str):
-                said.append(f"- {name}, `{column}`: {value}")
+                said.append(f"- {name}, `{column}`: {value.partition('; layers:')[0]}")
             cells.append(f"{value:.0e}" if isinstance(value, float) else "says why not" if value else "")
+        if "float64" in row:
+            plain, fast = (f"{row['float64'][key]:.0e}" for key in ("plain", "fast_convs"))
+            said.append(f"- {name}, `fast_convs`: {fast} from float64, plain float32 {plain} (a ReLU at 0 switches)")
         lines.append([name, str(row["layers"]), str(sum(row["operations"].values())), *cells])
     head = ["network", "layers", "operations", *columns[:-1], "20 steps"]
     text = (
         "Flax networks that other people published, with random weights, at 64 pixels, some with fewer blocks: largest"
         " difference from plain Flax (`module.apply`, `jax.grad`), over the largest value. `apply`, `fast_convs`,"
-        " `with_rules` (the ordinary rule of every operation): logits and input gradient; `grad_cam` against the"
-        " formula by Flax's interceptors; `with_pool(gap())` against the logits; `with_drop(dropout(0))`: the gradient"
-        " of a training step; 20 steps of gradient descent: weights and statistics.\n\n"
+        " `with_rules` (the ordinary rule of every operation; `operations`: how often one is used, twice in a ReLU6):"
+        " logits and input gradient; `grad_cam` against the formula by Flax's interceptors; `with_pool(gap())` against"
+        " the logits; `with_drop(dropout(0))`: the gradient of a training step; 20 steps of gradient descent: weights"
+        " and statistics.\n\n"
     )
     sources = f"\n\nFrom {', '.join(stored['sources'])}."
     return text + markdown(head, lines) + ("\n\n" + "\n".join(said) if said else "") + sources

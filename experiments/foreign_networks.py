@@ -53,7 +53,7 @@ SOURCES = {  # repository and commit -> folder in FOLDER that is put on Python's
 UNUSED = {"big_vision": ("tensorflow", "tensorflow.io", "tensorflow.io.gfile"), "efficientnet-jax": ("flax.nn",)}
 """What repositories import and these networks do not use: TensorFlow, and a part of Flax that is gone."""
 CLASSES, SIZE, BATCH, STEPS = 10, 64, 2, 20
-TOLERANCE = 1e-3  # of 20 steps, whose rounding errors grow; of everything else a tenth of it
+ROUNDING = 1e-5
 
 
 class Network(NamedTuple):
@@ -147,9 +147,9 @@ NETWORKS = {
     "jax-resnet ResNet-18": Network(
         "jax-resnet", lambda: _from("jax_resnet.resnet", "ResNet18")(n_classes=CLASSES), "layers_11", eval={}, train={}
     ),
-    "jeffnet MobileNetV3": Network(
+    "jeffnet MobileNetV2": Network(
         "efficientnet-jax",
-        lambda: _jeffnet("tf_mobilenetv3_small_minimal_100"),
+        lambda: _jeffnet("pt_mobilenetv2_100"),
         "head/classifier",
         eval={"training": False},
         train={"training": True},
@@ -161,7 +161,7 @@ NETWORKS = {
     ),
     "jax-models PoolFormer-S12": Network(
         "jax-models",
-        lambda: _from("jax_models.models.poolformer", "S12")(num_classes=CLASSES),
+        lambda: _from("jax_models.models.poolformer", "S12")(attach_head=True, num_classes=CLASSES),
         "Dense_0",
         eval={"deterministic": True},
         train={"deterministic": False},
@@ -190,14 +190,16 @@ def main():
     options = parser.parse_args()
     sys.path[:0] = [str(options.folder / folder) for folder in SOURCES.values()]
     stored = json.loads(RESULTS.read_text()) if options.only and RESULTS.exists() else {"networks": {}}
+    about = {**provenance(), "command": "python experiments/foreign_networks.py FOLDER"}
     for name, network in NETWORKS.items():
         if not options.only or any(word in name for word in options.only):
             start = time.process_time()
             row = check(network)
             row["cpu_seconds"] = round(time.process_time() - start)
             stored["networks"][name] = row
+            stored["networks"] = {key: stored["networks"][key] for key in NETWORKS if key in stored["networks"]}
             print(f"{name:30}", json.dumps(row), flush=True)
-            RESULTS.write_text(json.dumps({**provenance(), "sources": list(SOURCES), **stored}, indent=1) + "\n")
+            RESULTS.write_text(json.dumps({**stored, **about, "sources": list(SOURCES)}, indent=1) + "\n")
 
 
 def check(network: Network) -> dict[str, Any]:
@@ -223,6 +225,13 @@ def check(network: Network) -> dict[str, Any]:
     row["layers"] = len(layers(models.bind(model, variables), images))
     tried("apply", lambda: against(predict(lambda f: f)))
     tried("fast_convs", lambda: against(predict(fast_convs)))
+    if isinstance(row["fast_convs"], float) and row["fast_convs"] > ROUNDING:
+        # A ReLU within rounding of 0 switches a whole unit: float64 says which of the two is off.
+        exact = in_float64(plain.logits, variables, images)
+        row["float64"] = {
+            "plain": difference(expected, exact),
+            "fast_convs": difference(jax.jit(value_and_gradient(predict(fast_convs)))(variables, images), exact),
+        }
     tried("with_rules", lambda: against(predict(lambda f: with_rules(f, **ordinary(collections.Counter())))))
     counts: collections.Counter[str] = collections.Counter()
     jax.eval_shape(predict(lambda f: with_rules(f, **ordinary(counts))), variables, images)
@@ -299,6 +308,14 @@ def value_and_gradient(f):
     """Logits, and the gradient of a sum of them in which each counts differently."""
     weights = jnp.arange(1.0, BATCH * CLASSES + 1).reshape(BATCH, CLASSES)
     return lambda v, x: (f(v, x), jax.grad(lambda x: (f(v, x) * weights).sum())(x))
+
+
+def in_float64(f, variables, images):
+    """`value_and_gradient` in float64."""
+    with jax.enable_x64(True):
+        double = lambda x: jnp.asarray(np.asarray(x, np.float64 if np.issubdtype(x.dtype, np.floating) else x.dtype))
+        exact = jax.jit(value_and_gradient(f))(*jax.tree.map(double, (variables, images)))
+        return jax.tree.map(np.asarray, exact)
 
 
 def ordinary(counts):
