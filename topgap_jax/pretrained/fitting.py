@@ -50,8 +50,14 @@ def filled(
     values = tensors()
     arrays = {path: jnp.asarray(_array(fit, path, shape, values), jnp.float32) for path, shape in wanted.items()}
     if len(wanted) < len(variables):
-        fresh = jax.tree.leaves(jax.jit(model.init)(key, jnp.zeros(images.shape)))
-        arrays = {path: arrays.get(path, leaf) for path, leaf in zip(variables, fresh)}
+
+        def fresh(key):  # of the head alone: XLA then leaves the rest of `init` out
+            leaves = zip(variables, jax.tree.leaves(model.init(key, jnp.zeros(images.shape))))
+            return [leaf for path, leaf in leaves if path not in wanted]
+
+        head_paths = [path for path in variables if path not in wanted]
+        arrays |= dict(zip(head_paths, jax.jit(fresh)(key)))
+        arrays = {path: arrays[path] for path in variables}
     return jax.tree.unflatten(structure, list(arrays.values()))
 
 
