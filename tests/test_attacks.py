@@ -349,14 +349,14 @@ def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
             lambda: attacked(images=IMAGES[0]),
             (
                 "attack: images must be an array (b, h, w, c) of at least one image, got an array of shape (6, 6, 3)"
-                " and type float32"
+                " and type float32; images[None] is a batch of one"
             ),
         ),
         (lambda: attacked(labels=LABELS.at[3].set(99)), "attack: label 99 is no class of a network with 4 logits"),
         (lambda: attacked(labels=LABELS.at[3].set(-1)), "attack: label -1 is no class of a network with 4 logits"),
         (
             lambda: attacked(labels=3),
-            "attack: labels must be an int array (8,), one class for each image, got a int",
+            "attack: labels must be an int array (8,), one class for each image, got an int",
         ),
         (
             lambda: attacked(labels=LABELS.astype(jnp.float32)),
