@@ -17,7 +17,10 @@ CLASSES, BATCH = 10, 2
 IMAGES = jax.ShapeDtypeStruct((BATCH, 64, 64, 3), jnp.float32)
 LABELS = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
 KEYS = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH))
-BACKBONES = {"resnet50": lambda: tg.models.resnet50(stem="imagenet")}
+BACKBONES = {
+    "resnet50": lambda: tg.models.resnet50(stem="imagenet"),
+    "efficientnet_lite0": lambda: tg.models.efficientnet_lite0(),
+}
 
 
 def network(name, dtype):
@@ -67,9 +70,13 @@ def lowered(work, model, variables, platform):
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize(
-    "work", [evaluation, *(pytest.param(f, marks=pytest.mark.slow) for f in (training, attack, explanation))]
+    "work, name",
+    [
+        pytest.param(work, name, marks=[] if (work, name) == (evaluation, "resnet50") else pytest.mark.slow)
+        for work in (evaluation, training, attack, explanation)
+        for name in BACKBONES
+    ],
 )
-@pytest.mark.parametrize("name", BACKBONES)
 def test_programs_for_accelerators(name, work, platform):
     for dtype, letters in (("float32", "f32"), ("bfloat16", "bf16")):
         plain = network(name, dtype)
