@@ -18,7 +18,7 @@ from topgap_jax.mesh import data_mesh
 from topgap_jax.run import fit as fit_module
 from topgap_jax.run.fit import fit
 from topgap_jax.setup import assembly
-from topgap_jax.setup.weights import born_with_weights, initial, weights
+from topgap_jax.setup.weights import initial, weights
 from topgap_jax.training.optimizers import adamw, freeze, sgd, slower
 
 TINY = Path(__file__).parent / "tiny_config.py"
@@ -239,7 +239,7 @@ def methods():
 
 def test_models_that_are_born_with_weights(tmp_path):
     """An NNX module is used as it is, a Linen one has no weights yet."""
-    assert not born_with_weights(models.linen(Net()), SHAPE)
+    assert not models.linen(Net()).has_weights
     file = tmp_path / "born.py"
     file.write_text(BORN.replace("TINY", repr(str(TINY))))
     loaded = setup.from_config(file, [])

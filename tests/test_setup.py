@@ -148,7 +148,7 @@ def test_weights_from_a_file(tmp_path, capsys, reads):
     loaded = setup.from_config(TINY, [("init", str(path))])
     jax.tree.map(np.testing.assert_array_equal, dict(loaded.variables), dict(variables))
     assert loaded.experiment.config.mean == (0.4, 0.4, 0.4) and loaded.weights == "net.safetensors"
-    assert capsys.readouterr().err == "net.safetensors: config.mean = (0.4, 0.4, 0.4)\n"
+    assert capsys.readouterr().err == "topgap: net.safetensors: config.mean = (0.4, 0.4, 0.4)\n"
     given = setup.from_config(TINY, [("mean", "(.3, .3, .3)"), ("init", str(path))])
     assert given.experiment.config.mean == (0.3, 0.3, 0.3) and capsys.readouterr().err == ""
     assert reads == []

@@ -2,7 +2,6 @@
 
 import functools
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from topgap_jax.measure.evaluate import evaluation_variables
 from topgap_jax.measure.results import Row
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
+from topgap_jax.progress import say
 from topgap_jax.run import checkpoint
 from topgap_jax.run.fit import Parts
 from topgap_jax.run.workdir import Data, learnt
@@ -38,7 +38,7 @@ from topgap_jax.setup.assembly import (
     training,
     validation,
 )
-from topgap_jax.setup.weights import born_with_weights, initial, weights
+from topgap_jax.setup.weights import initial, weights
 from topgap_jax.types import Variables
 
 DECISIVE = ("seed", "source", "train", "image_size", "resize", "mean", "std", "pool", "model")
@@ -150,7 +150,7 @@ def from_config(path: str | Path, overrides, file: str | Path | None = None, pic
     config, given = loaded.config, {key for key, _ in overrides}
     if not config.init:
         chosen = assemble(loaded)
-        if not born_with_weights(chosen.model, (*config.image_size, 3)):
+        if not chosen.model.has_weights:
             raise UserError(
                 "--config needs --weights (or config.init): a config alone has no trained weights (of a run, give "
                 "--workdir)"
@@ -159,7 +159,7 @@ def from_config(path: str | Path, overrides, file: str | Path | None = None, pic
     source = weights(config.init)
     for key, value in source.settings.items():
         if key not in given and config[key] != value:
-            print(f"{source.name}: config.{key} = {value!r}", file=sys.stderr)
+            say(f"{source.name}: config.{key} = {value!r}")
             config[key] = value
     chosen = assemble(loaded, Data(source.labels, 0) if pictures and source.labels else None)
     variables = source.load(chosen.model, image_shape=(*config.image_size, 3))

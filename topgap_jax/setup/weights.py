@@ -1,17 +1,16 @@
 """Weights from elsewhere: what `config.init` and `--weights` mean, and what they say of themselves."""
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from topgap_jax import pretrained
 from topgap_jax.build import did_you_mean
 from topgap_jax.errors import UserError
 from topgap_jax.measure.evaluate import evaluation_variables
+from topgap_jax.progress import say
 from topgap_jax.run import checkpoint
 from topgap_jax.run.workdir import learnt
 from topgap_jax.types import Model, Variables
@@ -68,25 +67,17 @@ def initial(text: str, model: Model, image_shape: tuple[int, int, int], seed: in
         variables = source.load(model, image_shape=image_shape, head="file", key=key)
     except UserError:
         variables = source.load(model, image_shape=image_shape, head=None, key=key)
-        print(f"topgap: the head is drawn anew: that of {source.name} is another", file=sys.stderr)
+        say(f"the head is drawn anew: that of {source.name} is another")
     return jax.device_get(variables)
-
-
-def born_with_weights(model: Model, image_shape: tuple[int, int, int]) -> bool:
-    """Is the model's `init` the same whatever the key, as that of an NNX module with parameters of its own?"""
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    traced = jax.make_jaxpr(model.init)(jax.random.key(0), images)
-    key = traced.jaxpr.invars[0]
-    return not any(key is variable for equation in traced.jaxpr.eqns for variable in equation.invars)
 
 
 def _file(name: str, path: Path, settings: dict[str, Any], labels: tuple[str, ...] | None) -> Weights:
     for note in pretrained.read(path).notes:
-        print(f"{name}: {note}", file=sys.stderr)
+        say(f"{name}: {note}")
     described = {**pretrained.describe(path), **settings}
     said = [f"{key} {described[key]}" for key in ("interpolation", "crop_pct") if key in described]
     if said:
-        print(f"{name}: tested with {', '.join(said)}", file=sys.stderr)
+        say(f"{name}: tested with {', '.join(said)}")
     followed = {key: described[key] for key in FOLLOWED if described.get(key) is not None}
     load = lambda model, **options: pretrained.load(path, model, **options)
     return Weights(name, followed, labels or described.get("labels"), load)
