@@ -223,6 +223,7 @@ CACHED = """
     import json, os, sys
     import jax, jax.numpy as jnp, numpy as np
     jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # else what is slow on a busy machine
     from topgap_jax.run.cpu import configure_cpu
     configure_cpu(devices=int(sys.argv[2]))
     from topgap_jax.engine import available, convolution
