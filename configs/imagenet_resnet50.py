@@ -5,8 +5,9 @@ topgap train --config configs/imagenet_resnet50.py --arm top_gap --workdir runs/
 topgap train --config configs/imagenet_resnet50.py --arm dry_run --workdir runs/resnet50_dry
 
 `imagenet2012` is the TFDS set, prepared as ArrayRecord in $TOPGAP_DATA/tfds; every host reads its share of each batch.
-The learning rate is .1 for each 256 images of the batch (Goyal et al. 2017, arXiv 1706.02677). `dry_run` is 4 steps of
-batch 16 on the 500 pictures of `imagenet500`, to see that everything is in place: its accuracy means nothing.
+The learning rate is .1 for each 256 images of the batch (Goyal et al. 2017, arXiv 1706.02677). Random crops are cut on
+the device from pictures that are 224 pixels already; the usual recipe cuts them from the whole picture. `dry_run` is 4
+steps of batch 16 on pictures of `imagenet500`, to see that everything is in place: its accuracy means nothing.
 """
 
 from ml_collections import ConfigDict
