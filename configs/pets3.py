@@ -9,6 +9,9 @@ topgap explain --workdir runs/pets_top_gap
 The pyramid has the paper's width, 256, over strides 16 and 32; the control `plain` is the same network with a 1x1
 convolution to class maps, whose Grad-CAM has 7x7 positions. The backbone learns at a tenth of the head's rate, and its
 batch norm keeps ImageNet's statistics, since 300 pictures say little of them.
+
+Measured on the 298 test pictures, one seed (results/pets3.json): accuracy .953 with gap, .946 with top_gap .28; IoU of
+the class map .579 and .449, of a centred box .461; 7 CPU minutes a training on an AMD EPYC with AVX-512.
 """
 
 from ml_collections import ConfigDict

@@ -105,7 +105,7 @@ def _real(config: str, arms: Mapping[str, Arm], method: str, seeds: tuple[int, .
     )
 
 
-PETS = ("plain", "gap", "top_gap .5", "top_gap .28", "top_gap .1", "top_gap .05")
+PETS = ("gap", "top_gap .5", "top_gap .28", "top_gap .1", "top_gap .05", "plain")
 TINY = ("gap", "top_gap .25")
 
 STUDIES = {

@@ -165,19 +165,22 @@ def numbers(study: Study, arm_name: str, rows: Iterable[results.Row]) -> dict[st
 
 
 def compare(study: Study, runs: Mapping[str, Any]) -> dict[str, Any]:
-    """The measures that the study shows or claims: each arm over its seeds, and the differences that decide, paired by
-    seed."""
+    """The measures that the study shows or claims: each arm that has been run over its seeds, and the differences that
+    decide, paired by seed; nothing before control and method have been."""
     values = {
-        arm: {seed: numbers(study, arm, map(results.from_json, run["rows"])) for seed, run in runs.get(arm, {}).items()}
+        arm: {seed: numbers(study, arm, map(results.from_json, run["rows"])) for seed, run in runs[arm].items()}
         for arm in study.arms
+        if runs.get(arm)
     }
     control = next(iter(study.arms))
-    seeds = sorted(set.intersection(*(set(values[arm]) for arm in study.arms)), key=int)
-    pairs = [(arm, control) for arm in study.arms if arm != control]
+    if not {control, study.method, study.decides} <= set(values):
+        return {}
+    seeds = sorted(set.intersection(*map(set, values.values())), key=int)
+    pairs = [(arm, control) for arm in values if arm != control]
     pairs += [(study.method, study.decides)] * (study.decides != control)
     comparison = {}
     for measure in [key for key in values[control][seeds[0]] if is_shown(study, key)] if seeds else []:
-        columns = {arm: [values[arm][seed].get(measure) for seed in seeds] for arm in study.arms}
+        columns = {arm: [values[arm][seed].get(measure) for seed in seeds] for arm in values}
         if any(value is None for column in columns.values() for value in column):
             continue
         comparison[measure] = {
@@ -228,12 +231,12 @@ def judge(study: Study, comparison: Mapping[str, Any], claim) -> str:
 
 
 def table(study: Study, comparison: Mapping[str, Any]) -> str:
-    """Markdown: of the control mean ± standard deviation, of each other arm its mean and its difference from the
-    control."""
-    control, *others = study.arms
+    """Markdown: of the control mean ± standard deviation, of each other arm that has been run its mean and its
+    difference from the control."""
+    control, *others = next(iter(comparison.values()))["arms"] if comparison else study.arms
     last = [f"{study.method} - {study.decides}"] * (study.decides != control)
     digits = 3 if comparison and next(iter(comparison.values()))["arms"][control]["std"] is not None else 4
-    head = ["split", "measure", *(f"`{arm}`" for arm in study.arms), *(f"`{pair}`" for pair in last)]
+    head = ["split", "measure", *(f"`{arm}`" for arm in (control, *others)), *(f"`{pair}`" for pair in last)]
     lines = [head, ["---"] * len(head)]
     splits = dict.fromkeys(measure.split(" | ")[0] for measure in comparison)
     rows = [(split, key) for split in splits for key in study.shown if f"{split} | {key}" in comparison]
