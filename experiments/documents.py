@@ -133,8 +133,15 @@ def pretrained(stored: Mapping[str, Any]) -> str:
     for name, network in stored["networks"].items():
         accuracy = network["row"]["measures"]["accuracy"]
         error, low, high = (100 * (1 - accuracy[key]) for key in ("value", "high", "low"))
-        lines.append([f"`{name}`", f"{error:.2f} [{low:.2f}, {high:.2f}]", f"{network['published_error']:.2f}"])
-    return markdown(["weights", "error of 10,000 test images, % [95 %]", "published, %"], lines)
+        lines.append(
+            [
+                f"`{name}`",
+                f"{accuracy['n']:,}",
+                f"{error:.2f} [{low:.2f}, {high:.2f}]",
+                f"{network['published_error']:.2f}",
+            ]
+        )
+    return markdown(["weights", "images", "error, % [95 %]", "published, or PyTorch's, %"], lines)
 
 
 def core(stored: Mapping[str, Any]) -> str:

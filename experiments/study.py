@@ -48,6 +48,7 @@ from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.run.fit import fit
 from topgap_jax.run.provenance import provenance
 from topgap_jax.setup import config as configs
+from topgap_jax.setup import expressions
 
 ROOT = Path(__file__).parent.parent
 CHECKED = 1e-6  # relative: below this a number that was made again is the stored one
@@ -71,7 +72,7 @@ def evaluators(study: Study, arm: Arm) -> list[tuple[str, str]]:
     if study.evaluators:
         return [(split, text.replace("EXPLAIN", arm.explain)) for split, text in study.evaluators]
     config = configs.load(ROOT / "configs" / study.config).config
-    return [(s, e) for s in configs.split_list(config.test) for e in configs.split_list(config.evaluators)]
+    return [(s, e) for s in expressions.split_list(config.test) for e in expressions.split_list(config.evaluators)]
 
 
 def folder(name: str, arm_name: str, seed: int, runs: Path) -> Path:

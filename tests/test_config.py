@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from topgap_jax import pool
 from topgap_jax.errors import UserError
 from topgap_jax.setup import config as configs
-from topgap_jax.setup import tables
+from topgap_jax.setup import expressions, tables
 from topgap_jax.training import optimizers
 from topgap_jax.types import Evaluator
 
@@ -40,18 +40,18 @@ def test_the_configs_of_the_repository(path):
 def test_the_numbers_of_a_config_are_names_in_its_texts():
     config = configs.load(TINY)[0]
     config.explain = "twice(eps), twice(mean)"
-    found = configs.choices(config, "explain", {"twice": lambda value: lambda: (value, value)})
+    found = expressions.choices(config, "explain", {"twice": lambda value: lambda: (value, value)})
     assert list(found) == ["twice(eps)", "twice(mean)"]
     assert found["twice(eps)"]() == (2 / 255, 2 / 255) and found["twice(mean)"]() == ((0.5,) * 3,) * 2
     config.explain = (
         "integrated(steps=64, rules=guided, baseline=mean), smooth(gradient(rules=softplus(50)), samples=4)"
     )
-    assert all(map(callable, configs.choices(config, "explain", {}).values()))
-    optimizer = configs.choice(config, "optimizer", {}, total_steps=6)
+    assert all(map(callable, expressions.choices(config, "explain", {}).values()))
+    optimizer = expressions.choice(config, "optimizer", {}, total_steps=6)
     assert isinstance(optimizer, optax.GradientTransformation)
-    (evaluator,) = configs.choices(config, "evaluators", {}, "accuracy()", "--evaluators").values()
+    (evaluator,) = expressions.choices(config, "evaluators", {}, "accuracy()", "--evaluators").values()
     assert isinstance(evaluator, Evaluator)
-    assert configs.choices(config, "augment", {}) == {}
+    assert expressions.choices(config, "augment", {}) == {}
 
 
 def test_expressions_are_names_of_each_other():
@@ -63,13 +63,13 @@ def test_expressions_are_names_of_each_other():
         return lambda *_: args
 
     config.rate, config.drop, config.pool = 0.5, "thing(rate, dtype)", "thing(drop, drop, train)"
-    value = configs.choice(config, "pool", {"thing": thing})()
+    value = expressions.choice(config, "pool", {"thing": thing})()
     assert value[0] is value[1] and value[0]() == (0.5, "float32") and value[2] == "train"
     assert len(built) == 2, "drop was built once"
-    assert configs.reads(config, "f(pool)") == {"pool", "drop", "rate", "dtype", "train"}
-    assert configs.reads(config, "f('pool', pool=3, pool())") == set()
+    assert expressions.reads(config, "f(pool)") == {"pool", "drop", "rate", "dtype", "train"}
+    assert expressions.reads(config, "f('pool', pool=3, pool())") == set()
     config.objective = "wrong("
-    assert configs.choice(config, "pool", {"thing": thing})(), "what is not named is not built"
+    assert expressions.choice(config, "pool", {"thing": thing})(), "what is not named is not built"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_expressions_are_names_of_each_other():
 )  # fmt: skip
 def test_a_mistake_behind_a_name(changes, words):
     config = ConfigDict({**configs.load(TINY)[0], **changes})
-    assert error(configs.choice, config, "model", {}, classes=3, total_steps=6).startswith(words)
+    assert error(expressions.choice, config, "model", {}, classes=3, total_steps=6).startswith(words)
 
 
 def test_defaults_fill_what_a_file_leaves_out(tmp_path):
@@ -100,9 +100,9 @@ def get_config():
     defaults = {key: value.default for key, value in configs.KEYS.items() if key not in loaded.stated}
     assert {key: loaded.config[key] for key in defaults} == defaults and None not in defaults.values()
     for key in ("source", "optimizer", "model", "objective"):
-        assert configs.choice(loaded.config, key, {}, classes=6, total_steps=200)
+        assert expressions.choice(loaded.config, key, {}, classes=6, total_steps=200)
     for key in ("augment", "evaluators", "explain"):
-        assert len(configs.choices(loaded.config, key, {}, classes=6, total_steps=200)) == (key != "augment")
+        assert len(expressions.choices(loaded.config, key, {}, classes=6, total_steps=200)) == (key != "augment")
 
 
 def test_arms():
@@ -201,7 +201,7 @@ def test_override_never_does_anything_but_set_or_say(key, text):
 
 @given(st.text("ab ,()[]'\"=", max_size=30))
 def test_split_list_loses_nothing_but_commas(text):
-    parts = configs.split_list(text)
+    parts = expressions.split_list(text)
     assert all(part == part.strip() != "" for part in parts)
     squeeze = lambda words: "".join(words).replace(",", "").replace(" ", "")
     assert squeeze(parts) == squeeze(text)
@@ -213,7 +213,7 @@ def test_split_list_loses_nothing_but_commas(text):
     )
 )
 def test_split_list_finds_the_parts(parts):
-    assert configs.split_list(", ".join(parts)) == parts
+    assert expressions.split_list(", ".join(parts)) == parts
 
 
 @pytest.mark.parametrize(
@@ -289,10 +289,10 @@ def test_methods_of_ones_own(tmp_path, monkeypatch):
     path = write(folder / "config.py", OWN)
     write(folder / "beside_it.py", "def pool(k):\n    return lambda maps, step=None: k\n")
     config, methods, file, *_ = configs.load(path)
-    assert configs.choice(config, "pool", methods)(None) == 3 and file == str(path)
+    assert expressions.choice(config, "pool", methods)(None) == 3 and file == str(path)
     stored = write(tmp_path / "config.json", json.dumps({"config": config.to_dict(), "file": file}))
     config, methods, again, *_ = configs.load(stored, [("pool", "mine(4)")], file=path)
-    assert configs.choice(config, "pool", methods)(None) == 4 and again == file
+    assert expressions.choice(config, "pool", methods)(None) == 4 and again == file
     assert config.image_size == (32, 32), "a tuple again, not JSON's list"
     assert error(configs.load, stored) == (
         f"{stored}: 'mine' is no name of the library; the Python file of a run is run only if the command names it: add "
@@ -350,11 +350,11 @@ def test_a_broken_config_json(tmp_path, text):
 def test_a_text_that_does_not_fit_its_key(key, text, words):
     config = configs.load(TINY)[0]
     config[key] = text
-    assert error(configs.choice, config, key, {}).startswith(words)
+    assert error(expressions.choice, config, key, {}).startswith(words)
 
 
 def test_a_list_from_the_command_line_names_its_argument():
-    text = error(configs.choices, configs.load(TINY)[0], "evaluators", {}, "accuracy(), cam()", "--evaluators")
+    text = error(expressions.choices, configs.load(TINY)[0], "evaluators", {}, "accuracy(), cam()", "--evaluators")
     assert text.startswith(
         "--evaluators: 'cam' is not an evaluator; choose from accuracy, attributional_robustness, coverage,"
         " localisation, "

@@ -12,7 +12,7 @@ from _studies import STUDIES, Arm, Claim
 from scipy import stats
 
 from topgap_jax.measure import results
-from topgap_jax.setup import config as configs
+from topgap_jax.setup import expressions
 from topgap_jax.setup.assembly import context
 
 UNFINISHED = ("pets3", "tiny_imagenet20")
@@ -27,9 +27,9 @@ def test_every_arm_can_be_built_and_measures_what_is_shown_and_claimed(name, req
     assert study.method in study.arms and study.decides in study.arms
     for arm_name, arm in study.arms.items():
         chosen = driver.experiment(study, arm, 0)
-        configs.choice(chosen.config, "objective", chosen.methods, **context(chosen))
+        expressions.choice(chosen.config, "objective", chosen.methods, **context(chosen))
         for split, text in driver.evaluators(study, arm):
-            assert chosen.source(split) and configs.choices(chosen.config, "evaluators", chosen.methods, text, "")
+            assert chosen.source(split) and expressions.choices(chosen.config, "evaluators", chosen.methods, text, "")
         if name in UNFINISHED and arm_name not in driver.stored(name)["runs"]:
             continue
         stored = driver.stored(name)["runs"][arm_name]

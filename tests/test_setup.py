@@ -19,7 +19,7 @@ from topgap_jax.models import bind
 from topgap_jax.run import fit as fit_module
 from topgap_jax.run import workdir as workdir_module
 from topgap_jax.run.fit import fit
-from topgap_jax.setup import assembly
+from topgap_jax.setup import assembly, expressions
 from topgap_jax.types import Model
 
 TINY = Path(__file__).parent / "tiny_config.py"
@@ -347,7 +347,7 @@ def test_the_configs_of_the_repository_are_whole(path, request, monkeypatch):
     parts = setup.parts(chosen)
     shapes = jax.eval_shape(parts.model.init, jax.random.key(0), jnp.zeros((1, *parts.image_shape)))
     assert shapes["params"] and parts.examples >= parts.batch and parts.classes == len(chosen.classes)
-    for split in assembly.configs.split_list(chosen.config.test):
+    for split in expressions.split_list(chosen.config.test):
         assert len(chosen.source(split)) > 0
     layers, default = setup.layers(chosen)
     assert default in {layer.name for layer in layers} - {"maps", "head"}

@@ -22,6 +22,7 @@ from topgap_jax.progress import read_metrics
 from topgap_jax.rewrite import layers, name, read, tap, with_drop, with_pool
 from topgap_jax.run.fit import _averaged, fit
 from topgap_jax.setup import config as configs
+from topgap_jax.setup import expressions
 from topgap_jax.training import objectives
 from topgap_jax.types import Output
 
@@ -432,7 +433,7 @@ def test_the_average_of_the_weights():
 def test_a_config_says_it():
     """With the model of a config file, its numbers, and a class of its own."""
     config = configs.load(Path(__file__).parent.parent / "configs" / "sgdrop.py", [("rate", ".25")]).config
-    model = configs.choice(config, "model", {}, classes=3, total_steps=10)
+    model = expressions.choice(config, "model", {}, classes=3, total_steps=10)
     variables = drawn_like(model)
     out = jax.jit(lambda v: model.apply(v, jnp.ones((2, 32, 32, 3)), train=True, keys=KEYS[:2], targets=jnp.eye(3)[:2]))(variables)  # fmt: skip
     assert isinstance(out, Output) and out.logs["drop_rate"].max() <= 0.25
@@ -450,7 +451,7 @@ def test_a_config_says_it():
     }.items():
         config.model = text
         with pytest.raises(UserError) as raised:
-            configs.choice(config, "model", {"mine": lambda: model}, classes=3)
+            expressions.choice(config, "model", {"mine": lambda: model}, classes=3)
         assert str(raised.value).startswith(words) and "\n" not in str(raised.value)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from topgap_jax import __version__
-from topgap_jax.cli import texts, together
+from topgap_jax.cli import options, texts, together
 from topgap_jax.errors import UserError
 
 
@@ -78,15 +78,15 @@ def _divide_configs(arguments):
 
 def _parsers():
     """The parser of the command line, and the one of each command by its name."""
-    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    words = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     about = "Train, attack and explain image classifiers that look at the right pixels."
-    parser = Parser(prog="topgap", description=about, epilog=texts.MAIN, **options)
+    parser = Parser(prog="topgap", description=about, epilog=texts.MAIN, **words)
     parser.add_argument("--version", action="version", version=f"topgap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, command in COMMANDS.items():
         description = command.about[0].upper() + command.about[1:] + "."
         command.add(
-            commands.add_parser(name, help=command.about, description=description, epilog=command.more, **options)
+            commands.add_parser(name, help=command.about, description=description, epilog=command.more, **words)
         )
     return parser, commands.choices
 
@@ -106,78 +106,6 @@ def _overrides(rest, arguments):
                 raise UserError(f"--config.{key} has no value; write --config.{key}=VALUE")
         pairs.append((key, value))
     return pairs
-
-
-# `--workdir=~/runs` comes with its ~: a shell expands that at the start of a word only.
-_path = os.path.expanduser
-
-
-def _add_model(parser):
-    parser.add_argument("--workdir", type=_path, metavar="DIR", help="the folder of a run")
-    _add_config(
-        parser, "a config file, e.g. configs/cifar10.py; with --workdir the Python file of the run's own methods"
-    )
-    parser.add_argument(
-        "--weights",
-        type=_path,
-        metavar="FILE",
-        help="with --config: a file of weights (.safetensors, .npz, .pth), or whatever config.init may be",
-    )
-    parser.add_argument("--checkpoint", choices=("best", "last"), help="with --workdir (default: best)")
-    _add_devices(parser)
-
-
-def _add_config(parser, about, **options):
-    parser.add_argument("--config", type=_path, metavar="FILE", action="append", help=about, **options)
-
-
-def _add_devices(parser):
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="virtual devices of a CPU (default: 1)")
-
-
-def _add_train(parser):
-    about = "a config file, e.g. configs/shapes.py; after the config.json of a run the Python file of its own methods"
-    _add_config(parser, about, required=True)
-    parser.add_argument("--workdir", type=_path, metavar="DIR", required=True, help="the folder of the run")
-    parser.add_argument(
-        "--arm", default="", metavar="NAME", help="one of the config's arms(): overrides that belong together"
-    )
-    parser.add_argument("--no-evaluate", action="store_true", help="leave out the config's evaluators at the end")
-    _add_devices(parser)
-    together.add_arguments(parser)
-
-
-def _add_evaluate(parser):
-    _add_model(parser)
-    parser.add_argument("--split", metavar="NAMES", help="splits, separated by commas (default: config.test)")
-    parser.add_argument("--evaluators", metavar="CALLS", help="separated by commas (default: config.evaluators)")
-    parser.add_argument("--batch", type=int, metavar="N", help="examples at a time (default: config.batch)")
-    together.add_arguments(parser)
-
-
-def _add_explain(parser):
-    _add_model(parser)
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--images", type=_path, metavar="DIR", help="a folder of your own pictures, or one picture")
-    group.add_argument("--split", metavar="NAME", help="(default: the first of config.test)")
-    parser.add_argument("--methods", metavar="CALLS", help="separated by commas (default: config.explain)")
-    parser.add_argument("--count", type=int, default=12, metavar="N", help="pictures, evenly spaced (default: 12)")
-    parser.add_argument("--out", type=_path, metavar="DIR", help="(default: sheets/, of a run in its folder)")
-
-
-def _add_runs(parser):
-    parser.add_argument("workdirs", nargs="+", type=_path, metavar="DIR", help="the folder of a run")
-
-
-def _add_report(parser):
-    _add_runs(parser)
-    parser.add_argument("--out", type=_path, metavar="FILE", help="(default: report.html in the first folder)")
-
-
-def _add_help(parser):
-    parser.add_argument(
-        "name", nargs="?", help="a name that texts of a config may use, a command, or 'config' for the keys of a config"
-    )
 
 
 @functools.cache
@@ -347,15 +275,15 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("train a classifier from a config, and evaluate it", _add_train, _train, texts.TRAIN),
-    "evaluate": Command("run evaluators over splits", _add_evaluate, _evaluate, texts.EVALUATE),
+    "train": Command("train a classifier from a config, and evaluate it", options.add_train, _train, texts.TRAIN),
+    "evaluate": Command("run evaluators over splits", options.add_evaluate, _evaluate, texts.EVALUATE),
     "explain": Command(
-        "draw where the network looks, on a split or your own pictures", _add_explain, _explain, texts.EXPLAIN
+        "draw where the network looks, on a split or your own pictures", options.add_explain, _explain, texts.EXPLAIN
     ),
-    "layers": Command("list the layers that methods may name", _add_model, _layers, texts.LAYERS),
-    "compare": Command("print the results of several runs side by side", _add_runs, _compare),
+    "layers": Command("list the layers that methods may name", options.add_model, _layers, texts.LAYERS),
+    "compare": Command("print the results of several runs side by side", options.add_runs, _compare),
     "report": Command(
-        "write one self-contained HTML page about one or several runs", _add_report, _report, texts.REPORT
+        "write one self-contained HTML page about one or several runs", options.add_report, _report, texts.REPORT
     ),
-    "help": Command("explain a name that configs may use, or list them all", _add_help, _help),
+    "help": Command("explain a name that configs may use, or list them all", options.add_help, _help),
 }

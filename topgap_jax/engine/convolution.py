@@ -182,7 +182,7 @@ def _call(kind: int, geometry: Geometry, fused: Fused, *operands: Array) -> Arra
         close = geometry._replace(size=geometry.out, strides=(1, 1), pads=((0, 0), (0, 0)))
         return _call(kind, close, fused, taken, dy)
     if kind == INPUT_GRADIENT and not geometry.dense:
-        # Behind a deconvolution in groups oneDNN does what is fused pixel by pixel, a hundred times slower.
+        # Behind a deconvolution in groups oneDNN does what is fused pixel by pixel.
         dy, w, *extras = operands
         kernel, straight = turned(w, geometry)
         if geometry.strides == (1, 1) and min(map(min, straight.pads)) >= 0:

@@ -167,7 +167,7 @@ def by_taps(x: Array, w: Array, *, geometry: Geometry) -> Array:
 def weight_gradient_by_taps(x: Array, dy: Array, geometry: Geometry) -> Array:
     """The gradient of `by_taps` by the kernel.
 
-    One reduction of all taps' products together is up to four times as fast, but no partitioner divides it.
+    One reduction of all taps' products together may be faster, but no partitioner divides it.
     """
     dtype, x = x.dtype, _repeated(x, dy.shape[3] // geometry.groups)
     sums = [(pixels * dy).sum((0, 1)).sum(0) for pixels in _taps(x, geometry)]
@@ -204,7 +204,7 @@ def _gradient_in_groups(dy: Array, w: Array, geometry: Geometry) -> Array:
 
 
 def weight_gradient_in_groups(x: Array, dy: Array, *, geometry: Geometry) -> Array:
-    """The weight gradient, of which lax's own is for groups as slow as 30 seconds a layer."""
+    """The weight gradient, for groups in another form than lax's own, which XLA's CPU has naive loops for."""
     shape = jax.ShapeDtypeStruct((*geometry.kernel, x.shape[3] // geometry.groups, dy.shape[3]), x.dtype)
     form = _in_groups(geometry, shape) if geometry.groups > 1 else forward
     if form is by_taps:

@@ -10,6 +10,7 @@ ROOMS = {
     ),
     "checks": (),
     "config": (),
+    "expressions": (),
     "tables": (),
     "weights": (),
 }  # fmt: skip

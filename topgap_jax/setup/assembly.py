@@ -20,6 +20,7 @@ from topgap_jax.models import fast
 from topgap_jax.progress import bar
 from topgap_jax.run.workdir import Data
 from topgap_jax.setup import config as configs
+from topgap_jax.setup import expressions
 from topgap_jax.types import Model, Table, Variables
 
 RESIDENT_BYTES = 2 * 2**30  # decoded splits up to this size live on the device, larger ones stream
@@ -60,14 +61,14 @@ def assemble(loaded: configs.Loaded, learnt: Data | None = None) -> Experiment:
     nothing is asked of the data before a split is needed.
     """
     config, methods = loaded.config, loaded.methods
-    splits = functools.cache(lambda: configs.choice(config, "source", methods))
+    splits = functools.cache(lambda: expressions.choice(config, "source", methods))
     classes = learnt.classes if learnt else splits()(first(config.train) or first(config.test)).classes
     if len(classes) < 2:
         raise UserError(f"{config.source} has the one class {', '.join(classes)}: there is nothing to tell apart")
     source = functools.cache(lambda split: data.with_classes(splits()(split), classes))
     examples = learnt.examples if learnt else len(source(config.train)) if config.train else 0
     steps = total_steps(config, examples)
-    model = fast(configs.choice(config, "model", methods, classes=len(classes), total_steps=steps))
+    model = fast(expressions.choice(config, "model", methods, classes=len(classes), total_steps=steps))
     return Experiment(config, methods, loaded.file, loaded.stated, source, classes, model, {}, steps)
 
 
@@ -158,4 +159,4 @@ def _decoded(chosen: Experiment, source: data.Source) -> dict[str, np.ndarray]:
 
 def first(text: str) -> str:
     """The first of a list of splits, '' of an empty one."""
-    return next(iter(configs.split_list(text)), "")
+    return next(iter(expressions.split_list(text)), "")

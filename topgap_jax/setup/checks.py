@@ -13,6 +13,7 @@ from topgap_jax.measure.evaluate import evaluation_variables
 from topgap_jax.models import bind
 from topgap_jax.progress import say
 from topgap_jax.setup import config as configs
+from topgap_jax.setup import expressions
 from topgap_jax.setup.assembly import Experiment, context, template
 from topgap_jax.types import Batch, Evaluator, Explain, Robustness
 
@@ -25,11 +26,11 @@ def unread(chosen: Experiment) -> None:
     """Build what the config states of the model and no text names, and say in one line that it has no effect."""
     config = chosen.config
     readers = [key for key in configs.KEYS if key not in OF_THE_MODEL and configs.is_expression(config, key)]
-    read = set().union(*(configs.reads(config, config[key]) for key in readers))
+    read = set().union(*(expressions.reads(config, config[key]) for key in readers))
     keys = [key for key in OF_THE_MODEL if key in chosen.stated and key not in read]
     for key in keys:
         if configs.is_expression(config, key):
-            configs.choice(config, key, chosen.methods, **context(chosen))
+            expressions.choice(config, key, chosen.methods, **context(chosen))
     if keys:
         listed, verb = " and ".join(f"config.{key}" for key in keys), "has" if len(keys) == 1 else "have"
         say(f"{listed} {verb} no effect: nothing in config.model = '{config.model}' reads it")

@@ -24,7 +24,7 @@ from topgap_jax.progress import say
 from topgap_jax.run import checkpoint
 from topgap_jax.run.fit import Parts
 from topgap_jax.run.workdir import Data, learnt
-from topgap_jax.setup import checks
+from topgap_jax.setup import checks, expressions
 from topgap_jax.setup import config as configs
 from topgap_jax.setup.assembly import (
     Experiment,
@@ -85,16 +85,16 @@ def parts(chosen: Experiment, workdir: str | Path | None = None) -> Parts:
     if not config.train:
         raise UserError("config.train names no split to train on")
     build = {
-        "objective": configs.choice(config, "objective", methods, **context(chosen)),
-        "augments": tuple(configs.choices(config, "augment", methods, **context(chosen)).values()),
-        "optimizer": configs.choice(config, "optimizer", methods, **context(chosen)),
+        "objective": expressions.choice(config, "objective", methods, **context(chosen)),
+        "augments": tuple(expressions.choices(config, "augment", methods, **context(chosen)).values()),
+        "optimizer": expressions.choice(config, "optimizer", methods, **context(chosen)),
     }
     checks.unread(chosen)
     for split in filter(None, (config.train, config.validation)):
         chosen.source(split)
     checks.model(chosen)
     checks.optimizer(chosen, build["optimizer"])
-    _checked_evaluators(chosen, configs.split_list(config.test), None)
+    _checked_evaluators(chosen, expressions.split_list(config.test), None)
     _checked_explanations(chosen, None)
     goes_on = workdir is not None and checkpoint.latest_step(Path(workdir)) is not None
     image_shape = (*config.image_size, 3)
@@ -175,11 +175,11 @@ def evaluate(
     """
     chosen = loaded.experiment
     config = chosen.config
-    names = configs.split_list(config.test if splits is None else splits)
+    names = expressions.split_list(config.test if splits is None else splits)
     text = config.evaluators if evaluators is None else evaluators
     if not names:
         raise UserError("nothing to evaluate: neither config.test nor --split names a split")
-    if not configs.split_list(text):
+    if not expressions.split_list(text):
         raise UserError("nothing to evaluate: neither config.evaluators nor --evaluators names an evaluator")
     checks.model(chosen)
     built = _checked_evaluators(chosen, names, evaluators)
@@ -213,7 +213,7 @@ def stored(loaded: Loaded) -> list[Row] | None:
     config = loaded.experiment.config
     rows, weights, _ = results.read(loaded.workdir / results.FILE)
     by_key = {row.key: row for row in rows if weights == loaded.weights}
-    keys = [(s, e, ()) for s in configs.split_list(config.test) for e in configs.split_list(config.evaluators)]
+    keys = [(s, e, ()) for s in expressions.split_list(config.test) for e in expressions.split_list(config.evaluators)]
     return [by_key[key] for key in keys] if all(key in by_key for key in keys) else None
 
 
@@ -223,7 +223,7 @@ def explain(
     """Maps of the predicted class for `count` pictures, evenly spaced in a split or in a user's folder."""
     check_number("--count", count, 1, whole=True)
     chosen, config = loaded.experiment, loaded.experiment.config
-    if not configs.split_list(config.explain if methods is None else methods):
+    if not expressions.split_list(config.explain if methods is None else methods):
         raise UserError("nothing to explain with: neither config.explain nor --methods names an explanation")
     split = split or first(config.test)
     source = data.pictures(images) if images else chosen.source(split)
@@ -283,14 +283,14 @@ def _names(chosen: Experiment, record: data.Record, predicted: int) -> tuple[str
 def _checked_evaluators(chosen: Experiment, splits: Sequence[str], text: str | None) -> dict[str, Any]:
     """The evaluators of config.evaluators, or of `text`, once they are seen to fit the model and these splits."""
     sources = [chosen.source(split) for split in splits]
-    built = configs.choices(chosen.config, "evaluators", chosen.methods, text, "--evaluators", **context(chosen))
+    built = expressions.choices(chosen.config, "evaluators", chosen.methods, text, "--evaluators", **context(chosen))
     checks.evaluators(chosen, sources, built, "config.evaluators" if text is None else "--evaluators")
     return built
 
 
 def _checked_explanations(chosen: Experiment, text: str | None) -> dict[str, Any]:
     """The explanations of config.explain, or of `text`, once they are seen to fit the model."""
-    built = configs.choices(chosen.config, "explain", chosen.methods, text, "--methods", **context(chosen))
+    built = expressions.choices(chosen.config, "explain", chosen.methods, text, "--methods", **context(chosen))
     checks.explanations(chosen, built, "config.explain" if text is None else "--methods")
     return built
 
@@ -298,5 +298,7 @@ def _checked_explanations(chosen: Experiment, text: str | None) -> dict[str, Any
 def _overrides(loaded: Loaded, evaluator: str) -> dict[str, str]:
     """The keys, with their texts, that the command line changed in a run's config and on which a result depends."""
     config = loaded.experiment.config
-    read = set().union(*(configs.reads(config, text) for text in (evaluator, config.source, config.model)), DECISIVE)
+    read = set().union(
+        *(expressions.reads(config, text) for text in (evaluator, config.source, config.model)), DECISIVE
+    )
     return {key: text for key, text in loaded.changes if key in read}
