@@ -11,7 +11,7 @@ from topgap_jax.build import build
 from topgap_jax.mesh import data_mesh
 from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.run.fit import Parts, State, make_step
-from topgap_jax.setup.config import TABLE, VALUES
+from topgap_jax.setup.tables import TABLE, VALUES
 from topgap_jax.training import optimizers
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

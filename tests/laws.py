@@ -16,7 +16,7 @@ from topgap_jax import pool
 from topgap_jax.build import build
 from topgap_jax.mesh import data_mesh, split
 from topgap_jax.rewrite import name
-from topgap_jax.setup.config import TABLE, VALUES
+from topgap_jax.setup.tables import TABLE, VALUES
 from topgap_jax.types import Model, Output
 
 B, SIZE, CLASSES = 8, 6, 4

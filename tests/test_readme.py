@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from topgap_jax import cli
-from topgap_jax.setup.config import TABLE
+from topgap_jax.setup.tables import TABLE
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
