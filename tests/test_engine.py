@@ -114,6 +114,25 @@ def check_numbers(geometry):
     assert_close(*values)
 
 
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        ((2, 12, 11, 3), (7, 7, 3, 8), {"strides": (2, 2), "pads": ((3, 3), (3, 3))}),  # the stem of a network
+        ((2, 8, 9, 4), (4, 3, 4, 8), {"strides": (4, 2), "pads": ((0, 0), (0, 1))}),
+        ((2, 9, 8, 6), (5, 5, 1, 6), {"pads": ((2, 2), (2, 2)), "groups": 6}),  # wide depthwise kernels
+        ((2, 9, 12, 6), (3, 7, 1, 6), {"pads": ((1, 1), (6, 1)), "groups": 6, "dilation": (1, 2)}),
+    ],
+    ids=["7x7, stride 2", "4x3, strides 4 and 2", "5x5", "3x7, dilated"],
+)
+def test_numbers_of_calls_in_parts(geometry):
+    """Input gradients by places, depthwise weight gradients by strips of columns."""
+    images, kernel, options = geometry
+    f, g = (functools.partial(f, **{"strides": (1, 1), **options}) for f in (ours, by_lax))
+    x, w = draw(images, kernel)
+    (dy,) = draw(jax.eval_shape(g, x, w).shape, seed=1)
+    assert_close(*(jax.jit(lambda x, w, dy, h=h: jax.vjp(h, x, w)[1](dy))(x, w, dy) for h in (f, g)))
+
+
 @settings(max_examples=3)
 @given(geometries())
 def test_numbers_of_the_other_path(geometry):

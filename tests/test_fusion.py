@@ -277,6 +277,36 @@ def test_fused_leaves_no_pass():
 
 
 @needs_onednn
+def test_relus_behind_batch_statistics_are_computed_once():
+    """In training each of 3 ReLUs is stored, and its mask read off what is stored; the same loss and gradients, ReLU6
+    too, and NaN stays NaN."""
+    model, variables = ONE_BLOCK, drawn(ONE_BLOCK)
+    quick = models.fast(model)
+
+    def loss(params, images, model=quick):
+        out = model.apply({**variables, "params": params}, images, train=True)
+        return cross_entropy(out.logits, LABELS).sum()
+
+    step = jax.jit(fused(jax.value_and_grad(loss)))
+    assert str(step.trace(variables["params"], IMAGES).jaxpr).count("= topgap_stored ") == 3
+    ours, plain = step(variables["params"], IMAGES), jax.jit(jax.value_and_grad(loss))(variables["params"], IMAGES)
+    jax.tree.map(lambda a, b: assert_same(a, b, 1e-4), ours, plain)
+    assert jnp.isnan(step(variables["params"], IMAGES.at[0, 0, 0, 0].set(jnp.nan))[0])
+    w = draw(3, 4)
+    f = lambda x: jax.nn.relu6(9 * x * x.mean((0, 1, 2)) - 1).mean((1, 2)) @ w
+    (value, slope), (same, expected) = (jax.jit(g(jax.value_and_grad(summed(f))))(IMAGES) for g in (fused, lambda g: g))
+    assert_same((value, slope), (same, expected))
+
+
+@needs_onednn
+def test_operands_of_dense_layers_are_computed_once():
+    f = lambda x: jax.nn.gelu(x * 2) @ jnp.ones((3, 4)) + 1
+    text = jax.jit(fused(f)).lower(IMAGES).as_text()
+    assert text.count("topgap_onednn") == 1
+    np.testing.assert_allclose(jax.jit(fused(f))(IMAGES), f(IMAGES), rtol=1e-6)
+
+
+@needs_onednn
 def test_explained():
     """`engine.explain` says what is fused with what."""
     found = [str(each) for each in explain_paths(fused(jax.grad(summed(quick))), IMAGES)]

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import scipy.special
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from topgap_jax import mesh
-from topgap_jax.rewrite import fast, loop, map_over, sum_over
+from topgap_jax.rewrite import fast, loop, map_over, sum_over, tap
 
 IMAGES = jax.random.uniform(jax.random.key(0), (8, 5, 5, 2))
 KERNEL = jax.random.normal(jax.random.key(1), (3, 3, 2, 2))
@@ -187,3 +188,40 @@ def test_fast_has_gelu_by_erf():
         lambda x: jax.nn.gelu(x.astype(jnp.bfloat16), approximate=False),
     ):
         assert "erfc" in str(jax.make_jaxpr(fast(other))(x))
+
+
+@pytest.mark.parametrize("divide", [lambda x: x.mean((1, 2)), lambda x: x.sum((1, 2))], ids=["mean", "sum"])
+def test_fast_sums_positions_before_the_dense_layer(divide):
+    """One product of (b, c) where nobody sees the maps; the same numbers and derivatives, with a bias and without, in a
+    remat and a loop."""
+    w, b = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 4)), jnp.float32)[:, :2], jnp.arange(4.0)
+    features = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, 6, 2)), jnp.float32)
+    for network in (
+        lambda x, w: divide(jax.nn.relu(x) @ w[0] + b),
+        lambda x, w: divide(jax.nn.relu(x) @ w[0]),
+        lambda x, w: jax.checkpoint(jax.jit(lambda x: divide(b + x @ w[0])))(x),
+        lambda x, w: lax.fori_loop(0, 1, lambda _, total: total + divide(x @ w[0] + b), jnp.zeros((3, 4))),
+    ):
+        assert "f32[3,5,6,4]" not in str(jax.make_jaxpr(fast(network))(features, w))
+        loss = lambda f: lambda x, w: (f(x, w) ** 2).sum()
+        ours, plain = (jax.jit(jax.value_and_grad(loss(f), (0, 1)))(features, w) for f in (fast(network), network))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, plain)
+
+
+def test_sums_that_stay_where_they_are():
+    """Maps that are returned, used twice, added to by pixel, not linear or not in float32; sums over other axes; named
+    maps, where somebody asks for them."""
+    w = jnp.ones((2, 4))
+    for network in (
+        lambda x: (maps := x @ w, maps.mean((1, 2))),
+        lambda x: (maps := x @ w).mean((1, 2)) + maps.max((1, 2)),
+        lambda x: (x @ w + x[..., :1]).mean((1, 2)),
+        lambda x: (x @ w).mean((1, 3)),
+        lambda x: jax.nn.relu(x @ w).mean((1, 2)),
+        lambda x: (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).mean((1, 2)),
+    ):
+        assert "[8,5,5,4]" in str(jax.make_jaxpr(fast(network))(IMAGES))
+    network = lambda x: checkpoint_name(x @ w, "maps").mean((1, 2))
+    assert "[8,5,5,4]" not in str(jax.make_jaxpr(fast(network))(IMAGES))
+    logits = tap(fast(network), "maps", lambda maps: maps + 1)(IMAGES)
+    np.testing.assert_allclose(logits, network(IMAGES) + 1, rtol=1e-5)

@@ -27,10 +27,14 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from topgap_jax.engine import onednn
-from topgap_jax.engine.forms import BY_LAX, ON_CPU, after, turned
+from topgap_jax.engine.forms import BY_LAX, ON_CPU, after, from_places, places, strips, turned
 from topgap_jax.engine.library import FORWARD, INPUT_GRADIENT, NOTHING, WEIGHT_GRADIENT, Fused, Geometry
 from topgap_jax.errors import UserError
 from topgap_jax.types import Array
+
+FEW, STRIP = 4, 3
+"""Channels of an image up to which its gradient is computed by places, and columns of a depthwise kernel up to which
+its gradient is computed at once."""
 
 
 def convolution(
@@ -151,13 +155,13 @@ def custom_call(ctx, kind: int, geometry: Geometry, fused: Fused) -> Callable | 
     """oneDNN's function of the operands, for the program that is being lowered; None where it takes another path."""
     if not onednn.available() or any(aval.dtype != jnp.float32 for aval in ctx.avals_in[:2]):
         return None
-    devices = _devices(ctx.module_context)
-    if devices == 1:
+    count = devices(ctx.module_context)
+    if count == 1:
         return functools.partial(_call, kind, geometry, fused)
-    return _partitioned(kind, geometry, fused) if devices > 1 else None
+    return _partitioned(kind, geometry, fused) if count > 1 else None
 
 
-def _devices(module) -> int:
+def devices(module) -> int:
     """Over how many devices the program is still to be partitioned; 0 where nobody knows, or where it leaves this
     machine."""
     context = module.axis_context
@@ -181,6 +185,20 @@ def _call(kind: int, geometry: Geometry, fused: Fused, *operands: Array) -> Arra
         taken = padded[:, ::down, ::right][:, :rows, :columns]
         close = geometry._replace(size=geometry.out, strides=(1, 1), pads=((0, 0), (0, 0)))
         return _call(kind, close, fused, taken, dy)
+    if (
+        kind == WEIGHT_GRADIENT
+        and geometry.groups == operands[0].shape[3] > 1
+        and geometry.kernel[1] > STRIP
+        and geometry.strides == (1, 1)
+    ):
+        # Of depthwise kernels that are wider oneDNN has the weight gradient pixel by pixel.
+        return jnp.concatenate([_call(kind, close, fused, *pair) for close, pair in strips(geometry, *operands)], 1)
+    if kind == INPUT_GRADIENT and geometry.dense and geometry.strides != (1, 1) and operands[1].shape[2] <= FEW:
+        # oneDNN's gradient by the image itself, at the stem of a network, takes three times as long.
+        dy, w, *extras = operands
+        kernel, close = places(w, geometry)
+        if min(map(min, close.pads)) >= 0:
+            return after(from_places(_call(FORWARD, close, NOTHING, dy, kernel), geometry), extras, fused)
     if kind == INPUT_GRADIENT and not geometry.dense:
         # Behind a deconvolution in groups oneDNN does what is fused pixel by pixel.
         dy, w, *extras = operands

@@ -121,17 +121,31 @@ def by_flipped_kernel(dy: Array, w: Array, *, geometry: Geometry) -> Array:
         return lax.conv_general_dilated(
             *(dy, kernel, (1, 1), straight.pads), (down, along), geometry.dilation, dimension_numbers=DIMENSIONS
         )
+    kernel, close = places(w, geometry)
+    return from_places(forward(dy, kernel, geometry=close), geometry)
+
+
+def places(w: Array, geometry: Geometry) -> tuple[Array, Geometry]:
+    """The kernel and geometry of the convolution of dy that gives the input gradient with each s x s places as
+    channels."""
     (kh, kw), (p, q), ((top, _), (left, _)) = geometry.kernel, geometry.out, geometry.pads
-    (h, width), n, o = geometry.size, dy.shape[0], w.shape[3]
+    ((h, width), (down, along)), (c, o) = (geometry.size, geometry.strides), w.shape[2:]
     high, wide = -(-kh // down), -(-kw // along)  # taps that one place has
     taps = jnp.pad(w, ((0, high * down - kh), (0, wide * along - kw), (0, 0), (0, 0)))
     taps = taps.reshape(high, down, wide, along, c, o).transpose(0, 2, 5, 1, 3, 4)
     kernel = jnp.flip(taps.reshape(high, wide, o, down * along * c), (0, 1))
     rows, columns = (h - 1 + top) // down + 1, (width - 1 + left) // along + 1
     pads = ((high - 1, rows - p), (wide - 1, columns - q))
-    places = lax.conv_general_dilated(dy, kernel, (1, 1), pads, dimension_numbers=DIMENSIONS)
-    places = places.reshape(n, rows, columns, down, along, c).transpose(0, 1, 3, 2, 4, 5)
-    return places.reshape(n, rows * down, columns * along, c)[:, top : top + h, left : left + width]
+    return kernel, Geometry((p, q), (high, wide), (1, 1), pads)
+
+
+def from_places(values: Array, geometry: Geometry) -> Array:
+    """Pixels (n, h, w, c) of their places' channels."""
+    ((h, width), (down, along)), ((top, _), (left, _)) = (geometry.size, geometry.strides), geometry.pads
+    n, rows, columns, channels = values.shape
+    c = channels // (down * along)
+    values = values.reshape(n, rows, columns, down, along, c).transpose(0, 1, 3, 2, 4, 5)
+    return values.reshape(n, rows * down, columns * along, c)[:, top : top + h, left : left + width]
 
 
 def _in_groups(geometry: Geometry, w: Array) -> Callable:
@@ -172,6 +186,21 @@ def weight_gradient_by_taps(x: Array, dy: Array, geometry: Geometry) -> Array:
     dtype, x = x.dtype, _repeated(x, dy.shape[3] // geometry.groups)
     sums = [(pixels * dy).sum((0, 1)).sum(0) for pixels in _taps(x, geometry)]
     return jnp.stack(sums).reshape(*geometry.kernel, 1, -1).astype(dtype)
+
+
+def strips(geometry: Geometry, x: Array, dy: Array, width: int = 3):
+    """For each `width` columns of the kernel, of which the weight gradient is made: geometry, and (x, dy).
+
+    The images are padded beforehand: oneDNN is slow with pads that are wider than half a kernel.
+    """
+    (rows, _), (kernel, taps) = geometry.size, geometry.kernel
+    (top, left), stride, step = geometry.pads, geometry.strides[1], geometry.dilation[1]
+    x = jnp.pad(x, ((0, 0), (0, 0), left, (0, 0)))
+    for first in range(0, taps, width):
+        narrow = min(width, taps - first)
+        columns = (geometry.out[1] - 1) * stride + (narrow - 1) * step + 1
+        close = geometry._replace(size=(rows, columns), kernel=(kernel, narrow), pads=(top, (0, 0)))
+        yield close, (x[:, :, first * step : first * step + columns], dy)
 
 
 def _parts(geometry: Geometry) -> int:

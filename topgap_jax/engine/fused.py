@@ -1,5 +1,5 @@
-"""A convolution or input gradient together with what a network in eval mode does to its result, in one pass over
-memory."""
+"""Fewer passes over memory: a convolution or input gradient together with what a network in eval mode does to its
+result, and arrays that are computed once."""
 
 import functools
 from collections.abc import Sequence
@@ -8,9 +8,11 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
+from topgap_jax.engine import onednn
 from topgap_jax.engine.convolution import (
     bind,
     custom_call,
+    devices,
     forward_p,
     input_gradient_p,
     lowering,
@@ -25,6 +27,7 @@ ALONE = {FORWARD: forward_p, INPUT_GRADIENT: input_gradient_p}
 """The primitive of each kind to which something can be fused."""
 
 fused_p = Primitive("topgap_fused_convolution")
+stored_p = Primitive("topgap_stored")
 
 
 def fused_convolution(
@@ -38,6 +41,15 @@ def fused_convolution(
     stays NaN; oneDNN keeps -inf behind a ReLU, and makes NaN of what is not finite where the mask is False.
     """
     return fused_p.bind(left, right, *extras, kind=kind, geometry=geometry, fused=fused)
+
+
+def stored(x: Array) -> Array:
+    """x, computed once for all its users.
+
+    XLA's CPU computes an elementwise result again in every fusion that reads it, with all that it is made of: a ReLU's
+    mask with the whole sum of a residual network's stage. On one device with oneDNN; elsewhere nothing.
+    """
+    return stored_p.bind(x)
 
 
 def _type(left, right, *extras, kind, geometry, fused):
@@ -77,3 +89,17 @@ def _batched(operands, axes, **params):
 
 ad.primitive_jvps[fused_p] = _jvp
 batching.primitive_batchers[fused_p] = _batched
+
+
+def _stored_on_cpu(ctx, x):
+    alone = onednn.available() and devices(ctx.module_context) == 1
+    return lowering(onednn.stored)(ctx, x) if alone else [x]
+
+
+stored_p.def_abstract_eval(lambda x: x)
+stored_p.def_impl(lambda x: x)
+mlir.register_lowering(stored_p, lambda ctx, x: [x])
+mlir.register_lowering(stored_p, _stored_on_cpu, platform="cpu")
+needs_devices(stored_p)
+ad.deflinear2(stored_p, lambda ct, x: [ct])
+batching.defvectorized(stored_p)

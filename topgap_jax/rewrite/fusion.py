@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
-from jax.extend.core.primitives import and_p, gt_p, lt_p
+from jax.extend.core.primitives import and_p, custom_jvp_call_p, dot_general_p, gt_p, lt_p, mul_p
 
 from topgap_jax.engine import (
     FORWARD,
@@ -17,8 +17,10 @@ from topgap_jax.engine import (
     forward_p,
     fused_convolution,
     input_gradient_p,
+    stored,
 )
-from topgap_jax.rewrite.interpreter import channel_vector, evaluate, reaches, rebuild, subjaxprs, trace, users
+from topgap_jax.rewrite.body import is_elementwise
+from topgap_jax.rewrite.interpreter import bind, channel_vector, evaluate, reaches, rebuild, subjaxprs, trace, users
 from topgap_jax.rewrite.operations import SUMS, is_masked, is_positive, relu_of, zeros_of
 
 LIMITS = {jax.nn.relu: math.inf, jax.nn.relu6: 6.0}
@@ -44,18 +46,19 @@ class Plan(NamedTuple):
 
     last: the group that an equation ends; passed: those that happen inside a group; compared: comparisons with 0 or a
     limit, and the variable to compare, which after a group is the ReLU's result; flat: those of them that only a group
-    needs, as its mask.
+    needs, as its mask; stored: those whose result is computed once.
     """
 
     last: dict[int, Group]
     passed: set[int]
     compared: dict[int, Any]
     flat: set[Any]
+    stored: set[int]
 
 
 def fused(f: Callable) -> Callable:
     """f with the engine's convolutions, and their input gradients, fused with the bias, sum, ReLU (ReLU6) or its mask
-    behind them.
+    behind them; other ReLUs are computed once and their masks read off them, and so are the operands of dense layers.
 
     For a whole attack step or explanation in eval mode, outermost under `jit`, after differentiation: what it returns
     has no derivative. It needs oneDNN, and is f itself without. Best on `fold_batch_norm(fast_convs(predict))`. Equal
@@ -85,6 +88,8 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list:
             flat = value.reshape(value.shape[0], -1)
             flat = flat > 0 if eqn.primitive is gt_p else flat < eqn.invars[1].val
             return [flat if eqn.outvars[0] in plan.flat else flat.reshape(value.shape)]
+        if id(eqn) in plan.stored:
+            return [stored(*bind(eqn, values))]
         if reaches(eqn) and any(map(_holds, subjaxprs(eqn))):
             return rebuild(eqn, values, _evaluate)
         return None
@@ -110,7 +115,7 @@ def _fused(group: Group, read: Callable, flat: set) -> Any:
 
 
 def _plan(jaxpr: Jaxpr) -> Plan:
-    used, zeros, plan = users(jaxpr), zeros_of(jaxpr), Plan({}, set(), {}, set())
+    used, zeros, plan = users(jaxpr), zeros_of(jaxpr), Plan({}, set(), {}, set(), set())
     made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     place = {id(eqn): i for i, eqn in enumerate(jaxpr.eqns)}
     for eqn in jaxpr.eqns:
@@ -149,7 +154,28 @@ def _plan(jaxpr: Jaxpr) -> Plan:
             *before, last = [eqn, *group.after]
             plan.passed.update(map(id, before))
             plan.last[id(last)] = group
+    alone = [eqn for eqn in jaxpr.eqns if not (id(eqn) in plan.passed or id(eqn) in plan.last) and _is_large(eqn)]
+    for eqn in alone:
+        limit = _limit(eqn, zeros)
+        if limit is None:
+            continue
+        values = [v for v in eqn.invars if not isinstance(v, Literal) and v.aval.ndim]
+        compared = [e for v in values for e in used[v] if e is not None and _is_compared(e, zeros, limit)]
+        if compared and all(place[id(eqn)] < place[id(e)] for e in compared):
+            plan.compared.update({id(e): eqn.outvars[0] for e in compared})
+            plan.stored.add(id(eqn))
+    read = {v for eqn in jaxpr.eqns if eqn.primitive is dot_general_p for v in eqn.invars if not isinstance(v, Literal)}
+    plan.stored.update(
+        id(eqn)
+        for eqn in alone
+        if eqn.outvars[0] in read and (is_elementwise(eqn) or eqn.primitive in (*SUMS, mul_p, custom_jvp_call_p))
+    )
     return plan
+
+
+def _is_large(eqn: JaxprEqn) -> bool:
+    """Whether the equation gives the images or tokens of a batch, in float32."""
+    return len(eqn.outvars) == 1 and eqn.outvars[0].aval.ndim >= 3 and eqn.outvars[0].aval.dtype == jnp.float32
 
 
 def _sum(value: Any, used: dict, plan: Plan) -> tuple[JaxprEqn, Any] | None:

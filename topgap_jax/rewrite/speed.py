@@ -16,6 +16,7 @@ from jax import lax
 from topgap_jax.rewrite.activations import gelu_by_erf
 from topgap_jax.rewrite.convs import canonical_convs, fast_convs
 from topgap_jax.rewrite.folding import fold_batch_norm
+from topgap_jax.rewrite.sums import sum_first
 from topgap_jax.types import Array
 
 
@@ -23,11 +24,11 @@ def fast(f: Callable) -> Callable:
     """f with all that makes it fast before it is differentiated; f itself where that is nothing, on a GPU or TPU.
 
     On a CPU: the engine's convolutions (`fast_convs`), batch norm folded into them (`fold_batch_norm`, which knows the
-    engine's), and the exact GELU by erf (`gelu_by_erf`). Works on any JAX function and has its derivatives. What is
-    fused around a function that has been differentiated is `fused`, outermost under `jit`:
-    `jax.jit(fused(lambda x: jax.grad(fast(f))(x)))`.
+    engine's), the exact GELU by erf (`gelu_by_erf`), and sums over positions before dense layers (`sum_first`). Works
+    on any JAX function and has its derivatives. What is fused around a function that has been differentiated is
+    `fused`, outermost under `jit`: `jax.jit(fused(lambda x: jax.grad(fast(f))(x)))`.
     """
-    folded = fold_batch_norm(fast_convs(gelu_by_erf(f)))
+    folded = sum_first(fold_batch_norm(fast_convs(gelu_by_erf(f))))
     return lambda *args, **kwargs: (folded if jax.default_backend() == "cpu" else f)(*args, **kwargs)
 
 
