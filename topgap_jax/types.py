@@ -138,7 +138,8 @@ class Attack(NamedTuple):
     step(predict, state) -> state                        evaluates the iterate, books it, then moves it
     steps                                                how often `step` is to be called
     cost(predict, images) -> Cost                        of one step
-    aim                                                  what it changes: the "label", or the "map" of an explanation
+    aim                                                  what it changes: the "label" inside a ball, the "map" of an
+                                                         explanation, or the label by the smallest "norm" that does it
     runs                                                 restarts x targets: values of `run`, below which it stays
 
     The state is `attacks.state.State`, every leaf of which has the leading axis b. `run` (b,) numbers restart and
