@@ -30,7 +30,7 @@ def linf(eps: float) -> Ball:
         return _box(images, jnp.clip(delta, -eps, eps))
 
     return Ball(
-        name=f"linf({_text(eps)})",
+        name=f"linf({radius_text(eps)})",
         eps=eps,
         start=start,
         project=project,
@@ -61,7 +61,7 @@ def l2(eps: float) -> Ball:
         return _box(images, delta * jnp.minimum(1.0, _wide(eps) / (_norm(delta) + 1e-12)))
 
     return Ball(
-        name=f"l2({_text(eps)})",
+        name=f"l2({radius_text(eps)})",
         eps=eps,
         start=start,
         project=project,
@@ -71,8 +71,8 @@ def l2(eps: float) -> Ball:
     )
 
 
-def _text(eps):
-    """A radius as people write it: 8/255, .5."""
+def radius_text(eps):
+    """A radius as people write it: 8/255, 0.5."""
     levels = round(eps * 255)
     fraction = 0 < levels < 255 and abs(eps * 255 - levels) < 1e-6 and float(f"{eps:.2g}") != eps
     return f"{levels}/255" if fraction else f"{eps:.4g}"

@@ -16,7 +16,8 @@ from topgap_jax.errors import UserError
 from topgap_jax.keys import example_keys
 from topgap_jax.measure import results
 from topgap_jax.measure.costs import cost_of
-from topgap_jax.measure.robust import attack_split, clean_logits
+from topgap_jax.measure.queue import clean_logits
+from topgap_jax.measure.robust import attack_split
 from topgap_jax.measure.splits import Split
 from topgap_jax.measure.verdicts import Log, fingerprint
 from topgap_jax.mesh import replicated
@@ -78,7 +79,7 @@ def evaluate(
                 "seed": seed,
             }
             options["log"] = _log(workdir, variables, **header)
-            measures, cost, seconds = attack_split(model, variables, data, evaluator, **options)
+            measures, cost, seconds, _ = attack_split(model, variables, data, evaluator, **options)
         else:
             prepared = evaluator.prepare(training(), classes) if evaluator.prepare else {}
             measures, cost, seconds = measure_split(model, variables, data, evaluator, prepared=prepared, **options)
