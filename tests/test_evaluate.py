@@ -313,7 +313,7 @@ def test_verdicts_depend_neither_on_order_nor_on_width(data):
         yield from data.batches(np.random.default_rng(3).permutation(rows))
 
     plain, *_ = attack_split(MODEL, VARIABLES, data, attack, seed=4, progress=False)
-    for other in (Split(N, shuffled), resident_split(ARRAYS, classes=2, batch=3)):
+    for other in (Split(N, shuffled, BATCH), resident_split(ARRAYS, classes=2, batch=3)):
         again, *_ = attack_split(MODEL, VARIABLES, other, attack, seed=4, progress=False)
         # Early leaving depends on who is in a batch, the verdicts do not.
         assert {k: again[k] for k in ("robust_accuracy", "after_runs", "attacked")} == {
@@ -335,7 +335,7 @@ def test_a_stopped_attack_goes_on(tmp_path):
                     raise KeyboardInterrupt
                 yield pair
 
-        return Split(N, batches)
+        return Split(N, batches, 4)
 
     (whole,) = go(data, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

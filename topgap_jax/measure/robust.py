@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from topgap_jax.balls import radius_text
-from topgap_jax.measure import queue
+from topgap_jax.measure import adversarial, queue
 from topgap_jax.measure.costs import cost_of
 from topgap_jax.measure.splits import Split
 from topgap_jax.measure.verdicts import Log, seen
@@ -68,12 +68,14 @@ class Phase(NamedTuple):
 
 
 class Attacked(NamedTuple):
-    """measures; cost per image of the split; seconds without compilation; and what became of each example."""
+    """measures; cost per image of the split; seconds without compilation; what became of each example; the images that
+    are kept."""
 
     measures: dict[str, Measure | Curve]
     cost: Cost
     seconds: float
     examples: Examples
+    kept: adversarial.Kept | None
 
 
 def attack_split(
@@ -87,6 +89,7 @@ def attack_split(
     text: str = "robust",
     progress: bool | None = None,
     log: Log | None = None,
+    keep: str | None = None,
 ) -> Attacked:
     """Every attack of `robustness` on the examples that stand, at each of its radii from the smallest to the largest.
 
@@ -94,7 +97,8 @@ def attack_split(
     attack breaks, with Wilson's 95 % interval; `unconfirmed` counts runs that met a misclassified iterate which the
     forward pass afterwards does not confirm: those stand as unbroken. `fragile` counts verdicts that floating point
     might change; `utilisation` is the share of the slots' steps that an example needed. What breaks at a radius breaks
-    at every larger one, and is not attacked there again. What a `log` holds is not attacked again.
+    at every larger one, and is not attacked there again. What a `log` holds is not attacked again. keep: the images of
+    "all" examples, or of a "few" that are right when clean; None: of none.
     """
     logits, labels, images, seconds = _clean(model, variables, data, mesh, f"{text}: clean", progress)
     n, log, cost = len(labels), log or Log(None, {}), Cost(1, 0)
@@ -102,24 +106,26 @@ def attack_split(
     none = lambda: np.full(n, NONE, np.int32)
     radius = np.where(clean.wrong, 0, np.inf).astype(np.float32)
     examples = Examples(labels, radius, none(), none(), none(), clean.margin, clean.predicted, clean.fragile)
+    kept = _kept(keep, data, log, clean.wrong, mesh)
     entries, after = [], []
     for number, phase in enumerate(_phases(robustness)):
-        done = [entry for entry in log.entries if entry["phase"] == number]
         stands = examples.radius > phase.limit
         runs = np.where(stands, 0, phase.attack.runs)
-        for entry in done:
-            runs[entry["ids"]] = np.where(entry["broken"], phase.attack.runs, np.array(entry["run"]) + 1)
-        left = int((runs < phase.attack.runs).sum())
-        with bar(int(stands.sum()), f"{text}: {phase.name}", enabled=progress, done=int(stands.sum()) - left) as shown:
-            key = jax.random.fold_in(jax.random.key(seed), phase.index)
-            options = {"eps": phase.eps, "points": log.points is not None, "mesh": mesh}
-            parts = queue.functions(phase.attack, model, mesh)
-            for entry, points in queue.work(parts, phase.attack, variables, data, key, runs, logits, labels, **options):
-                done.append({"phase": number, **entry})
-                log.append(done[-1], points)
-                shown.update(sum(map(bool, entry["ended"])))
+        done = [entry for entry in log.entries if entry["phase"] == number]
         for entry in done:
             _enter(examples, entry, phase.index)
+            runs[entry["ids"]] = np.where(entry["ended"], phase.attack.runs, np.array(entry["run"]) + 1)
+        left = int((runs < phase.attack.runs).sum())
+        parts, key = queue.functions(phase.attack, model, mesh), jax.random.fold_in(jax.random.key(seed), phase.index)
+        options = {"eps": phase.eps, "points": kept is not None, "mesh": mesh}
+        with bar(int(stands.sum()), f"{text}: {phase.name}", enabled=progress, done=int(stands.sum()) - left) as shown:
+            for entry, points in queue.work(parts, phase.attack, variables, data, key, runs, logits, labels, **options):
+                newly = _enter(examples, entry, phase.index)
+                if kept is not None:
+                    kept.put(np.array(entry["ids"])[newly], points[newly])
+                done.append({"phase": number, **entry})
+                log.append(done[-1])
+                shown.update(sum(entry["ended"]))
         made, steps = sum(len(entry["ids"]) for entry in done), sum(sum(entry["steps"]) for entry in done)
         if made:
             cost += made / n * Cost(1, 0) + steps / n * cost_of(phase.attack.cost, model, variables, images)
@@ -128,8 +134,29 @@ def attack_split(
     seconds += sum(entry["seconds"] for entry in entries)
     summary = _curve if robustness.eps else _robust
     measures = summary(robustness, examples, after) | _details(entries, examples, clean.wrong)
-    log.remove()
-    return Attacked(measures, cost, seconds, examples)
+    return Attacked(measures, cost, seconds, examples, kept)
+
+
+def _kept(keep, data, log, wrong, mesh):
+    """Where images are kept, the clean ones at first; None where none are."""
+    right = np.flatnonzero(~wrong).astype(np.int32)
+    if keep is None or not len(right):
+        return None
+
+    def clean(ids):
+        for part, batch in data.batches(ids):
+            yield part, np.asarray(jax.device_get(_whole(mesh)(batch["image"])))[: len(part)]
+
+    few = right[np.linspace(0, len(right) - 1, min(adversarial.PICTURES, len(right))).round().astype(int)]
+    by_id = {int(index): image for part, images in clean(few) for index, image in zip(part, images)}
+    few_clean = np.stack([by_id[int(index)] for index in few])
+    ids = np.arange(len(wrong), dtype=np.int32) if keep == "all" else few
+    path = None if log.path is None else log.path.with_suffix(".npy")
+    kept = adversarial.Kept(path, ids, few, few_clean, resumes=bool(log.entries))
+    if not kept.complete:
+        for part, images in clean(ids):
+            kept.put(part, images)
+    return kept
 
 
 def _phases(robustness: Robustness) -> list[Phase]:
@@ -142,8 +169,8 @@ def _phases(robustness: Robustness) -> list[Phase]:
     return norms + [Phase(*pair, np.float32(eps)) for eps in robustness.eps for pair in others]
 
 
-def _enter(examples: Examples, entry: dict[str, Any], attack: int) -> None:
-    """Put the verdicts of an entry into the arrays of the split."""
+def _enter(examples: Examples, entry: dict[str, Any], attack: int) -> np.ndarray:
+    """Put the verdicts of an entry into the arrays of the split; which of its examples (m,) broke by it."""
     ids, broken = np.array(entry["ids"]), np.array(entry["broken"])
     of = lambda name: np.array(entry[name], getattr(examples, name).dtype)
     newly = broken & (of("radius") < examples.radius[ids])
@@ -154,6 +181,7 @@ def _enter(examples: Examples, entry: dict[str, Any], attack: int) -> None:
     for name in ("radius", "run", "step"):
         getattr(examples, name)[ids[newly]] = of(name)[newly]
     examples.attack[ids[newly]] = attack
+    return newly
 
 
 def _robust(robustness: Robustness, examples: Examples, after: Sequence[float]) -> dict[str, Measure | Curve]:

@@ -83,8 +83,6 @@ def judge(attack: Attack, over: Sequence[Over], logits: np.ndarray, labels: np.n
 class Log:
     """`entries` are the lines found, `append` adds one, `remove` ends it. Without a path it keeps nothing."""
 
-    points = None
-
     def __init__(self, path: Path | None, header: Mapping[str, Any]):
         self.path = path
         lines = _lines(path) if path is not None and path.exists() else []
@@ -96,7 +94,7 @@ class Log:
                 "".join(json.dumps(line) + "\n" for line in [dict(header), *self.entries]), encoding="utf-8"
             )
 
-    def append(self, entry: Mapping[str, Any], points: np.ndarray | None = None) -> None:
+    def append(self, entry: Mapping[str, Any]) -> None:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(dict(entry)) + "\n")
