@@ -154,7 +154,7 @@ def _kept(keep, data, log, wrong, mesh):
     path = None if log.path is None else log.path.with_suffix(".npy")
     kept = adversarial.Kept(path, ids, few, few_clean, resumes=bool(log.entries))
     if not kept.complete:
-        for part, images in clean(ids):
+        for part, images in clean(ids) if keep == "all" else [(few, few_clean)]:
             kept.put(part, images)
     return kept
 
