@@ -201,6 +201,24 @@ def test_the_driver_is_the_loop():
         np.testing.assert_array_equal(driven.broken_at, state.broken_at)
 
 
+def test_the_driver_works_through_the_runs():
+    """Each example keeps the first run that breaks it: the runs one by one, each from its own keys, give the same."""
+    one = make("pgd(linf(.06), steps=2, step_size=.03)")
+    several = one._replace(runs=3)
+    driven = jax.jit(lambda: attacks.attack(several, KEYS, PREDICT, IMAGES, LABELS))()
+    call = jax.jit(lambda run: steps_of(one, KEYS, PREDICT, IMAGES, LABELS, run=run)[1])
+    states = [call(jnp.int32(run)) for run in range(3)]
+    broken = np.stack([np.asarray(state.status) == BROKEN for state in states])
+    first = np.where(broken.any(0), broken.argmax(0), 2)
+    assert set(first) > {0}, "some example is broken by the second run or by none"
+    np.testing.assert_array_equal(driven.run, first)
+    for i in range(B):
+        for field in ("status", "broken_at"):
+            np.testing.assert_array_equal(getattr(driven, field)[i], getattr(states[first[i]], field)[i])
+        for field in ("best", "delta"):
+            np.testing.assert_allclose(getattr(driven, field)[i], getattr(states[first[i]], field)[i], atol=1e-6)
+
+
 ONE = "pgd(linf({}), steps=2)"
 
 

@@ -145,7 +145,8 @@ class Attack(NamedTuple):
     step(predict, state) -> state                        evaluates the iterate, books it, then moves it
     steps                                                how often `step` is to be called
     cost(predict, images) -> Cost                        of one step
-    aim                                                  what it changes: the "label", or the "map" of an explanation
+    aim                                                  what it changes: the "label" inside a ball, the "map" of an
+                                                         explanation, or the label by the smallest "norm" that does it
     runs                                                 restarts x targets: values of `run`, below which it stays
     samples                                              passes of a model that draws at random that a verdict averages
 
@@ -330,9 +331,14 @@ class Evaluator(NamedTuple):
 
 
 class Robustness(NamedTuple):
-    """Plain data that `measure.robust` executes: the runs, one after the other on what is still unbroken."""
+    """Plain data that `measure.robust` executes: the attacks, one after the other on what is still unbroken.
+
+    eps                                                  radii from the smallest to the largest, at each of which the
+                                                         attacks are made; (): at the attacks' own
+    """
 
     runs: Runs
+    eps: tuple[float, ...] = ()
 
 
 Schedule: TypeAlias = Callable[[Any], Any]

@@ -32,7 +32,7 @@ class State(NamedTuple):
     delta: Array  # (b, h, w, c): the iterate is images + delta
     best: Array  # (b, h, w, c): the first iterate that breaks (of an attack on maps the best one), else the clean image
     score: Array  # (b,): highest score that a step has met before the break, the breaking one included
-    status: Array  # (b,) int32: RUNNING, BROKEN (misclassified), or FINISHED (without a break, before its steps are)
+    status: Array  # (b,) int32: RUNNING, BROKEN (misclassified), or FINISHED: this run will not break what it has not
     broken_at: Array  # (b,) int32: steps taken when it broke, NEVER if it has not
     count: Array  # (b,) int32: steps taken; it runs on after the break
     run: Array  # (b,) int32: which restart and target this is
@@ -172,6 +172,14 @@ def where(rows: Array, a: Array, b: Array) -> Array:
     return jnp.where(rows[:, None, None, None], a, b)
 
 
+def norms(state: State) -> Array:
+    """The size (b,) of the smallest perturbation that an attack on the norm has met; infinity where none broke.
+
+    Such an attack (`aim="norm"`) keeps it in `score`, negated: the smallest norm is the highest score.
+    """
+    return jnp.where(state.status == BROKEN, -state.score, jnp.inf)
+
+
 def runs_of(targets: int, restarts: int, samples: int | None) -> int:
     """How many runs an attack has, once its options are checked: at each of its targets `restarts` of them."""
     check_number("targets", targets, 0, whole=True)
@@ -192,8 +200,10 @@ def attack(attack: Attack, keys: Keys, predict: Predict, images: Array, labels: 
     evaluators.
 
     keys (b,), images (b, h, w, c) in [0, 1], labels (b,). `best` holds the adversarial images where `status` is BROKEN;
-    training takes the last iterate, images + delta. Raises UserError for arrays that are none of these; inside `jit`
-    nothing is checked. Eager calls compile the loop each time: use `jax.jit`.
+    training takes the last iterate, images + delta. Of an attack with several runs (restarts, targets) each example
+    keeps the first that breaks it, without one the last; of an attack on maps or norms the one with the highest score.
+    Raises UserError for arrays that are none of these; inside `jit` nothing is checked. Eager calls compile the loop
+    each time: use `jax.jit`.
 
     >>> # adversarial = attack(pgd(linf(8 / 255)), jax.random.split(key, b), predict, images, labels).best
     """
@@ -203,10 +213,31 @@ def attack(attack: Attack, keys: Keys, predict: Predict, images: Array, labels: 
         raise UserError("attack: keys are needed, one for each image: jax.random.split(jax.random.key(0), len(images))")
     check_examples("attack", keys, predict, images, labels)
     predict = speed.fast(predict)
-    state = attack.init(keys, predict, images, labels, predict(images))
+    logits = predict(images)
     step = fused(lambda state: attack.step(predict, state))
-    state = speed.loop(step, attack.steps, state)
-    return finish(predict, state, attack.samples) if attack.aim == "label" else state
+
+    def one_run(state):
+        state = speed.loop(step, attack.steps, state)
+        return finish(predict, state, attack.samples) if attack.aim == "label" else state
+
+    state = attack.init(keys, predict, images, labels, logits)
+    if attack.runs == 1:
+        return one_run(state)
+
+    def next_run(carry):
+        number, best = carry
+        state = one_run(attack.init(keys, predict, images, labels, logits, run=number))
+        kept = best.status == BROKEN if attack.aim == "label" else best.score >= state.score
+        return number + 1, select(kept & (number > 0), best, state)
+
+    # The state before the first run is only one of the right shapes: every run, the first too, is a round of the loop.
+    return speed.loop(next_run, attack.runs, (jnp.int32(0), state))[1]
+
+
+def select(rows: Array, a: Any, b: Any) -> Any:
+    """The states' leaves (b, ...) of a where rows (b,) is True, else of b."""
+    one = lambda x, y: x if x is y else jnp.where(jnp.expand_dims(rows, range(1, x.ndim)), x, y)
+    return jax.tree.map(one, a, b)
 
 
 def as_runs(runs: Any) -> tuple[Attack, ...]:
