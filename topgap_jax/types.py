@@ -69,6 +69,7 @@ class Ball(NamedTuple):
     ascent(gradient) -> direction                        steepest ascent of unit norm, (b, h, w, c)
     dual_norm(gradient) -> (b,)                          sup of <gradient, d> over unit d
     size(delta) -> (b,)                                  the ball's own norm
+    hyperplane(points, w, b (b,)) -> delta               smallest step, in that norm, to where <w, point> = b in the box
     """
 
     name: str
@@ -78,6 +79,7 @@ class Ball(NamedTuple):
     ascent: Callable[[Array], Array]
     dual_norm: Callable[[Array], Array]
     size: Callable[[Array], Array]
+    hyperplane: Callable[[Array, Array, Array], Array]
 
 
 class Penalty(NamedTuple):
