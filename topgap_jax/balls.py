@@ -1,15 +1,16 @@
-"""The perturbations an attack may use: `linf(8/255)`, `l2(0.5)`, cut by the pixel box [0, 1] (`papers`: attacks 3 and
-4).
+"""The perturbations an attack may use: `linf(8/255)`, `l2(0.5)`, `l1(12)`, cut by the pixel box [0, 1].
 
 eps (b,) is each example's own radius, so that a curve over radii is one program; the ball's number is the default.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from topgap_jax.build import check_number, table
 from topgap_jax.norms import direction_and_length
+from topgap_jax.order import kth_largest, largest_float
 from topgap_jax.types import Array, Ball
 
 AXES = (1, 2, 3)
@@ -35,7 +36,9 @@ def linf(eps: float) -> Ball:
         eps=eps,
         start=start,
         project=project,
+        p=math.inf,
         ascent=jnp.sign,
+        direction=lambda images, delta, gradient: jnp.sign(gradient),
         dual_norm=lambda gradient: jnp.abs(gradient).sum(AXES),
         size=lambda delta: jnp.abs(delta).max(AXES),
         hyperplane=hyperplane_linf,
@@ -62,16 +65,88 @@ def l2(eps: float) -> Ball:
     def project(images, delta, eps):
         return _box(images, delta * jnp.minimum(1.0, _wide(eps) / (_norm(delta) + 1e-12)))
 
+    ascent = lambda gradient: direction_and_length(gradient, AXES)[0]
     return Ball(
         name=f"l2({_text(eps)})",
         eps=eps,
+        p=2,
         start=start,
         project=project,
-        ascent=lambda gradient: direction_and_length(gradient, AXES)[0],
+        ascent=ascent,
+        direction=lambda images, delta, gradient: ascent(gradient),
         dual_norm=lambda gradient: direction_and_length(gradient, AXES)[1][:, 0, 0, 0],
         size=lambda delta: _norm(delta)[:, 0, 0, 0],
         hyperplane=hyperplane_l2,
     )
+
+
+def l1(eps: float) -> Ball:
+    """The perturbation's absolute values add up to at most `eps`: ascent is all on the largest |g|.
+
+    The start is the projection of N(0, I). Projections are exact, on ball and pixel box at once (`project_l1`: Croce &
+    Hein 2021, arXiv 2103.01208). `direction` is sign(g) / count on the hundredth of the entries with the largest |g|,
+    among those that the box does not stop (SparseL1Descent: Tramer & Boneh 2019, arXiv 1904.13000).
+    """
+    check_number("eps", eps, 0)
+
+    def start(keys, images, eps):
+        noise = jax.vmap(lambda key, image: jax.random.normal(key, image.shape, image.dtype))(keys, images)
+        return project_l1(images, noise, eps)
+
+    def ascent(gradient):
+        size = jnp.abs(_flat(gradient))
+        largest = jnp.arange(size.shape[1]) == jnp.argmax(size, 1)[:, None]
+        return jnp.sign(gradient) * largest.reshape(gradient.shape)
+
+    def direction(images, delta, gradient):
+        points = images + delta
+        stopped = ((points <= 0) & (gradient < 0)) | ((points >= 1) & (gradient > 0))
+        return sparse_sign(jnp.where(stopped, 0.0, gradient), -(-gradient[0].size // 100))
+
+    return Ball(
+        name=f"l1({_text(eps)})",
+        eps=eps,
+        p=1,
+        start=start,
+        project=project_l1,
+        ascent=ascent,
+        direction=direction,
+        dual_norm=lambda gradient: jnp.abs(gradient).max(AXES),
+        size=lambda delta: jnp.abs(delta).sum(AXES),
+        hyperplane=hyperplane_l1,
+    )
+
+
+def project_l1(images: Array, delta: Array, eps: Array) -> Array:
+    """The nearest perturbation with |d|_1 <= eps and images + d in [0, 1], exactly (Croce & Hein 2021, arXiv
+    2103.01208).
+
+    images, delta (b, h, w, c), eps (b,) -> (b, h, w, c). With room_i = 1 - x_i where delta_i > 0, else x_i, it is
+    sign(delta_i) clip(|delta_i| - t, 0, room_i), t = 0 if that is short enough, else the t for which its length is eps.
+    """
+    size, room = jnp.abs(delta), jnp.where(delta > 0, 1 - images, images)
+    lengths = lambda t: jnp.clip(size - _wide(t), 0, room)
+    t = largest_float(lambda t: lengths(t).sum(AXES) >= eps, size.max(AXES))
+    # From here to the next bend every entry that is neither 0 nor at its bound shrinks as t grows.
+    free = (lengths(t) > 0) & (lengths(t) < room)
+    rest = jnp.where(free, size, lengths(t)).sum(AXES) - eps
+    t = jnp.where(free.any(AXES), rest / jnp.maximum(free.sum(AXES), 1), t)
+    inside = lengths(jnp.zeros_like(t)).sum(AXES) <= eps
+    nearest = jnp.sign(delta) * lengths(jnp.where(inside, 0.0, t))
+    # |delta_i| - t has the rounding error of |delta_i|, which may be much larger than eps.
+    return nearest * jnp.minimum(1.0, _wide(eps) / jnp.maximum(jnp.abs(nearest).sum(AXES, keepdims=True), 1e-30))
+
+
+def sparse_sign(gradient: Array, count: int | Array) -> Array:
+    """sign(g) on the `count` entries (an int, or (b,)) with the largest |g| of each example, over their number: (b, h,
+    w, c) of unit l1 norm.
+
+    Where several share the smallest |g| among them, all of those are in.
+    """
+    size = jnp.abs(_flat(gradient))[..., None]
+    smallest = kth_largest(size, jnp.broadcast_to(jnp.asarray(count), gradient.shape[:1])[:, None])
+    sign = jnp.sign(gradient) * (size >= smallest[:, None]).reshape(gradient.shape)
+    return sign / (jnp.abs(sign).sum(AXES, keepdims=True) + 1e-10)
 
 
 def hyperplane_linf(points: Array, w: Array, b: Array) -> Array:
@@ -107,7 +182,7 @@ def hyperplane_l1(points: Array, w: Array, b: Array) -> Array:
 
     def lengths(slope, room, gap):
         enough = lambda t: (slope * room * (slope >= _wide(t))).sum(AXES) >= gap
-        last = _wide(_largest(enough, slope.max(AXES)))
+        last = _wide(largest_float(enough, slope.max(AXES)))
         whole, shared = slope > last, (slope == last) & (slope > 0)
         rest = gap - (slope * room * whole).sum(AXES)
         reach = (slope * room * shared).sum(AXES)
@@ -135,31 +210,12 @@ def _to_hyperplane(lengths, points, w, b):
 def _level(weights, bounds, total):
     """The t (b,) with sum of weights * min(t, bounds) = total (b,); the largest bound where no t is large enough."""
     top = bounds.max(AXES)
-    t = _largest(lambda t: (weights * jnp.minimum(_wide(t), bounds)).sum(AXES) <= total, top)
+    t = largest_float(lambda t: (weights * jnp.minimum(_wide(t), bounds)).sum(AXES) <= total, top)
     free = bounds > _wide(t)
     slope = (weights * free).sum(AXES)
     # Linear from here to the next bound.
     exact = (total - jnp.where(free, 0.0, weights * bounds).sum(AXES)) / jnp.where(slope > 0, slope, 1.0)
     return jnp.where(slope > 0, exact, top)
-
-
-def _largest(fits, top):
-    """The largest float32 in [0, top (b,)] for which fits((b,)) holds, if it does from 0 up to some number; else 0.
-
-    By halving the bit patterns, which are ordered like the floats: exact after 31 rounds, each one reduction, where a
-    sort of 128 x 3,072 values takes 20 times as long on a CPU. The bounds come from the data, so that the loop's carry
-    keeps sharding and varying axes.
-    """
-    number = lambda bits: lax.bitcast_convert_type(bits, jnp.float32)
-    high = lax.bitcast_convert_type(top, jnp.int32)
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = low + (high - low + 1) // 2
-        fit = fits(number(middle))
-        return jnp.where(fit, middle, low), jnp.where(fit, high, middle - 1)
-
-    return number(lax.fori_loop(0, 31, halve, (high - high, high))[0])
 
 
 def _text(eps):
@@ -173,6 +229,10 @@ def _box(images, delta):
     return jnp.clip(images + delta, 0.0, 1.0) - images
 
 
+def _flat(values):
+    return values.reshape(values.shape[0], -1)
+
+
 def _norm(values):
     return jnp.sqrt((values * values).sum(AXES, keepdims=True))
 
@@ -181,4 +241,4 @@ def _wide(eps):
     return eps[:, None, None, None]
 
 
-TABLE = table(linf, l2)
+TABLE = table(linf, l2, l1)

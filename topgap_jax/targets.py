@@ -1,4 +1,4 @@
-"""Which classes a targeted attack tries, and in which order."""
+"""In which order a targeted attack tries the classes, where that is not the order of their logits."""
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,9 @@ def malt_order(
     several of them, and all where a network returns no numbers, in the order of their logits. One forward and t
     backward passes, one after another.
     """
-    classes = by_logits(logits, labels)[:, :candidates]
     kinds = jnp.arange(logits.shape[-1])
+    others = jnp.where(kinds == labels[:, None], -jnp.inf, logits.astype(jnp.float32))
+    classes = lax.top_k(others, min(candidates, len(kinds) - 1))[1]
     value, pull = jax.vjp(predict, images)
 
     def distance(target):
@@ -31,9 +32,3 @@ def malt_order(
     distances = speed.map_over(distance, (classes.T,)).T
     distances = jnp.where(jnp.isfinite(distances), distances, jnp.inf)
     return lax.sort((distances, classes), dimension=1, num_keys=1, is_stable=True)[1]
-
-
-def by_logits(logits: Array, labels: Array) -> Array:
-    """The classes (b, k - 1) other than the label, that of the largest logit first."""
-    others = jnp.where(jnp.arange(logits.shape[-1]) == labels[:, None], -jnp.inf, logits.astype(jnp.float32))
-    return lax.top_k(others, logits.shape[-1])[1][:, :-1]

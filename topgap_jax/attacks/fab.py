@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.gradient import run_keys
-from topgap_jax.attacks.state import FINISHED, RUNNING, book, misclassified, move, where
+from topgap_jax.attacks.state import aim, book, misclassified, move, run_keys, where
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite import speed
-from topgap_jax.targets import by_logits, malt_order
+from topgap_jax.targets import malt_order
 from topgap_jax.types import Attack, Ball, Cost
 
 ORDERS = ("logits", "malt")
@@ -84,16 +83,9 @@ def fab_t(ball: Ball, *, targets: int = 9, steps: int = 100, order: str = "logit
         raise UserError(f"order must be 'logits' or 'malt', got {order!r}")
 
     def begin(predict, state):
-        if order == "malt":
-            classes = malt_order(predict, state.images, state.labels, state.clean, ball)
-        else:
-            classes = by_logits(state.clean, state.labels)
-        left = state.run < classes.shape[1]
-        rank = jnp.minimum(state.run, classes.shape[1] - 1)
-        return state._replace(
-            target=jnp.take_along_axis(classes, rank[:, None], 1)[:, 0].astype(jnp.int32),
-            status=jnp.where(~left & (state.status == RUNNING), FINISHED, state.status),
-        )
+        if order == "logits":
+            return aim(state, state.run)
+        return aim(state, state.run, malt_order(predict, state.images, state.labels, state.clean, ball))
 
     def boundary(predict, state, points):
         def summed(points):

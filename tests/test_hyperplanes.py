@@ -12,7 +12,7 @@ from scipy.optimize import linprog, minimize
 
 from topgap_jax import balls
 
-HYPERPLANES = {"linf": balls.hyperplane_linf, "l2": balls.hyperplane_l2, "l1": balls.hyperplane_l1}
+HYPERPLANES = {name: ball(0.1).hyperplane for name, ball in balls.TABLE.items()}
 ORDERS = {"linf": np.inf, "l2": 2, "l1": 1}
 names = pytest.mark.parametrize("name", HYPERPLANES)
 compiled = functools.cache(lambda name: jax.jit(HYPERPLANES[name]))
