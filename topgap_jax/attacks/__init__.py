@@ -1,8 +1,8 @@
 """Attacks: searches for an adversarial example inside a ball, as pairs (init, step)."""
 
-from topgap_jax.attacks import alignment, gradient, maps, state
+from topgap_jax.attacks import alignment, apgd, gradient, maps, state
 from topgap_jax.attacks.state import State, as_runs, attack, finish, misclassified, norms
 from topgap_jax.build import merged
 
-TABLE = merged(gradient.TABLE, maps.TABLE, alignment.TABLE)
+TABLE = merged(gradient.TABLE, apgd.TABLE, maps.TABLE, alignment.TABLE)
 globals().update(TABLE)  # the methods, also where a file has the name of one

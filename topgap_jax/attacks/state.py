@@ -9,13 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from topgap_jax.build import check_number
 from topgap_jax.edges import check_examples
 from topgap_jax.errors import UserError
+from topgap_jax.keys import fold_in, split
 from topgap_jax.rewrite import fused, speed
+from topgap_jax.scores import class_of_rank, cross_entropy
 from topgap_jax.types import Array, Attack, Keys, Predict, Score
 
 RUNNING, BROKEN, FINISHED = 0, 1, 2
 NEVER = -1
+SAMPLES = 100  # what the keys of a random model's passes are made with; an attack's own draws of a step use less
 
 
 class State(NamedTuple):
@@ -28,7 +32,7 @@ class State(NamedTuple):
     delta: Array  # (b, h, w, c): the iterate is images + delta
     best: Array  # (b, h, w, c): the first iterate that breaks (of an attack on maps the best one), else the clean image
     score: Array  # (b,): highest score that a step has met before the break, the breaking one included
-    status: Array  # (b,) int32: RUNNING, BROKEN (misclassified), or FINISHED: this run will not break what it has not
+    status: Array  # (b,) int32: RUNNING, BROKEN (misclassified), or FINISHED (without a break, before its steps are)
     broken_at: Array  # (b,) int32: steps taken when it broke, NEVER if it has not
     count: Array  # (b,) int32: steps taken; it runs on after the break
     run: Array  # (b,) int32: which restart and target this is
@@ -70,16 +74,64 @@ def start(
     )
 
 
-def evaluate(predict: Predict, score: Score, state: State) -> tuple[State, Array]:
+def aim(state: State, rank: Array) -> State:
+    """The state of a targeted run: at the class with the rank-th largest clean logit among the others, 0 the best.
+
+    A run whose rank the model has no class for is FINISHED.
+    """
+    left = rank < state.clean.shape[-1] - 1
+    return state._replace(
+        target=class_of_rank(state.clean, state.labels, rank),
+        status=jnp.where((state.status == RUNNING) & ~left, FINISHED, state.status),
+    )
+
+
+def run_keys(state: State) -> Keys:
+    """The keys (b,) of each example's run."""
+    return jnp.where(state.run == 0, state.keys, fold_in(state.keys, state.run))
+
+
+def step_keys(state: State) -> Keys:
+    """The keys (b,) that the coming step draws from."""
+    return fold_in(run_keys(state), 1 + state.count)
+
+
+def evaluate(
+    predict: Predict, score: Score, state: State, *, targeted: bool = False, samples: int | None = None
+) -> tuple[State, Array]:
     """Evaluate the iterate and book it: the state, and the gradient (b, h, w, c) of the score there."""
-
-    def summed(points):
-        logits = predict(points)
-        values = score(logits, state.labels, state.clean)
-        return values.sum(), (values, logits)
-
-    (_, (values, logits)), gradient = jax.value_and_grad(summed, has_aux=True)(state.images + state.delta)
+    values, logits, gradient = score_and_gradient(predict, score, state, targeted=targeted, samples=samples)
     return book(state, values, logits), gradient
+
+
+def score_and_gradient(
+    predict: Predict, score: Score, state: State, *, targeted: bool = False, samples: int | None = None
+) -> tuple[Array, Array, Array]:
+    """Score (b,), logits (b, k) and the score's gradient (b, h, w, c) at the iterate.
+
+    targeted: whether the score is given the state's target classes.
+    samples: of a model that draws at random, the means over that many passes, with fresh keys for each example, step
+    and pass (expectation over transformations: Athalye et al. 2018, arXiv 1802.00420).
+    """
+
+    target = (state.target,) if targeted else ()
+
+    def once(*keys):
+        def summed(points):
+            logits = predict(points, *keys)
+            values = score(logits, state.labels, state.clean, *target)
+            return values.sum(), (values, logits)
+
+        (_, (values, logits)), gradient = jax.value_and_grad(summed, has_aux=True)(state.images + state.delta)
+        return values, logits, gradient
+
+    return once() if samples is None else _mean_over(once, state, samples)
+
+
+def _mean_over(f, state, samples):
+    """The mean of f(keys (b,)) over `samples` draws of keys that belong to the state's step."""
+    total = speed.sum_over(f, (split(fold_in(step_keys(state), SAMPLES), samples),), state.images)
+    return jax.tree.map(lambda x: x / samples, total)
 
 
 def book(state: State, values: Array, logits: Array, admissible: Array | bool = True) -> State:
@@ -101,10 +153,13 @@ def move(state: State, delta: Array, search: Any = None) -> State:
     return state._replace(delta=delta, count=state.count + 1, search=search)
 
 
-def finish(predict: Predict, state: State) -> State:
+def finish(predict: Predict, state: State, samples: int | None = None) -> State:
     """Evaluate the last iterate and book its verdict: every driver of an attack on the label ends with this forward
-    pass."""
-    return book(state, state.score, predict(state.images + state.delta))
+    pass, of a model that draws at random (`attack.samples`) with the mean of as many."""
+    points = state.images + state.delta
+    if samples is None:
+        return book(state, state.score, predict(points))
+    return book(state, state.score, _mean_over(lambda keys: predict(points, keys), state, samples))
 
 
 def misclassified(logits: Array, labels: Array) -> Array:
@@ -123,6 +178,21 @@ def norms(state: State) -> Array:
     Such an attack (`aim="norm"`) keeps it in `score`, negated: the smallest norm is the highest score.
     """
     return jnp.where(state.status == BROKEN, -state.score, jnp.inf)
+
+
+def runs_of(targets: int, restarts: int, samples: int | None) -> int:
+    """How many runs an attack has, once its options are checked: at each of its targets `restarts` of them."""
+    check_number("targets", targets, 0, whole=True)
+    check_number("restarts", restarts, 1, whole=True)
+    if samples is not None:
+        check_number("samples", samples, 1, whole=True)
+    return max(targets, 1) * restarts
+
+
+def named(method: str, steps: int, score: Score) -> str:
+    """An attack's name, with its score where that is not cross-entropy: "pgd-20", "pgd-20 on margin"."""
+    word = getattr(score, "__name__", type(score).__name__)
+    return f"{method}-{steps}" + ("" if score is cross_entropy else f" on {word}")
 
 
 def attack(attack: Attack, keys: Keys, predict: Predict, images: Array, labels: Array) -> State:
@@ -148,7 +218,7 @@ def attack(attack: Attack, keys: Keys, predict: Predict, images: Array, labels: 
 
     def one_run(state):
         state = speed.loop(step, attack.steps, state)
-        return finish(predict, state) if attack.aim == "label" else state
+        return finish(predict, state, attack.samples) if attack.aim == "label" else state
 
     state = attack.init(keys, predict, images, labels, logits)
     if attack.runs == 1:
