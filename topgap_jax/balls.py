@@ -32,7 +32,7 @@ def linf(eps: float) -> Ball:
         return _box(images, jnp.clip(delta, -eps, eps))
 
     return Ball(
-        name=f"linf({_text(eps)})",
+        name=f"linf({radius_text(eps)})",
         eps=eps,
         start=start,
         project=project,
@@ -67,7 +67,7 @@ def l2(eps: float) -> Ball:
 
     ascent = lambda gradient: direction_and_length(gradient, AXES)[0]
     return Ball(
-        name=f"l2({_text(eps)})",
+        name=f"l2({radius_text(eps)})",
         eps=eps,
         p=2,
         start=start,
@@ -104,7 +104,7 @@ def l1(eps: float) -> Ball:
         return sparse_sign(jnp.where(stopped, 0.0, gradient), -(-gradient[0].size // 100))
 
     return Ball(
-        name=f"l1({_text(eps)})",
+        name=f"l1({radius_text(eps)})",
         eps=eps,
         p=1,
         start=start,
@@ -218,8 +218,8 @@ def _level(weights, bounds, total):
     return jnp.where(slope > 0, exact, top)
 
 
-def _text(eps):
-    """A radius as people write it: 8/255, .5."""
+def radius_text(eps: float) -> str:
+    """A radius as people write it: 8/255, 0.5."""
     levels = round(eps * 255)
     fraction = 0 < levels < 255 and abs(eps * 255 - levels) < 1e-6 and float(f"{eps:.2g}") != eps
     return f"{levels}/255" if fraction else f"{eps:.4g}"

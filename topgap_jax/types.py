@@ -333,9 +333,14 @@ class Evaluator(NamedTuple):
 
 
 class Robustness(NamedTuple):
-    """Plain data that `measure.robust` executes: the runs, one after the other on what is still unbroken."""
+    """Plain data that `measure.robust` executes: the attacks, one after the other on what is still unbroken.
+
+    eps                                                  radii from the smallest to the largest, at each of which the
+                                                         attacks are made; (): at the attacks' own
+    """
 
     runs: Runs
+    eps: tuple[float, ...] = ()
 
 
 Schedule: TypeAlias = Callable[[Any], Any]

@@ -32,7 +32,7 @@ class State(NamedTuple):
     delta: Array  # (b, h, w, c): the iterate is images + delta
     best: Array  # (b, h, w, c): the first iterate that breaks (of an attack on maps the best one), else the clean image
     score: Array  # (b,): highest score that a step has met before the break, the breaking one included
-    status: Array  # (b,) int32: RUNNING, BROKEN (misclassified), or FINISHED: this run will not break what it has not
+    status: Array  # (b,) int32: RUNNING, BROKEN (misclassified), or FINISHED (without a break, before its steps are)
     broken_at: Array  # (b,) int32: steps taken when it broke, NEVER if it has not
     count: Array  # (b,) int32: steps taken; it runs on after the break
     run: Array  # (b,) int32: which restart and target this is
