@@ -331,7 +331,7 @@ def test_worked_fgsm():
         ("l2", MIDDLE, 0.346, 0.35, {0.1: 3.2}),  # 15.1: 4.5/13 = .34615; a random start converges to the direction
     ],
 )
-@pytest.mark.parametrize("name", ["fgsm", "pgd"])  # half of r_fgsm's way is random
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "apgd"])  # half of r_fgsm's way is random
 def test_a_linear_model_is_robust_up_to_where_it_is(name, ball, image, survives, breaks, worst):
     attacked = lambda eps: on_linear(name, ball)(jnp.array(image), jnp.array([eps]))
     assert int(attacked(survives).status[0]) == RUNNING

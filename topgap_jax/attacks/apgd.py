@@ -82,11 +82,14 @@ def _apgd(method, ball, score, targets, steps, restarts, rho, history, larger_ra
     if larger_radii and ball.p != 1:
         raise UserError(f"larger_radii is for l1 balls, got {ball.name}")
     runs = runs_of(targets, restarts, samples)
-    begin, advance, calls = _sparse(ball, steps, larger_radii) if ball.p == 1 else _momentum(ball, steps, rho, history)
+    if ball.p == 1:
+        begin, advance, calls = with_sparse_steps(ball, steps, larger_radii)
+    else:
+        begin, advance, calls = with_momentum(ball, steps, rho, history)
 
     def init(keys, predict, images, labels, logits, *, run=None, eps=None):
         state = states.start(keys, images, labels, logits, eps=ball.eps if eps is None else eps, run=run)
-        return begin(aim(state, state.run // restarts) if targets else state)
+        return begin(aim(state, jnp.minimum(state.run // restarts, targets - 1)) if targets else state)
 
     def step(predict, state):
         return advance(state, *score_and_gradient(predict, score, state, targeted=targets > 0, samples=samples))
@@ -117,8 +120,9 @@ def windows(steps: int) -> tuple[int, int, int]:
     return max(int(0.22 * steps), 1), max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
 
 
-def _momentum(ball, steps, rho, history):
-    """(begin, advance, calls of `advance`) in linf and l2."""
+def with_momentum(ball: Ball, steps: int, rho: float, history: str):
+    """The search in linf and l2: begin(state) -> state, advance(state, score, logits, gradient) -> state, and how often
+    `advance` is called."""
     first_window, shortest, shorter = windows(steps)
 
     def begin(state):
@@ -198,9 +202,9 @@ def stages(steps: int, larger_radii: bool) -> list[tuple[int, int]]:
     return [(3, third), (2, third), (1, steps - 2 * third)]
 
 
-def _sparse(ball, steps, larger_radii):
-    """(begin, advance, calls of `advance`) in l1. Every stage evaluates its start, so that a stage of N steps is N + 1
-    calls; the last iterate of the last one is evaluated by `finish`."""
+def with_sparse_steps(ball: Ball, steps: int, larger_radii: bool):
+    """The search in l1, as `with_momentum`. Every stage evaluates its start: N steps are N + 1 calls of `advance`, but
+    the last iterate of all is evaluated by `finish`."""
     plan = stages(steps, larger_radii)
     ends = np.cumsum([length + 1 for _, length in plan])  # counts at which a stage is over
 

@@ -62,7 +62,7 @@ def pgd(
             state = state._replace(search=Orbit(state.delta))
         if optimizer is not None:
             state = state._replace(search=jax.vmap(optimizer.init)(state.delta))
-        return aim(state, state.run // restarts) if targets else state
+        return aim(state, jnp.minimum(state.run // restarts, targets - 1)) if targets else state
 
     def step(predict, state):
         state, gradient = evaluate(predict, score, state, targeted=targets > 0, samples=samples)
