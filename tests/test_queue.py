@@ -12,7 +12,7 @@ from tests import laws
 from topgap_jax import scores
 from topgap_jax.attacks import attack as attacked
 from topgap_jax.attacks import fgsm, pgd
-from topgap_jax.attacks.state import BROKEN, FINISHED, NEVER, norms, start
+from topgap_jax.attacks.state import BROKEN, FINISHED, NEVER, RUNNING, norms, start
 from topgap_jax.balls import linf
 from topgap_jax.evaluators import curve, robust
 from topgap_jax.keys import example_keys
@@ -194,6 +194,16 @@ def test_killed_at_any_point_it_goes_on_where_it_was(seed, tmp_path):
 # What it costs.
 
 
+def endless(attack):
+    """The attack, whose runs take all their steps where nothing breaks: also those that go round."""
+
+    def step(predict, state):
+        state = attack.step(predict, state)
+        return state._replace(status=jnp.where(state.status == FINISHED, RUNNING, state.status))
+
+    return attack._replace(step=step)
+
+
 def counted(data, attacks, **options):
     """(result, [(steps in a dispatch)], slot steps)."""
     dispatches, functions = [], queue.functions
@@ -215,7 +225,7 @@ def counted(data, attacks, **options):
 
 def test_where_all_stand_nothing_is_wasted():
     """Full batches: every slot takes every step, in dispatches of 1, 2, 4, 8 and what is left."""
-    stands = pgd(linf(1e-6), steps=20, start=None)
+    stands = endless(pgd(linf(1e-6), steps=20, start=None))
     right = np.flatnonzero(LOGITS.argmax(1) == LABELS)[:48]
     data = resident_split({"image": IMAGES[right], "label": LABELS[right]}, classes=CLASSES, batch=WIDTH)
     result, dispatches = counted(data, robust(stands))
@@ -235,7 +245,7 @@ def test_where_all_break_at_once_hardly_anything_is_computed():
 
 def test_the_queue_beats_batches_that_wait_for_their_last():
     """attacks 11.9: half of the examples stand; the steps of all slots are fewer than in batches of the same width."""
-    attack = pgd(linf(EPS), score=scores.margin, steps=40, step_size=EPS / 4)
+    attack = endless(pgd(linf(EPS), score=scores.margin, steps=40, step_size=EPS / 4))
     result, dispatches = counted(split_of(4), robust(attack))
     right = np.flatnonzero(LOGITS.argmax(1) == LABELS)
     steps = np.where(np.isinf(result.examples.radius), 40, result.examples.step + 1)[right]
@@ -289,6 +299,33 @@ def test_no_host_callback_in_a_chunk(text):
 
 
 # Runs that end by themselves, and norms.
+
+
+def one_pixel(points, keys=None):
+    """Its score rises to .53 and falls beyond: signs of a fixed size go round there."""
+    x = points[:, 0, 0, 0]
+    return jnp.stack([jnp.ones_like(x), 0.9 - jnp.abs(x - 0.53)], -1)
+
+
+def test_a_cycle_of_iterates_ends_a_run():
+    """breadth_attacks 3, with steps of 1/64: .5, .515625, .53125, .515625, ... is seen once the kept .53125 is back."""
+    attack = pgd(linf(0.1), score=scores.margin, steps=20, step_size=1 / 64, start=None)
+    images, labels = jnp.full((1, 1, 1, 1), 0.5), jnp.zeros(1, jnp.int32)
+    keys, step = jax.random.split(jax.random.key(0), 1), jax.jit(lambda state: attack.step(one_pixel, state))
+    state, seen = attack.init(keys, one_pixel, images, labels, one_pixel(images)), []
+    for _ in range(8):
+        seen.append((float(state.delta[0, 0, 0, 0]) + 0.5, int(state.status[0])))
+        state = step(state)
+    assert [point for point, _ in seen[:6]] == [0.5, 0.515625, 0.53125, 0.515625, 0.53125, 0.515625]
+    assert [status for _, status in seen] == [RUNNING] * 5 + [FINISHED] * 3
+
+
+def test_without_the_end_of_cycles_the_verdicts_are_the_same():
+    attack = pgd(linf(EPS), score=scores.margin, steps=40, step_size=EPS / 4)._replace(runs=2)
+    early, late = run(split_of(), robust(attack)), run(split_of(), robust(endless(attack)))
+    for name in ("radius", "attack", "run", "step"):
+        np.testing.assert_array_equal(getattr(early.examples, name), getattr(late.examples, name))
+    assert early.cost.gradients < 0.6 * late.cost.gradients
 
 
 def ends(attack, at):

@@ -7,11 +7,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from topgap_jax.build import check_number, table
 from topgap_jax.norms import direction_and_length
-from topgap_jax.order import kth_largest
+from topgap_jax.order import kth_largest, largest_float
 from topgap_jax.types import Array, Ball
 
 AXES = (1, 2, 3)
@@ -42,6 +41,7 @@ def linf(eps: float) -> Ball:
         direction=lambda images, delta, gradient: jnp.sign(gradient),
         dual_norm=lambda gradient: jnp.abs(gradient).sum(AXES),
         size=lambda delta: jnp.abs(delta).max(AXES),
+        hyperplane=hyperplane_linf,
     )
 
 
@@ -76,6 +76,7 @@ def l2(eps: float) -> Ball:
         direction=lambda images, delta, gradient: ascent(gradient),
         dual_norm=lambda gradient: direction_and_length(gradient, AXES)[1][:, 0, 0, 0],
         size=lambda delta: _norm(delta)[:, 0, 0, 0],
+        hyperplane=hyperplane_l2,
     )
 
 
@@ -112,6 +113,7 @@ def l1(eps: float) -> Ball:
         direction=direction,
         dual_norm=lambda gradient: jnp.abs(gradient).max(AXES),
         size=lambda delta: jnp.abs(delta).sum(AXES),
+        hyperplane=hyperplane_l1,
     )
 
 
@@ -121,22 +123,16 @@ def project_l1(images: Array, delta: Array, eps: Array) -> Array:
 
     images, delta (b, h, w, c), eps (b,) -> (b, h, w, c). With room_i = 1 - x_i where delta_i > 0, else x_i, it is
     sign(delta_i) clip(|delta_i| - t, 0, room_i), t = 0 if that is short enough, else the t for which its length is eps.
-    The length is linear in t between the 2n numbers |delta_i| and max(|delta_i| - room_i, 0): they are sorted, the
-    lengths there are cumulative sums, and t lies between two of them.
     """
     size, room = jnp.abs(delta), jnp.where(delta > 0, 1 - images, images)
-    sides = _flat(size), _flat(jnp.maximum(size - room, 0))  # from here on zero; up to here as far as there is room
-    changes = jnp.concatenate([jnp.ones_like(sides[0]), -jnp.ones_like(sides[1])], 1)
-    # From the largest t, where the length is 0, downwards: `moving` entries grow as t falls.
-    knots, changes = lax.sort((-jnp.concatenate(sides, 1), changes), dimension=1, num_keys=1)
-    moving = jnp.cumsum(changes, 1)
-    grown = jnp.cumsum((knots[:, 1:] - knots[:, :-1]) * moving[:, :-1], 1)
-    lengths = jnp.concatenate([jnp.zeros_like(grown[:, :1]), grown], 1)
-    last = jnp.maximum((lengths < eps[:, None]).sum(1, keepdims=True) - 1, 0)
-    knot, length, number = (jnp.take_along_axis(x, last, 1)[:, 0] for x in (-knots, lengths, moving))
-    t = jnp.maximum(knot - (eps - length) / jnp.maximum(number, 1), 0)
-    inside = jnp.minimum(size, room).sum(AXES) <= eps
-    nearest = jnp.sign(delta) * jnp.clip(size - _wide(jnp.where(inside, 0.0, t)), 0, room)
+    lengths = lambda t: jnp.clip(size - _wide(t), 0, room)
+    t = largest_float(lambda t: lengths(t).sum(AXES) >= eps, size.max(AXES))
+    # From here to the next bend every entry that is neither 0 nor at its bound shrinks as t grows.
+    free = (lengths(t) > 0) & (lengths(t) < room)
+    rest = jnp.where(free, size, lengths(t)).sum(AXES) - eps
+    t = jnp.where(free.any(AXES), rest / jnp.maximum(free.sum(AXES), 1), t)
+    inside = lengths(jnp.zeros_like(t)).sum(AXES) <= eps
+    nearest = jnp.sign(delta) * lengths(jnp.where(inside, 0.0, t))
     # |delta_i| - t has the rounding error of |delta_i|, which may be much larger than eps.
     return nearest * jnp.minimum(1.0, _wide(eps) / jnp.maximum(jnp.abs(nearest).sum(AXES, keepdims=True), 1e-30))
 
@@ -153,8 +149,77 @@ def sparse_sign(gradient: Array, count: int | Array) -> Array:
     return sign / (jnp.abs(sign).sum(AXES, keepdims=True) + 1e-10)
 
 
-def radius_text(eps):
-    """A radius as people write it: 8/255, .5."""
+def hyperplane_linf(points: Array, w: Array, b: Array) -> Array:
+    """The step d (b, h, w, c) of smallest max |d_i| with <w, points + d> = b and points + d in [0, 1] (Croce & Hein
+    2020, arXiv 1907.02044).
+
+    points in [0, 1] and w (b, h, w, c), b (b,). Every coordinate goes the way that helps, by min(t, its room). Where
+    the box does not reach the hyperplane: the corner that is nearest to it.
+    """
+
+    def lengths(slope, room, gap):
+        return jnp.minimum(_wide(_level(slope, room, gap)), room)
+
+    return _to_hyperplane(lengths, points, w, b)
+
+
+def hyperplane_l2(points: Array, w: Array, b: Array) -> Array:
+    """As `hyperplane_linf` for the Euclidean length: every coordinate moves by min(t |w_i|, its room)."""
+
+    def lengths(slope, room, gap):
+        slope = jnp.where(slope < 1e-8, 0.0, slope)  # the quotient below would be too large for float32
+        bounds = jnp.where(slope > 0, room / jnp.where(slope > 0, slope, 1.0), 0.0)
+        return jnp.minimum(_wide(_level(slope * slope, bounds, gap)) * slope, room)
+
+    return _to_hyperplane(lengths, points, w, b)
+
+
+def hyperplane_l1(points: Array, w: Array, b: Array) -> Array:
+    """As `hyperplane_linf` for the sum of |d_i|: the whole room of the largest |w_i|, a share of it at the last.
+
+    Equal |w_i| share evenly; every other way of sharing is as long.
+    """
+
+    def lengths(slope, room, gap):
+        enough = lambda t: (slope * room * (slope >= _wide(t))).sum(AXES) >= gap
+        last = _wide(largest_float(enough, slope.max(AXES)))
+        whole, shared = slope > last, (slope == last) & (slope > 0)
+        rest = gap - (slope * room * whole).sum(AXES)
+        reach = (slope * room * shared).sum(AXES)
+        share = jnp.clip(rest / jnp.where(reach > 0, reach, 1.0), 0.0, 1.0)
+        return room * (whole + _wide(share) * shared)
+
+    return _to_hyperplane(lengths, points, w, b)
+
+
+def _to_hyperplane(lengths, points, w, b):
+    """The step of lengths(slope = |w|, room up to the box, gap <w, points> - b >= 0) against w, or along it where the
+    gap is negative.
+
+    w and b by the largest |w_i|, which leaves the hyperplane: products of a confident image's gradient are 0 in
+    float32.
+    """
+    largest = jnp.abs(w).max(AXES, keepdims=True)
+    w = w / jnp.where(largest > 0, largest, 1.0)
+    gap = (w * points).sum(AXES) - b / jnp.where(largest > 0, largest, 1.0)[:, 0, 0, 0]
+    way = jnp.where(_wide(gap) < 0, jnp.sign(w), -jnp.sign(w))
+    room = jnp.maximum(jnp.where(way < 0, points, 1 - points), 0.0) * jnp.abs(way)
+    return way * lengths(jnp.abs(w), room, jnp.abs(gap))
+
+
+def _level(weights, bounds, total):
+    """The t (b,) with sum of weights * min(t, bounds) = total (b,); the largest bound where no t is large enough."""
+    top = bounds.max(AXES)
+    t = largest_float(lambda t: (weights * jnp.minimum(_wide(t), bounds)).sum(AXES) <= total, top)
+    free = bounds > _wide(t)
+    slope = (weights * free).sum(AXES)
+    # Linear from here to the next bound.
+    exact = (total - jnp.where(free, 0.0, weights * bounds).sum(AXES)) / jnp.where(slope > 0, slope, 1.0)
+    return jnp.where(slope > 0, exact, top)
+
+
+def radius_text(eps: float) -> str:
+    """A radius as people write it: 8/255, 0.5."""
     levels = round(eps * 255)
     fraction = 0 < levels < 255 and abs(eps * 255 - levels) < 1e-6 and float(f"{eps:.2g}") != eps
     return f"{levels}/255" if fraction else f"{eps:.4g}"

@@ -74,6 +74,7 @@ class Ball(NamedTuple):
     direction(images, delta, gradient) -> direction      of one step among many, unit norm: in l1 a few pixels, not one
     dual_norm(gradient) -> (b,)                          sup of <gradient, d> over unit d
     size(delta) -> (b,)                                  the ball's own norm
+    hyperplane(points, w, b (b,)) -> delta               smallest step, in that norm, to where <w, point> = b in the box
     """
 
     name: str
@@ -85,6 +86,7 @@ class Ball(NamedTuple):
     direction: Callable[[Array, Array, Array], Array]
     dual_norm: Callable[[Array], Array]
     size: Callable[[Array], Array]
+    hyperplane: Callable[[Array, Array, Array], Array]
 
 
 class Penalty(NamedTuple):

@@ -17,9 +17,10 @@ from topgap_jax.balls import project_l1, sparse_sign
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.scores import cross_entropy, targeted_dlr
+from topgap_jax.targets import malt_order
 from topgap_jax.types import Array, Attack, Ball, Cost, Score
 
-HISTORIES = ("autoattack", "paper")
+HISTORIES, ORDERS = ("autoattack", "paper"), ("logits", "malt")
 
 
 def apgd(
@@ -62,19 +63,23 @@ def apgd_t(
     rho: float = 0.75,
     history: str = "autoattack",
     larger_radii: bool = False,
+    order: str = "logits",
     samples: int | None = None,
 ) -> Attack:
     """`apgd` on the targeted DLR score, in turn at the `targets` classes with the largest clean logits (Croce & Hein
     2020, arXiv 2003.01690).
 
     An example is broken by any other class. Of k classes at most k - 1 are aimed at; fewer than four have no such
-    score, z_t - z_y takes its place.
+    score, z_t - z_y takes its place. order: "malt" are the classes with the nearest linearised boundaries instead
+    (`malt_order`; k - 1 more backward passes a run).
     """
     check_number("targets", targets, 1, whole=True)
-    return _apgd("apgd-t", ball, targeted_dlr, targets, steps, restarts, rho, history, larger_radii, samples)
+    if order not in ORDERS:
+        raise UserError(f"order must be 'logits' or 'malt', got {order!r}")
+    return _apgd("apgd-t", ball, targeted_dlr, targets, steps, restarts, rho, history, larger_radii, samples, order)
 
 
-def _apgd(method, ball, score, targets, steps, restarts, rho, history, larger_radii, samples):
+def _apgd(method, ball, score, targets, steps, restarts, rho, history, larger_radii, samples, order="logits"):
     check_number("steps", steps, 1, whole=True)
     check_number("rho", rho, 0, 1)
     if history not in HISTORIES:
@@ -89,12 +94,16 @@ def _apgd(method, ball, score, targets, steps, restarts, rho, history, larger_ra
 
     def init(keys, predict, images, labels, logits, *, run=None, eps=None):
         state = states.start(keys, images, labels, logits, eps=ball.eps if eps is None else eps, run=run)
-        return begin(aim(state, jnp.minimum(state.run // restarts, targets - 1)) if targets else state)
+        if targets:
+            classes = malt_order(predict, images, labels, logits, ball) if order == "malt" else None
+            state = aim(state, jnp.minimum(state.run // restarts, targets - 1), classes)
+        return begin(state)
 
     def step(predict, state):
         return advance(state, *score_and_gradient(predict, score, state, targeted=targets > 0, samples=samples))
 
     name = f"{method}-{steps} x {targets}" if targets else named(method, steps, score)
+    name += " by malt" if order == "malt" else ""
     cost = lambda predict, images: Cost(0, samples or 1)
     return Attack(init, step, calls, cost, f"{name}, {ball.name}", "label", runs, samples)
 

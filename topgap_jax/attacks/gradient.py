@@ -1,5 +1,6 @@
 """Attacks that follow the gradient: `fgsm`, `r_fgsm`, `pgd` and `mim`."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.state import aim, evaluate, move, named, run_keys, runs_of
+from topgap_jax.attacks.state import FINISHED, RUNNING, State, aim, evaluate, move, named, run_keys, runs_of, where
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.scores import cross_entropy
@@ -41,6 +42,9 @@ def pgd(
     example is broken by any other class. pgd(ball, score=targeted_margin, targets=9) is the multi-targeted attack
     (Gowal et al. 2019, arXiv 1910.09338).
     samples: of a model that draws at random, passes for each step, whose gradients, scores and logits are averaged.
+
+    Where signs of the gradient decide the steps (linf, without an optimizer or samples), a run that comes back to an
+    iterate would go round for ever, and is FINISHED (arXiv 2503.19347): the same verdict, earlier.
     """
     check_number("steps", steps, 1, whole=True)
     if step_size is not None:
@@ -50,25 +54,47 @@ def pgd(
     if not (optimizer is None or isinstance(optimizer, optax.GradientTransformation)):
         raise UserError(f"optimizer must be an optax transformation such as optax.adam(.1), got {optimizer!r}")
     runs = runs_of(targets, restarts, samples)
-    begin = starting(ball, start)
+    begin, cycles = starting(ball, start), ball.p == math.inf and optimizer is None and samples is None
 
     def init(keys, predict, images, labels, logits, *, run=None, eps=None):
         state = begin(keys, images, labels, logits, run, eps)
+        if cycles:
+            state = state._replace(search=Orbit(state.delta))
         if optimizer is not None:
             state = state._replace(search=jax.vmap(optimizer.init)(state.delta))
         return aim(state, jnp.minimum(state.run // restarts, targets - 1)) if targets else state
 
     def step(predict, state):
         state, gradient = evaluate(predict, score, state, targeted=targets > 0, samples=samples)
+        state = finish_cycles(state) if cycles else state
         if optimizer is None:
             size = 2.5 * state.eps[:, None, None, None] / steps if step_size is None else step_size
-            update, search = size * ball.direction(state.images, state.delta, gradient), ()
+            update, search = size * ball.direction(state.images, state.delta, gradient), state.search
         else:
             update, search = jax.vmap(optimizer.update)(-gradient, state.search, state.delta)
         return move(state, ball.project(state.images, state.delta + update, state.eps), search)
 
     name = f"{named('pgd', steps, score)}, {ball.name}"
     return Attack(init, step, steps, lambda predict, images: Cost(0, samples or 1), name, "label", runs, samples)
+
+
+class Orbit(NamedTuple):
+    """An earlier iterate of each example, for Brent's search for cycles."""
+
+    delta: Array  # (b, h, w, c): of step 0, 1, 2, 4, 8, ...
+
+
+def finish_cycles(state: State) -> State:
+    """FINISHED where the iterate is the kept one again; a cycle of length L, entered at step m, is seen by 3 max(L, m).
+
+    Only of a step that the iterate alone decides: then all later ones have been evaluated.
+    """
+    again = (state.delta == state.search.delta).all((1, 2, 3)) & (state.count > 0)
+    keep = (state.count & (state.count - 1)) == 0  # at powers of two
+    return state._replace(
+        status=jnp.where(again & (state.status == RUNNING), FINISHED, state.status),
+        search=Orbit(where(keep, state.delta, state.search.delta)),
+    )
 
 
 def fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:

@@ -32,7 +32,7 @@ class State(NamedTuple):
     delta: Array  # (b, h, w, c): the iterate is images + delta
     best: Array  # (b, h, w, c): the first iterate that breaks (of an attack on maps the best one), else the clean image
     score: Array  # (b,): highest score that a step has met before the break, the breaking one included
-    status: Array  # (b,) int32: RUNNING, BROKEN (misclassified), or FINISHED: this run will not break what it has not
+    status: Array  # (b,) int32: RUNNING, BROKEN (misclassified), or FINISHED (without a break, before its steps are)
     broken_at: Array  # (b,) int32: steps taken when it broke, NEVER if it has not
     count: Array  # (b,) int32: steps taken; it runs on after the break
     run: Array  # (b,) int32: which restart and target this is
@@ -74,16 +74,18 @@ def start(
     )
 
 
-def aim(state: State, rank: Array) -> State:
+def aim(state: State, rank: Array, classes: Array | None = None) -> State:
     """The state of a targeted run: at the class with the rank-th largest clean logit among the others, 0 the best.
 
-    A run whose rank the model has no class for is FINISHED.
+    classes (b, t): in this order instead. A run whose rank there is no class for is FINISHED.
     """
-    left = rank < state.clean.shape[-1] - 1
-    return state._replace(
-        target=class_of_rank(state.clean, state.labels, rank),
-        status=jnp.where((state.status == RUNNING) & ~left, FINISHED, state.status),
-    )
+    if classes is None:
+        target, left = class_of_rank(state.clean, state.labels, rank), rank < state.clean.shape[-1] - 1
+    else:
+        last = classes.shape[1] - 1
+        target = jnp.take_along_axis(classes, jnp.minimum(rank, last)[:, None], 1)[:, 0].astype(jnp.int32)
+        left = rank <= last
+    return state._replace(target=target, status=jnp.where((state.status == RUNNING) & ~left, FINISHED, state.status))
 
 
 def run_keys(state: State) -> Keys:

@@ -17,10 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from topgap_jax.attacks.state import BROKEN, FINISHED, RUNNING, State, norms, select
-from topgap_jax.keys import example_keys
+from topgap_jax.keys import example_keys, fold_in, split
 from topgap_jax.measure.splits import Split
 from topgap_jax.measure.verdicts import Over, judge
-from topgap_jax.mesh import replicated, split
+from topgap_jax.mesh import replicated
+from topgap_jax.mesh import split as rows_of
 from topgap_jax.models import bind
 from topgap_jax.rewrite import fused, speed
 from topgap_jax.types import Array, Attack, Model, Variables
@@ -29,12 +30,14 @@ LONGEST = 8  # steps in one dispatch
 SHARE = 8  # of the slots one in so many may stand empty before a batch is started that is not full
 PATIENCE = 32  # dispatches after which runs that are over have their verdict, also where their batch is not full
 EMPTY = -1
+VERDICT = 2**30  # what the keys of the verdict on a model that draws at random are made with: no step has them
 
 
 class Functions(NamedTuple):
     """The jitted parts of one attack on one model; b slots."""
 
-    logits: Any  # variables, images -> (b, k), readable by every process
+    logits: Any  # variables, points -> (b, k), readable by every process
+    mean_logits: Any  # key, variables, points, ids (b,) -> the same of a model that draws at random
     start: Any  # key, variables, batch, clean logits, run (b,), eps (b,) or None -> state before the first step
     steps: Any  # variables, state (donated), n -> state, ((b, 3) status, count, broken_at, and radius (b,))
     fill: Any  # state (donated), other state, index (b,), taken (b,) bool -> state with the other's rows where taken
@@ -86,7 +89,12 @@ def work(
     def verdicts():
         """The entry of all runs that are over; the examples that still stand have their next run due."""
         nonlocal over, slot_steps, dispatches, started
-        entry = judge(attack, over, jax.device_get(parts.logits(variables, buffer)), labels)
+        if attack.samples is None:
+            values = parts.logits(variables, buffer)
+        else:
+            examples = np.pad(np.array([run.index for run in over], np.int32), (0, len(slots) - len(over)))
+            values = parts.mean_logits(key, variables, buffer, examples)
+        entry = judge(attack, over, jax.device_get(values), labels)
         for index, broken in zip(entry["ids"], entry["broken"]):
             runs[index] = attack.runs if broken else runs[index] + 1
             if runs[index] < attack.runs:
@@ -182,14 +190,21 @@ def functions(attack: Attack, model: Model, mesh: Mesh | None) -> Functions:
         last = select(state.status == BROKEN, state.best, state.images + state.delta)
         return select(taken, last[index], points)
 
+    @fused
+    def mean_logits(key, variables, points, ids):
+        predict = bind(model, variables)
+        keys = split(fold_in(example_keys(key, ids), VERDICT), attack.samples)
+        return speed.sum_over(lambda keys: predict(points, keys), (keys,), points) / attack.samples
+
     whole = lambda points: points
     if mesh is None:
         jitted = (jax.jit(start), jax.jit(steps, donate_argnums=1), jax.jit(fill, donate_argnums=0), jax.jit(retire))
-        return Functions(clean_logits(model, None), *jitted, jax.jit(whole))
-    all_of_it, rows = replicated(mesh), split(mesh)
+        return Functions(clean_logits(model, None), jax.jit(mean_logits), *jitted, jax.jit(whole))
+    all_of_it, rows = replicated(mesh), rows_of(mesh)
     options = lambda ins, outs: {"in_shardings": ins, "out_shardings": outs}
     return Functions(
         clean_logits(model, mesh),
+        jax.jit(mean_logits, **options((None, all_of_it, rows, all_of_it), all_of_it)),
         jax.jit(start, **options((None, all_of_it, rows, rows, rows, rows), rows)),
         jax.jit(steps, donate_argnums=1, **options((all_of_it, rows, None), (rows, all_of_it))),
         jax.jit(fill, donate_argnums=0, **options((rows, rows, all_of_it, all_of_it), rows)),
@@ -204,7 +219,7 @@ def clean_logits(model: Model, mesh: Mesh | None) -> Any:
     predict = fused(lambda variables, images: bind(model, variables)(images).astype(jnp.float32))
     if mesh is None:
         return jax.jit(predict)
-    return jax.jit(predict, in_shardings=(replicated(mesh), split(mesh)), out_shardings=replicated(mesh))
+    return jax.jit(predict, in_shardings=(replicated(mesh), rows_of(mesh)), out_shardings=replicated(mesh))
 
 
 def _compile(parts: Functions, variables: Variables, state: State, points: Array) -> None:
@@ -231,4 +246,4 @@ def _placed(values, batch, mesh):
     padded = np.pad(values, ((0, len(batch["mask"]) - len(values)), *((0, 0),) * (values.ndim - 1)))
     if mesh is None:
         return padded
-    return jax.make_array_from_callback(padded.shape, split(mesh), lambda index: padded[index])
+    return jax.make_array_from_callback(padded.shape, rows_of(mesh), lambda index: padded[index])
