@@ -124,17 +124,18 @@ def project_l1(images: Array, delta: Array, eps: Array) -> Array:
     images, delta (b, h, w, c), eps (b,) -> (b, h, w, c). With room_i = 1 - x_i where delta_i > 0, else x_i, it is
     sign(delta_i) clip(|delta_i| - t, 0, room_i), t = 0 if that is short enough, else the t for which its length is eps.
     """
-    size, room = jnp.abs(delta), jnp.where(delta > 0, 1 - images, images)
-    lengths = lambda t: jnp.clip(size - _wide(t), 0, room)
-    t = largest_float(lambda t: lengths(t).sum(AXES) >= eps, size.max(AXES))
+    size, room = _flat(jnp.abs(delta)), _flat(jnp.where(delta > 0, 1 - images, images))
+    lengths = lambda t: jnp.clip(size - t[:, None], 0, room)
+    t = largest_float(lambda t: lengths(t).sum(1) >= eps, size.max(1))
     # From here to the next bend every entry that is neither 0 nor at its bound shrinks as t grows.
     free = (lengths(t) > 0) & (lengths(t) < room)
-    rest = jnp.where(free, size, lengths(t)).sum(AXES) - eps
-    t = jnp.where(free.any(AXES), rest / jnp.maximum(free.sum(AXES), 1), t)
-    inside = lengths(jnp.zeros_like(t)).sum(AXES) <= eps
-    nearest = jnp.sign(delta) * lengths(jnp.where(inside, 0.0, t))
+    rest = jnp.where(free, size, lengths(t)).sum(1) - eps
+    t = jnp.where(free.any(1), rest / jnp.maximum(free.sum(1), 1), t)
+    inside = lengths(jnp.zeros_like(t)).sum(1) <= eps
+    nearest = lengths(jnp.where(inside, 0.0, t))
     # |delta_i| - t has the rounding error of |delta_i|, which may be much larger than eps.
-    return nearest * jnp.minimum(1.0, _wide(eps) / jnp.maximum(jnp.abs(nearest).sum(AXES, keepdims=True), 1e-30))
+    nearest *= jnp.minimum(1.0, eps / jnp.maximum(nearest.sum(1), 1e-30))[:, None]
+    return jnp.sign(delta) * nearest.reshape(delta.shape)
 
 
 def sparse_sign(gradient: Array, count: int | Array) -> Array:
@@ -158,7 +159,7 @@ def hyperplane_linf(points: Array, w: Array, b: Array) -> Array:
     """
 
     def lengths(slope, room, gap):
-        return jnp.minimum(_wide(_level(slope, room, gap)), room)
+        return jnp.minimum(_level(slope, room, gap)[:, None], room)
 
     return _to_hyperplane(lengths, points, w, b)
 
@@ -169,7 +170,7 @@ def hyperplane_l2(points: Array, w: Array, b: Array) -> Array:
     def lengths(slope, room, gap):
         slope = jnp.where(slope < 1e-8, 0.0, slope)  # the quotient below would be too large for float32
         bounds = jnp.where(slope > 0, room / jnp.where(slope > 0, slope, 1.0), 0.0)
-        return jnp.minimum(_wide(_level(slope * slope, bounds, gap)) * slope, room)
+        return jnp.minimum(_level(slope * slope, bounds, gap)[:, None] * slope, room)
 
     return _to_hyperplane(lengths, points, w, b)
 
@@ -181,13 +182,13 @@ def hyperplane_l1(points: Array, w: Array, b: Array) -> Array:
     """
 
     def lengths(slope, room, gap):
-        enough = lambda t: (slope * room * (slope >= _wide(t))).sum(AXES) >= gap
-        last = _wide(largest_float(enough, slope.max(AXES)))
+        enough = lambda t: (slope * room * (slope >= t[:, None])).sum(1) >= gap
+        last = largest_float(enough, slope.max(1))[:, None]
         whole, shared = slope > last, (slope == last) & (slope > 0)
-        rest = gap - (slope * room * whole).sum(AXES)
-        reach = (slope * room * shared).sum(AXES)
+        rest = gap - (slope * room * whole).sum(1)
+        reach = (slope * room * shared).sum(1)
         share = jnp.clip(rest / jnp.where(reach > 0, reach, 1.0), 0.0, 1.0)
-        return room * (whole + _wide(share) * shared)
+        return room * (whole + share[:, None] * shared)
 
     return _to_hyperplane(lengths, points, w, b)
 
@@ -199,22 +200,25 @@ def _to_hyperplane(lengths, points, w, b):
     w and b by the largest |w_i|, which leaves the hyperplane: products of a confident image's gradient are 0 in
     float32.
     """
-    largest = jnp.abs(w).max(AXES, keepdims=True)
-    w = w / jnp.where(largest > 0, largest, 1.0)
-    gap = (w * points).sum(AXES) - b / jnp.where(largest > 0, largest, 1.0)[:, 0, 0, 0]
-    way = jnp.where(_wide(gap) < 0, jnp.sign(w), -jnp.sign(w))
-    room = jnp.maximum(jnp.where(way < 0, points, 1 - points), 0.0) * jnp.abs(way)
-    return way * lengths(jnp.abs(w), room, jnp.abs(gap))
+    # Flat rows, over which XLA's CPU reduces up to ten times as fast as over three axes.
+    x, w, shape = _flat(points), _flat(w), points.shape
+    largest = jnp.abs(w).max(1)
+    largest = jnp.where(largest > 0, largest, 1.0)
+    w = w / largest[:, None]
+    gap = (w * x).sum(1) - b / largest
+    way = jnp.where(gap[:, None] < 0, jnp.sign(w), -jnp.sign(w))
+    room = jnp.maximum(jnp.where(way < 0, x, 1 - x), 0.0) * jnp.abs(way)
+    return (way * lengths(jnp.abs(w), room, jnp.abs(gap))).reshape(shape)
 
 
 def _level(weights, bounds, total):
     """The t (b,) with sum of weights * min(t, bounds) = total (b,); the largest bound where no t is large enough."""
-    top = bounds.max(AXES)
-    t = largest_float(lambda t: (weights * jnp.minimum(_wide(t), bounds)).sum(AXES) <= total, top)
-    free = bounds > _wide(t)
-    slope = (weights * free).sum(AXES)
+    top = bounds.max(1)
+    t = largest_float(lambda t: (weights * jnp.minimum(t[:, None], bounds)).sum(1) <= total, top)
+    free = bounds > t[:, None]
+    slope = (weights * free).sum(1)
     # Linear from here to the next bound.
-    exact = (total - jnp.where(free, 0.0, weights * bounds).sum(AXES)) / jnp.where(slope > 0, slope, 1.0)
+    exact = (total - jnp.where(free, 0.0, weights * bounds).sum(1)) / jnp.where(slope > 0, slope, 1.0)
     return jnp.where(slope > 0, exact, top)
 
 
