@@ -22,13 +22,14 @@ from tests.laws import (
     assert_transformed,
     make,
     network,
+    parameters,
 )
 from topgap_jax import attacks, balls, scores
 from topgap_jax.attacks.state import BROKEN, NEVER, RUNNING, State
 from topgap_jax.errors import UserError
 from topgap_jax.types import Cost
 
-EPS = {"linf": 0.06, "l2": 0.3}
+EPS = {"linf": 0.06, "l2": 0.3, "l1": 1.5}
 # One instance of every row of the table in every ball it has, and options that change the program.
 ROWS = [
     "fgsm(linf({}))",
@@ -38,15 +39,42 @@ ROWS = [
     "pgd(linf({}), steps=4)",
     "pgd(l2({}), steps=4)",
     "pgd(linf({}), score=dlr, steps=3, start=None)",
-    "pgd(linf({}), score=targeted_dlr(rank=1), steps=3, step_size=.02)",
+    "pgd(linf({}), score=targeted_dlr, targets=2, steps=3, step_size=.02)",
+    "pgd(l1({}), steps=6, step_size=.5)",
+    "pgd(linf({}), score=margin, optimizer=adamw(.02, weight_decay=0), steps=3)",
+    "mim(linf({}), steps=3)",
+    "apgd(linf({}), steps=6)",
+    "apgd(l2({}), score=dlr, steps=5, history='paper', samples=2)",
+    "apgd(l1({}), steps=6)",
+    "apgd(l1({}), steps=7, larger_radii=True)",
+    "apgd_t(linf({}), targets=3, steps=4)",
+    "apgd_t(l2({}), targets=3, steps=4, order='malt')",
+    "noise(linf({}), draws=2)",
+    "noise(l1({}), draws=2)",
+    "restarts(pgd(l2({}), steps=2), 2)",
+    "fab(linf({}), steps=4)",
+    "fab(l2({}), steps=4, restarts=2)",
+    "fab_t(linf({}), steps=4)",
+    "fab_t(l2({}), steps=4, order='malt')",
+    "fab_t(l1({}), steps=4)",
+    "square(linf({}), queries=12)",
+    "square(l2({}), queries=60)",
+    "square(l1({}), queries=60)",
+    "fmn(linf({}), steps=6)",
+    "fmn(l2({}), steps=6)",
+    "fmn(l1({}), steps=6)",
     "topk_attack(gradient(), linf({}), steps=3, restarts=2, k=6)",
     "topk_attack(cam(), l2({}), steps=3, restarts=1, k=3, start=None)",
     "alignment(linf({}), mean=(.5, .5, .5), std=(.25, .25, .25), steps=3, step_size=.02)",
 ]
 rows = pytest.mark.parametrize("row", ROWS)
-ball_of = lambda row: "linf" if "linf" in row else "l2"
-attack_of = functools.cache(lambda row: make(row.format(EPS[ball_of(row)])))
-random = ("pgd", "r_fgsm", "topk", "alignment")
+ball_of = lambda row: next(ball for ball in EPS if f"{ball}(" in row)
+# A few windows drawn at random break nothing where the gradient does.
+radius_of = lambda row: EPS[ball_of(row)] * (3 if row.startswith(("square(l2", "square(l1")) else 1)
+attack_of = functools.cache(lambda row: make(row.format(radius_of(row))))
+# All but an attack on the norm, which goes wherever the nearest adversarial example is.
+bounded = pytest.mark.parametrize("row", [row for row in ROWS if attack_of(row).aim != "norm"])
+random = ("pgd", "apgd", "square", "noise", "restarts", "r_fgsm", "topk", "alignment")
 
 
 def steps_of(attack, keys, predict, images, labels, **options):
@@ -66,29 +94,35 @@ def compiled(row):
 
 
 def run(row, keys=KEYS, images=IMAGES, labels=LABELS, eps=None):
-    eps = jnp.full(B, EPS[ball_of(row)], jnp.float32) if eps is None else eps
+    eps = jnp.full(B, radius_of(row), jnp.float32) if eps is None else eps
     return compiled(row)(PARAMS, keys, images, labels, eps)
 
 
 def sizes(ball, delta):
     delta = np.float64(delta).reshape(B, -1)
-    return np.abs(delta).max(1) if ball == "linf" else np.sqrt((delta**2).sum(1))
+    return np.linalg.norm(delta, {"linf": np.inf, "l2": 2, "l1": 1}[ball], axis=1)
 
 
 def test_every_row_and_ball_is_here():
-    assert {row.split("(")[0] for row in ROWS} == set(attacks.TABLE)
+    runs = {"worst_of", "autoattack"}  # several attacks, which have laws of their own
+    assert {row.split("(")[0] for row in ROWS} == set(attacks.TABLE) - runs
     assert {ball_of(row) for row in ROWS} == set(balls.TABLE)
 
 
 @rows
-def test_inside_ball_and_box(row):
+def test_inside_the_box(row):
+    _, state = run(row)
+    for points in (state.images + state.delta, state.best):
+        assert float(points.min()) >= 0 and float(points.max()) <= 1
+
+
+@bounded
+def test_inside_the_ball(row):
     _, state = run(row)
     ball = ball_of(row)
     for delta in (state.delta, state.best - IMAGES):
-        assert (sizes(ball, delta) <= EPS[ball] + 1e-6).all()
-    for points in (state.images + state.delta, state.best):
-        assert float(points.min()) >= 0 and float(points.max()) <= 1
-    assert sizes(ball, state.delta).max() > EPS[ball] / 4
+        assert (sizes(ball, delta) <= radius_of(row) + 1e-6).all()
+    assert sizes(ball, state.delta).max() > radius_of(row) / 4
 
 
 @rows
@@ -104,7 +138,8 @@ def test_the_state_says_what_happened(row):
     np.testing.assert_array_equal(state.labels, LABELS)
     np.testing.assert_allclose(state.clean, PREDICT(IMAGES), atol=1e-5)
     np.testing.assert_array_equal(state.count, attack.steps)
-    np.testing.assert_array_equal((state.run, state.target), ([0] * B, [NEVER] * B))
+    np.testing.assert_array_equal(state.run, [0] * B)
+    assert ((np.asarray(state.target) == NEVER) == ("target" not in row and "_t(" not in row)).all()
     broken = np.asarray(state.status) == BROKEN
     np.testing.assert_array_equal(np.asarray(state.broken_at) == NEVER, ~broken)
     assert (np.asarray(states.score)[1:] >= np.asarray(states.score)[:-1]).all(), "the best score never falls"
@@ -118,7 +153,7 @@ def test_the_verdict_is_true(row):
     stay."""
     states, state = run(row)
     broken = np.asarray(state.status) == BROKEN
-    assert broken[-2:].all() and 2 < broken.sum()
+    assert broken[-2:].all() and (2 < broken.sum() or row.startswith("noise"))
     np.testing.assert_array_equal(attacks.misclassified(PREDICT(state.best), LABELS), broken)
     np.testing.assert_array_equal(state.best[~broken], IMAGES[~broken])
     np.testing.assert_array_equal(state.best[-2:], IMAGES[-2:])
@@ -127,12 +162,16 @@ def test_the_verdict_is_true(row):
     points = np.concatenate([states.images + states.delta, (state.images + state.delta)[None]])
     for i in np.flatnonzero(broken)[:-2]:
         np.testing.assert_array_equal(state.best[i], points[int(state.broken_at[i]), i])
-    wrong = np.stack([attacks.misclassified(PREDICT(p), LABELS) for p in points])
+    # Iterates of an attack on the norm leave the ball; there they break nothing.
+    inside = np.stack([sizes(ball_of(row), p - IMAGES) <= radius_of(row) + 1e-6 for p in points])
+    wrong = np.stack([attacks.misclassified(PREDICT(p), LABELS) for p in points]) & inside
+    if "larger_radii" in row:  # nothing of the first two stages, of 3 + 1 evaluations each, is admissible
+        wrong[:8] = False
     first = np.where(wrong.any(0), wrong.argmax(0), NEVER)
     np.testing.assert_array_equal(state.broken_at[:-2], first[:-2])
 
 
-@rows
+@bounded
 def test_eps_zero_changes_nothing(row):
     _, state = run(row, eps=jnp.zeros(B))
     np.testing.assert_array_equal(state.best, IMAGES)
@@ -144,7 +183,7 @@ def test_each_example_by_itself(row):
     """Example 0 is the same, bit for bit, with any neighbours, their labels and radii; the key decides the rest."""
     _, state = run(row)
     _, again = run(row)
-    eps = jnp.full(B, EPS[ball_of(row)], jnp.float32)
+    eps = jnp.full(B, radius_of(row), jnp.float32)
     _, among_others = run(
         row,
         keys=KEYS[::-1].at[0].set(KEYS[0]),
@@ -188,6 +227,24 @@ def test_the_driver_is_the_loop():
         _, state = run(row)
         np.testing.assert_allclose(driven.delta, state.delta, atol=1e-5)
         np.testing.assert_array_equal(driven.broken_at, state.broken_at)
+
+
+def test_the_driver_works_through_the_runs():
+    """Each example keeps the first run that breaks it: the runs one by one, each from its own keys, give the same."""
+    one = make("pgd(linf(.06), steps=2, step_size=.03)")
+    several = one._replace(runs=3)
+    driven = jax.jit(lambda: attacks.attack(several, KEYS, PREDICT, IMAGES, LABELS))()
+    call = jax.jit(lambda run: steps_of(one, KEYS, PREDICT, IMAGES, LABELS, run=run)[1])
+    states = [call(jnp.int32(run)) for run in range(3)]
+    broken = np.stack([np.asarray(state.status) == BROKEN for state in states])
+    first = np.where(broken.any(0), broken.argmax(0), 2)
+    assert set(first) > {0}, "some example is broken by the second run or by none"
+    np.testing.assert_array_equal(driven.run, first)
+    for i in range(B):
+        for field in ("status", "broken_at"):
+            np.testing.assert_array_equal(getattr(driven, field)[i], getattr(states[first[i]], field)[i])
+        for field in ("best", "delta"):
+            np.testing.assert_allclose(getattr(driven, field)[i], getattr(states[first[i]], field)[i], atol=1e-6)
 
 
 ONE = "pgd(linf({}), steps=2)"
@@ -280,7 +337,7 @@ def test_worked_fgsm():
         ("l2", MIDDLE, 0.346, 0.35, {0.1: 3.2}),  # 15.1: 4.5/13 = .34615; a random start converges to the direction
     ],
 )
-@pytest.mark.parametrize("name", ["fgsm", "pgd"])  # half of r_fgsm's way is random
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "apgd"])  # half of r_fgsm's way is random
 def test_a_linear_model_is_robust_up_to_where_it_is(name, ball, image, survives, breaks, worst):
     attacked = lambda eps: on_linear(name, ball)(jnp.array(image), jnp.array([eps]))
     assert int(attacked(survives).status[0]) == RUNNING
@@ -312,6 +369,73 @@ def test_runs():
     assert attacks.as_runs((first, (second, (first,)))) == (first, second, first)
 
 
+def test_compositions():
+    """worst_of is its attacks in turn; restarts are runs, each from a start of its own, of what has none yet."""
+    first, second = attacks.fgsm(balls.linf(0.1)), attacks.pgd(balls.linf(0.1))
+    assert attacks.worst_of(first, (second, attacks.worst_of(first))) == (first, second, first)
+    assert attacks.restarts(second, 3) == second._replace(runs=3, name=f"{second.name}, 3 restarts")
+    assert attacks.restarts(first, 1) == first
+    once = make("restarts(pgd(linf(.06), score=targeted_margin, targets=1), 2)")
+    states = [once.init(KEYS, PREDICT, IMAGES, LABELS, PREDICT(IMAGES), run=run) for run in (0, 1)]
+    np.testing.assert_array_equal(states[0].target, states[1].target)
+    assert (states[0].delta != states[1].delta).any((1, 2, 3)).all()
+
+
+@pytest.mark.parametrize(
+    "text, names, runs",
+    [
+        ("linf(.1)", "apgd-100 | apgd-t-100 x 9 | fab-t-100 x 9 | square-5000", [1, 9, 9, 1]),
+        ("l2(.1)", "apgd-100 | apgd-t-100 x 9 | fab-t-100 x 9 | square-5000", [1, 9, 9, 1]),
+        ("l1(.1)", "apgd-100 | apgd-t-100 x 5 | fab-t-100 x 9 | square-5000", [5, 5, 9, 1]),
+        (
+            "linf(.1), version='plus'",
+            "apgd-100 | apgd-100 on dlr | fab-100 | square-5000 | apgd-t-100 x 9 | fab-t-100 x 9",
+            [5, 5, 5, 1, 9, 9],
+        ),
+        ("linf(.1), version='rand'", "apgd-100 | apgd-100 on dlr", [1, 1]),
+    ],
+)
+def test_autoattack_is_its_parts(text, names, runs):
+    """attacks 8; in l1 the first two have larger radii, two more calls for 100 steps."""
+    parts = make(f"autoattack({text})")
+    assert " | ".join(part.name.split(", ")[0] for part in parts) == names
+    assert [part.runs for part in parts] == runs
+    assert [part.samples for part in parts] == [20 if "rand" in text else None] * len(parts)
+    assert [part.steps for part in parts][:2] == [102 if "l1" in text else 100] * 2
+
+
+def test_noise_tries_points_and_corners_in_turn():
+    attack = make("noise(linf(.06), draws=3)")
+    states, last = steps_of(attack, KEYS, PREDICT, jnp.full_like(IMAGES, 0.5), LABELS)
+    deltas = np.concatenate([states.delta, last.delta[None]])
+    assert deltas.shape[0] == 6 and len(np.unique(deltas[:, 0], axis=0)) == 6
+    np.testing.assert_allclose(np.abs(deltas[1::2]), 0.06, atol=1e-6)
+    assert 0.02 < np.abs(deltas[::2]).mean() < 0.04
+    assert attack.cost(PREDICT, IMAGES) == Cost(1, 0)
+    _, far = steps_of(attack, KEYS, PREDICT, IMAGES, LABELS, eps=jnp.full(B, 1.0))
+    assert (np.asarray(far.status)[:-2] == BROKEN).any()
+
+
+def test_transfer_follows_the_source_and_asks_the_target():
+    """The iterates are those of the attack on the source, targets by its logits; the first that the other network
+    misclassifies breaks, if it lies in the ball."""
+    source, other = network(parameters(7)), LABELS.at[-2:].set(PREDICT(IMAGES)[-2:].argmax(-1))
+    ball = balls.linf(0.2)
+    attack = make("apgd_t(linf(.2), targets=2, steps=5)")
+    both = attacks.transfer(ball, attack, source)
+    assert (both.runs, both.steps) == (2, 5) and both.cost(PREDICT, IMAGES) == Cost(1, 1)
+    states, last = jax.jit(lambda: steps_of(both, KEYS, PREDICT, IMAGES, other))()
+    alone, end = jax.jit(lambda: steps_of(attack, KEYS, source, IMAGES, other))()
+    points = np.concatenate([states.delta, last.delta[None]])
+    np.testing.assert_allclose(points, np.concatenate([alone.delta, end.delta[None]]), atol=1e-6)
+    np.testing.assert_array_equal(last.target, end.target)
+    wrong = np.stack([attacks.misclassified(PREDICT(IMAGES + delta), other) for delta in points])
+    np.testing.assert_array_equal(last.broken_at, np.where(wrong.any(0), wrong.argmax(0), NEVER))
+    assert 0 < wrong.any(0).sum()
+    small, _ = steps_of(both, KEYS, PREDICT, IMAGES, other, eps=jnp.zeros(B))
+    assert not np.asarray(small.delta).any() and (np.asarray(small.status) == RUNNING).all()
+
+
 def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
     return attacks.attack(make(attack), keys, PREDICT, images, labels)
 
@@ -322,14 +446,28 @@ def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
         (lambda: make("pgd(linf(.1), steps=0)"), "pgd: steps must be a whole number of at least 1, got 0"),
         (lambda: make("pgd(linf(.1), step_size=-1)"), "pgd: step_size must be a number of at least 0, got -1"),
         (lambda: make("pgd(linf(.1), start='x')"), "pgd: start must be 'random' or None (the clean image), got 'x'"),
+        (
+            lambda: make("restarts(apgd_t(linf(.1)), 5)"),
+            "restarts: 'apgd-t-100 x 9, linf(0.1)' has 9 runs already; give it its own option restarts=5",
+        ),
+        (
+            lambda: attacks.restarts(attacks.worst_of(), 5),
+            "give one attack such as pgd(linf(8/255)), got ()",
+        ),
+        (
+            lambda: make("autoattack(linf(.1), version='fast')"),
+            "autoattack: version must be one of standard, plus, rand, got 'fast'",
+        ),
+        (lambda: make("apgd_t(linf(.1), order='x')"), "apgd_t: order must be 'logits' or 'malt', got 'x'"),
+        (lambda: make("noise(linf(.1), draws=0)"), "noise: draws must be a whole number of at least 1, got 0"),
         (lambda: attacks.as_runs(3), "expected attacks like pgd(linf(8/255)), got 3"),
         (
             lambda: attacks.attack((), KEYS, PREDICT, IMAGES, LABELS),
             "attack: give one attack such as pgd(linf(8/255)), got ()",
         ),
         (
-            lambda: attacked(attack="pgd(linf(.1), score=targeted_dlr(rank=4))"),
-            "targeted_dlr: rank=4 needs 5 classes, the logits have 4",
+            lambda: attacked(attack="pgd(linf(.1), score=targeted_dlr)"),
+            "a targeted score needs target classes: score(logits, labels, clean, target), or an attack's targets=9",
         ),
         (
             lambda: attacked(images=2 * IMAGES - 1),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,8 +16,9 @@ radii = lambda eps, b=SHAPE[0]: jnp.full(b, eps, jnp.float32)
 SIZES = {
     "linf": lambda delta: np.abs(delta).max((1, 2, 3)),
     "l2": lambda delta: np.sqrt((np.float64(delta) ** 2).sum((1, 2, 3))),
+    "l1": lambda delta: np.abs(np.float64(delta)).sum((1, 2, 3)),
 }
-DUALS = {"linf": lambda g: np.abs(g).sum((1, 2, 3)), "l2": lambda g: np.sqrt((np.float64(g) ** 2).sum((1, 2, 3)))}
+DUALS = {"linf": SIZES["l1"], "l2": SIZES["l2"], "l1": SIZES["linf"]}
 rows = pytest.mark.parametrize("name", balls.TABLE)
 
 
@@ -57,9 +59,80 @@ def test_projection_formulas():
         balls.l2(0.3).project(images, delta, radii(0.3)), np.clip(images + shrunk, 0, 1) - images, atol=1e-6
     )
     # What is inside both already stays.
-    small = (0.01 * delta * ((images > 0.1) & (images < 0.9))).astype(np.float32)
-    for ball in (balls.linf(0.3), balls.l2(0.3)):
+    small = (0.003 * delta * ((images > 0.1) & (images < 0.9))).astype(np.float32)
+    for ball in (balls.linf(0.3), balls.l2(0.3), balls.l1(0.3)):
         np.testing.assert_allclose(ball.project(images, small, radii(0.3)), small, atol=1e-7)
+
+
+def project_l1(image, delta, eps):
+    rows = lambda values: np.reshape(np.float32(values), (1, 1, 1, -1))
+    return np.asarray(balls.project_l1(rows(image), rows(delta), np.float32([eps]))).ravel()
+
+
+@pytest.mark.parametrize(
+    "image, delta, eps, expected",
+    [
+        ([0.2, 0.9, 0.5, 0.05], [1, 0.8, -0.6, -0.4], 1, [0.633333, 0.1, -0.233333, -0.033333]),
+        ([0.5] * 4, [0.4, -0.3, 0.1, 0], 0.5, [0.3, -0.2, 0, 0]),
+        ([0.5] * 4, [0.1, -0.1, 0.1, 0], 0.5, [0.1, -0.1, 0.1, 0]),
+        ([0.9, 0.9, 0.1], [1, 1, -1], 1, [0.1, 0.1, -0.1]),
+        ([0, 1, 0.5], [-0.5, 0.5, 0.25], 0.1, [0, 0, 0.1]),
+        ([0.5, 0.5], [0.3, 0.2], 0, [0, 0]),
+    ],
+)
+def test_worked_l1_projections(image, delta, eps, expected):
+    """attacks 15.3."""
+    np.testing.assert_allclose(project_l1(image, delta, eps), expected, atol=1e-6)
+
+
+def test_the_l1_projection_is_the_nearest_point():
+    """attacks 15.3: no point that SLSQP finds is nearer; d = p - q with p, q >= 0 makes the ball linear."""
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        n = random.integers(2, 7)
+        image = np.clip(random.uniform(-0.3, 1.3, n), 0, 1)
+        delta, eps = random.normal(size=n) * random.choice([0.3, 1, 3]), random.uniform(0.05, 2)
+        ours = project_l1(image, delta, eps)
+        distance = lambda pq: ((pq[:n] - pq[n:] - delta) ** 2).sum()
+        slope = lambda pq: np.concatenate([2 * (pq[:n] - pq[n:] - delta), -2 * (pq[:n] - pq[n:] - delta)])
+        theirs = scipy.optimize.minimize(
+            distance,
+            np.zeros(2 * n),
+            jac=slope,
+            method="SLSQP",
+            bounds=[*zip(np.zeros(n), 1 - image), *zip(np.zeros(n), image)],
+            constraints=[{"type": "ineq", "fun": lambda pq: eps - pq.sum(), "jac": lambda pq: -np.ones(2 * n)}],
+            options={"maxiter": 200, "ftol": 1e-12},
+        )
+        assert theirs.success
+        assert np.abs(ours).sum() <= eps * (1 + 1e-6) and ((image + ours >= -1e-7) & (image + ours <= 1 + 1e-7)).all()
+        assert ((np.float64(ours) - delta) ** 2).sum() <= theirs.fun + 1e-5 * (1 + theirs.fun)
+
+
+def test_the_l1_projection_spends_its_budget_on_a_picture():
+    """3,072 entries in float32: the length is eps to 1e-6, unlike clipping after the projection onto the ball."""
+    images, delta = images_of(5, (2, 32, 32, 3)), noise_of(6, (2, 32, 32, 3))
+    np.testing.assert_allclose(SIZES["l1"](balls.project_l1(images, delta, radii(12, 2))), 12, rtol=2e-6)
+
+
+def test_sparse_sign():
+    """attacks 15.13: the reference keeps n - floor(.8 n) entries; ties keep more; the zeros of a gradient stay."""
+    gradient = noise_of(7, (2, 1, 2, 5))
+    kept = np.asarray(balls.sparse_sign(gradient, jnp.array([2, 5])))
+    np.testing.assert_array_equal((kept != 0).sum((1, 2, 3)), [2, 5])
+    np.testing.assert_allclose(np.abs(kept).sum((1, 2, 3)), 1, rtol=1e-6)
+    np.testing.assert_array_equal(np.sign(kept), np.sign(gradient) * (kept != 0))
+    assert np.abs(gradient[0][kept[0] != 0]).min() > np.abs(gradient[0][kept[0] == 0]).max()
+    tied = np.array([3.0, -2, 2, 1, 0], np.float32).reshape(1, 1, 1, 5)
+    np.testing.assert_allclose(balls.sparse_sign(tied, 2).ravel(), [1 / 3, -1 / 3, 1 / 3, 0, 0], rtol=1e-6)
+    assert not np.asarray(balls.sparse_sign(jnp.zeros((2, 1, 1, 4)), 2)).any()
+
+
+def test_an_l1_step_does_not_push_against_the_box():
+    images = np.float32([0.5] * 150 + [0] * 50 + [1] * 100).reshape(1, 10, 10, 3)
+    gradient = np.float32([1] * 149 + [3] + [-9] * 50 + [8] * 100).reshape(1, 10, 10, 3)
+    way = np.asarray(balls.l1(3).direction(images, jnp.zeros_like(images), gradient)).ravel()
+    assert way[149] > 0 and not way[150:].any()  # a hundredth of 300 is 3; the 149 others are tied for the second place
 
 
 @rows
@@ -70,6 +143,9 @@ def test_ascent_attains_the_dual_norm(name, scale):
     ball, gradient = balls.TABLE[name](0.1), noise_of(2, scale=scale)
     direction = ball.ascent(gradient)
     np.testing.assert_allclose(SIZES[name](direction), 1, rtol=1e-5)
+    step = ball.direction(jnp.full(SHAPE, 0.5), jnp.zeros(SHAPE), gradient)
+    np.testing.assert_allclose(SIZES[name](step), 1, rtol=1e-5)
+    assert name == "l1" or np.array_equal(step, direction)
     np.testing.assert_allclose(ball.dual_norm(gradient), DUALS[name](np.float64(gradient)), rtol=1e-5)
     along = (np.float64(gradient) * direction).sum((1, 2, 3))
     np.testing.assert_allclose(along, DUALS[name](np.float64(gradient)), rtol=1e-5)
@@ -93,11 +169,13 @@ def test_start_is_inside_and_depends_on_the_key_alone(name):
     keys = jax.random.split(jax.random.key(0), 64)
     delta = ball.start(keys, images_of(0, shape), radii(0.4, 64))
     sizes = SIZES[name](delta)
-    assert (sizes <= 0.4 + 1e-6).all() and len(np.unique(sizes)) > 32
+    assert (sizes <= 0.4 + 1e-6).all() and len(np.unique(np.asarray(delta), axis=0)) == 64
     alone = ball.start(keys[5:6], images_of(1, shape)[5:6], radii(0.4, 1))
     np.testing.assert_array_equal(alone[0], delta[5])
     if name == "l2":  # attacks 15.15: the mean radius of a uniform point of the n-ball is n / (n + 1)
         assert sizes.mean() / 0.4 == pytest.approx(48 / 49, abs=0.01)
+    elif name == "l1":  # the projection of a normal point, on the sphere
+        np.testing.assert_allclose(sizes, 0.4, rtol=1e-5)
     else:
         assert np.abs(delta).mean() == pytest.approx(0.2, abs=0.01)
 
@@ -122,6 +200,7 @@ def test_transformations(name):
     for function, arguments in [
         (ball.project, (images, delta, radii(0.2))),
         (ball.ascent, (delta,)),
+        (ball.direction, (images, 0 * delta, delta)),
         (ball.dual_norm, (delta,)),
         (ball.size, (delta,)),
     ]:

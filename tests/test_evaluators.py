@@ -93,7 +93,7 @@ def flat(summary):
 
 
 def test_every_row_of_the_table_is_made_here():
-    assert set(evaluators.TABLE) == set(MADE) | {"robust"}
+    assert set(evaluators.TABLE) == set(MADE) | {"robust", "curve"}
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -509,11 +509,16 @@ def test_robust_is_plain_data():
     first, second = fgsm(linf(0.1)), pgd(linf(0.1), steps=2)
     assert evaluators.robust(first) == Robustness((first,))
     assert evaluators.robust(first, (second, first)) == Robustness((first, second, first))
+    assert evaluators.curve(first, (second,), eps=(0.1, 0.2)) == Robustness((first, second), (0.1, 0.2))
 
 
 @pytest.mark.parametrize(
     "make, text",
     [
+        (lambda: evaluators.robust(fgsm(linf(0.1))._replace(aim="norm")), "robust: 'fgsm, linf(0.1)' looks for the smallest perturbation, at no radius of its own; give it to curve(attack, eps=(2/255, 4/255, 8/255))"),
+        (lambda: evaluators.curve(eps=(0.1,)), "curve: give one or more attacks, such as curve(pgd(linf(8/255)), eps=(2/255, 8/255))"),
+        (lambda: evaluators.curve(fgsm(linf(0.1)), eps=0.1), "curve: eps must be radii such as (2/255, 4/255, 8/255), got 0.1"),
+        (lambda: evaluators.curve(fgsm(linf(0.1)), eps=(0.2, 0.1)), "curve: eps must be radii above 0, each larger than the one before, got (0.2, 0.1)"),
         (lambda: evaluators.robust(), "robust: give one or more attacks, such as robust(pgd(linf(8/255)))"),
         (lambda: evaluators.robust(topk_attack(cam(), linf(0.1))), "robust: 'top-k-50 x 3, linf(0.1)' keeps the label; give it to attributional_robustness(explain, attack)"),
         (lambda: evaluators.attributional_robustness(cam(), fgsm(linf(0.1))), "attributional_robustness: give an attack on maps, such as topk_attack(gradient(), linf(8/255)), got 'fgsm, linf(0.1)'"),

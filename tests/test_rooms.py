@@ -9,7 +9,7 @@ import topgap_jax as tg
 NAMES = """
 tg.types.Measure tg.edges.check_images tg.build.build tg.engine.explain tg.engine.status tg.norms.direction_and_length
 tg.order.kth_largest tg.keys.example_keys tg.mesh.data_mesh tg.pool.top_gap tg.scores.kl tg.balls.linf tg.penalties.l1_norm
-tg.rewrite.with_rules tg.rewrite.speed.fast tg.metrics.gini tg.metrics.boxes.box_iou tg.drops.sgdrop tg.rules.guided
+tg.rewrite.with_rules tg.targets.malt_order tg.rewrite.speed.fast tg.metrics.gini tg.metrics.boxes.box_iou tg.drops.sgdrop tg.rules.guided
 tg.explain.grad_cam tg.explain.field tg.explain.fields tg.attacks.attack tg.attacks.pgd tg.attacks.state.start
 tg.models.linen tg.models.resnet20 tg.evaluators.accuracy tg.training.objectives.standard tg.training.schedules.cosine
 tg.progress.bar tg.data.folder tg.data.tfds tg.pretrained.load tg.measure.evaluate.evaluate tg.measure.results.read

@@ -20,7 +20,12 @@ def of_each_label(score, logits):
     return np.asarray(score(jnp.repeat(logits, k, 0), jnp.arange(k)))
 
 
-SCORES = {**scores.VALUES, **{f"targeted_dlr({rank})": scores.targeted_dlr(rank) for rank in (1, 2)}}
+SCORES = scores.VALUES
+
+
+def other(logits, labels):
+    """A target for each label: the next class."""
+    return (jnp.asarray(labels) + 1) % logits.shape[-1]
 
 
 def numpy_score(name, z, y, clean):
@@ -38,8 +43,12 @@ def numpy_score(name, z, y, clean):
     if name == "kl":
         p, q = (np.exp(v - v.max()) / np.exp(v - v.max()).sum() for v in (clean, z))
         return (p * np.log(p / q)).sum()
-    t = [k for k in np.argsort(-clean) if k != y][int(name[-2]) - 1]
-    return (z[t] - z[y]) / (ranked[0] - (ranked[2] + ranked[3]) / 2 + 1e-12 if len(z) > 3 else 1)
+    if name == "probability_margin":
+        p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+        return np.delete(p, y).max() - p[y]
+    t = (y + 1) % len(z)
+    divide = name == "targeted_dlr" and len(z) > 3
+    return (z[t] - z[y]) / (ranked[0] - (ranked[2] + ranked[3]) / 2 + 1e-12 if divide else 1)
 
 
 def test_worked_values():
@@ -50,8 +59,23 @@ def test_worked_values():
     assert float(scores.cross_entropy(Z, jnp.array([2]))[0]) == pytest.approx(0.185182, abs=1e-6)
     # logsumexp(z) - z_y is exactly 0 here in float32.
     assert float(scores.cross_entropy(10 * Z, jnp.array([2]))[0]) == pytest.approx(2.0612e-9, rel=1e-4)
-    for rank, value in {1: -0.571429, 2: -0.857143, 3: -1.142857}.items():  # of 3, 2 and 1
-        assert float(scores.targeted_dlr(rank)(Z, jnp.array([2]), Z)[0]) == pytest.approx(value, abs=1e-6)
+    for target, value in {0: -0.571429, 1: -0.857143, 3: -1.142857}.items():
+        values = scores.targeted_dlr(Z, jnp.array([2]), Z, jnp.array([target]))
+        assert float(values[0]) == pytest.approx(value, abs=1e-6)
+    # breadth_attacks 4
+    score = lambda z: scores.probability_margin(z, jnp.array([0]))[0]
+    value, gradient = jax.value_and_grad(score)(jnp.array([[2, 1.5, -1]]))
+    assert float(value) == pytest.approx(-0.237557, abs=1e-6)
+    np.testing.assert_allclose(gradient[0], [-0.460324, 0.453184, 0.007141], atol=1e-6)
+
+
+def test_the_class_of_a_rank():
+    """attacks 5: the classes by their clean logits without the label's; a rank beyond them is the last."""
+    logits, labels = jnp.repeat(jnp.array([[3.0, 2, 5, 1]]), 4, 0), jnp.array([2, 2, 0, 1])
+    np.testing.assert_array_equal(scores.class_of_rank(logits, labels, jnp.array([0, 2, 1, 9])), [0, 3, 1, 3])
+    np.testing.assert_array_equal(
+        scores.class_of_rank(logits[:, :2], jnp.array([0, 1, 0, 1]), jnp.zeros(4, int)), [1, 0, 1, 0]
+    )
     assert float(scores.kl(Z, jnp.array([2]), Z)[0]) == pytest.approx(0, abs=1e-7)
 
 
@@ -63,16 +87,13 @@ def test_formula_gradient_and_jit(name, classes):
     logits = (3 * random.normal(size=(6, classes))).astype(np.float32)
     labels, clean = random.integers(classes, size=6), (3 * random.normal(size=(6, classes))).astype(np.float32)
     score = SCORES[name]
-    if name == f"targeted_dlr({classes})":
-        with pytest.raises(UserError, match="targeted_dlr: rank=2 needs 3 classes, the logits have 2"):
-            score(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(clean))
-        return
     expected = [numpy_score(name, *row) for row in zip(logits, labels, clean)]
-    values = score(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(clean))
+    target = other(logits, labels)
+    values = score(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(clean), target)
     assert values.shape == (6,) and values.dtype == jnp.float32
     np.testing.assert_allclose(values, expected, atol=2e-6, rtol=1e-5)
-    np.testing.assert_allclose(jax.jit(score)(logits, labels, clean), values, atol=1e-6, rtol=1e-6)
-    gradient = jax.grad(lambda z: score(z, labels, clean).sum())(jnp.asarray(logits))
+    np.testing.assert_allclose(jax.jit(score)(logits, labels, clean, target), values, atol=1e-6, rtol=1e-6)
+    gradient = jax.grad(lambda z: score(z, labels, clean, target).sum())(jnp.asarray(logits))
     steps = 1e-4 * np.eye(classes)
     rises = [
         [numpy_score(name, z.astype(float) + d, y, t) - numpy_score(name, z.astype(float) - d, y, t) for d in steps]
@@ -98,7 +119,7 @@ def test_a_mesh_with_explicit_axes(name):
     """Values and gradients, on the kind of mesh that `jax.make_mesh` gives by default."""
     random = np.random.default_rng(0)
     logits, labels = jnp.asarray(random.normal(size=(8, 5)), jnp.float32), jnp.asarray(random.integers(5, size=8))
-    gradient = jax.jit(jax.grad(lambda z, y: SCORES[name](z, y, z[:, ::-1]).sum()))
+    gradient = jax.jit(jax.grad(lambda z, y: SCORES[name](z, y, z[:, ::-1], other(z, y)).sum()))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
         split = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))) for x in (logits, labels)]
@@ -109,27 +130,31 @@ def test_a_mesh_with_explicit_axes(name):
 def test_bf16_logits_are_scored_in_float32():
     logits = jnp.array([[1.0, 2.0, 0.5, -3.0]], jnp.bfloat16)
     for score in SCORES.values():
-        values = score(logits, jnp.array([1]), logits[:, ::-1])
+        values = score(logits, jnp.array([1]), logits[:, ::-1], jnp.array([2]))
         assert values.dtype == jnp.float32
-        np.testing.assert_array_equal(values, score(logits.astype(jnp.float32), jnp.array([1]), logits[:, ::-1]))
+        np.testing.assert_array_equal(
+            values, score(logits.astype(jnp.float32), jnp.array([1]), logits[:, ::-1], jnp.array([2]))
+        )
 
 
 @given(st.lists(st.integers(-30, 30), min_size=4, max_size=4), st.integers(0, 3))
 def test_sign_says_misclassified(logits, label):
-    """margin > 0 iff another class is ahead, dlr has the margin's sign, cross_entropy > ln 2 only if misclassified or
+    """margin > 0 iff another class is ahead, dlr and probability_margin have the margin's sign, cross_entropy > ln 2 only if misclassified or
     tied."""
     z, y = jnp.array([logits], jnp.float32), jnp.array([label])
     margin = float(scores.margin(z, y)[0])
     assert (margin > 0) == (max(logits) > logits[label])
     assert np.sign(scores.dlr(z, y)[0]) == np.sign(margin)
+    assert np.sign(scores.probability_margin(z, y)[0]) == np.sign(margin)
     assert float(scores.cross_entropy(z, y)[0]) >= np.log1p(np.exp(margin)) - 1e-5
 
 
-def test_clean_logits_are_needed():
-    for score, name in ((scores.targeted_dlr(), "targeted_dlr"), (scores.kl, "kl")):
+def test_clean_logits_and_targets_are_needed():
+    with pytest.raises(UserError) as raised:
+        scores.kl(Z, jnp.array([2]))
+    assert str(raised.value) == "kl needs the clean logits: kl(logits, labels, clean)"
+    for score in (scores.targeted_dlr, scores.targeted_margin):
         with pytest.raises(UserError) as raised:
-            score(Z, jnp.array([2]))
-        assert (
-            str(raised.value)
-            == f"{name} needs the clean logits: {'score' if name != 'kl' else name}(logits, labels, clean)"
-        )
+            score(Z, jnp.array([2]), Z)
+        text = "a targeted score needs target classes: score(logits, labels, clean, target), or an attack's targets=9"
+        assert str(raised.value) == text

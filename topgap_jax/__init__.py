@@ -1,9 +1,9 @@
 """Image classifiers that look at the right pixels, and the tools that prove it, in JAX and Flax.
 
 Rooms, from the ground up: `types`, `edges`, `build`; `engine`, `norms`, `order`, `keys`, `mesh`, `pool`, `scores`,
-`balls`, `penalties`, `rewrite`; `metrics`, `drops`, `rules`, `explain`, `attacks`, `models`; `evaluators`, `training`;
-`progress`, `data`, `pretrained`, `measure`, `run`, `setup`; `report`. Everything that can be chosen is a small function
-that returns a value of one of the types in `topgap_jax.types`.
+`balls`, `penalties`, `rewrite`, `targets`; `metrics`, `drops`, `rules`, `explain`, `attacks`, `models`; `evaluators`,
+`training`; `progress`, `data`, `pretrained`, `measure`, `run`, `setup`; `report`. Everything that can be chosen is a
+small function that returns a value of one of the types in `topgap_jax.types`.
 
 >>> import topgap_jax as tg
 >>> tg.pool.top_gap(k=4), tg.attacks.pgd, tg.explain.grad_cam  # doctest: +ELLIPSIS
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 ROOMS = (
     "types", "edges", "build",
-    "engine", "norms", "order", "keys", "mesh", "pool", "scores", "balls", "penalties", "rewrite",
+    "engine", "norms", "order", "keys", "mesh", "pool", "scores", "balls", "penalties", "rewrite", "targets",
     "metrics", "drops", "rules", "explain", "attacks", "models", "evaluators", "training",
     "progress", "data", "pretrained", "measure", "run", "setup", "report",
 )  # fmt: skip

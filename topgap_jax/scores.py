@@ -1,21 +1,21 @@
-"""What attacks raise and explanations explain: functions of logits (b, k), labels (b,) and the clean logits, (b,) in
-float32."""
+"""What attacks raise and explanations explain: functions of logits (b, k), labels (b,), the clean logits (b, k) and the
+target classes (b,) to (b,) in float32."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from topgap_jax.build import check_number, table
+from topgap_jax.build import table
 from topgap_jax.errors import UserError
-from topgap_jax.types import Array, Score
+from topgap_jax.types import Array
 
 
-def logit(logits: Array, labels: Array, clean: Array | None = None) -> Array:
+def logit(logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None) -> Array:
     """z_y, the label's own logit."""
     return _pick(logits, labels)
 
 
-def cross_entropy(logits: Array, labels: Array, clean: Array | None = None) -> Array:
+def cross_entropy(logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None) -> Array:
     """softplus(logsumexp of the other classes of (z_k - z_y)), equal to logsumexp(z) - z_y.
 
     Written so, its gradient holds no p_y - 1, which in float32 is rounding noise on confident images and exactly 0 from
@@ -25,14 +25,14 @@ def cross_entropy(logits: Array, labels: Array, clean: Array | None = None) -> A
     return jax.nn.softplus(jax.nn.logsumexp(others, -1) - _pick(logits, labels))
 
 
-def margin(logits: Array, labels: Array, clean: Array | None = None) -> Array:
+def margin(logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None) -> Array:
     """max over k != y of z_k, minus z_y: positive iff misclassified (Carlini & Wagner 2017, arXiv 1608.04644,
     unclipped)."""
     others = jnp.where(_one_hot(logits, labels), -jnp.inf, logits.astype(jnp.float32))
     return others.max(-1) - _pick(logits, labels)
 
 
-def dlr(logits: Array, labels: Array, clean: Array | None = None) -> Array:
+def dlr(logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None) -> Array:
     """Difference of logits ratio, -(z_y - z_o) / (z_(1) - z_(3) + 1e-12), z_o the best other (Croce & Hein 2020, arXiv
     2003.01690).
 
@@ -44,32 +44,50 @@ def dlr(logits: Array, labels: Array, clean: Array | None = None) -> Array:
     return margin(logits, labels) / (ranked[..., 0] - ranked[..., 2] + 1e-12)
 
 
-def targeted_dlr(rank: int = 1) -> Score:
-    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12), t the class with the rank-th largest clean logit among the
-    others.
+def targeted_dlr(logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None) -> Array:
+    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12), t the target (Croce & Hein 2020, arXiv 2003.01690).
 
-    Croce & Hein 2020, arXiv 2003.01690. With three classes or fewer: z_t - z_y. Needs `clean`; rank is at most the
-    number of classes minus 1.
+    With three classes or fewer: z_t - z_y. Needs `target` (b,).
     """
-    check_number("rank", rank, 1, whole=True)
-
-    def score(logits, labels, clean=None):
-        if clean is None:
-            raise UserError("targeted_dlr needs the clean logits: score(logits, labels, clean)")
-        if rank >= logits.shape[-1]:
-            raise UserError(f"targeted_dlr: rank={rank} needs {rank + 1} classes, the logits have {logits.shape[-1]}")
-        others = jnp.where(_one_hot(clean, labels), -jnp.inf, clean.astype(jnp.float32))
-        target = lax.top_k(others, rank)[1][..., -1]
-        rise = _pick(logits, target) - _pick(logits, labels)
-        if logits.shape[-1] < 4:
-            return rise
-        ranked, _ = lax.top_k(logits.astype(jnp.float32), 4)
-        return rise / (ranked[..., 0] - 0.5 * (ranked[..., 2] + ranked[..., 3]) + 1e-12)
-
-    return score
+    rise = targeted_margin(logits, labels, clean, target)
+    if logits.shape[-1] < 4:
+        return rise
+    ranked, _ = lax.top_k(logits.astype(jnp.float32), 4)
+    return rise / (ranked[..., 0] - 0.5 * (ranked[..., 2] + ranked[..., 3]) + 1e-12)
 
 
-def kl(logits: Array, labels: Array, clean: Array | None = None) -> Array:
+def targeted_margin(logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None) -> Array:
+    """z_t - z_y, t the target, what a multi-targeted attack raises (Gowal et al. 2019, arXiv 1910.09338). Needs
+    `target` (b,)."""
+    if target is None:
+        raise UserError(
+            "a targeted score needs target classes: score(logits, labels, clean, target), or an attack's targets=9"
+        )
+    return _pick(logits, target) - _pick(logits, labels)
+
+
+def probability_margin(logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None) -> Array:
+    """max over k != y of p_k, minus p_y, p = softmax(z): positive iff misclassified (arXiv 2411.15210).
+
+    Like every score of probabilities its gradient is 0 in float32 from a margin of 87 on.
+    """
+    values = jax.nn.log_softmax(logits.astype(jnp.float32))
+    others = jnp.where(_one_hot(logits, labels), -jnp.inf, values).max(-1)
+    return jnp.exp(others) - jnp.exp(_pick(values, labels))
+
+
+def class_of_rank(logits: Array, labels: Array, rank: Array) -> Array:
+    """The class with the rank-th largest logit among those that are not the label's: (b, k), (b,), (b,) -> (b,) int32.
+
+    Rank 0 is the best other class; a rank beyond the last one is the last.
+    """
+    others = jnp.where(_one_hot(logits, labels), -jnp.inf, logits.astype(jnp.float32))
+    _, order = lax.top_k(others, logits.shape[-1])
+    last = max(logits.shape[-1] - 2, 0)
+    return jnp.take_along_axis(order, jnp.minimum(rank, last)[..., None], -1)[..., 0].astype(jnp.int32)
+
+
+def kl(logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None) -> Array:
     """KL(softmax(clean) | softmax(logits)), what TRADES raises (Zhang et al. 2019, arXiv 1901.08573). Needs `clean`.
 
     At the clean image it is 0 and so is its gradient: start at random.
@@ -88,6 +106,6 @@ def _pick(logits, labels):
     return jnp.take_along_axis(logits.astype(jnp.float32), labels[..., None], -1)[..., 0]
 
 
-TABLE = table(targeted_dlr)
-VALUES = table(logit, cross_entropy, margin, dlr, kl)
-"""Scores that a config names without a call."""
+VALUES = table(logit, cross_entropy, margin, dlr, kl, probability_margin, targeted_dlr, targeted_margin)
+"""Scores, which a config names without a call."""
+TABLE = table()

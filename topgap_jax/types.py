@@ -52,32 +52,41 @@ class Predict(Protocol):
 
 
 class Score(Protocol):
-    """What an attack raises: logits (b, k), labels (b,) -> (b,). `clean` (b, k) are the logits of the clean image.
+    """What an attack raises: logits (b, k), labels (b,) -> (b,).
 
-    A targeted score takes its class from `clean`, a divergence its reference; the others ignore it.
+    `clean` (b, k) are the logits of the clean image, the reference of a divergence; `target` (b,) int32 are the classes
+    that a targeted attack aims at, which a targeted score needs. The others ignore them.
     """
 
-    def __call__(self, logits: Array, labels: Array, clean: Array | None = None) -> Array: ...
+    def __call__(
+        self, logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None
+    ) -> Array: ...
 
 
 class Ball(NamedTuple):
     """The perturbations an attack may use: a norm ball, cut by the pixel box [0, 1]. eps (b,) is each example's radius.
 
     name, eps                                            `linf(8/255)`, and the default radius
+    p                                                    which norm: 1, 2 or inf
     start(keys (b,), images, eps) -> delta               a random start inside the ball, (b, h, w, c)
     project(images, delta, eps) -> delta                 nearest allowed perturbation, (b, h, w, c) each
     ascent(gradient) -> direction                        steepest ascent of unit norm, (b, h, w, c)
+    direction(images, delta, gradient) -> direction      of one step among many, unit norm: in l1 a few pixels, not one
     dual_norm(gradient) -> (b,)                          sup of <gradient, d> over unit d
     size(delta) -> (b,)                                  the ball's own norm
+    hyperplane(points, w, b (b,)) -> delta               smallest step, in that norm, to where <w, point> = b in the box
     """
 
     name: str
     eps: float
+    p: float
     start: Callable[[Keys, Array, Array], Array]
     project: Callable[[Array, Array, Array], Array]
     ascent: Callable[[Array], Array]
+    direction: Callable[[Array, Array, Array], Array]
     dual_norm: Callable[[Array], Array]
     size: Callable[[Array], Array]
+    hyperplane: Callable[[Array, Array, Array], Array]
 
 
 class Penalty(NamedTuple):
@@ -138,8 +147,10 @@ class Attack(NamedTuple):
     step(predict, state) -> state                        evaluates the iterate, books it, then moves it
     steps                                                how often `step` is to be called
     cost(predict, images) -> Cost                        of one step
-    aim                                                  what it changes: the "label", or the "map" of an explanation
+    aim                                                  what it changes: the "label" inside a ball, the "map" of an
+                                                         explanation, or the label by the smallest "norm" that does it
     runs                                                 restarts x targets: values of `run`, below which it stays
+    samples                                              passes of a model that draws at random that a verdict averages
 
     The state is `attacks.state.State`, every leaf of which has the leading axis b. `run` (b,) numbers restart and
     target of each example, 0 if not given; `eps` (b,) is its radius, the ball's own if not given. `attacks.finish`
@@ -153,6 +164,7 @@ class Attack(NamedTuple):
     name: str
     aim: str = "label"
     runs: int = 1
+    samples: int | None = None
 
 
 Runs: TypeAlias = tuple[Attack, ...]
@@ -321,9 +333,14 @@ class Evaluator(NamedTuple):
 
 
 class Robustness(NamedTuple):
-    """Plain data that `measure.robust` executes: the runs, one after the other on what is still unbroken."""
+    """Plain data that `measure.robust` executes: the attacks, one after the other on what is still unbroken.
+
+    eps                                                  radii from the smallest to the largest, at each of which the
+                                                         attacks are made; (): at the attacks' own
+    """
 
     runs: Runs
+    eps: tuple[float, ...] = ()
 
 
 Schedule: TypeAlias = Callable[[Any], Any]

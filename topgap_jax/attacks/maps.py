@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.gradient import STARTS, run_keys
-from topgap_jax.attacks.state import BROKEN, misclassified, where
+from topgap_jax.attacks.gradient import STARTS
+from topgap_jax.attacks.state import BROKEN, misclassified, run_keys, where
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.keys import fold_in, split

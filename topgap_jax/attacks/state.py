@@ -9,13 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from topgap_jax.build import check_number
 from topgap_jax.edges import check_examples
 from topgap_jax.errors import UserError
+from topgap_jax.keys import fold_in, split
 from topgap_jax.rewrite import fused, speed
+from topgap_jax.scores import class_of_rank, cross_entropy
 from topgap_jax.types import Array, Attack, Keys, Predict, Score
 
-RUNNING, BROKEN = 0, 1
+RUNNING, BROKEN, FINISHED = 0, 1, 2
 NEVER = -1
+SAMPLES = 100  # what the keys of a random model's passes are made with; an attack's own draws of a step use less
 
 
 class State(NamedTuple):
@@ -28,7 +32,7 @@ class State(NamedTuple):
     delta: Array  # (b, h, w, c): the iterate is images + delta
     best: Array  # (b, h, w, c): the first iterate that breaks (of an attack on maps the best one), else the clean image
     score: Array  # (b,): highest score that a step has met before the break, the breaking one included
-    status: Array  # (b,) int32: RUNNING, or BROKEN (misclassified)
+    status: Array  # (b,) int32: RUNNING, BROKEN (misclassified), or FINISHED (without a break, before its steps are)
     broken_at: Array  # (b,) int32: steps taken when it broke, NEVER if it has not
     count: Array  # (b,) int32: steps taken; it runs on after the break
     run: Array  # (b,) int32: which restart and target this is
@@ -70,16 +74,66 @@ def start(
     )
 
 
-def evaluate(predict: Predict, score: Score, state: State) -> tuple[State, Array]:
+def aim(state: State, rank: Array, classes: Array | None = None) -> State:
+    """The state of a targeted run: at the class with the rank-th largest clean logit among the others, 0 the best.
+
+    classes (b, t): in this order instead. A run whose rank there is no class for is FINISHED.
+    """
+    if classes is None:
+        target, left = class_of_rank(state.clean, state.labels, rank), rank < state.clean.shape[-1] - 1
+    else:
+        last = classes.shape[1] - 1
+        target = jnp.take_along_axis(classes, jnp.minimum(rank, last)[:, None], 1)[:, 0].astype(jnp.int32)
+        left = rank <= last
+    return state._replace(target=target, status=jnp.where((state.status == RUNNING) & ~left, FINISHED, state.status))
+
+
+def run_keys(state: State) -> Keys:
+    """The keys (b,) of each example's run."""
+    return jnp.where(state.run == 0, state.keys, fold_in(state.keys, state.run))
+
+
+def step_keys(state: State) -> Keys:
+    """The keys (b,) that the coming step draws from."""
+    return fold_in(run_keys(state), 1 + state.count)
+
+
+def evaluate(
+    predict: Predict, score: Score, state: State, *, targeted: bool = False, samples: int | None = None
+) -> tuple[State, Array]:
     """Evaluate the iterate and book it: the state, and the gradient (b, h, w, c) of the score there."""
-
-    def summed(points):
-        logits = predict(points)
-        values = score(logits, state.labels, state.clean)
-        return values.sum(), (values, logits)
-
-    (_, (values, logits)), gradient = jax.value_and_grad(summed, has_aux=True)(state.images + state.delta)
+    values, logits, gradient = score_and_gradient(predict, score, state, targeted=targeted, samples=samples)
     return book(state, values, logits), gradient
+
+
+def score_and_gradient(
+    predict: Predict, score: Score, state: State, *, targeted: bool = False, samples: int | None = None
+) -> tuple[Array, Array, Array]:
+    """Score (b,), logits (b, k) and the score's gradient (b, h, w, c) at the iterate.
+
+    targeted: whether the score is given the state's target classes.
+    samples: of a model that draws at random, the means over that many passes, with fresh keys for each example, step
+    and pass (expectation over transformations: Athalye et al. 2018, arXiv 1802.00420).
+    """
+
+    target = (state.target,) if targeted else ()
+
+    def once(*keys):
+        def summed(points):
+            logits = predict(points, *keys)
+            values = score(logits, state.labels, state.clean, *target)
+            return values.sum(), (values, logits)
+
+        (_, (values, logits)), gradient = jax.value_and_grad(summed, has_aux=True)(state.images + state.delta)
+        return values, logits, gradient
+
+    return once() if samples is None else _mean_over(once, state, samples)
+
+
+def _mean_over(f, state, samples):
+    """The mean of f(keys (b,)) over `samples` draws of keys that belong to the state's step."""
+    total = speed.sum_over(f, (split(fold_in(step_keys(state), SAMPLES), samples),), state.images)
+    return jax.tree.map(lambda x: x / samples, total)
 
 
 def book(state: State, values: Array, logits: Array, admissible: Array | bool = True) -> State:
@@ -101,10 +155,13 @@ def move(state: State, delta: Array, search: Any = None) -> State:
     return state._replace(delta=delta, count=state.count + 1, search=search)
 
 
-def finish(predict: Predict, state: State) -> State:
+def finish(predict: Predict, state: State, samples: int | None = None) -> State:
     """Evaluate the last iterate and book its verdict: every driver of an attack on the label ends with this forward
-    pass."""
-    return book(state, state.score, predict(state.images + state.delta))
+    pass, of a model that draws at random (`attack.samples`) with the mean of as many."""
+    points = state.images + state.delta
+    if samples is None:
+        return book(state, state.score, predict(points))
+    return book(state, state.score, _mean_over(lambda keys: predict(points, keys), state, samples))
 
 
 def misclassified(logits: Array, labels: Array) -> Array:
@@ -117,13 +174,38 @@ def where(rows: Array, a: Array, b: Array) -> Array:
     return jnp.where(rows[:, None, None, None], a, b)
 
 
+def norms(state: State) -> Array:
+    """The size (b,) of the smallest perturbation that an attack on the norm has met; infinity where none broke.
+
+    Such an attack (`aim="norm"`) keeps it in `score`, negated: the smallest norm is the highest score.
+    """
+    return jnp.where(state.status == BROKEN, -state.score, jnp.inf)
+
+
+def runs_of(targets: int, restarts: int, samples: int | None) -> int:
+    """How many runs an attack has, once its options are checked: at each of its targets `restarts` of them."""
+    check_number("targets", targets, 0, whole=True)
+    check_number("restarts", restarts, 1, whole=True)
+    if samples is not None:
+        check_number("samples", samples, 1, whole=True)
+    return max(targets, 1) * restarts
+
+
+def named(method: str, steps: int, score: Score) -> str:
+    """An attack's name, with its score where that is not cross-entropy: "pgd-20", "pgd-20 on margin"."""
+    word = getattr(score, "__name__", type(score).__name__)
+    return f"{method}-{steps}" + ("" if score is cross_entropy else f" on {word}")
+
+
 def attack(attack: Attack, keys: Keys, predict: Predict, images: Array, labels: Array) -> State:
     """The whole attack on a batch in one call, with a loop over its steps: the driver for notebooks, training and
     evaluators.
 
     keys (b,), images (b, h, w, c) in [0, 1], labels (b,). `best` holds the adversarial images where `status` is BROKEN;
-    training takes the last iterate, images + delta. Raises UserError for arrays that are none of these; inside `jit`
-    nothing is checked. Eager calls compile the loop each time: use `jax.jit`.
+    training takes the last iterate, images + delta. Of an attack with several runs (restarts, targets) each example
+    keeps the first that breaks it, without one the last; of an attack on maps or norms the one with the highest score.
+    Raises UserError for arrays that are none of these; inside `jit` nothing is checked. Eager calls compile the loop
+    each time: use `jax.jit`.
 
     >>> # adversarial = attack(pgd(linf(8 / 255)), jax.random.split(key, b), predict, images, labels).best
     """
@@ -133,10 +215,31 @@ def attack(attack: Attack, keys: Keys, predict: Predict, images: Array, labels: 
         raise UserError("attack: keys are needed, one for each image: jax.random.split(jax.random.key(0), len(images))")
     check_examples("attack", keys, predict, images, labels)
     predict = speed.fast(predict)
-    state = attack.init(keys, predict, images, labels, predict(images))
+    logits = predict(images)
     step = fused(lambda state: attack.step(predict, state))
-    state = speed.loop(step, attack.steps, state)
-    return finish(predict, state) if attack.aim == "label" else state
+
+    def one_run(state):
+        state = speed.loop(step, attack.steps, state)
+        return finish(predict, state, attack.samples) if attack.aim == "label" else state
+
+    state = attack.init(keys, predict, images, labels, logits)
+    if attack.runs == 1:
+        return one_run(state)
+
+    def next_run(carry):
+        number, best = carry
+        state = one_run(attack.init(keys, predict, images, labels, logits, run=number))
+        kept = best.status == BROKEN if attack.aim == "label" else best.score >= state.score
+        return number + 1, select(kept & (number > 0), best, state)
+
+    # The state before the first run is only one of the right shapes: every run, the first too, is a round of the loop.
+    return speed.loop(next_run, attack.runs, (jnp.int32(0), state))[1]
+
+
+def select(rows: Array, a: Any, b: Any) -> Any:
+    """The states' leaves (b, ...) of a where rows (b,) is True, else of b."""
+    one = lambda x, y: x if x is y else jnp.where(jnp.expand_dims(rows, range(1, x.ndim)), x, y)
+    return jax.tree.map(one, a, b)
 
 
 def as_runs(runs: Any) -> tuple[Attack, ...]:

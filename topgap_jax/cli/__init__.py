@@ -193,7 +193,8 @@ def _evaluate(arguments, overrides):
     from topgap_jax import setup
 
     loaded = _loaded(arguments, overrides)
-    rows = setup.evaluate(loaded, splits=arguments.split, evaluators=arguments.evaluators, batch=arguments.batch)
+    options = {"splits": arguments.split, "evaluators": arguments.evaluators, "batch": arguments.batch}
+    rows = setup.evaluate(loaded, **options, save=arguments.save)
     _show(loaded, rows)
 
 

@@ -48,6 +48,9 @@ def add_evaluate(parser):
     parser.add_argument("--split", metavar="NAMES", help="splits, separated by commas (default: config.test)")
     parser.add_argument("--evaluators", metavar="CALLS", help="separated by commas (default: config.evaluators)")
     parser.add_argument("--batch", type=int, metavar="N", help="examples at a time (default: config.batch)")
+    parser.add_argument(
+        "--save", type=_path, metavar="PATH", help="a folder for the adversarial images, or of one attack the .npz file"
+    )
     together.add_arguments(parser)
 
 

@@ -1,7 +1,7 @@
-"""`robust(runs)`: accuracy that is left when every example is attacked."""
+"""`robust(attacks)` and `curve(attacks, eps)`: accuracy that is left when every example is attacked."""
 
 from topgap_jax.attacks import as_runs
-from topgap_jax.build import table
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.types import Attack, Robustness, Runs
 
@@ -12,15 +12,44 @@ def robust(*runs: Attack | Runs) -> Robustness:
     With its 95 % interval, and the clean accuracy beside it. An attack finds an upper bound of the true robust
     accuracy: a stronger one may break more. robust(pgd(linf(8/255)), fgsm(linf(8/255))) runs two, one after the other.
     """
-    attacks = as_runs(runs)
-    if not attacks:
-        raise UserError("robust: give one or more attacks, such as robust(pgd(linf(8/255)))")
+    attacks = _attacks("robust", runs)
     for attack in attacks:
-        if attack.aim != "label":
+        if attack.aim == "norm":
             raise UserError(
-                f"robust: '{attack.name}' keeps the label; give it to attributional_robustness(explain, attack)"
+                f"robust: '{attack.name}' looks for the smallest perturbation, at no radius of its own; give it to "
+                "curve(attack, eps=(2/255, 4/255, 8/255))"
             )
     return Robustness(attacks)
 
 
-TABLE = table(robust)
+def curve(*runs: Attack | Runs, eps: tuple[float, ...]) -> Robustness:
+    """Accuracy over the radius: that of `robust(attacks)` at each `eps`, in the attacks' own norm.
+
+    From the smallest radius to the largest in one compiled program. What breaks at one is inside every larger ball, so
+    that only what stands is attacked again; such carried verdicts can only lower the accuracy that the attacks alone
+    would find there. An attack on the norm (`fmn`) gives all radii at once.
+    """
+    attacks = _attacks("curve", runs)
+    if not isinstance(eps, tuple | list) or not eps:
+        raise UserError(f"curve: eps must be radii such as (2/255, 4/255, 8/255), got {eps!r}")
+    for radius in eps:
+        check_number("eps", radius, 0)
+    if list(eps) != sorted(set(eps)) or eps[0] == 0:
+        raise UserError(f"curve: eps must be radii above 0, each larger than the one before, got {tuple(eps)!r}")
+    return Robustness(attacks, tuple(map(float, eps)))
+
+
+def _attacks(name, runs):
+    attacks = as_runs(runs)
+    if not attacks:
+        radii = ", eps=(2/255, 8/255)" if name == "curve" else ""
+        raise UserError(f"{name}: give one or more attacks, such as {name}(pgd(linf(8/255)){radii})")
+    for attack in attacks:
+        if attack.aim == "map":
+            raise UserError(
+                f"{name}: '{attack.name}' keeps the label; give it to attributional_robustness(explain, attack)"
+            )
+    return attacks
+
+
+TABLE = table(robust, curve)

@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 
 from topgap_jax.errors import UserError
 from topgap_jax.keys import example_keys
-from topgap_jax.measure import results
+from topgap_jax.measure import adversarial, results
 from topgap_jax.measure.costs import cost_of
-from topgap_jax.measure.robust import attack_split, clean_logits
+from topgap_jax.measure.queue import clean_logits
+from topgap_jax.measure.robust import attack_split
 from topgap_jax.measure.splits import Split
 from topgap_jax.measure.verdicts import Log, fingerprint
 from topgap_jax.mesh import replicated
@@ -39,6 +40,7 @@ def evaluate(
     training: Callable[[], Mapping[str, np.ndarray] | None] = lambda: None,
     overrides: Callable[[str], Mapping[str, str]] = lambda text: {},
     workdir: Path | None = None,
+    save: Callable[[str], Path | None] = lambda text: None,
     weights: str = "",
     source: str = "",
     seed: int = 0,
@@ -50,7 +52,8 @@ def evaluate(
 
     With a workdir each row is written as soon as it is there; a row of the same split, evaluator and overrides is
     replaced, rows of other `weights` or another `source` are dropped. Examples draw from fold_in(key(seed), id). The
-    seconds hold no compilation. An attack that was stopped goes on where it was.
+    seconds hold no compilation. An attack that was stopped goes on where it was. save(text): the .npz to write all
+    images to that the attacks of an evaluator end with; a few are kept in the workdir for its report.
 
     Raises UserError for a file that is no evaluation, before anything is measured, and if a weight or a logit is NaN or
     infinite, with the first layer that is: nothing that is measured of such a network means anything.
@@ -77,8 +80,12 @@ def evaluate(
                 "overrides": dict(overrides(text)),
                 "seed": seed,
             }
-            options["log"] = _log(workdir, variables, **header)
-            measures, cost, seconds = attack_split(model, variables, data, evaluator, **options)
+            file = save(text)
+            keep = "all" if file else "few" if workdir else None
+            folder = workdir or (file.parent if file else None)
+            log = _log(folder, variables, mesh, **header, batch=data.batch, keep=keep)
+            attacked = attack_split(model, variables, data, evaluator, log=log, keep=keep, **options)
+            measures, cost, seconds = attacked[:3]
         else:
             prepared = evaluator.prepare(training(), classes) if evaluator.prepare else {}
             measures, cost, seconds = measure_split(model, variables, data, evaluator, prepared=prepared, **options)
@@ -95,7 +102,25 @@ def evaluate(
         )
         if path is not None and jax.process_index() == 0:
             results.write(path, rows[-1], weights, source)
+        if isinstance(evaluator, Robustness):
+            _store(attacked, evaluator, file, workdir, weights=weights, split=split, evaluator=text)
+            if log is not None:
+                log.remove()
     return rows
+
+
+def _store(attacked, robustness, file, workdir, **about):
+    """The images that attacks ended with: all to `file`, a few to the run's folder for its report."""
+    kept, examples, attacks = attacked.kept, attacked.examples, [attack.name for attack in robustness.runs]
+    if kept is None:
+        return
+    if file is not None and jax.process_index() == 0:
+        adversarial.save(file, kept.ids, kept.images, examples, attacks, **about)
+    if workdir is not None and jax.process_index() == 0:
+        path = Path(workdir) / adversarial.FOLDER / f"{adversarial.slug(about['split'], about['evaluator'])}.npz"
+        images = kept.images[np.searchsorted(kept.ids, kept.few)]
+        adversarial.save(path, kept.few, images, examples, attacks, clean=kept.clean, **about)
+    kept.remove()
 
 
 def measure_split(
@@ -183,13 +208,18 @@ def _rows(evaluator, model, mesh):
     return jax.jit(rows, in_shardings=(None, whole, divided(mesh), whole), out_shardings=whole)
 
 
-def _log(workdir, variables, **header):
-    """Where an attack notes its verdicts. Processes of a larger run do not: they need not see the same disk."""
-    if workdir is None or jax.process_count() > 1:
+def _log(folder, variables, mesh, **header):
+    """Where an attack notes its verdicts. Processes of a larger run do not: they need not see the same disk.
+
+    At another width per device floating point may decide otherwise, so that the header says it too.
+    """
+    if folder is None or jax.process_count() > 1:
         return None
-    header |= {"weights": fingerprint(variables)}
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.ravel())
+    header |= {"weights": fingerprint(variables), "devices": [device.device_kind for device in devices]}
+    header |= {"jax": jax.__version__}
     name = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:12]
-    return Log(Path(workdir) / f"attack-{name}.jsonl", header)
+    return Log(Path(folder) / f"attack-{name}.jsonl", header)
 
 
 def _costs(cost, seconds, mesh):

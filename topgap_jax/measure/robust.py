@@ -1,43 +1,81 @@
-"""`attack_split`: the runs of a `Robustness` over a split, each on the examples that are still unbroken.
+"""`attack_split`: the attacks of a `Robustness` over a split, each on the examples that are still unbroken.
 
-One jitted attack step at a time is called from here, and a batch is left as soon as all its examples are broken. The
-verdict is a forward pass on the adversarial images, made after the attack. Verdicts of a split do not depend on its
-order.
+The queue makes the runs; a forward pass of its own on each adversarial image, made after the run, is the verdict.
+Verdicts of a split depend neither on its order nor on a stop in between.
 """
 
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from topgap_jax.attacks import finish, misclassified
-from topgap_jax.attacks.state import RUNNING
-from topgap_jax.keys import example_keys
+from topgap_jax.balls import radius_text
+from topgap_jax.measure import adversarial, queue
 from topgap_jax.measure.costs import cost_of
 from topgap_jax.measure.splits import Split
-from topgap_jax.measure.verdicts import Log
-from topgap_jax.mesh import replicated, split
+from topgap_jax.measure.verdicts import Log, seen
+from topgap_jax.mesh import replicated
 from topgap_jax.metrics.summaries import share
-from topgap_jax.models import bind
 from topgap_jax.progress import bar
-from topgap_jax.rewrite import fused
 from topgap_jax.types import Attack, Cost, Curve, Measure, Model, Robustness, Variables
 
-FRAGILE = 1e-4  # of the logits' range: a margin below this may change its sign with the batch width or the device
+NONE = -1
+LARGEST = np.finfo(np.float32).max
 
 
-class Functions(NamedTuple):
-    """The jitted parts of one attack on one model."""
+class Examples(NamedTuple):
+    """What became of each example of a split, (n,) each. Images that are misclassified when clean are not attacked.
 
-    logits: Any  # variables, images -> (b, k), readable by every process
-    start: Any  # key, variables, batch, clean logits -> state
-    step: Any  # variables, state, mask -> state, whether any example is unbroken
-    book: Any  # variables, state -> state with the last iterate booked
-    facts: Any  # state -> status, steps (b,), readable by every process
+    radius                                               the smallest at which it is seen to break: 0 where it is
+                                                         misclassified when clean, infinity where nothing breaks it
+    attack, run, step                                    what broke it: which attack, in which of its runs, after how
+                                                         many steps; NONE where nothing did
+    margin, predicted                                    of the image that broke it; where it stands, of the last
+                                                         iterate that came nearest
+    fragile                                              whether floating point might change the verdict
+    """
+
+    label: np.ndarray
+    radius: np.ndarray
+    attack: np.ndarray
+    run: np.ndarray
+    step: np.ndarray
+    margin: np.ndarray
+    predicted: np.ndarray
+    fragile: np.ndarray
+
+
+class Phase(NamedTuple):
+    """One of the attacks at one radius; eps None: at the attack's own."""
+
+    index: int
+    attack: Attack
+    eps: np.float32 | None
+
+    @property
+    def name(self) -> str:
+        """The attack's, and the radius where that is not its own."""
+        return self.attack.name if self.eps is None else f"{self.attack.name}, at {radius_text(self.eps)}"
+
+    @property
+    def limit(self) -> np.float32:
+        """Examples that break at no radius up to this one are attacked; the smallest norm is looked for in all."""
+        return np.float32(0) if self.attack.aim == "norm" else LARGEST if self.eps is None else self.eps
+
+
+class Attacked(NamedTuple):
+    """measures; cost per image of the split; seconds without compilation; what became of each example; the images that
+    are kept."""
+
+    measures: dict[str, Measure | Curve]
+    cost: Cost
+    seconds: float
+    examples: Examples
+    kept: adversarial.Kept | None
 
 
 def attack_split(
@@ -51,84 +89,159 @@ def attack_split(
     text: str = "robust",
     progress: bool | None = None,
     log: Log | None = None,
-) -> tuple[dict[str, Measure | Curve], Cost, float]:
-    """(summary, cost per image of the split, seconds without compilation).
+    keep: str | None = None,
+) -> Attacked:
+    """Every attack of `robustness` on the examples that stand, at each of its radii from the smallest to the largest.
 
-    Examples that are misclassified when clean are broken and never attacked. `robust_accuracy` is the share that no run
-    breaks, with Wilson's 95 % interval; `unconfirmed` counts attacks that met a misclassified iterate which the forward
-    pass afterwards does not confirm: those stand as unbroken. `fragile` counts verdicts that floating point might
-    change. What a `log` holds is not attacked again.
+    Examples that are misclassified when clean are broken and never attacked. `robust_accuracy` is the share that no
+    attack breaks, with Wilson's 95 % interval; `unconfirmed` counts runs that met a misclassified iterate which the
+    forward pass afterwards does not confirm: those stand as unbroken. `fragile` counts verdicts that floating point
+    might change; `utilisation` is the share of the slots' steps that an example needed. What breaks at a radius breaks
+    at every larger one, and is not attacked there again. What a `log` holds is not attacked again. keep: the images of
+    "all" examples, or of a "few" that are right when clean; None: of none.
     """
-    logits, labels, seconds = _clean(model, variables, data, mesh, f"{text}: clean", progress)
-    n = len(labels)
-    broken, fragile = _verdicts(logits, labels)
-    right, attacked, shares, entries = ~broken, int((~broken).sum()), [1 - broken.mean()], []
-    log = log or Log(None, {})
-    for number, attack in enumerate(robustness.runs):
-        alive = np.flatnonzero(~broken).astype(np.int32)
-        if not len(alive):
-            break
-        done = [entry for entry in log.entries if entry["run"] == number]
-        left = np.setdiff1d(alive, [index for entry in done for index in entry["ids"]])
-        parts, key = _functions(attack, model, mesh), jax.random.fold_in(jax.random.key(seed), number)
-        with bar(len(alive), f"{text}: {attack.name}", enabled=progress, done=len(alive) - len(left)) as shown:
-            for entry in _run(parts, attack, model, key, variables, data.batches(left), logits, labels, mesh):
-                done.append({"run": number, **entry})
-                log.append(done[-1])
-                shown.update(len(entry["ids"]))
+    logits, labels, images, seconds = _clean(model, variables, data, mesh, f"{text}: clean", progress)
+    n, log, cost = len(labels), log or Log(None, {}), Cost(1, 0)
+    clean = seen(logits, labels)
+    none = lambda: np.full(n, NONE, np.int32)
+    radius = np.where(clean.wrong, 0, np.inf).astype(np.float32)
+    examples = Examples(labels, radius, none(), none(), none(), clean.margin, clean.predicted, clean.fragile)
+    kept = _kept(keep, data, log, clean.wrong, mesh)
+    entries, after = [], []
+    for number, phase in enumerate(_phases(robustness)):
+        stands = examples.radius > phase.limit
+        runs = np.where(stands, 0, phase.attack.runs)
+        done = [entry for entry in log.entries if entry["phase"] == number]
         for entry in done:
-            broken[entry["broken"]] = True
-            fragile[entry["ids"]] = np.isin(entry["ids"], entry["fragile"])
+            _enter(examples, entry, phase.index)
+            runs[entry["ids"]] = np.where(entry["ended"], phase.attack.runs, np.array(entry["run"]) + 1)
+        left = int((runs < phase.attack.runs).sum())
+        parts, key = queue.functions(phase.attack, model, mesh), jax.random.fold_in(jax.random.key(seed), phase.index)
+        options = {"eps": phase.eps, "points": kept is not None, "mesh": mesh}
+        with bar(int(stands.sum()), f"{text}: {phase.name}", enabled=progress, done=int(stands.sum()) - left) as shown:
+            for entry, points in queue.work(parts, phase.attack, variables, data, key, runs, logits, labels, **options):
+                newly = _enter(examples, entry, phase.index)
+                if kept is not None:
+                    kept.put(np.array(entry["ids"])[newly], points[newly])
+                done.append({"phase": number, **entry})
+                log.append(done[-1])
+                shown.update(sum(entry["ended"]))
+        made, steps = sum(len(entry["ids"]) for entry in done), sum(sum(entry["steps"]) for entry in done)
+        if made:
+            cost += made / n * Cost(1, 0) + steps / n * cost_of(phase.attack.cost, model, variables, images)
         entries += done
-        shares.append(1 - broken.mean())
-    total = lambda name: sum(entry[name] for entry in entries)
-    names = ", ".join(attack.name for attack in robustness.runs)
-    detail = lambda value, label, unit="": Measure(value, n=n, label=label, unit=unit, main=False)
+        after.append(float((examples.radius > phase.limit).mean()))
+    seconds += sum(entry["seconds"] for entry in entries)
+    summary = _curve if robustness.eps else _robust
+    measures = summary(robustness, examples, after) | _details(entries, examples, clean.wrong)
+    return Attacked(measures, cost, seconds, examples, kept)
+
+
+def _kept(keep, data, log, wrong, mesh):
+    """Where images are kept, the clean ones at first; None where none are."""
+    right = np.flatnonzero(~wrong).astype(np.int32)
+    if keep is None or not len(right):
+        return None
+
+    def clean(ids):
+        for part, batch in data.batches(ids):
+            yield part, np.asarray(jax.device_get(_whole(mesh)(batch["image"])))[: len(part)]
+
+    few = right[np.linspace(0, len(right) - 1, min(adversarial.PICTURES, len(right))).round().astype(int)]
+    by_id = {int(index): image for part, images in clean(few) for index, image in zip(part, images)}
+    few_clean = np.stack([by_id[int(index)] for index in few])
+    ids = np.arange(len(wrong), dtype=np.int32) if keep == "all" else few
+    path = None if log.path is None else log.path.with_suffix(".npy")
+    kept = adversarial.Kept(path, ids, few, few_clean, resumes=bool(log.entries))
+    if not kept.complete:
+        for part, images in clean(ids) if keep == "all" else [(few, few_clean)]:
+            kept.put(part, images)
+    return kept
+
+
+def _phases(robustness: Robustness) -> list[Phase]:
+    """What is to be done, in order: attacks on the norm once, all others at every radius."""
+    attacks = list(enumerate(robustness.runs))
+    if not robustness.eps:
+        return [Phase(index, attack, None) for index, attack in attacks]
+    norms = [Phase(index, attack, None) for index, attack in attacks if attack.aim == "norm"]
+    others = [(index, attack) for index, attack in attacks if attack.aim != "norm"]
+    return norms + [Phase(*pair, np.float32(eps)) for eps in robustness.eps for pair in others]
+
+
+def _enter(examples: Examples, entry: dict[str, Any], attack: int) -> np.ndarray:
+    """Put the verdicts of an entry into the arrays of the split; which of its examples (m,) broke by it."""
+    ids, broken = np.array(entry["ids"]), np.array(entry["broken"])
+    of = lambda name: np.array(entry[name], getattr(examples, name).dtype)
+    newly = broken & (of("radius") < examples.radius[ids])
+    nearer = ~broken & np.isinf(examples.radius[ids]) & (of("margin") > examples.margin[ids])
+    examples.fragile[ids] = np.where(newly, of("fragile"), examples.fragile[ids] | (of("fragile") & ~broken))
+    for name in ("margin", "predicted"):
+        getattr(examples, name)[ids[newly | nearer]] = of(name)[newly | nearer]
+    for name in ("radius", "run", "step"):
+        getattr(examples, name)[ids[newly]] = of(name)[newly]
+    examples.attack[ids[newly]] = attack
+    return newly
+
+
+def _robust(robustness: Robustness, examples: Examples, after: Sequence[float]) -> dict[str, Measure | Curve]:
+    names, n = [attack.name for attack in robustness.runs], len(examples.label)
+    clean = float((examples.radius > 0).mean())
+    stands = Measure(better="higher", label=f"accuracy under {', '.join(names)}")
     measures = {
-        "robust_accuracy": share(~broken, Measure(better="higher", label=f"accuracy under {names}")),
-        "clean_accuracy": share(right, Measure(better="higher", label="clean accuracy", main=False)),
-        "attacked": detail(attacked, "images attacked"),
-        "mean_steps": detail(total("steps") / max(attacked, 1), "steps until the break", "steps"),
-        "unconfirmed": detail(total("unconfirmed"), "breaks that a forward pass did not confirm"),
-        "fragile": detail(int(fragile.sum()), "verdicts that floating point might change"),
-        "after_runs": Curve(
-            list(range(len(shares))), [float(y) for y in shares], ("runs done", "accuracy"), "accuracy by run"
-        ),
+        "robust_accuracy": share(np.isinf(examples.radius), stands),
+        "clean_accuracy": _clean_accuracy(examples),
     }
-    log.remove()
-    return measures, Cost(1 + total("forwards") / n, total("gradients") / n), seconds + total("seconds")
+    if len(names) > 1:  # the cascade: what each of the attacks leaves
+        about = lambda name: Measure(better="higher", label=f"accuracy after {name}", main=False)
+        measures |= {f"after_{i}": about(name)._replace(value=after[i - 1], n=n) for i, name in enumerate(names, 1)}
+    axes = ("attacks done", "accuracy")
+    return measures | {"after_runs": Curve(list(range(len(names) + 1)), [clean, *after], axes, "accuracy by attack")}
 
 
-def _run(parts, attack, model, key, variables, batches, logits, labels, mesh):
-    """One entry per batch: what became of its examples, and what that cost."""
-    start = None
-    for ids, batch in batches:
-        state = parts.start(key, variables, batch, _placed(logits, ids, batch, mesh))
-        if start is None:
-            cost = cost_of(attack.cost, model, variables, batch["image"])
-            _compile(parts, variables, state, batch["mask"])
-            start = time.perf_counter()
-        state, count, booked = _attack(parts, attack, variables, state, batch["mask"])
-        after = jax.device_get(parts.logits(variables, state.best))[: len(ids)]
-        status, steps = (value[: len(ids)] for value in jax.device_get(parts.facts(state)))
-        broken, fragile = _verdicts(after, labels[ids])
-        now = time.perf_counter()
-        yield {
-            "ids": ids.tolist(),
-            "broken": ids[broken].tolist(),
-            "fragile": ids[fragile].tolist(),
-            "unconfirmed": int(((status != RUNNING) & ~broken).sum()),
-            "steps": int(steps.sum()),
-            "forwards": len(ids) * (count * cost.forwards + booked + 1),
-            "gradients": len(ids) * count * cost.gradients,
-            "seconds": now - start,
-        }
-        start = now
+def _curve(robustness: Robustness, examples: Examples, after: Sequence[float]) -> dict[str, Measure | Curve]:
+    radii = [np.float32(eps) for eps in robustness.eps]
+    about = lambda eps: Measure(better="higher", label=f"accuracy at {radius_text(eps)}")
+    measures = {
+        f"accuracy_at_{i}": share(examples.radius > radius, about(eps))
+        for i, (eps, radius) in enumerate(zip(robustness.eps, radii), 1)
+    }
+    clean = _clean_accuracy(examples)
+    attacked = examples.radius > 0
+    carried = [float(attacked.sum() - (examples.radius > radius).sum()) for radius in [np.float32(0), *radii[:-1]]]
+    accuracies = [measure.value for measure in measures.values()]
+    return measures | {
+        "clean_accuracy": clean,
+        "over_eps": Curve([0.0, *robustness.eps], [clean.value, *accuracies], ("epsilon", "accuracy"), "accuracy"),
+        "carried": Curve(list(robustness.eps), carried, ("epsilon", "images"), "broken at a smaller radius already"),
+    }
+
+
+def _clean_accuracy(examples):
+    return share(examples.radius > 0, Measure(better="higher", label="clean accuracy", main=False))
+
+
+def _details(entries: Sequence[dict[str, Any]], examples: Examples, clean_wrong: np.ndarray) -> dict[str, Measure]:
+    """How the attacks went, beside what they found."""
+    n, attacked = len(clean_wrong), int((~clean_wrong).sum())
+    detail = lambda value, label, unit="": Measure(value, n=n, label=label, unit=unit, main=False)
+    over_all = lambda name: sum(map(sum, (entry[name] for entry in entries)))
+    slots = sum(entry["slot_steps"] for entry in entries)
+    measures = {
+        "attacked": detail(attacked, "images attacked"),
+        "mean_steps": detail(over_all("step") / max(attacked, 1), "steps until the break", "steps"),
+        "unconfirmed": detail(
+            sum(entry["unconfirmed"] for entry in entries), "breaks that a forward pass did not confirm"
+        ),
+        "fragile": detail(int(examples.fragile.sum()), "verdicts that floating point might change"),
+    }
+    used = detail(over_all("steps") / max(slots, 1), "share of the slots' steps that an image needed")
+    return measures | ({"utilisation": used} if slots else {})
 
 
 def _clean(model, variables, data, mesh, text, progress):
-    """Logits (n, k) and labels (n,) of the split, by row, and the seconds."""
-    predict, start, parts = clean_logits(model, mesh), 0.0, []
+    """Logits (n, k) and labels (n,) of the split, by row, the shape of its images, and the seconds."""
+    predict, start, parts = queue.clean_logits(model, mesh), 0.0, []
     with bar(data.examples, text, enabled=progress) as shown:
         for ids, batch in data.batches(None):
             if not parts:
@@ -139,81 +252,11 @@ def _clean(model, variables, data, mesh, text, progress):
             shown.update(len(ids))
     ids, logits, labels = (np.concatenate(column) for column in zip(*parts))
     order = np.argsort(ids)
-    return logits[order], labels[order], time.perf_counter() - start
-
-
-def _attack(parts, attack, variables, state, mask):
-    """(state, steps made, forward passes for booking) of one batch."""
-    for count in range(1, attack.steps + 1):
-        state, running = parts.step(variables, state, mask)
-        if not running:
-            return state, count, 0
-    return parts.book(variables, state), attack.steps, 1
-
-
-def _compile(parts, variables, state, mask):
-    parts.logits.lower(variables, state.best).compile()
-    parts.step.lower(variables, state, mask).compile()
-    parts.book.lower(variables, state).compile()
-    parts.facts(state)
-
-
-@functools.lru_cache(maxsize=32)
-def _functions(attack: Attack, model: Model, mesh: Mesh | None) -> Functions:
-    @fused
-    def start(key, variables, batch, logits):
-        return attack.init(
-            example_keys(key, batch["id"]), bind(model, variables), batch["image"], batch["label"], logits
-        )
-
-    @fused
-    def step(variables, state, mask):
-        state = attack.step(bind(model, variables), state)
-        return state, ((state.status == RUNNING) & mask).any()
-
-    @fused
-    def book(variables, state):
-        return finish(bind(model, variables), state)
-
-    facts = lambda state: (state.status, jnp.where(state.status == RUNNING, state.count, state.broken_at))
-    if mesh is None:
-        return Functions(clean_logits(model, None), jax.jit(start), jax.jit(step), jax.jit(book), jax.jit(facts))
-    whole, rows = replicated(mesh), split(mesh)
-    return Functions(
-        clean_logits(model, mesh),
-        jax.jit(start, in_shardings=(None, whole, rows, rows), out_shardings=rows),
-        jax.jit(step, in_shardings=(whole, rows, rows), out_shardings=(rows, whole)),
-        jax.jit(book, in_shardings=(whole, rows), out_shardings=rows),
-        jax.jit(facts, in_shardings=(rows,), out_shardings=whole),
-    )
-
-
-@functools.lru_cache(maxsize=32)
-def clean_logits(model: Model, mesh: Mesh | None):
-    """The jitted (variables, images) -> logits (b, k) float32, readable by every process."""
-    predict = fused(lambda variables, images: bind(model, variables)(images).astype(jnp.float32))
-    if mesh is None:
-        return jax.jit(predict)
-    return jax.jit(predict, in_shardings=(replicated(mesh), split(mesh)), out_shardings=replicated(mesh))
+    shape = jax.ShapeDtypeStruct(batch["image"].shape, batch["image"].dtype)
+    return logits[order], labels[order], shape, time.perf_counter() - start
 
 
 @functools.lru_cache(maxsize=32)
 def _whole(mesh):
     """The identity, with a result that every process can read."""
     return jax.jit(lambda values: values, out_shardings=None if mesh is None else replicated(mesh))
-
-
-def _verdicts(logits, labels):
-    """(broken, fragile), bool (n,) each."""
-    broken = np.array(misclassified(jnp.asarray(logits), jnp.asarray(labels)))
-    own = np.take_along_axis(logits, labels[:, None], 1)[:, 0]
-    others = np.where(np.arange(logits.shape[1]) == labels[:, None], -np.inf, logits).max(1)
-    return broken, np.abs(others - own) < FRAGILE * (logits.max(1) - logits.min(1))
-
-
-def _placed(logits, ids, batch, mesh):
-    """The clean logits of a batch, padding included, on the devices."""
-    padded = np.pad(logits[ids], ((0, len(batch["mask"]) - len(ids)), (0, 0)))
-    if mesh is None:
-        return padded
-    return jax.make_array_from_callback(padded.shape, split(mesh), lambda index: padded[index])

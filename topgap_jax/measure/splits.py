@@ -19,12 +19,13 @@ class Split(NamedTuple):
     """batches(ids) -> iterator of (ids (m,), batch of the full width whose first m rows they are, the rest masked
     padding).
 
-    ids (n,) int32 are rows of the split; None: all of them, in order. Every batch has the same width, so nothing
-    compiles twice.
+    ids (n,) int32 are rows of the split; None: all of them, in order. Every batch has the same width, `batch`, so
+    nothing compiles twice.
     """
 
     examples: int
     batches: Callable[[np.ndarray | None], Iterator[tuple[np.ndarray, Batch]]]
+    batch: int
 
 
 def resident_split(arrays: Mapping[str, Array], *, classes: int, batch: int, mesh: Mesh | None = None) -> Split:
@@ -42,7 +43,7 @@ def resident_split(arrays: Mapping[str, Array], *, classes: int, batch: int, mes
             yield some, make(held, padded, mask)
 
     examples = len(arrays["label"])
-    return Split(examples, batches)
+    return Split(examples, batches, batch)
 
 
 def streamed_split(
@@ -75,7 +76,7 @@ def streamed_split(
             for some, row in zip(chunks, rows):
                 yield some, make(place(row))
 
-    return Split(len(source), batches)
+    return Split(len(source), batches, batch)
 
 
 def _check(batch, mesh):

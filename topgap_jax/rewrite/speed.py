@@ -74,11 +74,11 @@ def map_over(f: Callable, rows: tuple, chunk: int = 1) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], results)
 
 
-def loop(step: Callable[[Any], Any], n: int, state: Any) -> Any:
+def loop(step: Callable[[Any], Any], n: int | Array, state: Any) -> Any:
     """The state after n calls of `step`, a function from a state to one of the same shapes; `step` is compiled once.
 
-    Differentiable where `step` is.
+    Where n is an int it is differentiable where `step` is; where it is an array, one program serves every n.
     """
-    if n == 1:
+    if isinstance(n, int) and n == 1:
         return step(state)
     return lax.fori_loop(0, n, lambda _, state: canonical_convs(step)(state), state)

@@ -15,6 +15,7 @@ from topgap_jax.build import check_number
 from topgap_jax.errors import UserError
 from topgap_jax.keys import example_keys
 from topgap_jax.measure import results
+from topgap_jax.measure.adversarial import slug
 from topgap_jax.measure.evaluate import evaluate as run_evaluators
 from topgap_jax.measure.evaluate import evaluation_variables
 from topgap_jax.measure.results import Row
@@ -39,7 +40,7 @@ from topgap_jax.setup.assembly import (
     validation,
 )
 from topgap_jax.setup.weights import initial, weights
-from topgap_jax.types import Variables
+from topgap_jax.types import Robustness, Variables
 
 DECISIVE = ("seed", "source", "train", "image_size", "resize", "mean", "std", "pool", "model")
 """Keys on which every result of an evaluation depends, beside those that the texts of `source` and `model` read."""
@@ -167,11 +168,17 @@ def from_config(path: str | Path, overrides, file: str | Path | None = None, pic
 
 
 def evaluate(
-    loaded: Loaded, *, splits: str | None = None, evaluators: str | None = None, batch: int | None = None
+    loaded: Loaded,
+    *,
+    splits: str | None = None,
+    evaluators: str | None = None,
+    batch: int | None = None,
+    save: str | Path | None = None,
 ) -> list[Row]:
     """Run evaluators over splits (the config's, unless given) and write evaluation.json where there is a workdir.
 
-    What the command line changed in a run's config, and a result depends on, are the row's overrides.
+    What the command line changed in a run's config, and a result depends on, are the row's overrides. save: a folder
+    for the adversarial images of every attack, or of a single one the .npz itself.
     """
     chosen = loaded.experiment
     config = chosen.config
@@ -183,6 +190,7 @@ def evaluate(
         raise UserError("nothing to evaluate: neither config.evaluators nor --evaluators names an evaluator")
     checks.model(chosen)
     built = _checked_evaluators(chosen, names, evaluators)
+    files = _files(save, names, [text for text, one in built.items() if isinstance(one, Robustness)])
     if loaded.workdir is not None:
         results.read(loaded.workdir / results.FILE)  # a damaged one is told before anything is read
     mesh = data_mesh()
@@ -200,12 +208,27 @@ def evaluate(
             training=training,
             overrides=lambda text: _overrides(loaded, text),
             workdir=loaded.workdir,
+            save=lambda text, split=split: files.get((split, text)),
             weights=loaded.weights,
             source=config.source,
             seed=config.seed,
             mesh=mesh,
         )
     return rows
+
+
+def _files(save: str | Path | None, splits: Sequence[str], attacks: Sequence[str]) -> dict[tuple[str, str], Path]:
+    """The file for the adversarial images of each (split, evaluator)."""
+    if save is None:
+        return {}
+    pairs, path = [(split, text) for split in splits for text in attacks], Path(save)
+    if not pairs:
+        raise UserError("--save: no evaluator attacks; give one such as robust(pgd(linf(8/255)))")
+    if path.suffix != ".npz":
+        return {pair: path / f"{slug(*pair)}.npz" for pair in pairs}
+    if len(pairs) > 1:
+        raise UserError(f"--save {path}: there are {len(pairs)} attacks to save; name a folder")
+    return {pairs[0]: path}
 
 
 def stored(loaded: Loaded) -> list[Row] | None:

@@ -1,0 +1,77 @@
+"""Adversarial images that stay: all of them in one file (`--save`), and a few in a run's folder for the report."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from topgap_jax.errors import UserError
+
+FOLDER = "adversarial"
+"""In the folder of a run, with a file for each robust evaluator and split."""
+PICTURES = 24  # images of a split, evenly spaced, of which the report shows those that broke
+
+
+class Kept:
+    """Images (m, h, w, c) of the examples `ids` (m,), in ascending order; of a `few` of them also the `clean` ones.
+
+    With a path they lie in that file, where a killed evaluation finds them again: `complete` says so.
+    """
+
+    def __init__(self, path: Path | None, ids: np.ndarray, few: np.ndarray, clean: np.ndarray, resumes: bool = False):
+        self.path, self.ids, self.few, self.clean = path, ids, few, clean
+        shape = (len(ids), *clean.shape[1:])
+        self.complete = path is not None and resumes and path.exists()
+        if self.complete:
+            self.images = np.lib.format.open_memmap(path, mode="r+")
+        elif path is not None:
+            self.images = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        else:
+            self.images = np.zeros(shape, np.float32)
+
+    def put(self, ids: np.ndarray, images: np.ndarray) -> None:
+        """Keep the images (k, h, w, c) of the examples ids (k,), as far as these are kept."""
+        there = np.isin(ids, self.ids)
+        self.images[np.searchsorted(self.ids, ids[there])] = images[there]
+        if self.path is not None:
+            self.images.flush()
+
+    def remove(self) -> None:
+        """End the file."""
+        if self.path is not None:
+            self.images = None
+            self.path.unlink(missing_ok=True)
+
+
+def slug(split: str, evaluator: str) -> str:
+    """A name of a file for an evaluator on a split.
+
+    >>> slug("test[:100]", "robust(pgd(linf(8/255)))")
+    'test_100_robust_pgd_linf_8_255'
+    """
+    return re.sub(r"\W+", "_", f"{split} {evaluator}").strip("_")[:120]
+
+
+def save(
+    path: Path,
+    ids: np.ndarray,
+    images: np.ndarray,
+    examples: Any,
+    attacks: Sequence[str],
+    **about: str | np.ndarray,
+) -> None:
+    """Write an .npz of the examples ids (m,): `id`, `adversarial` (m, h, w, c), the clean image where one stands, their
+    columns of `measure.robust.Examples`, the names of the `attacks`, and what `about` says. UserError: it cannot be
+    written."""
+    columns = {name: values[ids] for name, values in examples._asdict().items()}
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            np.savez(file, id=ids, adversarial=images, attacks=np.array(attacks), **columns, **about)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write the adversarial images '{path}': {error.strerror}") from None
