@@ -54,7 +54,7 @@ class Phase(NamedTuple):
 
     index: int
     attack: Attack
-    eps: np.float32 | None
+    eps: float | None
 
     @property
     def name(self) -> str:
@@ -64,7 +64,7 @@ class Phase(NamedTuple):
     @property
     def limit(self) -> np.float32:
         """Examples that break at no radius up to this one are attacked; the smallest norm is looked for in all."""
-        return np.float32(0) if self.attack.aim == "norm" else LARGEST if self.eps is None else self.eps
+        return np.float32(0) if self.attack.aim == "norm" else LARGEST if self.eps is None else np.float32(self.eps)
 
 
 class Attacked(NamedTuple):
@@ -166,7 +166,7 @@ def _phases(robustness: Robustness) -> list[Phase]:
         return [Phase(index, attack, None) for index, attack in attacks]
     norms = [Phase(index, attack, None) for index, attack in attacks if attack.aim == "norm"]
     others = [(index, attack) for index, attack in attacks if attack.aim != "norm"]
-    return norms + [Phase(*pair, np.float32(eps)) for eps in robustness.eps for pair in others]
+    return norms + [Phase(*pair, eps) for eps in robustness.eps for pair in others]
 
 
 def _enter(examples: Examples, entry: dict[str, Any], attack: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from itertools import count, zip_longest
+from itertools import count, takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,8 @@ def cascades(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for i, run in enumerate(runs):
         for row in run.rows:
             numbers = row.numbers
-            left = [numbers[name] for name in (f"after_{k}" for k in count(1)) if name in numbers]
+            names = takewhile(numbers.__contains__, (f"after_{k}" for k in count(1)))
+            left = [numbers[name] for name in names]
             if row.audit is not None and left and "clean_accuracy" in numbers:
                 tables.append({"run": i, "row": row, "left": [numbers["clean_accuracy"], *left]})
     return tables
