@@ -84,8 +84,8 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
         return run, run
 
     def pgd():
-        """As `measure.robust` does it: one jitted step at a time, and the host asks each time whether any is
-        unbroken."""
+        """One jitted step at a time, and the host asks each time whether any is unbroken: the most that the queue of
+        `measure.robust`, with up to eight steps in a dispatch, can cost."""
         attack = tg.attacks.pgd(LINF, steps=20)
         keys = jax.random.split(jax.random.key(0), len(y))
 

@@ -340,7 +340,7 @@ def test_worked_fgsm():
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "apgd"])  # half of r_fgsm's way is random
 def test_a_linear_model_is_robust_up_to_where_it_is(name, ball, image, survives, breaks, worst):
     attacked = lambda eps: on_linear(name, ball)(jnp.array(image), jnp.array([eps]))
-    assert int(attacked(survives).status[0]) == RUNNING
+    assert int(attacked(survives).status[0]) != BROKEN
     assert int(attacked(breaks).status[0]) == BROKEN
     for eps, value in worst.items():
         state = attacked(eps)

@@ -126,6 +126,25 @@ def test_evaluate_adds_rows_to_a_run(run):
     ]
 
 
+def test_evaluate_saves_adversarial_images(run, tmp_path):
+    """Of a run, and of weights without one: the same command, a row printed, a file for each attack."""
+    workdir, _, _ = run
+    words = ("--split", "test[:5]", "--evaluators", "curve(fgsm(linf(eps)), eps=(1/255, 64/255))", "--batch", 5)
+    of_run = ("--workdir", workdir, "--save", tmp_path / "a")
+    of_weights = ("--config", TINY, "--weights", workdir, "--save", tmp_path / "b.npz")
+    outs = [topgap("evaluate", *words, *which) for which in (of_run, of_weights)]
+    assert [code for code, _, _ in outs] == [0, 0]
+    assert all("accuracy at 1/255" in out and "accuracy at 64/255" in out for _, out, _ in outs)
+    assert all("not audited" in out for _, out, _ in outs)
+    (file,) = (tmp_path / "a").iterdir()
+    assert file.name == "test_5_curve_fgsm_linf_eps_eps_1_255_64_255.npz"
+    with np.load(file) as ours, np.load(tmp_path / "b.npz") as other:
+        for name in ("id", "adversarial", "radius", "predicted", "label"):
+            np.testing.assert_array_equal(ours[name], other[name])
+        assert ours["adversarial"].shape == (5, 32, 32, 3)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".jsonl"] == []
+
+
 def test_explain_draws_a_split_and_a_folder(run, tmp_path):
     workdir, _, _ = run
     code, out, _ = topgap("explain", "--workdir", workdir, "--count", 2)

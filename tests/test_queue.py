@@ -398,7 +398,7 @@ def test_a_curve_is_each_radius_alone_but_for_what_is_carried():
     right = (result.examples.radius > 0).sum()
     fallen = [right - a.value * N for a in accuracies]
     assert 0 < fallen[0] < fallen[1] < fallen[2] < right
-    assert result.measures["carried"].y == pytest.approx([0, *fallen[:-1]])
+    assert [result.measures[f"carried_to_{i}"].value for i in (2, 3)] == pytest.approx(fallen[:-1])
     assert set(result.examples.radius) == {0, np.inf, *np.float32(RADII)}
 
 

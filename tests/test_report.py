@@ -231,6 +231,62 @@ def test_accuracy_regions_and_audit_stand_beside_every_robust_number(page, two_r
     assert "clean accuracy 0.9138" in audited and "accuracy() not measured" in audited
 
 
+def attacked_run(folder):
+    """A run with a cascade of two attacks, and images that they ended with, of these weights and of others."""
+    run = make_run(folder, trained=False, evaluated=False, sheets=False)
+    after = {
+        f"after_{i}": Measure(value, n=1000, better="higher", label=f"accuracy after {name}", main=False)
+        for i, (name, value) in enumerate((("pgd-20, linf(8/255)", 0.5), ("apgd-100, linf(8/255)", 0.375)), 1)
+    }
+    measures = {"robust_accuracy": near(0.375, "accuracy under both"), "clean_accuracy": near(0.875, "clean accuracy")}
+    store(run, [row("test", "robust(both)", measures | after, audit="not audited", overrides={"eps": "4/255"})])
+    config = json.loads((run / "config.json").read_text()) | {"data": {"classes": ["disc", "star"], "examples": 9}}
+    (run / "config.json").write_text(json.dumps(config))
+    clean = np.random.default_rng(0).random((8, 8, 8, 3)).astype(np.float32)
+    examples = {
+        "clean": clean, "adversarial": np.clip(clean + 4 / 255, 0, 1), "label": np.zeros(8, int),
+        "predicted": np.ones(8, int), "step": np.arange(8), "attack": np.array([0, 1, -1, 0, 0, 1, 0, 1]),
+        "split": "test", "evaluator": "robust(both) with eps=4/255",
+    }  # fmt: skip
+    (run / "adversarial").mkdir()
+    np.savez(run / "adversarial" / "a.npz", **examples, weights="checkpoint best, step 320")
+    np.savez(run / "adversarial" / "b.npz", **examples, weights="checkpoint best, step 100")
+    (run / "adversarial" / "broken.npz").write_bytes(b"no archive")
+    return run
+
+
+def test_what_each_attack_leaves_and_what_it_did(tmp_path, monkeypatch):
+    """The cascade as a table, adversarial examples as a picture, each with its audit; pictures of other weights are
+    not shown, those of images that stand neither."""
+    names = []
+    drawn = page_module.attacked.picture
+    picture = lambda examples, classes: names.append((examples, classes)) or drawn(examples, classes)
+    monkeypatch.setattr(page_module.attacked, "picture", picture)
+    read = Reader(report([attacked_run(tmp_path / "run")], tmp_path / "page.html").read_text())
+    words = re.sub(r"\s+", " ", read.words)
+    assert "What each attack leaves: run robust(both) with eps=4/255 , test not audited" in words
+    assert "clean accuracy 0.8750 accuracy after pgd-20, linf(8/255) 0.5000 0.3750" in words
+    assert "accuracy after apgd-100, linf(8/255) 0.3750 0.1250" in words
+    assert "Adversarial examples: run, test, robust(both) with eps=4/255 not audited" in words
+    pictures = [attrs for tag, attrs in read.tags if tag == "img" and "adversarial" in attrs.get("alt", "")]
+    assert len(pictures) == len(names) == 1 and pictures[0]["src"].startswith("data:image/png;base64,")
+    examples, classes = names[0]
+    assert len(examples.label) == 7 and classes == ("disc", "star")
+
+
+def test_the_picture_of_adversarial_examples(tmp_path):
+    """Clean, grey + 10 x perturbation, adversarial, pixel by pixel."""
+    examples = page_module.attacked.read(attacked_run(tmp_path / "run") / "adversarial" / "a.npz")
+    picture = np.asarray(page_module.attacked.picture(examples, ("disc", "star")))
+    size = 208  # 8 pixels of 26
+    at = lambda column, row: picture[14 + 20 + 24 + row * (size + 32) + 13, 14 + column * (size + 6) + 13]
+    for row in range(6):
+        first = examples.clean[row, 0, 0], examples.adversarial[row, 0, 0]
+        grey = 0.5 + 10 * (first[1] - first[0])
+        for column, expected in enumerate((first[0], grey, first[1])):
+            np.testing.assert_allclose(at(column, row), np.clip(expected, 0, 1) * 255, atol=1)
+
+
 def test_what_stands_beside_is_of_the_same_network():
     """An override of the attack's own number concerns the attack alone; one of the pool makes another network."""
     accuracy = row("test", "accuracy()", {"accuracy": Measure(0.9, label="accuracy")})

@@ -205,6 +205,12 @@ def test_mistakes(run, tmp_path):
         == "nothing to evaluate: neither config.test nor --split names a split"
     )
     assert error(setup.evaluate, loaded, evaluators="").startswith("nothing to evaluate: neither config.evaluators nor")
+    attacks = "robust(fgsm(linf(eps))), robust(r_fgsm(linf(eps)))"
+    assert (
+        error(setup.evaluate, loaded, evaluators=attacks, save="all.npz")
+        == "--save all.npz: there are 2 attacks to save; name a folder"
+    )
+    assert error(setup.evaluate, loaded, evaluators="accuracy()", save="x").startswith("--save: no evaluator attacks; ")
     assert error(setup.explain, loaded, methods="").startswith("nothing to explain with: neither config.explain nor")
     assert error(setup.explain, loaded, count=0) == "--count must be a whole number of at least 1, got 0"
     empty = setup.from_workdir(workdir, [("train", ""), ("pool", "gap()")])
@@ -219,6 +225,11 @@ def test_mistakes(run, tmp_path):
 def test_a_mistake_in_the_evaluators_is_told_before_the_training(reads):
     for key, text, words in (
         ("evaluators", "accuracy(), regions(bnk)", "unknown name 'bnk'; "),
+        (
+            "evaluators",
+            "robust(pgd(linf(eps), score=targeted_dlr(rank=9)))",
+            "robust(pgd(linf(eps), score=targeted_dlr(rank=9))): targeted_dlr: rank=9 needs 10 classes",
+        ),
         ("evaluators", "receptive_field('nope')", "receptive_field('nope'): no layer 'nope'; layers: "),
         ("explain", "cam(), grad_cam(3, 4)", "grad_cam: too many positional arguments; "),
         ("explain", "cam(), grad_cam('nope')", "grad_cam('nope'): no layer 'nope'; layers: "),

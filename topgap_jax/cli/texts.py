@@ -47,12 +47,14 @@ EVALUATE = f"""\
 Of a run it takes the best checkpoint and adds to its evaluation.json; a row of the same split and
 evaluator is replaced. Of --weights (a file of PyTorch's names and layout or of the module's own, another run, or the
 name of a published network) it prints the table; a config that names them as config.init needs none. A keyword such as
-eps in an evaluator is a number of the config.
+eps in an evaluator is a number of the config. An attack that was stopped goes on where it was, given the same command
+(of --weights with --save: its verdicts lie beside the images).
 
 examples:
   topgap evaluate --workdir runs/gap
   topgap evaluate --workdir runs/gap --split 'test[:200]' --evaluators 'accuracy(), robust(pgd(linf(eps), steps=20))'
   topgap evaluate --config configs/cifar10.py --weights resnet20_cifar10.safetensors
+  topgap evaluate --workdir runs/gap --evaluators 'curve(pgd(linf(eps)), eps=(1/255, 2/255, 4/255))' --save attacked/
   topgap evaluate --config configs/imagenet.py
 
 {METHODS}"""

@@ -103,7 +103,7 @@ def evaluate(
         if path is not None and jax.process_index() == 0:
             results.write(path, rows[-1], weights, source)
         if isinstance(evaluator, Robustness):
-            _store(attacked, evaluator, file, workdir, weights=weights, split=split, evaluator=text)
+            _store(attacked, evaluator, file, workdir, weights=weights, split=split, evaluator=rows[-1].text)
             if log is not None:
                 log.remove()
     return rows

@@ -40,6 +40,12 @@ class Row(NamedTuple):
         return self.split, self.evaluator, tuple(sorted(self.overrides.items()))
 
     @property
+    def text(self) -> str:
+        """The evaluator, with what the row's config had changed: `robust(fgsm(linf(eps))) with eps=4/255`."""
+        changed = ", ".join(f"{key}={text}" for key, text in self.overrides.items())
+        return f"{self.evaluator} with {changed}" if changed else self.evaluator
+
+    @property
     def numbers(self) -> dict[str, Measure]:
         """The measures without the curves."""
         return {name: measure for name, measure in self.measures.items() if isinstance(measure, Measure)}

@@ -54,7 +54,7 @@ class Phase(NamedTuple):
 
     index: int
     attack: Attack
-    eps: np.float32 | None
+    eps: float | None
 
     @property
     def name(self) -> str:
@@ -64,7 +64,7 @@ class Phase(NamedTuple):
     @property
     def limit(self) -> np.float32:
         """Examples that break at no radius up to this one are attacked; the smallest norm is looked for in all."""
-        return np.float32(0) if self.attack.aim == "norm" else LARGEST if self.eps is None else self.eps
+        return np.float32(0) if self.attack.aim == "norm" else LARGEST if self.eps is None else np.float32(self.eps)
 
 
 class Attacked(NamedTuple):
@@ -166,7 +166,7 @@ def _phases(robustness: Robustness) -> list[Phase]:
         return [Phase(index, attack, None) for index, attack in attacks]
     norms = [Phase(index, attack, None) for index, attack in attacks if attack.aim == "norm"]
     others = [(index, attack) for index, attack in attacks if attack.aim != "norm"]
-    return norms + [Phase(*pair, np.float32(eps)) for eps in robustness.eps for pair in others]
+    return norms + [Phase(*pair, eps) for eps in robustness.eps for pair in others]
 
 
 def _enter(examples: Examples, entry: dict[str, Any], attack: int) -> np.ndarray:
@@ -206,15 +206,15 @@ def _curve(robustness: Robustness, examples: Examples, after: Sequence[float]) -
         f"accuracy_at_{i}": share(examples.radius > radius, about(eps))
         for i, (eps, radius) in enumerate(zip(robustness.eps, radii), 1)
     }
-    clean = _clean_accuracy(examples)
-    attacked = examples.radius > 0
-    carried = [float(attacked.sum() - (examples.radius > radius).sum()) for radius in [np.float32(0), *radii[:-1]]]
+    clean, attacked = _clean_accuracy(examples), examples.radius > 0
     accuracies = [measure.value for measure in measures.values()]
-    return measures | {
-        "clean_accuracy": clean,
-        "over_eps": Curve([0.0, *robustness.eps], [clean.value, *accuracies], ("epsilon", "accuracy"), "accuracy"),
-        "carried": Curve(list(robustness.eps), carried, ("epsilon", "images"), "broken at a smaller radius already"),
-    }
+    details = {"clean_accuracy": clean}
+    for i, (eps, smaller) in enumerate(zip(robustness.eps[1:], radii), 2):
+        carried = int((attacked & (examples.radius <= smaller)).sum())
+        label = f"images at {radius_text(eps)} that broke at a smaller radius already"
+        details[f"carried_to_{i}"] = Measure(carried, n=len(attacked), label=label, main=False)
+    over = Curve([0.0, *robustness.eps], [clean.value, *accuracies], ("epsilon", "accuracy"), "accuracy over epsilon")
+    return measures | details | {"over_eps": over}
 
 
 def _clean_accuracy(examples):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from topgap_jax.measure.results import Row
-from topgap_jax.report.lines import Line, all_fewer, amount, comparison, evaluator_text, fewer, interval, number, reason
+from topgap_jax.report.lines import Line, all_fewer, amount, comparison, fewer, interval, number, reason
 from topgap_jax.report.read import beside, differing, finite, read_runs
 from topgap_jax.types import Measure
 
@@ -103,7 +103,7 @@ def note(rows: Sequence[Row], row: Row) -> str:
     """What a robust number lacks, in words: its audit, and of what belongs beside it that which was not measured."""
     _, missing = beside(rows, row)
     words = f"; not measured beside it: {', '.join(missing)}" if missing else ""
-    return printable(f"{evaluator_text(row)} on {row.split}: {row.audit}{words}")
+    return printable(f"{row.text} on {row.split}: {row.audit}{words}")
 
 
 def configs(changed: Sequence[tuple[str, Sequence[str | None]]], names: Sequence[str]) -> str:

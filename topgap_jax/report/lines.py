@@ -56,7 +56,7 @@ def comparison(tables: Sequence[Sequence[Row]]) -> list[Line]:
             lines.append(
                 Line(
                     split=key[0],
-                    evaluator=evaluator_text(next(row for row in rows if row)),
+                    evaluator=next(row for row in rows if row).text,
                     about=about,
                     cells=cells,
                     rows=rows,
@@ -73,12 +73,6 @@ def describing(name: str, measures: Sequence[Measure]) -> Measure:
     bare = name.replace("_", " ")
     about = min(measures, key=lambda measure: (measure.better is None, measure.main, measure.label == bare))
     return Measure(better=about.better, label=str(about.label or name), unit=str(about.unit), main=about.main)
-
-
-def evaluator_text(row: Row) -> str:
-    """The evaluator, with what the row's config had changed: `robust(fgsm(linf(eps))) with eps=4/255`."""
-    changed = ", ".join(f"{key}={text}" for key, text in row.overrides.items())
-    return f"{row.evaluator} with {changed}" if changed else row.evaluator
 
 
 def best(better: str | None, values: Sequence[float | None]) -> int | None:

@@ -11,7 +11,7 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from itertools import count, zip_longest
+from itertools import count, takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,16 @@ from PIL import Image
 from topgap_jax.errors import UserError
 from topgap_jax.measure.results import to_json
 from topgap_jax.progress import write_text
+from topgap_jax.report import attacked
 from topgap_jax.report.figures import SERIES, Series, line_chart
-from topgap_jax.report.lines import amount, comparison, evaluator_text, fewer, has_interval, number, reason
+from topgap_jax.report.lines import amount, comparison, fewer, has_interval, number, reason
 from topgap_jax.report.read import Run, beside, differing, finite, read_runs
 from topgap_jax.report.verdict import verdict
 from topgap_jax.types import Curve
 
 HERE = Path(__file__).parent
 PICTURE_BYTES = 10_000_000  # of all contact sheets on a page, as they stand in it
+ADVERSARIAL_BYTES = 4_000_000  # of all pictures of adversarial examples
 LARGE_BYTES = 1_000_000  # a larger sheet is stored as JPEG
 WIDEST = 1600
 
@@ -59,6 +61,8 @@ def report(workdirs: Sequence[Path | str], out: Path, *, title: str = "Top-GAP r
             facts=[facts(run) for run in runs],
             lines=comparison([run.rows for run in runs]),
             robust=robust_rows(runs),
+            cascades=cascades(runs),
+            adversarial=adversarial(runs),
             training=training(runs, ids),
             curves=curves(runs, ids),
             sheets=pictures,
@@ -93,7 +97,6 @@ def environment() -> Environment:
         "finite": finite,
         "has_interval": has_interval,
         "reason": reason,
-        "evaluator_text": evaluator_text,
         "colours": SERIES,
     }
     return jinja
@@ -126,6 +129,37 @@ def robust_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
+def cascades(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Of every row with several attacks, what each of them leaves: the measures `after_1`, `after_2`, ..."""
+    tables = []
+    for i, run in enumerate(runs):
+        for row in run.rows:
+            numbers = row.numbers
+            names = takewhile(numbers.__contains__, (f"after_{k}" for k in count(1)))
+            left = [numbers[name] for name in names]
+            if row.audit is not None and left and "clean_accuracy" in numbers:
+                tables.append({"run": i, "row": row, "left": [numbers["clean_accuracy"], *left]})
+    return tables
+
+
+def adversarial(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A picture of examples that each robust row's attacks broke, as far as there is room for it."""
+    drawn, used = [], 0
+    for i, run in enumerate(runs):
+        for examples in filter(None, map(attacked.read, run.adversarial)):
+            rows = [row for row in run.rows if (row.split, row.text) == (examples.split, examples.evaluator)]
+            image = attacked.picture(examples, run.classes) if rows and examples.weights == run.weights else None
+            if image is None:
+                continue
+            stored = io.BytesIO()
+            image.save(stored, "PNG", optimize=True)
+            data = as_data(stored.getvalue())
+            if used + len(data["source"]) <= ADVERSARIAL_BYTES:
+                used += len(data["source"])
+                drawn.append({"run": i, "row": rows[0], "picture": data})
+    return drawn
+
+
 def training(runs: Sequence[Run], ids: Iterator[str]) -> list[dict[str, Any]]:
     """A chart for every number in metrics.jsonl, loss and accuracy first: thin lines training, points validation."""
     names = dict.fromkeys(["loss", "accuracy"])
@@ -153,7 +187,7 @@ def curves(runs: Sequence[Run], ids: Iterator[str]) -> list[dict[str, Any]]:
         for row in run.rows:
             for name, curve in row.measures.items():
                 if isinstance(curve, Curve) and len(curve.x) > 2:  # two points are in the tables already
-                    key = (name, evaluator_text(row), row.split)
+                    key = (name, row.text, row.split)
                     _, _, series = charts.setdefault(key, (curve, row.audit is not None, []))
                     series.append(Series(curve.x, curve.y, i, points=len(curve.x) <= 30))
     drawn = []
@@ -195,18 +229,22 @@ def sheets(runs: Sequence[Run]) -> tuple[dict[str, list[dict[str, Any] | None]],
 def embedded(path: Path) -> dict[str, Any] | None:
     """A picture as data URI with its size, a large one made smaller and as JPEG; None if it cannot be read."""
     try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as opened:
-            opened.load()
-            width, height, kind = *opened.size, "png"
-            if len(content) > LARGE_BYTES or width > WIDEST:
-                small = opened.convert("RGB")
-                small.thumbnail((WIDEST, 10 * WIDEST))
-                stored = io.BytesIO()
-                small.save(stored, "JPEG", quality=88)
-                content, kind, (width, height) = stored.getvalue(), "jpeg", small.size
+        return as_data(path.read_bytes())
     except (OSError, ValueError, SyntaxError):  # what Pillow raises for a broken file
         return None
+
+
+def as_data(content: bytes) -> dict[str, Any]:
+    """A PNG as data URI with its size, a large one made smaller and as JPEG."""
+    with Image.open(io.BytesIO(content), formats=["PNG"]) as opened:
+        opened.load()
+        width, height, kind = *opened.size, "png"
+        if len(content) > LARGE_BYTES or width > WIDEST:
+            small = opened.convert("RGB")
+            small.thumbnail((WIDEST, 10 * WIDEST))
+            stored = io.BytesIO()
+            small.save(stored, "JPEG", quality=88)
+            content, kind, (width, height) = stored.getvalue(), "jpeg", small.size
     return {
         "source": f"data:image/{kind};base64,{base64.b64encode(content).decode()}",
         "width": width,

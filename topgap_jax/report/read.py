@@ -20,7 +20,8 @@ BESIDE = ("accuracy", "regions")
 
 class Run(NamedTuple):
     """A run folder. config and versions are flat {dotted key: text}; metrics the lines of metrics.jsonl; rows those of
-    evaluation.json; weights and data say what was evaluated."""
+    evaluation.json; weights and data say what was evaluated; adversarial are files of images that its attacks ended
+    with."""
 
     label: str
     folder: Path
@@ -32,6 +33,8 @@ class Run(NamedTuple):
     weights: str
     data: str
     sheets: list[Path]
+    classes: tuple[str, ...] = ()
+    adversarial: tuple[Path, ...] = ()
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[Run]:
@@ -60,6 +63,8 @@ def read_run(folder: Path, label: str) -> Run:
         weights=evaluation.weights,
         data=evaluation.data,
         sheets=sorted(folder.glob("sheets/*.png")),
+        classes=tuple(map(str, (stored.get("data") or {}).get("classes", ()))),
+        adversarial=tuple(sorted(folder.glob("adversarial/*.npz"))),
     )
 
 

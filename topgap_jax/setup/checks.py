@@ -15,7 +15,7 @@ from topgap_jax.progress import say
 from topgap_jax.setup import config as configs
 from topgap_jax.setup import expressions
 from topgap_jax.setup.assembly import Experiment, context, template
-from topgap_jax.types import Batch, Evaluator, Explain, Robustness
+from topgap_jax.types import Attack, Batch, Evaluator, Explain, Robustness
 
 EXAMPLES = 2  # in the batch that is traced
 OF_THE_MODEL = ("mean", "std", "dtype", "pool", "backbone", "head", "network")
@@ -77,11 +77,15 @@ def optimizer(chosen: Experiment, built: optax.GradientTransformation) -> None:
 
 
 def evaluators(chosen: Experiment, sources: Iterable[Source], built: Mapping[str, Any], where: str) -> None:
-    """Every split offers what the evaluators need, every layer they name is there. where: what an error begins with."""
+    """Every split offers what the evaluators need, every layer they name is there, attacks fit the number of classes.
+    where: what an error begins with."""
     variables = evaluation_variables(template(chosen))
     for batch in _batches(chosen, sources):
         for text, evaluator in built.items():
             if isinstance(evaluator, Robustness):
+                for attack in evaluator.runs:
+                    step = lambda variables, batch, attack=attack: _step(attack, chosen, variables, batch)
+                    _trace(f"{where}: {text}", step, variables, batch)
                 continue
             rows = lambda variables, batch, evaluator=evaluator: _rows(evaluator, chosen, variables, batch)
             _trace(f"{where}: {text}", rows, variables, batch)
@@ -101,6 +105,11 @@ def explanations(chosen: Experiment, built: Mapping[str, Explain], where: str) -
 def _rows(evaluator: Evaluator, chosen: Experiment, variables, batch):
     prepared = evaluator.prepare(None, len(chosen.classes)) if evaluator.prepare else {}
     return evaluator.rows(_keys(), chosen.model, variables, batch, prepared)
+
+
+def _step(attack: Attack, chosen: Experiment, variables, batch):
+    predict, images, labels = bind(chosen.model, variables), batch["image"], batch["label"]
+    return attack.step(predict, attack.init(_keys(), predict, images, labels, predict(images)))
 
 
 def _trace(where, function, *arguments):
