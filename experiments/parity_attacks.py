@@ -44,13 +44,13 @@ class Row(NamedTuple):
 
 BOTH, ONE = ("auto-attack", "torchattacks"), ("auto-attack",)
 ROWS = (
-    Row("pgd", "linf", "1/255", 1000, "pgd({})", 20, ("torchattacks", "foolbox")),
-    Row("apgd-ce", "linf", "1/255", 1000, "apgd({})", 100, BOTH),
-    Row("apgd-dlr", "linf", "1/255", 1000, "apgd({}, score=dlr)", 100, BOTH),
-    Row("apgd-t", "linf", "1/255", 200, "apgd_t({})", 100, ONE),
-    Row("fab-t", "linf", "1/255", 200, "fab_t({})", 100, ONE),
-    Row("square", "linf", "1/255", 200, "square({})", 5000, ONE),
-    Row("autoattack", "linf", "1/255", 300, "autoattack({})", 0, ONE),
+    Row("pgd", "linf", ".75/255", 1000, "pgd({})", 20, ("torchattacks", "foolbox")),
+    Row("apgd-ce", "linf", ".75/255", 1000, "apgd({})", 100, BOTH),
+    Row("apgd-dlr", "linf", ".75/255", 1000, "apgd({}, score=dlr)", 100, BOTH),
+    Row("apgd-t", "linf", ".75/255", 200, "apgd_t({})", 100, ONE),
+    Row("fab-t", "linf", ".75/255", 200, "fab_t({})", 100, ONE),
+    Row("square", "linf", ".75/255", 200, "square({})", 5000, ONE),
+    Row("autoattack", "linf", ".75/255", 300, "autoattack({})", 0, ONE),
     Row("pgd", "l2", ".1", 100, "pgd({})", 20, ("torchattacks", "foolbox")),
     Row("apgd-ce", "l2", ".1", 100, "apgd({})", 100, BOTH),
     Row("apgd-dlr", "l2", ".1", 100, "apgd({}, score=dlr)", 100, BOTH),
