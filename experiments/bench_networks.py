@@ -2,8 +2,8 @@
 
     python experiments/bench_networks.py --peer-python bench-env/bin/python
 
-Batch 8 at 224x224, float32, random weights that timm's network of the peer has drawn. Each row has three processes of
-ours (the engine with oneDNN, the engine without, plain JAX) and one of PyTorch (channels_last, bound threads), asked in
+Batch 8 at 224x224, float32, random weights that timm's network of the peer has drawn. Each row has two processes of
+ours (the engine with oneDNN, the engine without) and one of PyTorch (channels_last, bound threads), asked in
 turn. Ratio = PyTorch's time over ours: above 1 ours is faster. The peer's environment needs torch, timm, numpy and
 safetensors.
 """
@@ -26,7 +26,7 @@ NETWORKS = {  # ours: timm's name
 }
 PATHS = ("forward", "input_gradient", "train")
 TRAINED = ("EfficientNet-Lite0", "ResNet-50")
-SETTINGS = ("oneDNN", "XLA", "plain JAX")
+SETTINGS = ("oneDNN", "XLA")
 PEER = "PyTorch, bound threads"
 TARGETS = {  # PyTorch's time over ours at least, with oneDNN: of forward and of input gradient
     "EfficientNet-Lite0": (1.2, 1.2),
