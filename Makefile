@@ -65,6 +65,7 @@ bench-env: ## an environment of its own for the peers of the benchmarks (PyTorch
 
 bench: install bench-env ## speed against PyTorch: results/bench_*.json
 	$(BIN)/python experiments/bench_core.py --peer-python .venv-bench/bin/python
+	$(BIN)/python experiments/bench_networks.py --peer-python .venv-bench/bin/python
 	$(BIN)/python experiments/bench_pool.py
 	$(BIN)/python experiments/bench_systems.py
 

@@ -61,8 +61,13 @@ def main():
     if whole:
         about = {"machine": machine, "load_average_after": driver.load_average()}
         driver.write("bench_networks", about | {"batch": options.batch, "size": options.size, "rows": rows})
-    head = ["network", "path", *options.ours, "ms, PyTorch / first", "compile s, first", "peak MB, PyTorch / first"]
-    print("\n" + driver.table(head, [line(row) for row in rows]))
+    print("\n" + table(rows))
+
+
+def table(rows):
+    """PyTorch's time over ours, of whole rows as they are stored."""
+    head = ["network", "path", *rows[0]["ratio"], "ms, PyTorch / first", "compile s, first", "peak MB, PyTorch / first"]
+    return driver.table(head, [line(row) for row in rows])
 
 
 def measure(network, path, options, folder):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_loops
+import bench_networks
 import bench_pool
 import bench_systems
 import study as driver
@@ -168,6 +169,14 @@ def memory(stored: Mapping[str, Any]) -> str:
     return "Largest resident memory of one process each, MB.\n\n" + markdown(["path", *names, "PyTorch"], lines)
 
 
+def networks(stored: Mapping[str, Any]) -> str:
+    return (
+        f"PyTorch's time over ours, median [range] of the rounds; of CPU time. Batch {stored['batch']} at"
+        f" {stored['size']}x{stored['size']}, float32, the engine with oneDNN and without. Peak: the whole process, with"
+        f" compilation.\n\n{bench_networks.table(stored['rows'])}"
+    )
+
+
 def loops(stored: Mapping[str, Any]) -> str:
     head = ["path", "loop / unrolled, median [range]", "of minima", "of CPU time", "a step, ms", "compile s"]
     return "PGD-10 of a ResNet-20 in a loop, and written out.\n\n" + markdown(
@@ -261,6 +270,7 @@ BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("Speed beside PyTorch, Python 3.13", "bench_core_3.13", core),
     ("Memory", "bench_core", memory),
     ("Memory, Python 3.13", "bench_core_3.13", memory),
+    ("ImageNet networks beside PyTorch", "bench_networks", networks),
     ("Attacks in a loop", "bench_loops", loops),
     ("What Top-GAP costs", "bench_pool", pool),
     ("What each system costs", "bench_systems", steps),
