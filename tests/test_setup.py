@@ -227,8 +227,8 @@ def test_a_mistake_in_the_evaluators_is_told_before_the_training(reads):
         ("evaluators", "accuracy(), regions(bnk)", "unknown name 'bnk'; "),
         (
             "evaluators",
-            "robust(pgd(linf(eps), score=targeted_dlr(rank=9)))",
-            "robust(pgd(linf(eps), score=targeted_dlr(rank=9))): targeted_dlr: rank=9 needs 10 classes",
+            "robust(pgd(linf(eps), score=targeted_margin))",
+            "robust(pgd(linf(eps), score=targeted_margin)): a targeted score needs target classes: ",
         ),
         ("evaluators", "receptive_field('nope')", "receptive_field('nope'): no layer 'nope'; layers: "),
         ("explain", "cam(), grad_cam(3, 4)", "grad_cam: too many positional arguments; "),
