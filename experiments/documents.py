@@ -172,8 +172,8 @@ def memory(stored: Mapping[str, Any]) -> str:
 def networks(stored: Mapping[str, Any]) -> str:
     return (
         f"PyTorch's time over ours, median [range] of the rounds; of CPU time. Batch {stored['batch']} at"
-        f" {stored['size']}x{stored['size']}, float32, the engine with oneDNN and without. Peak: the whole process, with"
-        f" compilation.\n\n{bench_networks.table(stored['rows'])}"
+        f" {stored['size']}x{stored['size']}, float32, the engine with oneDNN and without. Peak: the whole process,"
+        f" compilation included.\n\n{bench_networks.table(stored['rows'])}"
     )
 
 
