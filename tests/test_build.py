@@ -38,17 +38,18 @@ def test_values():
     assert build("mean", TABLE, VALUES) == (0.5, 0.5, 0.5)
     attack = build("pgd(linf(eps), score=margin, steps=steps)", TABLE, VALUES)
     assert isinstance(attack, Attack) and attack.steps == 7
-    assert attack.name == "pgd-7, linf(8/255)"
+    assert attack.name == "pgd-7 on margin, linf(8/255)"
 
 
 def test_signature():
-    assert (
-        signature("pgd", attacks.pgd) == "pgd(ball, *, score=cross_entropy, steps=20, step_size=None, start='random')"
-    )
+    assert signature("pgd", attacks.pgd) == PGD.removeprefix("usage: ")
     assert signature("f", lambda a, *rest, b, **words: None) == "f(a, *rest, b, **words)"
 
 
-PGD = "usage: pgd(ball, *, score=cross_entropy, steps=20, step_size=None, start='random')"
+PGD = (
+    "usage: pgd(ball, *, score=cross_entropy, steps=20, step_size=None, start='random', optimizer=None, targets=0, "
+    "restarts=1, samples=None)"
+)
 ERRORS = {
     "top_gapp(k=3)": "unknown name 'top_gapp'; did you mean 'top_gap'? 'topgap help' lists the names",
     "pgd(linf(epz))": "unknown name 'epz'; did you mean 'eps'? 'topgap help' lists the names",

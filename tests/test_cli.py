@@ -212,7 +212,8 @@ def test_help(monkeypatch):
     assert re.search(r"^  with_pool  +The classifier with `pool` over class maps", out, re.M)
     assert re.search(r"^  margin  +\S", out, re.M)
     assert topgap("help", "pgd")[1].startswith(
-        "pgd(ball, *, score=cross_entropy, steps=20, step_size=None, start='random')\n\nProjected "
+        "pgd(ball, *, score=cross_entropy, steps=20, step_size=None, start='random', optimizer=None, targets=0, "
+        "restarts=1, samples=None)\n\nProjected "
     )
     assert topgap("help", "margin")[1].startswith("margin\n\nmax over k != y")
     rules = topgap("help", "guided")[1]

@@ -357,5 +357,5 @@ def test_a_list_from_the_command_line_names_its_argument():
     text = error(expressions.choices, configs.load(TINY)[0], "evaluators", {}, "accuracy(), cam()", "--evaluators")
     assert text.startswith(
         "--evaluators: 'cam' is not an evaluator; choose from accuracy, attributional_robustness, coverage,"
-        " localisation, "
+        " curve, localisation, "
     )

@@ -111,6 +111,7 @@ def _everything() -> str:
     rooms = [
         f"\n{room}\n{_listing({key: _doc(value) for key, value in table.items()})}"
         for room, table in {**ROOMS, **named, **python}.items()
+        if table
     ]
     end = "'topgap help NAME' says more, 'topgap help config' lists the keys, 'topgap --help' the commands."
     return "\n".join([*rooms, f"\n{end}"])
