@@ -223,10 +223,10 @@ def _level(weights, bounds, total):
 
 
 def radius_text(eps: float) -> str:
-    """A radius as people write it: 8/255, 0.5."""
-    levels = round(eps * 255)
+    """A radius as people write it: 8/255, 0.5/255, 0.5."""
+    levels = round(4 * 255 * eps) / 4
     fraction = 0 < levels < 255 and abs(eps * 255 - levels) < 1e-6 and float(f"{eps:.2g}") != eps
-    return f"{levels}/255" if fraction else f"{eps:.4g}"
+    return f"{levels:g}/255" if fraction else f"{eps:.4g}"
 
 
 def _box(images, delta):
