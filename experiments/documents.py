@@ -90,7 +90,7 @@ def study(name: str) -> tuple[str, str, str, str]:
         f"`{arm}`: {', '.join(f'`{key} = {value}`' for key, value in settings.items()) or 'as the config stands'}"
         for arm, settings in ((arm, settings_of(seeds)) for arm, seeds in stored["runs"].items())
     )
-    number = len(next(iter(stored["runs"].values())))
+    number = min(map(len, stored["runs"].values()))
     count = ONE_SEED if number == 1 else f"{number} seeds, {runs[0]['steps']} steps."
     minutes = {
         arm: statistics.median(run["train_cpu_seconds"] for run in seeds.values()) / 60
