@@ -200,7 +200,7 @@ def _to_hyperplane(lengths, points, w, b):
     w and b by the largest |w_i|, which leaves the hyperplane: products of a confident image's gradient are 0 in
     float32.
     """
-    # Flat rows, over which XLA's CPU reduces up to ten times as fast as over three axes.
+    # Flat rows, over which XLA's CPU reduces faster than over three axes.
     x, w, shape = _flat(points), _flat(w), points.shape
     largest = jnp.abs(w).max(1)
     largest = jnp.where(largest > 0, largest, 1.0)

@@ -108,4 +108,3 @@ def _pick(logits, labels):
 
 VALUES = table(logit, cross_entropy, margin, dlr, kl, probability_margin, targeted_dlr, targeted_margin)
 """Scores, which a config names without a call."""
-TABLE = table()

@@ -194,7 +194,7 @@ def _call(kind: int, geometry: Geometry, fused: Fused, *operands: Array) -> Arra
         # Of depthwise kernels that are wider oneDNN has the weight gradient pixel by pixel.
         return jnp.concatenate([_call(kind, close, fused, *pair) for close, pair in strips(geometry, *operands)], 1)
     if kind == INPUT_GRADIENT and geometry.dense and geometry.strides != (1, 1) and operands[1].shape[2] <= FEW:
-        # oneDNN's gradient by the image itself, at the stem of a network, takes three times as long.
+        # The gradient by the image, at the stem of a network, for which oneDNN's own call is slow.
         dy, w, *extras = operands
         kernel, close = places(w, geometry)
         if min(map(min, close.pads)) >= 0:

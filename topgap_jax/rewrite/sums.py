@@ -75,14 +75,14 @@ def _sums(jaxpr: Jaxpr) -> tuple[dict[int, Pooled], set[int]]:
     for eqn in jaxpr.eqns:
         if eqn.primitive is not reduce_sum_p or eqn.params["axes"] != AXES or eqn.params.get("out_sharding"):
             continue
-        dense, bias, last = made_by.get(eqn.invars[0]), None, eqn.invars[0]
-        between = []
-        if dense is not None and dense.primitive in SUMS and len(used[last]) == 1:
-            between, (value, bias) = [dense], _value_and_bias(dense, made_by)
-            dense, last = made_by.get(value), value
-        if dense is not None and _is_dense(dense) and len(used[last]) == 1 and (not between or bias is not None):
-            sums[id(eqn)] = Pooled(dense, bias)
-            passed.update(map(id, [dense, *between]))
+        last = made_by.get(eqn.invars[0])
+        replaced, bias = [last], None
+        if last is not None and last.primitive in SUMS:
+            value, bias = _value_and_bias(last, made_by)
+            replaced = [made_by.get(value), last]
+        if None not in replaced and _is_dense(replaced[0]) and all(len(used[e.outvars[0]]) == 1 for e in replaced):
+            sums[id(eqn)] = Pooled(replaced[0], bias)
+            passed.update(map(id, replaced))
     return sums, passed
 
 
