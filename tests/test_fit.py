@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,7 +225,7 @@ def test_a_training_lets_its_folder_go(whole):
 
 
 def test_another_config_is_refused(whole, tmp_path):
-    workdir, _ = whole
+    workdir = shutil.copytree(whole[0], tmp_path / "run")  # a copy: `whole` serves the other tests, in any order
     text = f"'{workdir}' holds a run with another config: seed is 3 there and 4 here; take another workdir"
     for config in ({**CONFIG, "seed": 4}, ConfigDict({**CONFIG, "seed": 4})):
         with pytest.raises(UserError) as error:
