@@ -64,7 +64,7 @@ def program(*words, **options) -> subprocess.Popen:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def trained(tmp_path_factory):
     """A run that `topgap train` made: (folder, stdout, stderr)."""
     workdir = tmp_path_factory.mktemp("cli") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -72,6 +72,13 @@ def run(tmp_path_factory):
         code, out, err = topgap("train", "--config", TINY, "--workdir", workdir)
     assert code == 0, err
     return workdir, out, err
+
+
+@pytest.fixture
+def run(trained, tmp_path_factory):
+    """A copy of it for each test, which may write there."""
+    workdir, out, err = trained
+    return shutil.copytree(workdir, tmp_path_factory.mktemp("cli") / "run"), out, err
 
 
 def test_train_tells_what_it_does_and_shows_the_results(run):

@@ -35,10 +35,17 @@ def train(workdir, config=CONFIG, **changes):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def trained(tmp_path_factory):
     """An uninterrupted run: (folder, all its numbers)."""
     workdir = tmp_path_factory.mktemp("whole")
     return workdir, flat(train(workdir))
+
+
+@pytest.fixture
+def whole(trained, tmp_path_factory):
+    """A copy of it for each test, which may write there."""
+    workdir, numbers = trained
+    return shutil.copytree(workdir, tmp_path_factory.mktemp("whole") / "run"), numbers
 
 
 def test_fit_is_this_loop(tmp_path):
@@ -219,13 +226,13 @@ def test_two_trainings_in_one_folder(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_training_lets_its_folder_go(whole):
-    with (whole[0] / "lock").open() as file:
+def test_a_training_lets_its_folder_go(trained):
+    with (trained[0] / "lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_another_config_is_refused(whole, tmp_path):
-    workdir = shutil.copytree(whole[0], tmp_path / "run")  # a copy: `whole` serves the other tests, in any order
+    workdir, _ = whole
     text = f"'{workdir}' holds a run with another config: seed is 3 there and 4 here; take another workdir"
     for config in ({**CONFIG, "seed": 4}, ConfigDict({**CONFIG, "seed": 4})):
         with pytest.raises(UserError) as error:

@@ -34,7 +34,7 @@ def one_device(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def trained(tmp_path_factory):
     """A trained run with averaged weights and without a validation split."""
     workdir = tmp_path_factory.mktemp("run") / "first"
     chosen = setup.experiment(TINY, [("ema", ".5"), ("validation", ""), ("epochs", "1"), ("seed", "1")])
@@ -42,6 +42,13 @@ def run(tmp_path_factory):
         chosen.config, workdir, parts=setup.parts(chosen), file=chosen.file, mesh=data_mesh(jax.devices()[:1])
     )
     return workdir, variables
+
+
+@pytest.fixture
+def run(trained, tmp_path_factory):
+    """A copy of it for each test, which may write there."""
+    workdir, variables = trained
+    return shutil.copytree(workdir, tmp_path_factory.mktemp("run") / "first"), variables
 
 
 @pytest.fixture

@@ -109,7 +109,8 @@ def crop_window(
     scale = max(height / h, width / w)
     if resize == "centre" and scale <= 1:  # whole pixels: nothing is resampled
         return float((h - height) // 2), float((w - width) // 2), float(height), float(width)
-    return (h - height / scale) / 2, (w - width / scale) / 2, height / scale, width / scale
+    part_h, part_w = min(height / scale, float(h)), min(width / scale, float(w))  # 8 / (8 / 49) is 49.00000000000001
+    return (h - part_h) / 2, (w - part_w) / 2, part_h, part_w
 
 
 def with_classes(source: Source, classes: tuple[str, ...]) -> Source:
