@@ -13,7 +13,7 @@ from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import data_mesh, replicated, split
 from topgap_jax.rewrite import name, with_drop
-from topgap_jax.training import objectives
+from topgap_jax.training import objectives, schedules
 
 B, CLASSES = 16, 3
 random = np.random.default_rng(0)
@@ -57,7 +57,7 @@ MODEL, VARIABLES = small(pool.top_gap(k=5))
 
 
 def make(row):
-    table = {**objectives.TABLE, **attacks.TABLE, **balls.TABLE, **penalties.TABLE}
+    table = {**objectives.TABLE, **attacks.TABLE, **balls.TABLE, **penalties.TABLE, **schedules.TABLE}
     return build(row, table, {**scores.VALUES, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)})
 
 
@@ -114,6 +114,14 @@ def test_adversarial_is_standard_on_the_last_iterate(adversarial_images):
     assert ours[0][0] > standard(VARIABLES["params"], BATCH["image"])[0][0]
 
 
+def test_the_radius_of_the_attack_may_follow_a_schedule():
+    """Without a radius it is standard training, with the attack's own what it is without a schedule."""
+    warm = objectives.adversarial(PGD, eps=schedules.warmup(0.03, 4))
+    losses = jax.jit(lambda step: warm(KEYS, MODEL, VARIABLES, BATCH, step)[0])
+    for step, plain in {0: objectives.standard(), 4: objectives.adversarial(PGD)}.items():
+        np.testing.assert_allclose(losses(step), plain(KEYS, MODEL, VARIABLES, BATCH, step)[0], atol=1e-5)
+
+
 def test_the_attack_sees_the_pool_of_this_step():
     """A schedule of k: the last iterate at step 0 is the one against gap, at step 9 the one against gmp."""
 
@@ -133,6 +141,7 @@ LOWERS = [
     "standard(label_smoothing=.1)",
     "adversarial(pgd(linf(.01), steps=2))",
     "adversarial(r_fgsm(linf(.01)))",
+    "adversarial(r_fgsm(linf(.01)), eps=warmup(.01, 10))",
     "norm_regularised(l1_norm(.01))",
     "norm_regularised(elastic(.01, .02), solver='iterative', steps=2)",
     "norm_regularised(group_norm(.05, 3))",

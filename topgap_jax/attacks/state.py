@@ -197,11 +197,14 @@ def named(method: str, steps: int, score: Score) -> str:
     return f"{method}-{steps}" + ("" if score is cross_entropy else f" on {word}")
 
 
-def attack(attack: Attack, keys: Keys, predict: Predict, images: Array, labels: Array) -> State:
+def attack(
+    attack: Attack, keys: Keys, predict: Predict, images: Array, labels: Array, *, eps: float | Array | None = None
+) -> State:
     """The whole attack on a batch in one call, with a loop over its steps: the driver for notebooks, training and
     evaluators.
 
-    keys (b,), images (b, h, w, c) in [0, 1], labels (b,). `best` holds the adversarial images where `status` is BROKEN;
+    keys (b,), images (b, h, w, c) in [0, 1], labels (b,); eps: another radius than the attack's own, one for all or
+    (b,). `best` holds the adversarial images where `status` is BROKEN;
     training takes the last iterate, images + delta. Of an attack with several runs (restarts, targets) each example
     keeps the first that breaks it, without one the last; of an attack on maps or norms the one with the highest score.
     Raises UserError for arrays that are none of these; inside `jit` nothing is checked. Eager calls compile the loop
@@ -222,13 +225,13 @@ def attack(attack: Attack, keys: Keys, predict: Predict, images: Array, labels: 
         state = speed.loop(step, attack.steps, state)
         return finish(predict, state, attack.samples) if attack.aim == "label" else state
 
-    state = attack.init(keys, predict, images, labels, logits)
+    state = attack.init(keys, predict, images, labels, logits, eps=eps)
     if attack.runs == 1:
         return one_run(state)
 
     def next_run(carry):
         number, best = carry
-        state = one_run(attack.init(keys, predict, images, labels, logits, run=number))
+        state = one_run(attack.init(keys, predict, images, labels, logits, run=number, eps=eps))
         kept = best.status == BROKEN if attack.aim == "label" else best.score >= state.score
         return number + 1, select(kept & (number > 0), best, state)
 

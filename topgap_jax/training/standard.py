@@ -7,7 +7,7 @@ from jax import lax
 from topgap_jax.attacks import attack as run
 from topgap_jax.build import check_number, table
 from topgap_jax.models import bind
-from topgap_jax.types import Attack, Objective
+from topgap_jax.types import Attack, Objective, Schedule
 
 
 def standard(*, label_smoothing: float = 0.0) -> Objective:
@@ -27,17 +27,19 @@ def standard(*, label_smoothing: float = 0.0) -> Objective:
     return objective
 
 
-def adversarial(attack: Attack, *, label_smoothing: float = 0.0) -> Objective:
+def adversarial(attack: Attack, *, eps: Schedule | None = None, label_smoothing: float = 0.0) -> Objective:
     """Standard training on the attack's last iterate (Madry et al. 2018, arXiv 1706.06083).
 
-    The attack sees the model in eval mode, with the pool as it is at this step.
+    The attack sees the model in eval mode, with the pool as it is at this step. eps: the radius at each step where it
+    is not the attack's own; adversarial(r_fgsm(linf(8/255)), eps=warmup(8/255, 1000)) begins on clean images.
     """
     inner = standard(label_smoothing=label_smoothing)
 
     def objective(keys, model, variables, batch, step):
         predict = bind(model, lax.stop_gradient(variables), step=step)
         # The state's last iterate, not its first break: training wants the point of highest loss.
-        state = run(attack, keys, predict, batch["image"], batch["label"])
+        radius = None if eps is None else eps(step)
+        state = run(attack, keys, predict, batch["image"], batch["label"], eps=radius)
         return inner(keys, model, variables, {**batch, "image": lax.stop_gradient(state.images + state.delta)}, step)
 
     return objective
