@@ -116,6 +116,48 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path):
     assert read_metrics(tmp_path) == read_metrics(workdir)
 
 
+def flip(workdir, which, step):
+    """One bit of a checkpoint's arrays."""
+    files = (path for path in sorted((workdir / "checkpoints" / which / str(step)).rglob("d/*")))
+    path = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, tmp_path, capsys):
+    """To the same bits, of every checkpoint; where none is left it says so and begins anew when asked again."""
+    workdir, expected = whole
+    flip(workdir, "last", STEPS)
+    np.testing.assert_array_equal(flat(train(workdir)), expected)
+    assert f"last/{STEPS} is damaged: variables/" in capsys.readouterr().err
+    assert checkpoint.latest_step(workdir) == STEPS and (workdir / "checkpoints/damaged" / f"last_{STEPS}").is_dir()
+    for step in (STEPS - 5, STEPS):
+        flip(workdir, "last", step)
+    with pytest.raises(UserError) as error:
+        train(workdir)
+    assert str(error.value) == (
+        f"no checkpoint of '{workdir}' is left to go on from; the same command again begins anew"
+    )
+    np.testing.assert_array_equal(flat(train(workdir)), expected)
+
+
+def test_a_best_checkpoint_that_is_lost_is_said_and_written_again(whole, tmp_path, capsys):
+    """A run that is taken up before its best step writes it again; one that is over says what is left."""
+    workdir, _ = whole
+    best = checkpoint.latest_step(workdir, "best")
+    shutil.rmtree(workdir / "checkpoints" / "best")
+    train(workdir)
+    accuracy = next(r["accuracy"] for r in read_metrics(workdir) if r["kind"] == "validation" and r["step"] == best)
+    line = (
+        f"topgap: the best checkpoint, of validation accuracy {accuracy:.4g}, is lost; no other one is there: the next"
+    )
+    assert line in capsys.readouterr().err
+    shutil.rmtree(workdir / "checkpoints" / "last" / str(STEPS))
+    train(workdir)
+    assert checkpoint.latest_step(workdir, "best") == STEPS
+
+
 def test_sigterm_saves_and_says_how_to_go_on(whole, tmp_path, monkeypatch):
     assert threading.current_thread() is threading.main_thread()
     _, expected = whole

@@ -31,7 +31,7 @@ from topgap_jax.measure.evaluate import evaluation_variables, measure_split
 from topgap_jax.measure.splits import Split, resident_split
 from topgap_jax.mesh import check_batch, data_mesh, replicated, split
 from topgap_jax.models import bind
-from topgap_jax.progress import Metrics, bar
+from topgap_jax.progress import Metrics, bar, say
 from topgap_jax.run import checkpoint
 from topgap_jax.run.workdir import Data, claim, record_versions, release
 from topgap_jax.types import Array, Augment, Model, Objective, Variables
@@ -107,8 +107,10 @@ def fit(
     per_epoch = max(1, parts.examples // parts.batch)
     total = per_epoch * parts.epochs
 
+    if checkpoint.set_aside(workdir) and checkpoint.latest_step(workdir) is None:
+        raise UserError(f"no checkpoint of '{workdir}' is left to go on from; the same command again begins anew")
     state, meta = _start(workdir, parts, mesh)
-    done, best = meta["step"], meta["best"]
+    done, best = meta["step"], _best(workdir, meta["best"])
     spent = meta["seconds"] - start[0], meta["cpu_seconds"] - start[1]  # plus the clocks: what training took in all
     held, rows = _feed(parts, mesh, meta)
     train_step = make_step(parts, mesh)
@@ -264,6 +266,20 @@ def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, An
     trees, meta = checkpoint.restore(workdir, "last", templates)
     step = jax.jit(lambda: jnp.int32(meta["step"]), out_shardings=replicated(mesh))()
     return State(step, trees["variables"], trees["optimizer"]), meta
+
+
+def _best(workdir: Path, best: float | None) -> float | None:
+    """The accuracy that the next best checkpoint must exceed: `best`, what the run had reached, or less where that
+    checkpoint is lost."""
+    if best is None:
+        return None
+    there = checkpoint.latest_step(workdir, "best") is not None
+    here = checkpoint.restore(workdir, "best", {})[1]["best"] if there else None
+    if here is not None and here >= best:  # a run that was killed after its best step comes by it again
+        return best
+    left = "no other one is there" if here is None else f"the one before it has {here:.4g}"
+    say(f"the best checkpoint, of validation accuracy {best:.4g}, is lost; {left}: the next better one is kept")
+    return here
 
 
 def _feed(parts: Parts, mesh: Mesh, meta: Mapping[str, Any]) -> tuple[Mapping[str, Array], Iterator[Mapping]]:
