@@ -73,7 +73,7 @@ def set_aside(workdir: Path) -> bool:
     moved = 0
     if is_writer():
         for which in Checkpoints._fields:
-            for step in _steps(workdir, which):
+            for step in steps(workdir, which):
                 path = _folder(workdir, which) / str(step)
                 if reason := manifest.damage(path):
                     place = _folder(workdir, DAMAGED) / f"{which}_{step}"
@@ -85,13 +85,21 @@ def set_aside(workdir: Path) -> bool:
     return bool(_from_process_0(moved))
 
 
+def steps(workdir: Path, which: str = "last") -> list[int]:
+    """All steps of `which`, the newest first, as this process sees them. What is not written whole has no bare number
+    for a name."""
+    folder = _folder(workdir, which)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
 def latest_step(workdir: Path, which: str = "last") -> int | None:
     """The newest step of `which` ("last" or "best"), damaged or not, None if there is none.
 
     Of many processes, which all must ask, process 0 looks: a folder that one of them has made already, and another has
-    not seen, would send them different ways. What is not written whole has no bare number for a name.
+    not seen, would send them different ways.
     """
-    step = _from_process_0(next(iter(_steps(workdir, which)), NONE) if is_writer() else NONE)
+    step = _from_process_0(next(iter(steps(workdir, which)), NONE) if is_writer() else NONE)
     return None if step == NONE else step
 
 
@@ -126,6 +134,13 @@ def stored(workdir: Path, which: str, name: str) -> Any:
     return tree(_folder(workdir, which) / str(_whole_step(workdir, which)) / name)
 
 
+def read(folder: Path, name: str) -> Any:
+    """The tree `name` of the checkpoint in this very folder, likewise. UserError where it is damaged."""
+    if reason := manifest.damage(folder):
+        raise UserError(f"the checkpoint {folder} is damaged: {reason}")
+    return tree(folder / name)
+
+
 def tree(folder: Path) -> Any:
     """A tree of arrays that Orbax wrote in a folder, on the first device. UserError where it is none."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -154,19 +169,12 @@ def _folder(workdir: Path, which: str) -> Path:
     return Path(workdir).absolute() / "checkpoints" / which
 
 
-def _steps(workdir: Path, which: str) -> list[int]:
-    """All steps of `which`, the newest first."""
-    folder = _folder(workdir, which)
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
-
-
 def _whole_step(workdir: Path, which: str) -> int:
     """The newest step of `which` whose files are those of its manifest, the same for every process; what is passed over
     is said in one line. Raises UserError where there is none."""
     folder, step, damaged = _folder(workdir, which), NONE, []
     if is_writer():
-        for step in _steps(workdir, which):
+        for step in steps(workdir, which):
             if not (reason := manifest.damage(folder / str(step))):
                 break
             damaged.append(f"the checkpoint {folder / str(step)} is damaged: {reason}")
