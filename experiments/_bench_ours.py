@@ -160,7 +160,7 @@ def prepare(path, network, k, images, labels, weights=None, head="maps", classes
 
         def run():
             nonlocal state
-            state, metrics = step(state, held, rows)
+            state, *metrics = step(state, held, rows)
             return jax.block_until_ready((state, metrics))[1]
 
         return run, run

@@ -51,7 +51,7 @@ def prepare(model, objective, ema, batch, size):
 
     def run():
         nonlocal state
-        state, metrics = step(state, held, rows)
+        state, metrics, _ = step(state, held, rows)
         return jax.block_until_ready((state, metrics))[1]
 
     metrics = {name: float(value) for name, value in run().items()}

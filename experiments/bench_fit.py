@@ -63,7 +63,7 @@ class Probe:
                 raise Enough
             self.start(state)
             for _ in range(self.steps):
-                state, _ = self.step(state, held, rows)
+                state, *_ = self.step(state, held, rows)
             self.alone.append(self.since(state))
         if position == self.lead:
             self.start(state)

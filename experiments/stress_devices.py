@@ -67,9 +67,9 @@ def train(devices: int, steps: int) -> None:
     step = make_step(parts, mesh)
     for number in range(1, steps + 1):
         rows = {"id": random.permutation(EXAMPLES)[:BATCH].astype(np.int32), "mask": np.ones(BATCH, bool)}
-        state, metrics = step(state, held, jax.device_put(rows, split(mesh)))
+        state, _, finite = step(state, held, jax.device_put(rows, split(mesh)))
         if number % REPORT_EVERY == 0 or number == steps:
-            if not metrics["finite"]:
+            if not finite.all():
                 sys.exit(f"the loss is not finite at step {number}")
             print(number, flush=True)
 

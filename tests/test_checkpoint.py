@@ -11,7 +11,7 @@ import pytest
 
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import data_mesh, replicated
-from topgap_jax.run import checkpoint
+from topgap_jax.run import checkpoint, manifest
 
 
 def trees(scale: float = 1.0):
@@ -45,9 +45,8 @@ def test_what_was_saved_comes_back_and_two_are_kept(tmp_path):
     assert meta == {"step": 3, "best": 0.1}
 
 
-def test_best_is_one_and_trees_can_be_read_alone(tmp_path):
+def test_trees_can_be_read_alone(tmp_path):
     write(tmp_path, (4, 9), "best")
-    assert [path.name for path in (tmp_path / "checkpoints" / "best").iterdir()] == ["9"]
     found, _ = checkpoint.restore(tmp_path, "best", {"variables": jax.eval_shape(lambda: trees()["variables"])})
     assert_same(found, {"variables": trees(9)["variables"]})
 
@@ -88,21 +87,101 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkey
     assert checkpoint.latest_step(tmp_path) == 2
 
 
-# Where one array cannot be read, Orbax leaves the coroutines of the others behind; Python 3.13 says so.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_errors_are_one_line(tmp_path):
+def test_errors_are_one_line(tmp_path, capsys):
     with pytest.raises(UserError, match=r"^there is no checkpoint in .*/checkpoints/last; train first: topgap train"):
         checkpoint.restore(tmp_path, "last", trees())
     write(tmp_path, (5,))
     other = {"variables": {**trees()["variables"], "params": {"kernel": jnp.ones((2, 4)), "bias": jnp.ones(3)}}}
-    with pytest.raises(
-        UserError, match=r"last/5 is of another model, or damaged \(then delete that folder\): "
-    ) as error:
+    with pytest.raises(UserError, match=r"last/5 is of another model: ") as error:
         checkpoint.restore(tmp_path, "last", other)
     assert "(2, 4)" in str(error.value) and "\n" not in str(error.value)
-    for path in (tmp_path / "checkpoints" / "last" / "5" / "variables").rglob("d/*"):
+    assert capsys.readouterr().err == ""
+
+
+# Where one array cannot be read, Orbax leaves the coroutines of the others behind; Python 3.13 says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_checkpoint_without_a_manifest_is_read_and_says_so(tmp_path, capsys):
+    write(tmp_path, (5,))
+    folder = tmp_path / "checkpoints" / "last" / "5"
+    (folder / manifest.FILE).unlink()
+    found, _ = checkpoint.restore(tmp_path, "last", trees())
+    assert_same(found, trees(5))
+    assert capsys.readouterr().err == (
+        f"topgap: {folder} has no manifest.json: an older version wrote it, or its save was cut short; it is read "
+        "unchecked\n"
+    )
+    for path in (folder / "variables").rglob("d/*"):
         path.write_bytes(b"not what it was")
-    with pytest.raises(UserError, match=r"last/5 is of another model, or damaged") as error:
+    with pytest.raises(UserError, match=r"last/5 is of another model, or damaged: ") as error:
         checkpoint.restore(tmp_path, "last", trees())
     assert "\n" not in str(error.value)
     gc.collect()
+
+
+def flip(path, place=-1, bit=1):
+    content = bytearray(path.read_bytes())
+    content[place] ^= bit
+    path.write_bytes(content)
+
+
+DAMAGES = {  # what happens to a folder of a checkpoint, and what is said of it
+    "a bit": (lambda folder, file: flip(file), "{file} has another content than was written"),
+    "cut": (lambda folder, file: file.write_bytes(file.read_bytes()[:-1]), "{file} has {less} bytes instead of {size}"),
+    "gone": (lambda folder, file: file.unlink(), "{file} is missing"),
+    "more": (lambda folder, file: (folder / "zz").write_bytes(b""), "zz is not of this checkpoint"),
+    "manifest": (lambda folder, file: flip(folder / manifest.FILE, 0, 2), "manifest.json is not what was written"),
+    "no file": (lambda folder, file: (file.unlink(), file.mkdir()), "{file} is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_told_and_the_older_checkpoint_is_taken(kind, tmp_path, capsys):
+    """By who reads; a training moves it aside, so that its step can be saved again."""
+    write(tmp_path, (1, 2))
+    folder = tmp_path / "checkpoints" / "last" / "2"
+    file = next(path for path in sorted((folder / "variables").rglob("d/*")) if path.stat().st_size > 100)
+    said = {"file": file.relative_to(folder), "size": file.stat().st_size, "less": file.stat().st_size - 1}
+    act, words = DAMAGES[kind]
+    act(folder, file)
+    found, meta = checkpoint.restore(tmp_path, "last", trees())
+    assert_same(found, trees(1))
+    assert meta["step"] == 1
+    reason = words.format(**said)
+    assert capsys.readouterr().err == (
+        f"topgap: the checkpoint {folder} is damaged: {reason}; the one of step 1 is read in its place\n"
+    )
+    assert_same(checkpoint.stored(tmp_path, "last", "variables")["params"], trees(1)["variables"]["params"])
+    capsys.readouterr()
+    assert checkpoint.set_aside(tmp_path) and not checkpoint.set_aside(tmp_path)
+    place = tmp_path / "checkpoints" / "damaged" / "last_2"
+    assert capsys.readouterr().err == f"topgap: the checkpoint {folder} is damaged: {reason}; moved to {place}\n"
+    write(tmp_path, (2,))
+    found, meta = checkpoint.restore(tmp_path, "last", trees())
+    assert meta["step"] == 2 and capsys.readouterr().err == ""
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    """Of every file, the manifest included, without reading it by Orbax."""
+    write(tmp_path, (1,))
+    folder = tmp_path / "checkpoints" / "last" / "1"
+    assert manifest.damage(folder) == ""
+    random = np.random.default_rng(0)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        good = path.read_bytes()
+        for place in random.integers(0, max(len(good), 1), 3) if good else ():
+            flip(path, place, 1 << random.integers(8))
+            assert manifest.damage(folder), (path, place)
+            path.write_bytes(good)
+    assert manifest.damage(folder) == ""
+
+
+def test_no_whole_checkpoint_is_an_error(tmp_path):
+    write(tmp_path, (1, 2))
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / "last" / str(step) / "_CHECKPOINT_METADATA").unlink()
+    with pytest.raises(UserError) as error:
+        checkpoint.restore(tmp_path, "last", trees())
+    assert str(error.value) == (
+        f"the checkpoint {tmp_path}/checkpoints/last/2 is damaged: _CHECKPOINT_METADATA is missing; there is no older "
+        "one of its kind"
+    )

@@ -340,6 +340,20 @@ def test_a_mistake_leaves_a_workdir_that_takes_the_correction(run, tmp_path):
     assert code == 2 and "seed is 0 there and 7 here" in err and "reading" not in err
 
 
+def test_the_advice_for_a_diverged_training_works_as_it_is_printed(tmp_path):
+    explodes = "--config.optimizer=sgd(piecewise(.01, boundaries=(3,), factor=1e30))"
+    code, _, err = topgap("train", "--config", TINY, "--workdir", tmp_path / "a run", explodes)
+    assert code == 2 and "is not finite at step " in err
+    said, _, command = err.splitlines()[-1].partition("clipping: ")
+    assert said.endswith("from the last sound checkpoint, with a lower learning rate or ")
+    words = shlex.split(command)
+    assert words[:4] == ["topgap", "train", "--config", f"{tmp_path}/a run/config.json"]
+    assert f"--config.init={tmp_path}/a run/checkpoints/last/3" in words and explodes in words
+    code, out, err = topgap(*("--config.optimizer=sgd(.01)" if word == explodes else word for word in words[1:]))
+    assert code == 0 and "checkpoint best" in out, err
+    assert (tmp_path / "a run_2" / "evaluation.json").is_file()
+
+
 def test_a_damaged_evaluation_is_told_first(run, tmp_path):
     workdir = shutil.copytree(run[0], tmp_path / "again")
     (workdir / "evaluation.json").write_text('{"rows": [{"spl')

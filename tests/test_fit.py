@@ -22,7 +22,7 @@ from topgap_jax.data import Source, epoch_ids, stream
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import data_mesh
 from topgap_jax.progress import read_metrics
-from topgap_jax.run import checkpoint
+from topgap_jax.run import checkpoint, divergence
 from topgap_jax.run import fit as fit_module
 from topgap_jax.run.fit import Stopped, fit
 from topgap_jax.run.workdir import claim, release
@@ -116,6 +116,48 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path):
     assert read_metrics(tmp_path) == read_metrics(workdir)
 
 
+def flip(workdir, which, step):
+    """One bit of a checkpoint's arrays."""
+    files = (path for path in sorted((workdir / "checkpoints" / which / str(step)).rglob("d/*")))
+    path = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, tmp_path, capsys):
+    """To the same bits, of every checkpoint; where none is left it says so and begins anew when asked again."""
+    workdir, expected = whole
+    flip(workdir, "last", STEPS)
+    np.testing.assert_array_equal(flat(train(workdir)), expected)
+    assert f"last/{STEPS} is damaged: variables/" in capsys.readouterr().err
+    assert checkpoint.latest_step(workdir) == STEPS and (workdir / "checkpoints/damaged" / f"last_{STEPS}").is_dir()
+    for step in (STEPS - 5, STEPS):
+        flip(workdir, "last", step)
+    with pytest.raises(UserError) as error:
+        train(workdir)
+    assert str(error.value) == (
+        f"no checkpoint of '{workdir}' is left to go on from; the same command again begins anew"
+    )
+    np.testing.assert_array_equal(flat(train(workdir)), expected)
+
+
+def test_a_best_checkpoint_that_is_lost_is_said_and_written_again(whole, tmp_path, capsys):
+    """A run that is taken up before its best step writes it again; one that is over says what is left."""
+    workdir, _ = whole
+    best = checkpoint.latest_step(workdir, "best")
+    shutil.rmtree(workdir / "checkpoints" / "best")
+    train(workdir)
+    accuracy = next(r["accuracy"] for r in read_metrics(workdir) if r["kind"] == "validation" and r["step"] == best)
+    line = (
+        f"topgap: the best checkpoint, of validation accuracy {accuracy:.4g}, is lost; no other one is there: the next"
+    )
+    assert line in capsys.readouterr().err
+    shutil.rmtree(workdir / "checkpoints" / "last" / str(STEPS))
+    train(workdir)
+    assert checkpoint.latest_step(workdir, "best") == STEPS
+
+
 def test_sigterm_saves_and_says_how_to_go_on(whole, tmp_path, monkeypatch):
     assert threading.current_thread() is threading.main_thread()
     _, expected = whole
@@ -153,9 +195,9 @@ def nan_gradient(step, loss):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "value"), [pytest.param(nan_loss, "nan", marks=pytest.mark.slow), (nan_gradient, "")]
+    ("spoil", "what"), [pytest.param(nan_loss, "loss", marks=pytest.mark.slow), (nan_gradient, "gradient")]
 )
-def test_a_loss_that_is_not_finite_stops(tmp_path, spoil, value):
+def test_a_loss_that_is_not_finite_stops(tmp_path, spoil, what):
     inner = standard()
 
     def objective(keys, model, variables, batch, step):
@@ -165,9 +207,10 @@ def test_a_loss_that_is_not_finite_stops(tmp_path, spoil, value):
     with pytest.raises(UserError) as error:
         train(tmp_path, objective=objective)
     text = str(error.value)
-    assert text.startswith(f"the loss or a parameter is not finite at step 9 (loss {value}")
+    assert text.startswith(f"the {what} is not finite at step 9 (loss ")
     assert text.endswith(
-        f"); the last good checkpoint is {tmp_path}/checkpoints/last/5; lower the learning rate or clip"
+        "); from the last sound checkpoint, with a lower learning rate or clipping: topgap train --config "
+        f"{tmp_path}/config.json --config.init={tmp_path}/checkpoints/last/5 --workdir {tmp_path}_2"
     )
     trees, _ = checkpoint.restore(tmp_path, "last", {"variables": jax.eval_shape(lambda: start())})
     assert np.isfinite(flat(trees)).all()
@@ -178,13 +221,36 @@ def start():
     return {**variables, "ema": variables}
 
 
+def rows(workdir, *rows):
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(dict(row)) + "\n" for row in rows))
+
+
+def test_the_checkpoint_that_is_named_was_not_exploding(tmp_path):
+    """A state may be finite and its next loss 1e28."""
+    for step in (10, 20):
+        (tmp_path / "checkpoints" / "last" / str(step)).mkdir(parents=True)
+    train = lambda step, loss: {"step": step, "kind": "train", "loss": loss}
+    validation = lambda step, loss: {"step": step, "kind": "validation", "loss": loss}
+    rows(
+        tmp_path, train(5, 2.0), train(10, 1.5), validation(10, 1.4), train(15, 1.2), train(20, 1.0), validation(20, 9)
+    )
+    assert divergence.sound_step(tmp_path, 23, [1.1, 7.0]) == 20, "the next loss is 1.1"
+    assert divergence.sound_step(tmp_path, 23, [1e28, 7.0]) == 10
+    assert divergence.sound_step(tmp_path, 21, []) == 20, "no loss yet: that of its validation"
+    rows(tmp_path, train(5, 2.0), train(10, 1.5), train(20, 1e6), validation(20, 1e9))
+    assert divergence.sound_step(tmp_path, 21, []) is None
+    assert divergence.sound_step(tmp_path / "absent", 21, []) is None
+
+
 def test_without_a_checkpoint_the_error_says_so(tmp_path):
     objective = lambda keys, model, variables, batch, step: (
         jnp.inf * keys.shape[0] + batch["mask"],
         {},
         variables["batch_stats"],
     )
-    with pytest.raises(UserError, match=r"not finite at step 1 \(loss inf\); no checkpoint yet; lower"):
+    with pytest.raises(
+        UserError, match=r"^the loss is not finite at step 1 \(loss inf\); no checkpoint is sound yet: lower"
+    ):
         train(tmp_path, objective=objective, ema=0.0)
 
 

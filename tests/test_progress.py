@@ -78,6 +78,32 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     assert read_metrics(tmp_path / "absent") == []
 
 
+DAMAGED = [
+    b"", b'{"step": 4, "ki', b'{"step": 4}\r{', b"\xff\xfe", b"[1, 2]", b'"step"', b"null", b'{"kind": "train"}', b'{"step": "4"}', b'{"step": true}',
+    b'{"step": -1}', b'{"step": 4, "loss": [1]}', b'{"step": 4, "loss": {}}', b'{"step": 4, "loss": 1' + b"0" * 400 + b"}",
+    b'{"step": 1' + b"0" * 5000 + b"}", b"[" * 100_000,
+]  # fmt: skip
+
+
+def test_damaged_lines_are_passed_over_and_counted(tmp_path, capsys):
+    """Rows after them stay, also where a run goes on, which takes out the rows of later steps and nothing else."""
+    row = lambda step: b'{"step": %d, "kind": "train", "loss": NaN, "note": "a", "none": null}\n' % step
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(row(1) + b"".join(line + b"\n" for line in DAMAGED) + row(2) + row(5) + row(3) + b'{"step": 9')
+    assert [each["step"] for each in read_metrics(tmp_path)] == [1, 2, 5, 3]
+    said = f"topgap: {path}: {len(DAMAGED)} of {len(DAMAGED) + 4} lines are damaged and passed over\n"
+    assert capsys.readouterr().err == said
+    with Metrics(tmp_path, 3):
+        pass
+    kept = path.read_bytes()
+    assert kept == row(1) + b"".join(line + b"\n" for line in DAMAGED) + row(2) + row(3)
+    before = path.stat().st_ino
+    with Metrics(tmp_path, 3) as metrics:
+        metrics.write(4, "train", {"loss": 1.0})
+    assert path.stat().st_ino == before, "appended to, not written anew"
+    assert path.read_bytes() == kept + b'{"step": 4, "kind": "train", "loss": 1.0}\n'
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     write_text(tmp_path / "a.json", "old")
 
@@ -93,11 +119,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_full_disk_leaves_the_old_file_and_no_part_of_the_new(tmp_path, monkeypatch):
     write_text(tmp_path / "a.json", "old")
 
-    def full(path, text, encoding):
-        path.write_bytes(text.encode()[:2])
+    def full(path, content):
+        path.write_text(content.decode()[:2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(progress.Path, "write_text", full)
+    monkeypatch.setattr(progress.Path, "write_bytes", full)
     with pytest.raises(OSError):
         write_text(tmp_path / "a.json", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "old"

@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
+METRICS = "metrics.jsonl"
 QUIET_SECONDS = 30.0  # between two lines where there is no terminal
 
 
@@ -103,7 +104,7 @@ class Metrics:
     """Writes rows of numbers to `metrics.jsonl` and to TensorBoard files in `tensorboard/`, both in `folder`.
 
     `step` is where the run goes on: rows of later steps, left by a process that was killed after its last checkpoint,
-    are dropped, so that no step appears twice. Only process 0 writes.
+    are cut off, so that no step appears twice; nothing else is. Only process 0 writes.
     """
 
     def __init__(self, folder: Path, step: int = 0):
@@ -112,9 +113,8 @@ class Metrics:
             return
         from tensorboardX import SummaryWriter  # here, since it takes 2 s that `topgap compare` need not wait
 
-        path = Path(folder) / "metrics.jsonl"
-        kept = [row for row in read_metrics(folder) if row["step"] <= step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        path = Path(folder) / METRICS
+        cut(path, step)
         self.file = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1, flush_secs=30)
 
@@ -141,24 +141,45 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of `metrics.jsonl` in a run folder, in order, without a last line left half written."""
-    path = Path(folder) / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """The rows of `metrics.jsonl` in a run folder, in order. Damaged lines are passed over, and one line says how
+    many; a last line without an end is one that is being written, or was when its process died."""
+    path = Path(folder) / METRICS
+    rows = [_row(line) for line in _lines(path)[:-1]]
+    if damaged := rows.count(None):
+        say(f"{path}: {damaged} of {len(rows)} lines are damaged and passed over")
+    return [row for row in rows if row is not None]
 
 
-def write_text(path: Path, text: str) -> None:
+def cut(path: Path, step: int) -> None:
+    """Take the rows of later steps out of a file of metrics, and a last line without an end; a damaged line stays."""
+    *lines, rest = _lines(path)
+    kept = [line for line in lines if (row := _row(line)) is None or row["step"] <= step]
+    if rest or len(kept) < len(lines):
+        write_text(path, b"".join(line + b"\n" for line in kept))
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The lines of a file without their ends; last what follows the last end, mostly nothing."""
+    return path.read_bytes().split(b"\n") if path.is_file() else [b""]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A row of metrics: a step, and numbers or words under names; None of a line that is anything else."""
+    try:
+        row = json.loads(line)
+        for value in row.values():
+            value is None or isinstance(value, str) or float(value)
+        whole = type(row["step"]) is int and row["step"] >= 0
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
+        return None
+    return row if whole else None
+
+
+def write_text(path: Path, text: str | bytes) -> None:
     """Write a file whole or not at all: a process killed in the middle, or a full disk, leaves the old one."""
     part = Path(f"{path}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(text if isinstance(text, bytes) else text.encode())
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)

@@ -58,7 +58,7 @@ def read_run(folder: Path, label: str) -> Run:
         config=flat(stored["config"]),
         file=stored.get("file"),
         versions=flat(read_json(folder / "versions.json")),
-        metrics=[row for row in read_metrics(folder) if isinstance(row, dict) and "step" in row],
+        metrics=read_metrics(folder),
         rows=with_gaps(evaluation.rows, str(stored["config"].get("train", ""))),
         weights=evaluation.weights,
         data=evaluation.data,

@@ -1,7 +1,8 @@
 """Checkpoints, and the one file that knows Orbax: `last` (to go on) and `best` (highest validation accuracy).
 
 A checkpoint is a few named trees of arrays, and `meta`, numbers and texts as JSON. Trees are read one by one, so that
-an evaluation reads variables without knowing the optimiser.
+an evaluation reads variables without knowing the optimiser. Its manifest is compared with its files before they are
+read; of a damaged one the next older one of its kind takes the place, and a line says so.
 """
 
 import shutil
@@ -16,11 +17,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from topgap_jax.errors import UserError
+from topgap_jax.progress import is_writer, say
+from topgap_jax.run import manifest
 
-# A kill during a save leaves the one before, and a second good one while the third is being written.
-KEPT = {"last": 2, "best": 1}
+KEPT = 2  # of each kind: a kill during a save leaves the one before, damage to one leaves the other
+DAMAGED = "damaged"  # the folder beside last and best to which a training moves what is damaged
 SPARE = 16 * 10**6  # bytes, for a checkpoint's own files, metrics and results: a disk is not to be filled to its end
-NONE = -1
+NONE, DAMAGE = -1, -2  # no step is there, none that is whole
 READING = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
 
 
@@ -34,9 +37,13 @@ class Checkpoints(NamedTuple):
 @contextmanager
 def opened(workdir: Path) -> Iterator[Checkpoints]:
     """Open `workdir`/checkpoints/{last,best} for writing; every process of a run calls this, and every `save`."""
-    managers = [
-        ocp.CheckpointManager(_folder(workdir, which), options=_options(which)) for which in Checkpoints._fields
-    ]
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=KEPT,
+        cleanup_tmp_directories=True,
+        # Saving in the background would read arrays that the next training step, whose state is donated, writes over.
+        enable_async_checkpointing=False,
+    )
+    managers = [ocp.CheckpointManager(_folder(workdir, which), options=options) for which in Checkpoints._fields]
     try:
         yield Checkpoints(*managers)
     finally:
@@ -56,33 +63,54 @@ def save(manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], me
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta))), force=True)
     manager.wait_until_finished()
+    if is_writer():
+        manifest.write(Path(manager.directory) / str(step))
+
+
+def set_aside(workdir: Path) -> bool:
+    """Move damaged checkpoints to checkpoints/damaged, each with a line: their steps can be saved again, and training
+    goes on from the newest that is whole. Whether there were any; every process of a run calls this."""
+    moved = 0
+    if is_writer():
+        for which in Checkpoints._fields:
+            for step in steps(workdir, which):
+                path = _folder(workdir, which) / str(step)
+                if reason := manifest.damage(path):
+                    place = _folder(workdir, DAMAGED) / f"{which}_{step}"
+                    shutil.rmtree(place, ignore_errors=True)
+                    place.parent.mkdir(exist_ok=True)
+                    path.rename(place)
+                    say(f"the checkpoint {path} is damaged: {reason}; moved to {place}")
+                    moved += 1
+    return bool(_from_process_0(moved))
+
+
+def steps(workdir: Path, which: str = "last") -> list[int]:
+    """All steps of `which`, the newest first, as this process sees them. What is not written whole has no bare number
+    for a name."""
+    folder = _folder(workdir, which)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
 def latest_step(workdir: Path, which: str = "last") -> int | None:
-    """The newest step of `which` ("last" or "best"), None if there is none.
+    """The newest step of `which` ("last" or "best"), damaged or not, None if there is none.
 
     Of many processes, which all must ask, process 0 looks: a folder that one of them has made already, and another has
-    not seen, would send them different ways. What is not written whole has no bare number for a name.
+    not seen, would send them different ways.
     """
-    folder, step = _folder(workdir, which), NONE
-    if jax.process_index() == 0 and folder.is_dir():
-        step = max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=NONE)
-    if jax.process_count() > 1:
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+    step = _from_process_0(next(iter(steps(workdir, which)), NONE) if is_writer() else NONE)
     return None if step == NONE else step
 
 
 def restore(workdir: Path, which: str, templates: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the newest checkpoint of `which` ("last" or "best"): -> ({name: tree}, meta).
+    """Read the newest whole checkpoint of `which` ("last" or "best"): -> ({name: tree}, meta).
 
     templates: {name: tree of arrays or ShapeDtypeStruct}; only these trees are read. A leaf's `sharding` says where it
     goes (the first device where it has none), on any number of devices, whatever it was saved from. Raises UserError if
     there is no checkpoint, if it cannot be read, or if it does not fit.
     """
-    folder = _folder(workdir, which)
-    step = latest_step(workdir, which)
-    if step is None:
-        raise UserError(f"there is no checkpoint in {folder}; train first: topgap train --workdir {workdir} ...")
+    folder, step = _folder(workdir, which), _whole_step(workdir, which)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def described(leaf):
@@ -94,19 +122,23 @@ def restore(workdir: Path, which: str, templates: Mapping[str, Any]) -> tuple[di
             found = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
         except Exception as error:  # Orbax, TensorStore and JSON raise of every kind, of many lines
             reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"the checkpoint {folder / str(step)} is of another model, or damaged (then delete that folder): "
-                f"{reason}"
-            ) from error
+            path = folder / str(step)
+            why = "is of another model" if manifest.is_there(path) else "is of another model, or damaged"
+            raise UserError(f"the checkpoint {path} {why}: {reason}") from error
     return {name: found[name] for name in templates}, found["meta"]
 
 
 def stored(workdir: Path, which: str, name: str) -> Any:
-    """The tree `name` of the newest checkpoint of `which` as it was saved, whatever its shapes, on the first device."""
-    folder, step = _folder(workdir, which), latest_step(workdir, which)
-    if step is None:
-        raise UserError(f"there is no checkpoint in {folder}; train first: topgap train --workdir {workdir} ...")
-    return tree(folder / str(step) / name)
+    """The tree `name` of the newest whole checkpoint of `which` as it was saved, whatever its shapes, on the first
+    device."""
+    return tree(_folder(workdir, which) / str(_whole_step(workdir, which)) / name)
+
+
+def read(folder: Path, name: str) -> Any:
+    """The tree `name` of the checkpoint in this very folder, likewise. UserError where it is damaged."""
+    if reason := manifest.damage(folder):
+        raise UserError(f"the checkpoint {folder} is damaged: {reason}")
+    return tree(folder / name)
 
 
 def tree(folder: Path) -> Any:
@@ -137,10 +169,33 @@ def _folder(workdir: Path, which: str) -> Path:
     return Path(workdir).absolute() / "checkpoints" / which
 
 
-def _options(which: str) -> ocp.CheckpointManagerOptions:
-    return ocp.CheckpointManagerOptions(
-        max_to_keep=KEPT[which],
-        cleanup_tmp_directories=True,
-        # Saving in the background would read arrays that the next training step, whose state is donated, writes over.
-        enable_async_checkpointing=False,
-    )
+def _whole_step(workdir: Path, which: str) -> int:
+    """The newest step of `which` whose files are those of its manifest, the same for every process; what is passed over
+    is said in one line. Raises UserError where there is none."""
+    folder, step, damaged = _folder(workdir, which), NONE, []
+    if is_writer():
+        for step in steps(workdir, which):
+            if not (reason := manifest.damage(folder / str(step))):
+                break
+            damaged.append(f"the checkpoint {folder / str(step)} is damaged: {reason}")
+            step = DAMAGE
+    step = _from_process_0(step)
+    if step == NONE:
+        raise UserError(f"there is no checkpoint in {folder}; train first: topgap train --workdir {workdir} ...")
+    if step == DAMAGE:
+        first = damaged[0] if damaged else f"no checkpoint in {folder} is whole"
+        raise UserError(f"{first}; there is no older one of its kind")
+    if damaged:
+        say(f"{damaged[0]}; the one of step {step} is read in its place")
+    if is_writer() and not manifest.is_there(folder / str(step)):
+        say(
+            f"{folder / str(step)} has no {manifest.FILE}: an older version wrote it, or its save was cut short; it is "
+            "read unchecked"
+        )
+    return step
+
+
+def _from_process_0(number: int) -> int:
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))

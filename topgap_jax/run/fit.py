@@ -31,8 +31,9 @@ from topgap_jax.measure.evaluate import evaluation_variables, measure_split
 from topgap_jax.measure.splits import Split, resident_split
 from topgap_jax.mesh import check_batch, data_mesh, replicated, split
 from topgap_jax.models import bind
-from topgap_jax.progress import Metrics, bar
+from topgap_jax.progress import Metrics, bar, say
 from topgap_jax.run import checkpoint
+from topgap_jax.run.divergence import advice
 from topgap_jax.run.workdir import Data, claim, record_versions, release
 from topgap_jax.types import Array, Augment, Model, Objective, Variables
 
@@ -107,13 +108,15 @@ def fit(
     per_epoch = max(1, parts.examples // parts.batch)
     total = per_epoch * parts.epochs
 
+    if checkpoint.set_aside(workdir) and checkpoint.latest_step(workdir) is None:
+        raise UserError(f"no checkpoint of '{workdir}' is left to go on from; the same command again begins anew")
     state, meta = _start(workdir, parts, mesh)
-    done, best = meta["step"], meta["best"]
+    done, best = meta["step"], _best(workdir, meta["best"])
     spent = meta["seconds"] - start[0], meta["cpu_seconds"] - start[1]  # plus the clocks: what training took in all
     held, rows = _feed(parts, mesh, meta)
     train_step = make_step(parts, mesh)
     validate = _validation(parts, mesh)
-    pending: deque = deque()  # (step, its metrics, still on the device)
+    pending: deque = deque()  # (step, its metrics, what of it is finite; still on the device)
     window: list[dict[str, float]] = meta["window"]  # metrics of the steps since the last row
 
     with ExitStack() as stack:
@@ -128,10 +131,11 @@ def fit(
         def book(keep: int) -> None:
             """Fetch the metrics of all but the `keep` newest steps."""
             while len(pending) > keep:
-                step, numbers = pending.popleft()
-                numbers = {name: float(value) for name, value in jax.device_get(numbers).items()}
-                if not numbers.pop("finite"):
-                    raise UserError(_not_finite(workdir, step, numbers["loss"]))
+                step, numbers, finite = jax.device_get(pending.popleft())
+                numbers = {name: float(value) for name, value in numbers.items()}
+                if not finite.all():
+                    losses = [row["loss"] for row in window]
+                    raise UserError(advice(workdir, config, step, finite.tolist(), numbers["loss"], losses))
                 window.append(numbers)
                 if step % log_every == 0 or step == total:
                     means = {name: sum(row[name] for row in window) / len(window) for name in numbers}
@@ -148,8 +152,8 @@ def fit(
             checkpoint.save(getattr(folders, which), step, trees, meta)
 
         for step in range(done + 1, total + 1):
-            state, numbers = train_step(state, held, _placed(next(rows), split(mesh)))
-            pending.append((step, numbers))
+            state, numbers, finite = train_step(state, held, _placed(next(rows), split(mesh)))
+            pending.append((step, numbers, finite))
             book(LAG)
             shown.update(parts.batch)
             epoch, rest = divmod(step, per_epoch)
@@ -171,11 +175,11 @@ def fit(
 
 
 def make_step(parts: Parts, mesh: Mesh) -> Callable[[State, Mapping[str, Array], Mapping[str, Array]], tuple]:
-    """The jitted step: (state, held, rows) -> (state, {name: mean}); the old state is donated.
+    """The jitted step: (state, held, rows) -> (state, {name: mean}, finite (3,)); the old state is donated.
 
     held: the resident arrays, {} where rows are a stream's; rows: `id` and `mask` (b,), of a stream also `image`,
-    `label`. Example i of step s draws from fold_in(fold_in(key(seed), s), id). "finite" is False once the loss or any
-    variable is not.
+    `label`. Example i of step s draws from fold_in(fold_in(key(seed), s), id). finite: whether the loss is, the
+    gradient, and all variables that the step leaves (`divergence.CHECKED`).
     """
 
     def loss_of(params, variables, keys, batch, step):
@@ -199,8 +203,8 @@ def make_step(parts: Parts, mesh: Mesh) -> Callable[[State, Mapping[str, Array],
         new = {**variables, "params": optax.apply_updates(variables["params"], updates), "batch_stats": batch_stats}
         if parts.ema:
             new["ema"] = _averaged(variables["ema"], new, parts.ema, state.step)
-        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((means["loss"], new)) if _real(leaf)])
-        return State(state.step + 1, new, optimizer), {**means, "finite": finite.all()}
+        finite = jnp.stack([_is_finite(tree) for tree in (means["loss"], gradient, new)])
+        return State(state.step + 1, new, optimizer), means, finite
 
     whole = replicated(mesh)
     return jax.jit(step, in_shardings=(whole, whole, split(mesh)), out_shardings=whole, donate_argnums=0)
@@ -266,6 +270,20 @@ def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, An
     return State(step, trees["variables"], trees["optimizer"]), meta
 
 
+def _best(workdir: Path, best: float | None) -> float | None:
+    """The accuracy that the next best checkpoint must exceed: `best`, what the run had reached, or less where that
+    checkpoint is lost."""
+    if best is None:
+        return None
+    there = checkpoint.latest_step(workdir, "best") is not None
+    here = checkpoint.restore(workdir, "best", {})[1]["best"] if there else None
+    if here is not None and here >= best:  # a run that was killed after its best step comes by it again
+        return best
+    left = "no other one is there" if here is None else f"the one before it has {here:.4g}"
+    say(f"the best checkpoint, of validation accuracy {best:.4g}, is lost; {left}: the next better one is kept")
+    return here
+
+
 def _feed(parts: Parts, mesh: Mesh, meta: Mapping[str, Any]) -> tuple[Mapping[str, Array], Iterator[Mapping]]:
     """The resident arrays on the device ({} for a stream), and this process's rows of every batch from the next step
     on."""
@@ -329,12 +347,5 @@ def _real(leaf: Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _not_finite(workdir: Path, step: int, loss: float) -> str:
-    last = checkpoint.latest_step(workdir)
-    kept = (
-        f"the last good checkpoint is {workdir / 'checkpoints' / 'last' / str(last)}" if last else "no checkpoint yet"
-    )
-    return (
-        f"the loss or a parameter is not finite at step {step} (loss {loss:.4g}); {kept}; lower the learning rate or"
-        " clip"
-    )
+def _is_finite(tree: Any) -> Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree) if _real(leaf)]).all()

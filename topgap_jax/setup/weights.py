@@ -34,7 +34,7 @@ class Weights(NamedTuple):
 
 def weights(text: str) -> Weights:
     """The weights that a text names: a published network's ("efficientnet_lite0"), a file's, the folder of a run (its
-    best checkpoint), a folder that Orbax wrote a tree of the module itself in.
+    best checkpoint) or of one of its checkpoints, a folder that Orbax wrote a tree of the module itself in.
 
     What was taken off the names of a file is printed. UserError where the text names none of these.
     """
@@ -43,6 +43,8 @@ def weights(text: str) -> Weights:
         return _file(
             text, pretrained.weights_of(text), {**pretrained.NETWORKS[text].settings}, pretrained.imagenet_classes()
         )
+    if (path / "variables").is_dir():  # of a checkpoint
+        return _tree(path, evaluation_variables(checkpoint.read(path, "variables")))
     if path.is_dir():
         return _run(path) if (path / "config.json").is_file() else _tree(path, checkpoint.tree(path))
     if path.is_file() or path.suffix:
