@@ -41,6 +41,7 @@ def evaluate(
     overrides: Callable[[str], Mapping[str, str]] = lambda text: {},
     workdir: Path | None = None,
     save: Callable[[str], Path | None] = lambda text: None,
+    examples: Callable[[str, Mapping[str, np.ndarray]], None] = lambda text, columns: None,
     weights: str = "",
     source: str = "",
     seed: int = 0,
@@ -53,7 +54,9 @@ def evaluate(
     With a workdir each row is written as soon as it is there; a row of the same split, evaluator and overrides is
     replaced, rows of other `weights` or another `source` are dropped. Examples draw from fold_in(key(seed), id). The
     seconds hold no compilation. An attack that was stopped goes on where it was. save(text): the .npz to write all
-    images to that the attacks of an evaluator end with; a few are kept in the workdir for its report.
+    images to that the attacks of an evaluator end with; a few are kept in the workdir for its report. examples(text,
+    columns): is given what each example of the split contributes, {name: (n, ...)} by row: of attacks those of
+    `measure.robust.Examples`, of an evaluator its rows.
 
     Raises UserError for a file that is no evaluation, before anything is measured, and if a weight or a logit is NaN or
     infinite, with the first layer that is: nothing that is measured of such a network means anything.
@@ -86,9 +89,12 @@ def evaluate(
             log = _log(folder, variables, mesh, **header, batch=data.batch, keep=keep)
             attacked = attack_split(model, variables, data, evaluator, log=log, keep=keep, **options)
             measures, cost, seconds = attacked[:3]
+            examples(text, attacked.examples._asdict())
         else:
             prepared = evaluator.prepare(training(), classes) if evaluator.prepare else {}
-            measures, cost, seconds = measure_split(model, variables, data, evaluator, prepared=prepared, **options)
+            values, cost, seconds = split_rows(model, variables, data, evaluator, prepared=prepared, **options)
+            measures = dict(evaluator.summary(values))
+            examples(text, values)
         rows.append(
             results.Row(
                 split=split,
@@ -128,15 +134,27 @@ def measure_split(
     variables: Variables,
     data: Split,
     evaluator: Evaluator,
+    **options: Any,
+) -> tuple[dict[str, Measure | Curve], Cost, float]:
+    """(summary, cost per image, seconds) of one evaluator: the summary of its `split_rows`."""
+    rows, cost, seconds = split_rows(model, variables, data, evaluator, **options)
+    return dict(evaluator.summary(rows)), cost, seconds
+
+
+def split_rows(
+    model: Model,
+    variables: Variables,
+    data: Split,
+    evaluator: Evaluator,
     *,
     prepared: Any = None,
     seed: int = 0,
     mesh: Mesh | None = None,
     text: str = "",
     progress: bool | None = None,
-) -> tuple[dict[str, Measure | Curve], Cost, float]:
-    """(summary, cost per image, seconds) of one evaluator. Called again with the same evaluator and model, it compiles
-    nothing.
+) -> tuple[dict[str, np.ndarray], Cost, float]:
+    """(rows {name: (n, ...)} of the whole split, cost per image, seconds) of one evaluator. Called again with the same
+    evaluator and model, it compiles nothing.
 
     prepared: what `evaluator.prepare` made of the training split, {} where that is nothing.
     """
@@ -154,7 +172,7 @@ def measure_split(
             parts.append(part if evaluator.host is None else evaluator.host(part))
             shown.update(len(ids))
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return dict(evaluator.summary(whole)), cost, time.perf_counter() - start
+    return whole, cost, time.perf_counter() - start
 
 
 def evaluation_variables(variables: Variables) -> Variables:

@@ -25,7 +25,7 @@ from topgap_jax.progress import say
 from topgap_jax.run import checkpoint
 from topgap_jax.run.fit import Parts
 from topgap_jax.run.workdir import Data, learnt
-from topgap_jax.setup import checks, expressions
+from topgap_jax.setup import checks, expressions, verify
 from topgap_jax.setup import config as configs
 from topgap_jax.setup.assembly import (
     Experiment,
@@ -174,11 +174,13 @@ def evaluate(
     evaluators: str | None = None,
     batch: int | None = None,
     save: str | Path | None = None,
+    model_info: str | Path | None = None,
 ) -> list[Row]:
     """Run evaluators over splits (the config's, unless given) and write evaluation.json where there is a workdir.
 
     What the command line changed in a run's config, and a result depends on, are the row's overrides. save: a folder
-    for the adversarial images of every attack, or of a single one the .npz itself.
+    for the adversarial images of every attack, or of a single one the .npz itself. model_info: the JSON of the model to
+    write, which `verify` measures again.
     """
     chosen = loaded.experiment
     config = chosen.config
@@ -190,18 +192,21 @@ def evaluate(
         raise UserError("nothing to evaluate: neither config.evaluators nor --evaluators names an evaluator")
     checks.model(chosen)
     built = _checked_evaluators(chosen, names, evaluators)
+    width = config.batch if batch is None else batch
+    if model_info is not None:
+        verify.check(Path(model_info), loaded, names, built)
     files = _files(save, names, [text for text, one in built.items() if isinstance(one, Robustness)])
     if loaded.workdir is not None:
         results.read(loaded.workdir / results.FILE)  # a damaged one is told before anything is read
     mesh = data_mesh()
     mesh = mesh if mesh.size > 1 else None
     training = functools.cache(lambda: sample(chosen))
-    rows = []
+    rows, columns = [], {}
     for split in names:
         rows += run_evaluators(
             chosen.model,
             loaded.variables,
-            open_split(chosen, split, config.batch if batch is None else batch, mesh),
+            open_split(chosen, split, width, mesh),
             built,
             split=split,
             classes=len(chosen.classes),
@@ -209,11 +214,14 @@ def evaluate(
             overrides=lambda text: _overrides(loaded, text),
             workdir=loaded.workdir,
             save=lambda text, split=split: files.get((split, text)),
+            examples=lambda text, each: columns.update({text: each}),
             weights=loaded.weights,
             source=config.source,
             seed=config.seed,
             mesh=mesh,
         )
+    if model_info is not None:
+        verify.write(Path(model_info), loaded, names[0], width, built, rows, columns)
     return rows
 
 
