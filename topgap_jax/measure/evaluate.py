@@ -92,7 +92,8 @@ def evaluate(
             examples(text, attacked.examples._asdict())
         else:
             prepared = evaluator.prepare(training(), classes) if evaluator.prepare else {}
-            values, cost, seconds = split_rows(model, variables, data, evaluator, prepared=prepared, **options)
+            whole = evaluator._replace(summary=_themselves)
+            values, cost, seconds = measure_split(model, variables, data, whole, prepared=prepared, **options)
             measures = dict(evaluator.summary(values))
             examples(text, values)
         rows.append(
@@ -115,6 +116,11 @@ def evaluate(
     return rows
 
 
+def _themselves(rows):
+    """The rows of a split as their own summary; of a name, so that an evaluator with it is one and compiles once."""
+    return rows
+
+
 def _store(attacked, robustness, file, workdir, **about):
     """The images that attacks ended with: all to `file`, a few to the run's folder for its report."""
     kept, examples, attacks = attacked.kept, attacked.examples, [attack.name for attack in robustness.runs]
@@ -134,27 +140,15 @@ def measure_split(
     variables: Variables,
     data: Split,
     evaluator: Evaluator,
-    **options: Any,
-) -> tuple[dict[str, Measure | Curve], Cost, float]:
-    """(summary, cost per image, seconds) of one evaluator: the summary of its `split_rows`."""
-    rows, cost, seconds = split_rows(model, variables, data, evaluator, **options)
-    return dict(evaluator.summary(rows)), cost, seconds
-
-
-def split_rows(
-    model: Model,
-    variables: Variables,
-    data: Split,
-    evaluator: Evaluator,
     *,
     prepared: Any = None,
     seed: int = 0,
     mesh: Mesh | None = None,
     text: str = "",
     progress: bool | None = None,
-) -> tuple[dict[str, np.ndarray], Cost, float]:
-    """(rows {name: (n, ...)} of the whole split, cost per image, seconds) of one evaluator. Called again with the same
-    evaluator and model, it compiles nothing.
+) -> tuple[dict[str, Measure | Curve], Cost, float]:
+    """(summary, cost per image, seconds) of one evaluator. Called again with the same evaluator and model, it compiles
+    nothing.
 
     prepared: what `evaluator.prepare` made of the training split, {} where that is nothing.
     """
@@ -172,7 +166,7 @@ def split_rows(
             parts.append(part if evaluator.host is None else evaluator.host(part))
             shown.update(len(ids))
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return whole, cost, time.perf_counter() - start
+    return dict(evaluator.summary(whole)), cost, time.perf_counter() - start
 
 
 def evaluation_variables(variables: Variables) -> Variables:

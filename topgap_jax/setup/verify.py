@@ -16,7 +16,7 @@ from topgap_jax.measure.evaluate import evaluate as run_evaluators
 from topgap_jax.measure.evaluate import evaluation_variables
 from topgap_jax.measure.model_info import CHECKED, Comparison, Info
 from topgap_jax.measure.results import Row
-from topgap_jax.measure.splits import Split
+from topgap_jax.measure.splits import rows_of
 from topgap_jax.measure.verdicts import fingerprint
 from topgap_jax.mesh import data_mesh
 from topgap_jax.progress import write_text
@@ -114,7 +114,7 @@ def verify(
     run_evaluators(
         chosen.model,
         variables,
-        _some(whole, ids),
+        rows_of(whole, ids),
         built,
         split=split,
         classes=len(chosen.classes),
@@ -192,18 +192,6 @@ def _found(path: Path, info: Info) -> str:
 
 def _data_folder() -> Path | None:
     return Path(os.environ["TOPGAP_DATA"]).resolve() if os.environ.get("TOPGAP_DATA") else None
-
-
-def _some(data: Split, ids: np.ndarray) -> Split:
-    """The rows `ids` (m,) of a split as one of m examples, which keep their ids and so what they draw."""
-
-    def batches(rows=None):
-        rows, done = np.arange(len(ids), dtype=np.int32) if rows is None else rows, 0
-        for some, batch in data.batches(ids[rows]):
-            yield rows[done : done + len(some)], batch
-            done += len(some)
-
-    return Split(len(ids), batches, data.batch)
 
 
 def _file(chosen: Experiment, folder: Path) -> str | None:
