@@ -151,6 +151,7 @@ class Attack(NamedTuple):
                                                          explanation, or the label by the smallest "norm" that does it
     runs                                                 restarts x targets: values of `run`, below which it stays
     samples                                              passes of a model that draws at random that a verdict averages
+    score                                                what it raises where it has a choice, None where it has none
 
     The state is `attacks.state.State`, every leaf of which has the leading axis b. `run` (b,) numbers restart and
     target of each example, 0 if not given; `eps` (b,) is its radius, the ball's own if not given. `attacks.finish`
@@ -165,6 +166,7 @@ class Attack(NamedTuple):
     aim: str = "label"
     runs: int = 1
     samples: int | None = None
+    score: "Score | None" = None
 
 
 Runs: TypeAlias = tuple[Attack, ...]

@@ -17,13 +17,13 @@ from topgap_jax.keys import example_keys
 from topgap_jax.measure import adversarial, results
 from topgap_jax.measure.costs import cost_of
 from topgap_jax.measure.queue import clean_logits
-from topgap_jax.measure.robust import attack_split
+from topgap_jax.measure.robust import attack_split, for_classes
 from topgap_jax.measure.splits import Split
 from topgap_jax.measure.verdicts import Log, fingerprint
 from topgap_jax.mesh import replicated
 from topgap_jax.mesh import split as divided
 from topgap_jax.models import bind
-from topgap_jax.progress import bar
+from topgap_jax.progress import bar, say
 from topgap_jax.rewrite import fused
 from topgap_jax.rewrite.finite import first_not_finite
 from topgap_jax.types import Cost, Curve, Evaluator, Measure, Model, Robustness, Variables
@@ -72,8 +72,11 @@ def evaluate(
         else:  # each process has them on a device of its own, from where none reaches another's
             variables = jax.device_put(jax.tree.map(_local, variables), replicated(mesh))
     _check_logits(model, variables, data, mesh, weights)
+    fitted = {text: for_classes(one, classes) for text, one in evaluators.items() if isinstance(one, Robustness)}
+    for line in dict.fromkeys(line for _, lines in fitted.values() for line in lines):
+        say(line)
     rows = []
-    for text, evaluator in evaluators.items():
+    for text, evaluator in {**evaluators, **{text: one for text, (one, _) in fitted.items()}}.items():
         options = {"seed": seed, "mesh": mesh, "text": f"{split} {text}", "progress": progress}
         if isinstance(evaluator, Robustness):
             header = {

@@ -21,6 +21,7 @@ from topgap_jax.measure.verdicts import Log, seen
 from topgap_jax.mesh import replicated
 from topgap_jax.metrics.summaries import share
 from topgap_jax.progress import bar
+from topgap_jax.scores import substitute
 from topgap_jax.types import Attack, Cost, Curve, Measure, Model, Robustness, Variables
 
 NONE = -1
@@ -65,6 +66,22 @@ class Phase(NamedTuple):
     def limit(self) -> np.float32:
         """Examples that break at no radius up to this one are attacked; the smallest norm is looked for in all."""
         return np.float32(0) if self.attack.aim == "norm" else LARGEST if self.eps is None else np.float32(self.eps)
+
+
+def for_classes(robustness: Robustness, classes: int) -> tuple[Robustness, list[str]]:
+    """The attacks as they are on so few classes, and a line on each whose score is another there.
+
+    Its name says what it raises, and with it every label, row and report.
+    """
+    runs, lines = [], []
+    for attack in robustness.runs:
+        formula = substitute(attack.score, classes)
+        if formula:
+            score = attack.score.__name__
+            lines.append(f"{attack.name}: {classes} classes are too few for {score}; it raises {formula} instead")
+            attack = attack._replace(name=f"{attack.name} ({formula} for {score}: {classes} classes)")
+        runs.append(attack)
+    return robustness._replace(runs=tuple(runs)), lines
 
 
 class Attacked(NamedTuple):
