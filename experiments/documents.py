@@ -31,6 +31,9 @@ SYSTEMS_TEXT = """\
 A claim is "reproduced" only where the method differs on the claimed side from plain training *and* from the control
 that decides, "not reproduced" where it lies on the other side of one of them, else "undecided": the commonest verdict
 of three seeds."""
+MODELS_TEXT = """\
+CIFAR-10, the first test images. One JSON a model in the form of RobustBench, of which `topgap verify FILE` measures 256
+images again. "Reported" is the authors' own number, of another attack."""
 ONE_SEED = "One seed: every difference is undecided."
 
 
@@ -54,7 +57,7 @@ def text() -> str:
 def sections() -> list[tuple[str, str, str, str]]:
     """(title, command, file, Markdown) of each table."""
     stored = [name for name in STUDIES if (ROOT / "results" / f"{name}.json").is_file()]
-    found = [systems(), *map(study, stored)]
+    found = [systems(), *map(study, stored), *models()]
     for title, name, body in BENCHMARKS:
         stored = read(name)
         found.append((title, command(stored), f"results/{name}.json", f"{body(stored)}\n\n{machine(stored)}"))
@@ -103,6 +106,24 @@ def study(name: str) -> tuple[str, str, str, str]:
         f"{driver.table(entry, stored['comparison'])}\n\n{hardware(runs)}"
     )
     return title, f"python experiments/study.py {name}", f"results/{name}.json", body
+
+
+def models() -> list[tuple[str, str, str, str]]:
+    """The models' files, [] where there are none."""
+    lines = []
+    for path in sorted((ROOT / "results" / "models").glob("*.json")):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        (row,) = (row for row in stored["rows"] if "robust_accuracy" in row["measures"])
+        robust = row["measures"]["robust_accuracy"]
+        low, high = (f"{100 * robust[key]:.2f}" for key in ("low", "high"))
+        cells = [f"[{path.stem}](../results/models/{path.name})", stored["architecture"], stored["eps"], robust["n"]]
+        cells += [stored["clean_acc"], f"{stored['autoattack_acc']} [{low}, {high}]", stored["reported"] or ""]
+        lines.append([*map(str, cells), row["audit"]])
+    if not lines:
+        return []
+    head = ["model", "network", "linf", "images", "clean, %", "AutoAttack, % [95 %]", "reported, %", "audit"]
+    body = f"{MODELS_TEXT}\n\n{markdown(head, lines)}"
+    return [("Published networks under AutoAttack", "python experiments/models.py", "results/models/", body)]
 
 
 def settings_of(seeds: Mapping[str, Any]) -> dict[str, str]:

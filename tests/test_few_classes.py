@@ -16,8 +16,7 @@ from topgap_jax.scores import dlr, margin
 from topgap_jax.types import Model, Output
 
 BALL = linf(8 / 255)
-RNG = np.random.default_rng(0)
-IMAGES = RNG.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
+IMAGES = np.random.default_rng(0).integers(64, 192, (8, 8, 8, 3)).astype(np.uint8)
 REPLACED = {  # version, classes -> how often each score is replaced
     ("standard", 2): (0, 1), ("standard", 3): (0, 1), ("standard", 4): (0, 0),
     ("plus", 2): (1, 1), ("plus", 3): (0, 1), ("plus", 4): (0, 0),
@@ -45,7 +44,7 @@ def test_any_attack_with_the_score_says_so_and_no_other_does():
 
 def model(classes):
     """A linear one, and its variables."""
-    weights = jnp.asarray(RNG.normal(size=(IMAGES[0].size, classes)) / 8, jnp.float32)
+    weights = jnp.asarray(np.random.default_rng(classes).normal(size=(IMAGES[0].size, classes)) / 8, jnp.float32)
 
     def apply(variables, images, *, train=False, keys=None, targets=None, step=None):
         return Output(images.reshape(len(images), -1) @ variables["params"], {}, {})
@@ -53,9 +52,14 @@ def model(classes):
     return Model(None, apply), {"params": weights, "batch_stats": {}}
 
 
+def logits_of(classes):
+    network, variables = model(classes)
+    return np.asarray(network.apply(variables, IMAGES / np.float32(255)).logits)
+
+
 def measured(classes, evaluators, workdir=None):
     network, variables = model(classes)
-    labels = np.asarray(network.apply(variables, IMAGES / np.float32(255)).logits.argmax(1), np.int32)
+    labels = logits_of(classes).argmax(1).astype(np.int32)
     data = resident_split({"image": IMAGES, "label": labels}, classes=classes, batch=8)
     return evaluate(
         network, variables, data, evaluators, split="test", classes=classes, workdir=workdir, progress=False
@@ -77,7 +81,15 @@ def test_terminal_row_and_report_say_it_once(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["standard", "plus"])
-@pytest.mark.parametrize("classes", [2, 3])
-def test_autoattack_runs(classes, version):
-    (row,) = measured(classes, {"robust": robust(autoattack(linf(1 / 255), version=version))})
-    assert 0 <= row.measures["robust_accuracy"].value < 1
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_autoattack_breaks_what_can_be_broken(classes, version):
+    """Of the linear network the radius is known: the margin over the l1 norm of the difference of weights."""
+    logits, weights = logits_of(classes), np.asarray(model(classes)[1]["params"])
+    labels = logits.argmax(1)
+    margins = logits[np.arange(8), labels][:, None] - logits
+    lengths = np.abs(weights[:, labels].T[:, :, None] - weights).sum(1)
+    radii = np.sort(np.min(margins / np.where(lengths > 0, lengths, np.nan), 1, where=lengths > 0, initial=np.inf))
+    eps = float(radii[3:5].mean())
+    assert eps < 64 / 255, "the pixel box is out of reach"
+    (row,) = measured(classes, {"robust": robust(autoattack(linf(eps), version=version))})
+    assert row.measures["robust_accuracy"].value == 0.5

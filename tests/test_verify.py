@@ -1,7 +1,9 @@
 """A model's JSON in the form of RobustBench: what `topgap evaluate --model-info` writes, and `topgap verify` confirms."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from tests.test_cli import TINY, patch, topgap
 from topgap_jax import setup
 from topgap_jax.attacks import apgd, autoattack, pgd
 from topgap_jax.balls import l2, linf
+from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.evaluators import robust
 from topgap_jax.measure import model_info
@@ -72,7 +75,10 @@ def test_the_file_has_the_keys_of_robustbench_and_keeps_what_was_filled_in(made)
     assert stored["background_gap"] == text("regions(fill=mean)", "background_gap")
     assert {"autoattack_acc", "unreliable"}.isdisjoint(stored), "theirs for: not measured, unknown"
     assert (stored["eps"], stored["threat_model"], stored["number_forward_passes"]) == ("0.02", "Linf", 1)
-    assert stored["footnote"] == f"20 images of test. {stored['external']} % is under {ROBUST}. Not audited."
+    low, high = (f"{100 * rows[ROBUST]['robust_accuracy'][bound]:.2f}" for bound in ("low", "high"))
+    assert stored["footnote"] == (
+        f"20 images of test, 95 % interval [{low}, {high}]. {stored['external']} % is under {ROBUST}. Not audited."
+    )
     assert (stored["weights"], stored["config"]["init"], stored["config"]["eps"]) == (WEIGHTS, "", 0.02)
     assert stored["file"] is None and str(made) not in json.dumps(stored)
 
@@ -224,6 +230,27 @@ def test_images_that_differ_on_one_side_alone_do_not_agree():
         info = model_info.Info({}, [], {"robust": {"robust_accuracy": before}})
         (one,) = model_info.compare(info, np.arange(256), {"robust": {"robust_accuracy": now}})
         assert one.agrees == agrees and one.differ == more + less
+
+
+FILES = sorted((Path(__file__).parent.parent / "results" / "models").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_stored_file_says_what_its_images_say(path):
+    info = model_info.read(path)
+    built = {text: robust(autoattack(linf(build(info.keys["eps"], {})))) for text in info.images}
+    said = model_info.measured(built, {row.evaluator: row for row in info.rows}, info.images, info.keys["split"])
+    assert {key: info.keys[key] for key in said} == said
+    assert all(info.keys[key] for key in ("link", "name", "authors", "venue", "architecture", "weights_from"))
+    assert info.keys["commit"] and not info.keys["commit"].endswith("+")
+    assert not re.search(r'"(/|\.\.)', path.read_text(encoding="utf-8")), "no paths of the machine that made it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES[:1], ids=lambda path: path.stem)
+def test_a_stored_file_is_confirmed(path, topgap_data):
+    code, out, err = topgap("verify", path)
+    assert code == 0 and out.count("agrees") == 2, (out, err)
 
 
 def test_an_attack_without_a_ball_has_no_file():

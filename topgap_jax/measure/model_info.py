@@ -21,6 +21,7 @@ from topgap_jax.balls import TABLE as BALLS
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.measure.results import NOT_AUDITED, Row, from_json
+from topgap_jax.metrics.summaries import wilson
 from topgap_jax.types import Robustness
 
 BY_HAND = ("link", "name", "authors", "additional_data", "dataset", "venue", "architecture", "reported", "weights_from")
@@ -123,7 +124,9 @@ def measured(
     found |= {"external": percent(robust[lowest])} if best is None or robust[lowest] < robust[best] else {}
     if set(audits.values()) != {NOT_AUDITED}:
         found["unreliable"] = any(text.startswith("UPPER BOUND ONLY") for text in audits.values())
-    sentences = [f"{len(images[lowest]['clean_accuracy']):,} images of {split}"]
+    n = len(images[lowest]["robust_accuracy"])
+    low, high = (percent(bound) for bound in wilson(int(images[lowest]["robust_accuracy"].sum()), n))
+    sentences = [f"{n:,} images of {split}, 95 % interval [{low}, {high}]"]
     sentences += [f"{found['external']} % is under {lowest}"] if "external" in found else []
     sentences += sorted(set(audits.values()))
     found["footnote"] = ". ".join(text[0].upper() + text[1:] for text in sentences) + "."
