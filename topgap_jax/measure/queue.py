@@ -67,6 +67,7 @@ def work(
     radius for all, the attack's own if not given.
     """
     runs, due, over = np.array(runs), deque(), []
+    names = np.arange(len(labels), dtype=np.int32)  # by which the examples draw: of a part of a split, not their rows
     ready = data.batches(np.flatnonzero(runs < attack.runs).astype(np.int32))
     state = staged = buffer = slots = count = started = None
     ids, position, chunk, slot_steps, dispatches = [], 0, 1, 0, 0
@@ -82,6 +83,8 @@ def work(
         if following is None:
             return None
         ids, batch = following
+        if attack.samples is not None:
+            names[ids] = np.asarray(jax.device_get(parts.whole(batch["id"])))[: len(ids)]
         rows = lambda values: _placed(values[ids], batch, mesh)
         radius = None if eps is None else rows(np.full(len(labels), eps, np.float32))
         return ids, parts.start(key, variables, batch, rows(logits), rows(runs.astype(np.int32)), radius)
@@ -92,7 +95,7 @@ def work(
         if attack.samples is None:
             values = parts.logits(variables, buffer)
         else:
-            examples = np.pad(np.array([run.index for run in over], np.int32), (0, len(slots) - len(over)))
+            examples = np.pad(names[[run.index for run in over]], (0, len(slots) - len(over)))
             values = parts.mean_logits(key, variables, buffer, examples)
         entry = judge(attack, over, jax.device_get(values), labels)
         for index, broken in zip(entry["ids"], entry["broken"]):
