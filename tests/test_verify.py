@@ -80,7 +80,22 @@ def test_the_file_has_the_keys_of_robustbench_and_keeps_what_was_filled_in(made)
         f"20 images of test, 95 % interval [{low}, {high}]. {stored['external']} % is under {ROBUST}. Not audited."
     )
     assert (stored["weights"], stored["config"]["init"], stored["config"]["eps"]) == (WEIGHTS, "", 0.02)
+    check_kinds(stored)
     assert stored["file"] is None and str(made) not in json.dumps(stored)
+
+
+KINDS = {  # of RobustBench's 236 files; null is what their own program writes before a person fills it in
+    "link": str, "name": str, "authors": str, "additional_data": bool, "number_forward_passes": int, "dataset": str,
+    "venue": str, "architecture": str, "eps": str, "clean_acc": str, "reported": str, "autoattack_acc": str,
+    "external": str, "unreliable": bool, "footnote": str,
+}  # fmt: skip
+
+
+def check_kinds(stored):
+    assert all(isinstance(stored[key], kind | None) for key, kind in KINDS.items() if key in stored)
+    assert [key for key in stored if key in KINDS] == [key for key in KINDS if key in stored]
+    best = stored["external"] if "external" in stored else stored["autoattack_acc"]  # as their tables take it
+    assert 0 <= float(best) <= float(stored["clean_acc"]) <= 100
 
 
 def test_verify_confirms_it(made):
@@ -232,6 +247,22 @@ def test_images_that_differ_on_one_side_alone_do_not_agree():
         assert one.agrees == agrees and one.differ == more + less
 
 
+@pytest.mark.slow
+def test_a_run_s_folder_is_named_from_the_file(tmp_path):
+    """The best checkpoint stands for it; another is refused, since the file could not say so."""
+    workdir, path = tmp_path / "runs" / "tiny", tmp_path / "models" / "tiny.json"
+    path.parent.mkdir()
+    assert topgap("train", "--config", TINY, "--workdir", workdir, "--no-evaluate")[0] == 0
+    words = ("evaluate", "--workdir", workdir, "--evaluators", ROBUST, "--model-info", path)
+    code, _, err = topgap(*words, "--checkpoint", "last")
+    assert code == 2 and "a run's folder stands for its best checkpoint" in err
+    assert topgap(*words)[0] == 0
+    stored = json.loads(path.read_text())
+    assert stored["weights"] == "../runs/tiny" and stored["data"]["examples"] == 60
+    code, out, err = topgap("verify", path)
+    assert code == 0 and out.count("  agrees") == 2, err
+
+
 FILES = sorted((Path(__file__).parent.parent / "results" / "models").glob("*.json"))
 
 
@@ -242,6 +273,7 @@ def test_a_stored_file_says_what_its_images_say(path):
     said = model_info.measured(built, {row.evaluator: row for row in info.rows}, info.images, info.keys["split"])
     assert {key: info.keys[key] for key in said} == said
     assert all(info.keys[key] for key in ("link", "name", "authors", "venue", "architecture", "weights_from"))
+    check_kinds(info.keys)
     assert info.keys["commit"] and not info.keys["commit"].endswith("+")
     assert not re.search(r'"(/|\.\.)', path.read_text(encoding="utf-8")), "no paths of the machine that made it"
 

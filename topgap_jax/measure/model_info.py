@@ -87,7 +87,7 @@ def contributions(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def ball_of(robustness: Mapping[str, Robustness]) -> str:
     """The ball that all attacks are made in, as a text; UserError where there are several, or an attack names none."""
     by_attack = {attack.name: _balls(attack.name) for each in robustness.values() for attack in each.runs}
-    balls = {ball for found in by_attack.values() for ball in found}
+    balls = {ball for names in by_attack.values() for ball in names}
     if len(balls) != 1 or not all(by_attack.values()):
         raise UserError(f"a model's file is about one ball, linf, l2 or l1; the attacks are {'; '.join(by_attack)}")
     return balls.pop()
@@ -114,24 +114,24 @@ def measured(
     best = min(complete, key=robust.get, default=None)
     audits = {text: rows[text].audit or NOT_AUDITED for text in robust}
     percent = lambda share: f"{100 * share:.2f}"
-    found = {
+    keys = {
         "number_forward_passes": max(attack.samples or 1 for each in robustness.values() for attack in each.runs),
         "eps": eps,
         "threat_model": FOLDERS[name],
         "clean_acc": percent(np.mean(images[lowest]["clean_accuracy"])),
     }
-    found |= {} if best is None else {"autoattack_acc": percent(robust[best])}
-    found |= {"external": percent(robust[lowest])} if best is None or robust[lowest] < robust[best] else {}
+    keys |= {} if best is None else {"autoattack_acc": percent(robust[best])}
+    keys |= {"external": percent(robust[lowest])} if best is None or robust[lowest] < robust[best] else {}
     if set(audits.values()) != {NOT_AUDITED}:
-        found["unreliable"] = any(text.startswith("UPPER BOUND ONLY") for text in audits.values())
+        keys["unreliable"] = any(text.startswith("UPPER BOUND ONLY") for text in audits.values())
     n = len(images[lowest]["robust_accuracy"])
     low, high = (percent(bound) for bound in wilson(int(images[lowest]["robust_accuracy"].sum()), n))
     sentences = [f"{n:,} images of {split}, 95 % interval [{low}, {high}]"]
-    sentences += [f"{found['external']} % is under {lowest}"] if "external" in found else []
+    sentences += [f"{keys['external']} % is under {lowest}"] if "external" in keys else []
     sentences += sorted(set(audits.values()))
-    found["footnote"] = ". ".join(text[0].upper() + text[1:] for text in sentences) + "."
+    keys["footnote"] = ". ".join(text[0].upper() + text[1:] for text in sentences) + "."
     gaps = [np.nanmean(each["background_gap"]) for each in images.values() if "background_gap" in each]
-    return found | ({"background_gap": percent(gaps[0])} if gaps else {})
+    return keys | ({"background_gap": percent(gaps[0])} if gaps else {})
 
 
 def by_hand(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -29,8 +29,11 @@ from topgap_jax.setup.assembly import Experiment, assemble, context, init, open_
 from topgap_jax.setup.weights import weights
 from topgap_jax.types import Robustness, Variables
 
+if TYPE_CHECKING:
+    from topgap_jax.setup.commands import Loaded
 
-def check(path: Path, loaded: Any, splits: list[str], built: Mapping[str, Any]) -> None:
+
+def check(path: Path, loaded: "Loaded", splits: list[str], built: Mapping[str, Any]) -> None:
     """Raise a UserError where no file of a model can be made of an evaluation, before anything is measured."""
     model_info.by_hand(path)
     robust = _robust(built)
@@ -51,7 +54,7 @@ def check(path: Path, loaded: Any, splits: list[str], built: Mapping[str, Any]) 
 
 def write(
     path: Path,
-    loaded: Any,
+    loaded: "Loaded",
     split: str,
     batch: int,
     built: Mapping[str, Any],
@@ -127,11 +130,11 @@ def verify(
     for evaluator, each in info.images.items():
         for measure in set(each) - set(again[evaluator]):
             raise UserError(f"{path}: {evaluator} gives no {measure} here; the training split may lack what it needs")
-    said = model_info.measured(_robust(built), {row.evaluator: row for row in info.rows}, info.images, split)
+    expected = model_info.measured(_robust(built), {row.evaluator: row for row in info.rows}, info.images, split)
     faults = [
-        f"{key} is {info.keys.get(key)!r}, and its images give {said.get(key)!r}"
+        f"{key} is {info.keys.get(key)!r}, and its images give {expected.get(key)!r}"
         for key in ("number_forward_passes", "eps", "clean_acc", "autoattack_acc", "external", "background_gap")
-        if info.keys.get(key) != said.get(key)
+        if info.keys.get(key) != expected.get(key)
     ]
     return model_info.compare(info, ids, again), faults
 
@@ -139,10 +142,10 @@ def verify(
 def _experiment(path: Path, info: Info, data: str | None, file: str | Path | None) -> Experiment:
     loaded = configs.load(path, [("source", data)] if data else [], file=file)
     try:
-        known = Data(tuple(map(str, info.keys["data"]["classes"])), int(info.keys["data"]["examples"]))
+        learnt_from = Data(tuple(map(str, info.keys["data"]["classes"])), int(info.keys["data"]["examples"]))
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} is no model's file that can be verified: data holds no classes") from None
-    chosen = assemble(loaded, known)
+    chosen = assemble(loaded, learnt_from)
     checks.model(chosen)
     return chosen
 
@@ -153,7 +156,7 @@ def _variables(path: Path, info: Info, chosen: Experiment, text: str | None) -> 
     if named is None and text is None:
         variables = init(chosen)
     else:
-        variables = weights(text or _found(path, info)).load(chosen.model, image_shape=(*chosen.config.image_size, 3))
+        variables = weights(text or _where(path, info)).load(chosen.model, image_shape=(*chosen.config.image_size, 3))
     variables, expected = evaluation_variables(variables), info.keys["fingerprint"]
     if fingerprint(variables) != expected:
         raise UserError(
@@ -163,7 +166,7 @@ def _variables(path: Path, info: Info, chosen: Experiment, text: str | None) -> 
     return variables
 
 
-def _weights_text(loaded: Any, folder: Path) -> str | None:
+def _weights_text(loaded: "Loaded", folder: Path) -> str | None:
     """The weights as the file names them: a published network, or a path from TOPGAP_DATA, else from the file's folder;
     None: the model is born with them."""
     text = str(loaded.workdir or loaded.experiment.config.init)
@@ -175,19 +178,20 @@ def _weights_text(loaded: Any, folder: Path) -> str | None:
     return Path(os.path.relpath(path, folder.resolve())).as_posix()
 
 
-def _found(path: Path, info: Info) -> str:
+def _where(path: Path, info: Info) -> str:
+    """Where the weights are that the file names; UserError, with where they are to be had, if nowhere."""
     named = info.keys["weights"]
     if named in pretrained.NETWORKS:
         return named
     places = [place / named for place in (path.parent, _data_folder()) if place is not None]
-    found = next((place for place in places if place.exists()), None)
-    if found is None:
+    there = next((place for place in places if place.exists()), None)
+    if there is None:
         source = info.keys.get("weights_from")
         raise UserError(
             f"{path}: its weights '{named}' lie neither beside it nor in TOPGAP_DATA; give --weights FILE"
             + (f"; they are to be had from {source}" if source else "")
         )
-    return str(found)
+    return str(there)
 
 
 def _data_folder() -> Path | None:
@@ -201,10 +205,10 @@ def _file(chosen: Experiment, folder: Path) -> str | None:
     return Path(os.path.relpath(chosen.file, folder)).as_posix() if called & set(chosen.methods) else None
 
 
-def _examples(loaded: Any) -> int:
+def _examples(loaded: "Loaded") -> int:
     """Training examples: a schedule in the model's text may name total_steps."""
-    known, train = learnt(loaded.workdir) if loaded.workdir else None, loaded.experiment.config.train
-    return known.examples if known else len(loaded.experiment.source(train)) if train else 0
+    data, train = learnt(loaded.workdir) if loaded.workdir else None, loaded.experiment.config.train
+    return data.examples if data else len(loaded.experiment.source(train)) if train else 0
 
 
 def _robust(built: Mapping[str, Any]) -> dict[str, Robustness]:
