@@ -123,7 +123,7 @@ def measured(
     keys |= {} if best is None else {"autoattack_acc": percent(robust[best])}
     keys |= {"external": percent(robust[lowest])} if best is None or robust[lowest] < robust[best] else {}
     if set(audits.values()) != {NOT_AUDITED}:
-        keys["unreliable"] = any(text.startswith("UPPER BOUND ONLY") for text in audits.values())
+        keys["unreliable"] = any("UPPER BOUND ONLY" in text for text in audits.values())
     n = len(images[lowest]["robust_accuracy"])
     low, high = (percent(bound) for bound in wilson(int(images[lowest]["robust_accuracy"].sum()), n))
     sentences = [f"{n:,} images of {split}, 95 % interval [{low}, {high}]"]
