@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from topgap_jax.attacks.gradient import pgd
-from topgap_jax.attacks.state import BROKEN, finish, misclassified, where
+from topgap_jax.attacks.state import BROKEN, finish, misclassified
 from topgap_jax.keys import fold_in, split
 from topgap_jax.rewrite import speed
 from topgap_jax.scores import cross_entropy, dlr, margin

@@ -1,5 +1,6 @@
 """The statistics of an audit that attacks give: A1 to A4, A7 to A9, A18, and what stands in other norms."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,8 +28,8 @@ class Ask(NamedTuple):
     """How the checks ask about images, whose rows of the split are `points` (m,).
 
     rows(name, probe, points, cost, arrays=None)         probe(keys, predict, images, labels, arrays) of each, in NumPy
-    attacks(name, runs, points, eps=, scale=, keep=)     `measure.robust.Attacked`, at another radius, of a network whose
-                                                         logits are multiplied by `scale`
+    attacks(name, runs, points, eps=, scale=, keep=)     `measure.robust.Attacked`, at another radius, of a network with logits
+                                                         that are multiplied by `scale`
     """
 
     rows: Callable[..., Any]
@@ -51,15 +52,11 @@ def statistics(
     values |= _scales(ask, audit, points, by_pgd, margin)
     if audit.twin:
         values |= _transferred(ask, audit, points, stands)
-    broken = {
-        "square_gain": (square(ball),),
-        "noise_hits": (noise(ball),),
-        "more_cost": (restarts(pgd(ball, steps=200), 10),),
-    }
-    names = {"square_gain": "A2", "noise_hits": "A4", "more_cost": "A7"}
-    for name, runs in broken.items():  # what stands is attacked once more
-        more = ask.attacks(names[name], runs, left).examples.radius if len(left) else np.array([])
-        values[name] = float(np.isfinite(more).sum()) / (1 if name == "noise_hits" else len(points))
+    longer = restarts(pgd(ball, steps=200), 10)
+    for name, check, run in (("square", "A2", square(ball)), ("noise", "A4", noise(ball)), ("longer", "A7", longer)):
+        more = ask.attacks(check, (run,), left).examples.radius if len(left) else np.array([])
+        values[f"{name}_hits"] = int(np.isfinite(more).sum())
+    values |= {"square_gain": values["square_hits"] / len(points), "more_cost": values["longer_hits"] / len(points)}
     values["still_improving"] = float((improving[stands] > 0.05).mean()) if stands.any() else 0.0
     return values, _norms(ask, audit, points, stands, _pixels(data))
 
@@ -92,7 +89,7 @@ def _sweep(ask, ball, points, pixels):
         "broken_at_zero": round((1 - stands[0.0]) * len(points)),
         "at_unlimited": stands[unlimited],
         "at_box": box.value,
-        "rise": max(after - before for before, after in zip(accuracies, accuracies[1:])),
+        "rise": max(after - before for before, after in itertools.pairwise(accuracies)),
     }
 
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from topgap_jax.errors import UserError
 from topgap_jax.build import names as names_of
+from topgap_jax.errors import UserError
 from topgap_jax.progress import write_text
 from topgap_jax.types import Check, Curve, Measure
 

@@ -80,8 +80,8 @@ def streamed_split(
 
 
 def rows_of(data: Split, rows: np.ndarray) -> Split:
-    """These rows (m,) of a split as a split of its own. A batch keeps the `id` of the whole split, from which randomness
-    is drawn."""
+    """These rows (m,) of a split as a split of its own. A batch keeps the `id` of the whole split, which randomness
+    comes from."""
     rows = np.asarray(rows, np.int32)
 
     def batches(ids=None):
