@@ -270,7 +270,27 @@ CRITERIA = (
         fail=above(0),
     ),
 )
-CHECKS = tuple(dict.fromkeys(criterion.check for criterion in CRITERIA))
+CHECKS = {
+    "A1": "one step against many",
+    "A2": "a search without gradients",
+    "A3": "larger and smaller radii",
+    "A4": "noise",
+    "A5": "gradients that are 0",
+    "A6": "small steps",
+    "A7": "more steps, more starts",
+    "A8": "the scale of the logits",
+    "A9": "a twin's examples",
+    "A10": "probabilities for logits",
+    "A11": "the same pass again",
+    "A12": "the rest of the batch",
+    "A13": "what the attack returns",
+    "A14": "finite differences",
+    "A15": "loss under noise",
+    "A16": "the way of one step",
+    "A17": "operations without a gradient",
+    "A18": "inside the ball",
+}
+"""Every check with what it looks at."""
 
 
 def conclude(check: str, values: Mapping[str, float | str], n: int) -> Check:

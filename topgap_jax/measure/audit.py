@@ -107,7 +107,7 @@ def audit_split(
         checks += [conclude(check, values, len(points)) for check in made]
         if not audit.twin:
             checks.append(skipped("A9", "no twin was given"))
-    checks = tuple(sorted(checks, key=lambda check: criteria.CHECKS.index(check.id)))
+    checks = tuple(sorted(checks, key=lambda check: list(criteria.CHECKS).index(check.id)))
     cost = sum((each for each, _ in spent), start=Cost())
     return Audited(checks, measures | _counts(checks, len(points)), cost, sum(seconds for _, seconds in spent), kept)
 

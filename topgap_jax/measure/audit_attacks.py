@@ -28,8 +28,8 @@ class Ask(NamedTuple):
     """How the checks ask about images, whose rows of the split are `points` (m,).
 
     rows(name, probe, points, cost, arrays=None)         probe(keys, predict, images, labels, arrays) of each, in NumPy
-    attacks(name, runs, points, eps=, scale=, keep=)     `measure.robust.Attacked`, at another radius, of a network with logits
-                                                         that are multiplied by `scale`
+    attacks(name, runs, points, eps=, scale=, keep=)     `measure.robust.Attacked`; eps: at another radius; scale: of
+                                                         the network with logits that are multiplied by it
     """
 
     rows: Callable[..., Any]
