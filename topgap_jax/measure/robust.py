@@ -118,7 +118,12 @@ def attack_split(
         left = int((runs < phase.attack.runs).sum())
         parts, key = queue.functions(phase.attack, model, mesh), jax.random.fold_in(jax.random.key(seed), phase.index)
         options = {"eps": phase.eps, "points": kept is not None, "mesh": mesh}
-        with bar(int(stands.sum()), f"{text}: {phase.name}", enabled=progress, done=int(stands.sum()) - left) as shown:
+        with bar(
+            int(stands.sum()),
+            f"{text}: {phase.name}",
+            enabled=progress if stands.any() else False,
+            done=int(stands.sum()) - left,
+        ) as shown:
             for entry, points in queue.work(parts, phase.attack, variables, data, key, runs, logits, labels, **options):
                 newly = _enter(examples, entry, phase.index)
                 if kept is not None:
