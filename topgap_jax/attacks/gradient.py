@@ -76,7 +76,7 @@ def pgd(
 
     name = f"{named('pgd', steps, score)}, {ball.name}"
     cost = lambda predict, images: Cost(0, samples or 1)
-    return Attack(init, step, steps, cost, name, "label", runs, samples, score=score)
+    return Attack(init, step, steps, cost, name, "label", runs, samples, ball.norm, score=score)
 
 
 class Orbit(NamedTuple):
@@ -110,7 +110,7 @@ def fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
         full = state.eps[:, None, None, None] * ball.ascent(gradient)
         return move(state, ball.project(state.images, full, state.eps))
 
-    return Attack(init, step, 1, lambda predict, images: Cost(0, 1), f"fgsm, {ball.name}", score=score)
+    return Attack(init, step, 1, lambda predict, images: Cost(0, 1), f"fgsm, {ball.name}", norm=ball.norm, score=score)
 
 
 def r_fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
@@ -131,7 +131,9 @@ def r_fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
         return move(state, ball.project(state.images, delta, state.eps))
 
     half = lambda state: 0.5 * state.eps[:, None, None, None]
-    return Attack(init, step, 1, lambda predict, images: Cost(0, 1), f"r+fgsm, {ball.name}", score=score)
+    return Attack(
+        init, step, 1, lambda predict, images: Cost(0, 1), f"r+fgsm, {ball.name}", norm=ball.norm, score=score
+    )
 
 
 class Momentum(NamedTuple):
@@ -165,7 +167,7 @@ def mim(
 
     cost = lambda predict, images: Cost(0, samples or 1)
     name = f"{named('mim', steps, score)}, {ball.name}"
-    return Attack(init, step, steps, cost, name, samples=samples, score=score)
+    return Attack(init, step, steps, cost, name, samples=samples, norm=ball.norm, score=score)
 
 
 def starting(ball: Ball, where: str | None):
