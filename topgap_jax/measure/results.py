@@ -112,7 +112,7 @@ def with_audits(rows: Sequence[Row]) -> list[Row]:
 
 def to_json(row: Row) -> dict[str, Any]:
     """The row as JSON holds it; of a measure only what it says, NaN and infinity as null."""
-    return row._asdict() | {
+    stored = row._asdict() | {
         "overrides": dict(row.overrides),
         "measures": {name: _fields(measure) for name, measure in row.measures.items()},
         "cost": dict(row.cost),
@@ -122,6 +122,8 @@ def to_json(row: Row) -> dict[str, Any]:
             for check in row.checks
         ],
     }
+    # A row without an attack has neither, and is written as it was before there were audits.
+    return {name: value for name, value in stored.items() if value or name not in ("norms", "checks")}
 
 
 def from_json(stored: Mapping[str, Any]) -> Row:
