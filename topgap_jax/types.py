@@ -239,7 +239,7 @@ class Rule(NamedTuple):
 
 
 Rules: TypeAlias = Mapping[str, Rule]
-"""Operation ("relu", "max_pool", "conv", "dense", "add", "mean") -> its rule: `rewrite.with_rules(f, **rules)`."""
+"""Operation ("relu", "conv", "round", ...: `rewrite.operations.OPERATIONS`) -> its rule: `with_rules(f, **rules)`."""
 
 
 class Augment(Protocol):

@@ -1,6 +1,6 @@
 """Attacks: searches for an adversarial example inside a ball, as pairs (init, step)."""
 
-from topgap_jax.attacks import alignment, apgd, compositions, fab, fmn, gradient, maps, noise, square, state
+from topgap_jax.attacks import alignment, apgd, bpda, compositions, fab, fmn, gradient, maps, noise, square, state
 from topgap_jax.attacks.state import State, as_runs, attack, finish, misclassified, norms
 from topgap_jax.attacks.transfer import transfer
 from topgap_jax.build import merged
@@ -13,6 +13,7 @@ TABLE = merged(
     fmn.TABLE,
     noise.TABLE,
     compositions.TABLE,
+    bpda.TABLE,
     maps.TABLE,
     alignment.TABLE,
 )
