@@ -45,6 +45,19 @@ class Model(NamedTuple):
     has_weights: bool = False
 
 
+class Network(NamedTuple):
+    """A model with its weights, beside the one that is measured: the source of a transfer, or a twin.
+
+    name                                                 what says where they are from, such as the folder of a run
+
+    It is plain data: whoever runs it binds the variables inside the jitted function, as its arguments.
+    """
+
+    model: Model
+    variables: Variables
+    name: str
+
+
 class Predict(Protocol):
     """A model with its variables bound: images (b, h, w, c) -> logits (b, k). A deterministic model ignores `keys`."""
 
@@ -151,6 +164,8 @@ class Attack(NamedTuple):
                                                          explanation, or the label by the smallest "norm" that does it
     runs                                                 restarts x targets: values of `run`, below which it stays
     samples                                              passes of a model that draws at random that a verdict averages
+    source                                               another network, or the text that names it, which `init`,
+                                                         `step` and `cost` are given as `source=predict`; None: none is
 
     The state is `attacks.state.State`, every leaf of which has the leading axis b. `run` (b,) numbers restart and
     target of each example, 0 if not given; `eps` (b,) is its radius, the ball's own if not given. `attacks.finish`
@@ -165,6 +180,7 @@ class Attack(NamedTuple):
     aim: str = "label"
     runs: int = 1
     samples: int | None = None
+    source: "Network | str | None" = None
 
 
 Runs: TypeAlias = tuple[Attack, ...]

@@ -32,7 +32,7 @@ def _ruled(attack, rules):
     def init(keys, predict, images, labels, logits, **options):
         return attack.init(keys, with_rules(predict, **rules), images, labels, logits, **options)
 
-    step = lambda predict, state: attack.step(with_rules(predict, **rules), state)
+    step = lambda predict, state, **options: attack.step(with_rules(predict, **rules), state, **options)
     return attack._replace(init=init, step=step, name=f"BPDA of {attack.name}")
 
 

@@ -16,7 +16,7 @@ from topgap_jax.errors import UserError
 from topgap_jax.keys import example_keys
 from topgap_jax.measure import adversarial, results
 from topgap_jax.measure.costs import cost_of
-from topgap_jax.measure.queue import clean_logits
+from topgap_jax.measure.queue import clean_logits, placed
 from topgap_jax.measure.robust import attack_split
 from topgap_jax.measure.splits import Split
 from topgap_jax.measure.verdicts import Log, fingerprint
@@ -63,11 +63,7 @@ def evaluate(
         results.read(path)
     variables = evaluation_variables(variables)
     check_finite(variables, weights)
-    if mesh is not None:
-        if not mesh.is_multi_process:
-            variables = jax.device_put(variables, replicated(mesh))
-        else:  # each process has them on a device of its own, from where none reaches another's
-            variables = jax.device_put(jax.tree.map(_local, variables), replicated(mesh))
+    variables = placed(variables, mesh)
     _check_logits(model, variables, data, mesh, weights)
     rows = []
     for text, evaluator in evaluators.items():
@@ -79,7 +75,7 @@ def evaluate(
                 "evaluator": text,
                 "overrides": dict(overrides(text)),
                 "seed": seed,
-            }
+            } | _sources(evaluator)
             file = save(text)
             keep = "all" if file else "few" if workdir else None
             folder = workdir or (file.parent if file else None)
@@ -206,6 +202,12 @@ def _rows(evaluator, model, mesh):
     # The rows are few numbers; replicated, every process can read them.
     whole = replicated(mesh)
     return jax.jit(rows, in_shardings=(None, whole, divided(mesh), whole), out_shardings=whole)
+
+
+def _sources(robustness: Robustness) -> dict[str, Any]:
+    """What a log says of the networks that attacks transfer from."""
+    networks = [attack.source for attack in robustness.runs if attack.source is not None]
+    return {"sources": {source.name: fingerprint(source.variables) for source in networks}} if networks else {}
 
 
 def _log(folder, variables, mesh, **header):
