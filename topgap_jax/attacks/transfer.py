@@ -26,11 +26,9 @@ def transfer(ball: Ball, attack: Attack, source: str | Network | Predict) -> Att
     if not isinstance(attack, Attack):
         raise UserError(f"give one attack such as apgd(linf(8/255)), got {attack!r}")
     if attack.aim != "label":
-        raise UserError(
-            f"'{attack.name}' does not look for another label in a ball; give one such as apgd(linf(8/255))"
-        )
+        raise UserError(f"'{attack.name}' is no attack on the label in a ball; give one such as apgd(linf(8/255))")
     if attack.source is not None:
-        raise UserError(f"'{attack.name}' is one already")
+        raise UserError(f"'{attack.name}' is a transfer already")
 
     def init(keys, predict, images, labels, logits, *, source, run=None, eps=None):
         state = states.start(keys, images, labels, logits, eps=ball.eps if eps is None else eps, run=run)

@@ -148,7 +148,7 @@ def _divided(attack: Attack, mesh: Mesh | None) -> tuple[Attack, Variables | tup
     if attack.source is None:
         return attack, ()
     if isinstance(attack.source, str):
-        raise UserError(f"'{attack.name}': load the network '{attack.source}' and give it as Network(model, variables)")
+        raise UserError(f"'{attack.name}': load '{attack.source}' and give it as Network(model, variables, name)")
     return attack._replace(source=attack.source._replace(variables=None)), queue.placed(attack.source.variables, mesh)
 
 
