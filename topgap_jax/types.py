@@ -101,6 +101,11 @@ class Ball(NamedTuple):
     size: Callable[[Array], Array]
     hyperplane: Callable[[Array, Array, Array], Array]
 
+    @property
+    def norm(self) -> str:
+        """The name without the radius: "linf"."""
+        return self.name.partition("(")[0]
+
 
 class Penalty(NamedTuple):
     """A cost R of a perturbation, and through it a penalty R* on the gradient: sup over delta of <g, delta> - R(delta)
@@ -166,6 +171,7 @@ class Attack(NamedTuple):
     samples                                              passes of a model that draws at random that a verdict averages
     source                                               another network, or the text that names it, which `init`,
                                                          `step` and `cost` are given as `source=predict`; None: none is
+    norm                                                 of its ball, "linf"; "" where it has none
 
     The state is `attacks.state.State`, every leaf of which has the leading axis b. `run` (b,) numbers restart and
     target of each example, 0 if not given; `eps` (b,) is its radius, the ball's own if not given. `attacks.finish`
@@ -181,6 +187,7 @@ class Attack(NamedTuple):
     runs: int = 1
     samples: int | None = None
     source: "Network | str | None" = None
+    norm: str = ""
 
 
 Runs: TypeAlias = tuple[Attack, ...]
@@ -357,6 +364,40 @@ class Robustness(NamedTuple):
 
     runs: Runs
     eps: tuple[float, ...] = ()
+
+
+class Audit(NamedTuple):
+    """Plain data that `measure.audit` executes: is what attacks in this ball leave to be believed?
+
+    white_box                                            the attacks with gradients whose result is in question
+    twin                                                 another network (model, variables), whose adversarial examples
+                                                         are tried too; None: there is none
+    points                                               images that are looked at, at most
+    """
+
+    ball: Ball
+    white_box: Runs
+    twin: "tuple[Model, Variables] | None" = None
+    points: int = 512
+
+
+class Check(NamedTuple):
+    """One check of an audit.
+
+    id                                                   "A1" to "A18", as `evaluators.criteria` numbers them
+    status                                               "pass", "warn", "fail", or "skipped"
+    statistic, threshold                                 what decided, and the bound that it crossed or, where the check
+                                                         passes, that it would have to cross; None where skipped
+    n                                                    of how many images
+    sentence                                             the evidence in words, and what it means
+    """
+
+    id: str
+    status: str
+    statistic: float | None
+    threshold: float | None
+    n: int
+    sentence: str
 
 
 Schedule: TypeAlias = Callable[[Any], Any]

@@ -46,7 +46,7 @@ def transfer(ball: Ball, attack: Attack, source: str | Network | Predict) -> Att
 
     cost = lambda predict, images, *, source: Cost(1, 0) + attack.cost(source, images)
     name = f"transfer of {attack.name}"
-    both = attack._replace(init=init, step=step, cost=cost, name=name, samples=None)
+    both = attack._replace(init=init, step=step, cost=cost, name=name, samples=None, norm=ball.norm)
     if isinstance(source, str | Network):
         of = source if isinstance(source, str) else source.name
         return both._replace(name=f"{name}, from {of}", source=source)

@@ -160,7 +160,7 @@ def _kept(keep, data, log, wrong, mesh):
 
     def clean(ids):
         for part, batch in data.batches(ids):
-            yield part, np.asarray(jax.device_get(_whole(mesh)(batch["image"])))[: len(part)]
+            yield part, np.asarray(jax.device_get(whole(mesh)(batch["image"])))[: len(part)]
 
     few = right[np.linspace(0, len(right) - 1, min(adversarial.PICTURES, len(right))).round().astype(int)]
     by_id = {int(index): image for part, images in clean(few) for index, image in zip(part, images)}
@@ -262,7 +262,7 @@ def _clean(model, variables, data, mesh, text, progress):
             if not parts:
                 predict.lower(variables, batch["image"]).compile()
                 start = time.perf_counter()
-            values = jax.device_get((predict(variables, batch["image"]), _whole(mesh)(batch["label"])))
+            values = jax.device_get((predict(variables, batch["image"]), whole(mesh)(batch["label"])))
             parts.append((ids, *(value[: len(ids)] for value in values)))
             shown.update(len(ids))
     ids, logits, labels = (np.concatenate(column) for column in zip(*parts))
@@ -272,6 +272,6 @@ def _clean(model, variables, data, mesh, text, progress):
 
 
 @functools.lru_cache(maxsize=32)
-def _whole(mesh):
+def whole(mesh):
     """The identity, with a result that every process can read."""
     return jax.jit(lambda values: values, out_shardings=None if mesh is None else replicated(mesh))

@@ -79,6 +79,21 @@ def streamed_split(
     return Split(len(source), batches, batch)
 
 
+def rows_of(data: Split, rows: np.ndarray) -> Split:
+    """These rows (m,) of a split as a split of its own. A batch keeps the `id` of the whole split, which randomness
+    comes from."""
+    rows = np.asarray(rows, np.int32)
+
+    def batches(ids=None):
+        ids = np.arange(len(rows), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
+        start = 0
+        for some, batch in data.batches(rows[ids]):
+            yield ids[start : start + len(some)], batch
+            start += len(some)
+
+    return Split(len(rows), batches, data.batch)
+
+
 def _check(batch, mesh):
     if mesh is not None:
         check_batch(batch, mesh)
