@@ -169,9 +169,9 @@ class Attack(NamedTuple):
                                                          explanation, or the label by the smallest "norm" that does it
     runs                                                 restarts x targets: values of `run`, below which it stays
     samples                                              passes of a model that draws at random that a verdict averages
+    norm                                                 of its ball, "linf"; "" where it has none
     source                                               another network, or the text that names it, which `init`,
                                                          `step` and `cost` are given as `source=predict`; None: none is
-    norm                                                 of its ball, "linf"; "" where it has none
 
     The state is `attacks.state.State`, every leaf of which has the leading axis b. `run` (b,) numbers restart and
     target of each example, 0 if not given; `eps` (b,) is its radius, the ball's own if not given. `attacks.finish`
@@ -186,8 +186,8 @@ class Attack(NamedTuple):
     aim: str = "label"
     runs: int = 1
     samples: int | None = None
-    source: "Network | str | None" = None
     norm: str = ""
+    source: "Network | str | None" = None
 
 
 Runs: TypeAlias = tuple[Attack, ...]
