@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from topgap_jax.attacks.state import BROKEN, RUNNING
+from topgap_jax.attacks.state import BROKEN, RUNNING, misclassified
 from topgap_jax.types import Array, Attack, Model
 
 
@@ -103,13 +103,9 @@ def noise_gradient(model: Model) -> Model:
 def last_iterate(attack: Attack) -> Attack:
     """The attack, which looks at its last iterate only."""
 
-    def init(*arguments, **options):
-        return attack.init(*arguments, **options)
-
     def step(predict, state):
-        after = attack.step(predict, state._replace(status=jnp.full_like(state.status, RUNNING)))
-        # What it broke on the way is forgotten, unless the image was misclassified from the start.
-        before = (state.status == BROKEN) & (state.broken_at == 0) & (state.count > 0)
-        return after._replace(status=jnp.where(before, BROKEN, RUNNING), best=state.images)
+        after = attack.step(predict, state)
+        status = jnp.where(misclassified(state.clean, state.labels), BROKEN, RUNNING)
+        return after._replace(status=status, best=state.images)
 
-    return attack._replace(init=init, step=step, name=f"last of {attack.name}")
+    return attack._replace(step=step, name=f"last of {attack.name}")
