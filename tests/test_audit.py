@@ -25,7 +25,7 @@ from topgap_jax.measure.splits import resident_split, rows_of
 from topgap_jax.models import bind
 from topgap_jax.report import compare, report, table
 from topgap_jax.rewrite.broken import broken_gradients
-from topgap_jax.types import Audit, Check, Cost, Measure
+from topgap_jax.types import Audit, Check, Cost, Measure, Network
 
 BALL = linf(0.05)
 HONEST = {
@@ -320,6 +320,9 @@ def examples(broken, attack=0):
     return Examples(*(np.zeros(10),) * 8)._replace(radius=radius, attack=number)
 
 
+TWIN = Network(laws.MODEL, laws.VARIABLES | {"params": laws.parameters(7)}, "twin")
+
+
 def statistics(found, ball=BALL, twin=None, **rows):
     """The statistics where the attacks broke `found`: {name of the check: images}, A3 by radius, A8 by scale."""
 
@@ -386,8 +389,7 @@ def test_nothing_is_attacked_where_nothing_stands():
 
 
 def test_a_twin():
-    broken = np.isin(np.arange(10), [0, 8, 9])
-    values, _, _ = statistics({"the base": range(2)}, twin=(laws.MODEL, laws.VARIABLES), broken=broken)
+    values, _, asked = statistics({"the base": range(2), "A9": [0, 8, 9]}, twin=TWIN)
     assert {
         name: values[name] for name in ("transfer_broken", "white_box_broken", "transfer_excess", "transfer_only")
     } == {
@@ -396,6 +398,7 @@ def test_a_twin():
         "transfer_excess": 1,
         "transfer_only": 2,
     }
+    assert [tuple(points) for name, _, points in asked if name == "A9"] == [tuple(POINTS)]
 
 
 def test_comparable_radii():
@@ -424,7 +427,10 @@ def test_rows_of_a_split():
     [
         (lambda: audit(linf(0)), "audit: linf(0) holds one image; give a radius above 0"),
         (lambda: audit(BALL, points=0), "points must be a whole number of at least 1, got 0"),
-        (lambda: audit(BALL, twin=3), "audit: twin must be a pair (model, variables)"),
+        (
+            lambda: audit(BALL, twin=3),
+            "audit: twin must be the folder of a run, or Network(model, variables, name), got 3",
+        ),
         (lambda: audit(BALL._replace(name="mine")), "audit: the ball must be linf, l2 or l1, got mine"),
         (lambda: laws.make("audit(pgd(linf(.1)))"), "audit: ball must be a value of type Ball, got "),
     ],
@@ -613,7 +619,7 @@ def test_a_network_that_is_never_right_is_not_audited():
 def test_whole_audits(fake, fails):
     """Also with a twin, and with a log for every attack that is taken up again."""
     model = fake(laws.MODEL) if fake else laws.MODEL
-    twin = (laws.MODEL, laws.VARIABLES | {"params": laws.parameters(7)}) if fake is None else None
+    twin = TWIN if fake is None else None
     found = audit_split(model, laws.VARIABLES, split_of(48, 16), audit(BALL, twin=twin), progress=False)
     failed = {check.id for check in found.checks if check.status == "fail"}
     assert failed >= fails and (fails or not failed)

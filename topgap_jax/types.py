@@ -370,14 +370,14 @@ class Audit(NamedTuple):
     """Plain data that `measure.audit` executes: is what attacks in this ball leave to be believed?
 
     white_box                                            the attacks with gradients whose result is in question
-    twin                                                 another network (model, variables), whose adversarial examples
-                                                         are tried too; None: there is none
+    twin                                                 another network, or the text that names it, whose adversarial
+                                                         examples are tried too; None: there is none
     points                                               images that are looked at, at most
     """
 
     ball: Ball
     white_box: Runs
-    twin: "tuple[Model, Variables] | None" = None
+    twin: "Network | str | None" = None
     points: int = 512
 
 

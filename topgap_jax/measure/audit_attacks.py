@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from topgap_jax.attacks import apgd, fgsm, noise, pgd, r_fgsm, restarts, square, transfer
-from topgap_jax.attacks.state import BROKEN, attack
 from topgap_jax.balls import linf
 from topgap_jax.evaluators import probes
 from topgap_jax.evaluators.audit import GROWTH, comparable, white_box
@@ -16,8 +15,7 @@ from topgap_jax.evaluators.criteria import sign_test
 from topgap_jax.measure.robust import whole
 from topgap_jax.measure.splits import Split, rows_of
 from topgap_jax.metrics.summaries import share
-from topgap_jax.models import bind
-from topgap_jax.types import Audit, Cost, Measure
+from topgap_jax.types import Audit, Measure
 
 SWEEP = (0, 1, 2, 4, 8, 16, 32)  # radii of A3, in those of the ball
 GREY = 0.5  # a pixel value that may move by so much may turn grey
@@ -105,13 +103,8 @@ def _scales(ask, audit, points, by_pgd, margin):
 
 def _transferred(ask, audit, points, stands):
     """A9: APGD on the twin, every iterate of which is tried on the network."""
-    twin, variables = audit.twin
-
-    def probe(keys, predict, images, labels, variables):
-        crafted = transfer(audit.ball, apgd(audit.ball), bind(twin, variables))
-        return {"broken": attack(crafted, keys, predict, images, labels).status == BROKEN}
-
-    broken = ask.rows("A9", probe, points, Cost(101, 100), variables)["broken"]
+    crafted = transfer(audit.ball, apgd(audit.ball), audit.twin)
+    broken = np.isfinite(ask.attacks("A9", (crafted,), points).examples.radius)
     counts = {"transfer_broken": int(broken.sum()), "white_box_broken": int((~stands).sum())}
     excess = counts["transfer_broken"] - counts["white_box_broken"]
     return counts | {"transfer_excess": excess, "transfer_only": int((broken & stands).sum())}

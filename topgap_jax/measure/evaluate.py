@@ -64,9 +64,9 @@ def evaluate(
     for text, evaluator in evaluators.items():
         options = {"seed": seed, "mesh": mesh, "text": f"{split} {text}", "progress": progress}
         header = {"source": source, "split": split, "evaluator": text, "overrides": dict(overrides(text)), "seed": seed}
+        header |= {} if isinstance(evaluator, Evaluator) else _sources(evaluator)
         about: dict[str, Any] = {"audit": None}
         if isinstance(evaluator, Robustness):
-            header |= _sources(evaluator)
             file = save(text)
             keep = "all" if file else "few" if workdir else None
             folder = workdir or (file.parent if file else None)
@@ -161,9 +161,10 @@ def _check_logits(model, variables, data, mesh, weights):
         )
 
 
-def _sources(robustness: Robustness) -> dict[str, Any]:
+def _sources(evaluator: Robustness | Audit) -> dict[str, Any]:
     """What a log says of the networks that attacks transfer from."""
-    networks = [attack.source for attack in robustness.runs if attack.source is not None]
+    given = [evaluator.twin] if isinstance(evaluator, Audit) else [attack.source for attack in evaluator.runs]
+    networks = [network for network in given if network is not None]
     return {"sources": {source.name: fingerprint(source.variables) for source in networks}} if networks else {}
 
 

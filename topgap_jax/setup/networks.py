@@ -1,4 +1,5 @@
-"""Networks beside the one that is measured, which an evaluator names by a text: the source of a transfer."""
+"""Networks beside the one that is measured, which an evaluator names by a text: the source of a transfer, the twin
+of an audit."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from topgap_jax.run.workdir import Data, learnt
 from topgap_jax.setup import config as configs
 from topgap_jax.setup.assembly import Experiment, assemble, template
 from topgap_jax.setup.weights import Weights, weights
-from topgap_jax.types import Network, Robustness, Variables
+from topgap_jax.types import Audit, Network, Robustness, Variables
 
 NAMED = 3  # classes that an error names
 
@@ -30,6 +31,8 @@ def with_networks(chosen: Experiment, built: Mapping[str, Any], where: str) -> d
         return networks.get(source) if isinstance(source, str) else source
 
     def complete(evaluator, text):
+        if isinstance(evaluator, Audit):
+            return evaluator._replace(twin=loaded(evaluator.twin, text))
         if not isinstance(evaluator, Robustness):
             return evaluator
         runs = (attack._replace(source=loaded(attack.source, text)) for attack in evaluator.runs)
