@@ -464,7 +464,7 @@ def of(*changed):
 
 def a_row(split="test", evaluator="audit(linf(8/255))", norms=("linf",), checks=None, **fields):
     checks = of() if checks is None else checks
-    measures = {"stands_linf": Measure(0.4, 0.3, 0.5, 64, "higher", "right images that stand in linf(8/255)")}
+    measures = {"stands_linf": Measure(0.4, 0.3, 0.5, 64, "higher", "stands in linf(8/255)")}
     measures |= {"checks_failed": Measure(0, n=64, better="lower", label="audit checks that failed", main=False)}
     words = f"audit at linf(8/255): {headline(checks)}" if checks else results.NOT_AUDITED
     made = results.Row(split, evaluator, {}, 100, measures, {"seconds": 1.0}, words, norms, checks)
@@ -573,7 +573,7 @@ def test_the_report_shows_the_checks_and_compare_the_verdict(tmp_path):
     assert f'<span class="badge">{words}</span></h3>' in page
     assert '<span class="status fail">fail</span>' in page and '<span class="status skipped">skipped</span>' in page
     assert "2 images were broken on the attack&#39;s path and not in what it returned" in page
-    assert "right images that stand in linf(8/255) <b>0.4000</b>" in page
+    assert "stands in linf(8/255) <b>0.4000</b>" in page
     text = compare([folder])
     assert f"a: audit(linf(8/255)) on test: {words}; failed: A13; warn: A15" in text.splitlines()
     assert f"a: robust(x) on test: audit at linf(8/255): {words}; not measured" in text

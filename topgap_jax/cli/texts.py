@@ -53,6 +53,7 @@ eps in an evaluator is a number of the config. An attack that was stopped goes o
 examples:
   topgap evaluate --workdir runs/gap
   topgap evaluate --workdir runs/gap --split 'test[:200]' --evaluators 'accuracy(), robust(pgd(linf(eps), steps=20))'
+  topgap evaluate --workdir runs/gap --evaluators 'robust(autoattack(linf(eps))), audit(linf(eps))'
   topgap evaluate --config configs/cifar10.py --weights resnet20_cifar10.safetensors
   topgap evaluate --workdir runs/gap --evaluators 'curve(pgd(linf(eps)), eps=(1/255, 2/255, 4/255))' --save attacked/
   topgap evaluate --config configs/imagenet.py

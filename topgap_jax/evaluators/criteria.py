@@ -57,7 +57,7 @@ _few = lambda n: max(3, 0.005 * n)  # images that are too many to be chance
 _share = lambda share: lambda n: max(share, 1.5 / n)  # of few images a single one decides nothing
 
 ONE_STEP = (
-    "one step breaks {one_step_only:.0f} images that PGD-20 leaves, and leaves {iterative_only:.0f} that it breaks"
+    "one step breaks {one_step_only:.0f} images that PGD-20 leaves, PGD-20 {iterative_only:.0f} that one step leaves"
 )
 RANDOM = "the network draws at random: attack it with samples=20, such as autoattack(ball, version='rand')"
 

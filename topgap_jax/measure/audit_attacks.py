@@ -112,7 +112,7 @@ def _transferred(ask, audit, points, stands):
 
 def _norms(ask, audit, points, stands, pixels):
     """The share of the images that stands in each norm, that of the audit first, and in all."""
-    about = lambda where: Measure(better="higher", label=f"right images that stand in {where}")
+    about = lambda where: Measure(better="higher", label=f"stands in {where}")
     balls, standing = comparable(audit.ball, pixels), {audit.ball.norm: stands}
     for ball in balls:
         if ball.norm != audit.ball.norm:

@@ -122,7 +122,12 @@ def attack_split(
         attack, source = _divided(phase.attack, mesh)
         parts, key = queue.functions(attack, model, mesh), jax.random.fold_in(jax.random.key(seed), phase.index)
         options = {"eps": phase.eps, "source": source, "points": kept is not None, "mesh": mesh}
-        with bar(int(stands.sum()), f"{text}: {phase.name}", enabled=progress, done=int(stands.sum()) - left) as shown:
+        with bar(
+            int(stands.sum()),
+            f"{text}: {phase.name}",
+            enabled=progress if stands.any() else False,
+            done=int(stands.sum()) - left,
+        ) as shown:
             for entry, points in queue.work(parts, attack, variables, data, key, runs, logits, labels, **options):
                 newly = _enter(examples, entry, phase.index)
                 if kept is not None:
