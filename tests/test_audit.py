@@ -63,6 +63,7 @@ HONEST = {
     "unstable": 0.01,
     "inside_only": 0.0,
     "broken_gradients": 0,
+    "through_gain": 0.0,
     "operations": "nothing that cuts a gradient",
     "outside": 0,
 }
@@ -116,6 +117,7 @@ def test_honest_numbers_pass(check):
         ("A14", {"sign_agreement": 0.6}, "fail"),
         ("A15", {"unstable": 0.2}, "warn"),
         ("A17", {"broken_gradients": 1, "operations": "round"}, "warn"),
+        ("A17", {"broken_gradients": 1, "operations": "round", "through_gain": 0.04}, "fail"),
         ("A18", {"outside": 1}, "fail"),
     ],
 )
@@ -323,7 +325,7 @@ def examples(broken, attack=0):
 TWIN = Network(laws.MODEL, laws.VARIABLES | {"params": laws.parameters(7)}, "twin")
 
 
-def statistics(found, ball=BALL, twin=None, **rows):
+def statistics(found, ball=BALL, twin=None, passed=False, **rows):
     """The statistics where the attacks broke `found`: {name of the check: images}, A3 by radius, A8 by scale."""
 
     class Images:
@@ -344,7 +346,7 @@ def statistics(found, ball=BALL, twin=None, **rows):
     data = resident_split({"image": images, "label": np.zeros(20, np.int32)}, classes=2, batch=8)
     ask = Ask(lambda *a: {name: np.array(value) for name, value in rows.items()}, attacked)
     plan = Audit(ball, (pgd(ball), attacks.apgd(ball)), twin)
-    return *audit_attacks.statistics(ask, data, plan, POINTS, 4.0, np.linspace(0, 1, 10), None), asked
+    return *audit_attacks.statistics(ask, data, plan, POINTS, 4.0, np.linspace(0, 1, 10), None, passed=passed), asked
 
 
 def test_what_attacks_find():
@@ -386,6 +388,17 @@ def test_nothing_is_attacked_where_nothing_stands():
     values, _, asked = statistics({"the base": range(10)})
     assert not {"A2", "A4", "A7"} & {name for name, _, _ in asked}
     assert values["square_gain"] == values["noise_hits"] == values["more_cost"] == values["still_improving"] == 0
+
+
+def test_attacks_through_rounding():
+    """On what stands; not where the network has nothing of the kind."""
+    values, _, asked = statistics({"the base": range(4), "A17": [1]}, passed=True)
+    assert values["through_gain"] == 0.1
+    assert [(runs[0].name, len(points)) for name, runs, points in asked if name == "A17"] == [
+        (f"BPDA of {pgd(BALL).name}", 6)
+    ]
+    values, _, asked = statistics({"the base": range(4)})
+    assert values["through_gain"] == 0 and "A17" not in {name for name, _, _ in asked}
 
 
 def test_a_twin():
@@ -611,7 +624,7 @@ def test_a_network_that_is_never_right_is_not_audited():
     [
         (None, set()),
         (fakes.large_logits, {"A5", "A8"}),
-        (fakes.quantised, {"A5"}),
+        (fakes.quantised, {"A5", "A17"}),
         (fakes.wave, {"A14"}),
         (fakes.noise_gradient, {"A14"}),
     ],

@@ -23,8 +23,8 @@ def audit(ball: Ball, *, twin: str | Network | None = None, points: int = 512) -
     gradients 0 (A5), or something else than the slope (A14); does the loss follow them (A6); is it saturated (A8) or
     unstable (A15)? Are outputs probabilities (A10), random (A11), or dependent on the batch (A12)? Does the attack lose
     what it finds (A13), or leave its ball (A18)? Does the network overfit to one step (A16); does something on the way
-    cut the gradient (A17)? Checks and bounds: `evaluators/criteria.py`; after Carlini et al. 2019 (arXiv 1902.06705)
-    and Pintor et al. 2022 (arXiv 2106.09947).
+    cut the gradient, and do attacks through it find more (A17)? Checks and bounds: `evaluators/criteria.py`; after
+    Carlini et al. 2019 (arXiv 1902.06705) and Pintor et al. 2022 (arXiv 2106.09947).
 
     Beside them, the share of the images that stands in linf, l2 and l1, each alone and in all three, at radii that are
     comparable: in the proportion 8/255 : .5 : 12 of CIFAR-10 (arXiv 2105.12508), where those of l2 and l1 grow with

@@ -263,6 +263,14 @@ CRITERIA = (
         warn=above(0),
     ),
     Criterion(
+        "A17",  # Athalye et al. 2018, arXiv 1802.00420; bounds as A2
+        "through_gain",
+        "attacks through {operations}, with stand-ins on the backward pass, find {through_gain:.2%} more",
+        "gradients there are 0 or replaced",
+        warn=above(0.002),
+        fail=above(_share(0.01)),
+    ),
+    Criterion(
         "A18",
         "outside",
         "{outside:.0f} adversarial images are outside the ball or the pixel box, or are no float32",

@@ -25,6 +25,8 @@ from topgap_jax.measure.verdicts import Log, seen
 from topgap_jax.models import bind
 from topgap_jax.rewrite import speed
 from topgap_jax.rewrite.broken import broken_gradients
+from topgap_jax.rewrite.operations import operations
+from topgap_jax.rules import straight_through
 from topgap_jax.types import Audit, Check, Cost, Evaluator, Measure, Model, Robustness, Variables
 
 ALONE = Cost(2 * 21 + 2 * probes.DIRECTIONS + probes.NOISES + 12, 2 * 20 + 8)
@@ -100,8 +102,9 @@ def audit_split(
         checks += [skipped(check, why) for check in criteria.CHECKS if check not in GATES]
     else:
         values, improving = _alone(ask, points, audit)
-        values |= _operations(model, variables, data)
-        found, measures = audit_attacks.statistics(ask, data, audit, points, margin, improving, mesh)
+        broken, passed = _operations(model, variables, data)
+        values |= broken
+        found, measures = audit_attacks.statistics(ask, data, audit, points, margin, improving, mesh, passed=passed)
         values |= found
         made = [check for check in criteria.CHECKS if check not in GATES and (check != "A9" or audit.twin)]
         checks += [conclude(check, values, len(points)) for check in made]
@@ -191,11 +194,17 @@ def slopes(rise: np.ndarray, expected: np.ndarray) -> dict[str, float]:
 
 
 def _operations(model, variables, data):
-    """A17: traced for one batch of the split."""
+    """A17, traced for one image of the split, and whether `straight_through` has stand-ins for something in it."""
     _, batch = next(iter(data.batches(np.arange(1, dtype=np.int32))))
     image = jax.ShapeDtypeStruct(batch["image"].shape, batch["image"].dtype)
-    names = broken_gradients(lambda variables, images: bind(model, variables)(images), variables, image, of=1)
-    return {"broken_gradients": len(names), "operations": ", ".join(names) or "nothing that cuts a gradient"}
+    predict = lambda variables, images: bind(model, variables)(images)
+    names = broken_gradients(predict, variables, image, of=1)
+    found = operations(jax.make_jaxpr(lambda image: predict(variables, image))(image).jaxpr) & set(straight_through)
+    names += [name for name in ("threshold", "step") if name in found]
+    if "floor" in found and not {"floor", "ceil"} & set(names):
+        names.append("conversion to whole numbers")
+    words = ", ".join(names) or "nothing that cuts a gradient"
+    return {"broken_gradients": len(names), "operations": words}, bool(found)
 
 
 def _scaled(model: Model) -> Model:
