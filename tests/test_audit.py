@@ -22,6 +22,8 @@ from topgap_jax.measure.audit import Audited, audit_split, slopes
 from topgap_jax.measure.audit_attacks import Ask
 from topgap_jax.measure.robust import NONE, Attacked, Examples
 from topgap_jax.measure.splits import resident_split, rows_of
+from topgap_jax.measure.verdicts import Log
+from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.report import compare, report, table
 from topgap_jax.rewrite.broken import broken_gradients
@@ -414,6 +416,12 @@ def test_rows_of_a_split():
         for (some, batch), expected in zip(part.batches(ids), rows, strict=True):
             assert np.array([3, 5, 8, 13, 19])[some].tolist() == expected
             assert np.asarray(batch["id"])[: len(some)].tolist() == expected
+    for count, width in ((1, 1), (2, 2), (3, 4), (4, 4), (5, 4)):
+        few = rows_of(data, np.arange(7, 7 + count), narrow=True)
+        sizes = [(len(some), batch["image"].shape[0], int(batch["mask"].sum())) for some, batch in few.batches(None)]
+        assert few.batch == width and sizes[0] == (min(count, 4), width, min(count, 4))
+        ids = np.concatenate([np.asarray(batch["id"])[: len(some)] for some, batch in few.batches(None)])
+        assert ids.tolist() == list(range(7, 7 + count))
 
 
 # Mistakes.
@@ -530,10 +538,10 @@ def test_an_audit_stands_beside_the_robust_numbers_of_the_same_command(tmp_path,
     assert [row.audit for row in make(attack)] == [words]
 
 
-def split_of(n, batch=8):
+def split_of(n, batch=8, mesh=None):
     images = np.random.default_rng(0).integers(0, 256, (n, laws.SIZE, laws.SIZE, 3)).astype(np.uint8)
     labels = np.asarray(laws.PREDICT(images / np.float32(255)).argmax(1)).astype(np.int32)
-    return resident_split({"image": images, "label": labels}, classes=laws.CLASSES, batch=batch)
+    return resident_split({"image": images, "label": labels}, classes=laws.CLASSES, batch=batch, mesh=mesh)
 
 
 def test_the_table_in_the_terminal():
@@ -581,7 +589,10 @@ def test_the_report_shows_the_checks_and_compare_the_verdict(tmp_path):
     "fake, check", [(fakes.probabilities, "A10"), (fakes.noise_layer, "A11"), (fakes.batch_statistics, "A12")]
 )
 def test_what_fails_at_the_gate_is_not_attacked(fake, check):
-    found = audit_split(fake(laws.MODEL), laws.VARIABLES, split_of(16), audit(BALL), progress=False)
+    mesh = data_mesh() if check == "A10" else None  # one of them split over devices
+    found = audit_split(
+        fake(laws.MODEL), laws.VARIABLES, split_of(16, mesh=mesh), audit(BALL), mesh=mesh, progress=False
+    )
     assert {one.id for one in found.checks if one.status == "fail"} == {check}
     rest = [one for one in found.checks if one.id not in criteria.GATES]
     assert {one.status for one in rest} == {"skipped"} and {one.sentence for one in rest} == {
@@ -610,11 +621,29 @@ def test_a_network_that_is_never_right_is_not_audited():
         (fakes.noise_gradient, {"A14"}),
     ],
 )
-def test_whole_audits(fake, fails):
-    """Also with a twin, and with a log for every attack that is taken up again."""
+def test_whole_audits(fake, fails, tmp_path):
+    """Also with a twin; what the logs of an audit that was stopped hold is not attacked again."""
     model = fake(laws.MODEL) if fake else laws.MODEL
     twin = (laws.MODEL, laws.VARIABLES | {"params": laws.parameters(7)}) if fake is None else None
     found = audit_split(model, laws.VARIABLES, split_of(48, 16), audit(BALL, twin=twin), progress=False)
     failed = {check.id for check in found.checks if check.status == "fail"}
     assert failed >= fails and (fails or not failed)
     assert (found.checks[8].status == "skipped") == (twin is None)
+    if fake is None:
+        logs, appended = {}, []
+
+        class Counting(Log):
+            def append(self, entry):
+                appended.append(entry)
+                super().append(entry)
+
+        def log(part):
+            return logs.setdefault(part, Counting(tmp_path / f"{len(logs)}.jsonl", {"part": part}))
+
+        for first in (True, False):
+            options = {"log": log, "progress": False}
+            again = audit_split(model, laws.VARIABLES, split_of(48, 16), audit(BALL, twin=twin), **options)
+            assert again.checks == found.checks and again.measures == found.measures
+            assert bool(appended) == first
+            appended.clear()
+            logs = {part: Counting(one.path, {"part": part}) for part, one in logs.items()}

@@ -72,7 +72,7 @@ def audit_split(
 
         evaluator = Evaluator(rows, lambda rows: rows, lambda predict, images: cost)
         values, cost, seconds = measure_split(
-            model, variables, rows_of(data, points), evaluator, prepared=arrays, **options(name)
+            model, variables, rows_of(data, points, narrow=mesh is None), evaluator, prepared=arrays, **options(name)
         )
         done(points, cost, seconds)
         return values
@@ -86,7 +86,9 @@ def audit_split(
             network = (scaled, {**variables, "params": params})
         robustness = Robustness(runs, () if eps is None else (float(eps),))
         part = f"{name}: {', '.join(attack.name for attack in runs)}, {eps}, {scale}"
-        attacked = attack_split(*network, rows_of(data, points), robustness, log=log(part), keep=keep, **options(name))
+        attacked = attack_split(
+            *network, rows_of(data, points, narrow=mesh is None), robustness, log=log(part), keep=keep, **options(name)
+        )
         kept.extend([attacked.kept] if attacked.kept else [])
         done(points, attacked.cost, attacked.seconds)
         return attacked
