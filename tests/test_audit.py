@@ -117,6 +117,8 @@ def test_honest_numbers_pass(check):
         ("A14", {"relative_error": 1.1}, "fail"),
         ("A14", {"sign_agreement": 0.6}, "fail"),
         ("A15", {"unstable": 0.2}, "warn"),
+        ("A16", {"inside_only": 0.02}, "warn"),
+        ("A16", {"inside_only": 0.06}, "fail"),
         ("A17", {"broken_gradients": 1, "operations": "round"}, "warn"),
         ("A18", {"outside": 1}, "fail"),
     ],
@@ -131,10 +133,11 @@ def test_bounds(check, changes, status):
 
 
 def test_one_image_of_few_decides_nothing():
-    """Of 60 images one is 1.7 %: more than a bound of 1 %, and no evidence."""
-    for name, check in (("rise", "A3"), ("square_gain", "A2"), ("more_cost", "A7"), ("at_unlimited", "A3")):
-        assert conclude(check, HONEST | {name: 1 / 60}, 60).status != "fail"
-        assert conclude(check, HONEST | {name: 2 / 60}, 60).status == "fail"
+    """Of 16 images one is 6 %: more than a bound of 5 %, and no evidence."""
+    shares = {"rise": "A3", "at_unlimited": "A3", "at_box": "A3", "square_gain": "A2", "more_cost": "A7"}
+    for name, check in (shares | {"scale_drop": "A8", "inside_only": "A16"}).items():
+        assert conclude(check, HONEST | {name: 1 / 16}, 16).status != "fail"
+        assert conclude(check, HONEST | {name: 2 / 16}, 16).status == "fail"
 
 
 def test_the_worst_question_of_a_check_decides():

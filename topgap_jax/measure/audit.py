@@ -27,8 +27,8 @@ from topgap_jax.rewrite import speed
 from topgap_jax.rewrite.broken import broken_gradients
 from topgap_jax.types import Audit, Check, Cost, Evaluator, Measure, Model, Robustness, Variables
 
-ALONE = Cost(2 * 21 + 2 * probes.DIRECTIONS + probes.NOISES + 12, 2 * 20 + 8)
-"""Of what is asked of each image without an attack on the split."""
+ALONE = Cost(2 * 24 + (2 * probes.DIRECTIONS + 1) + (probes.NOISES + 1) + 8, 2 * 20 + 8)
+"""Of what is asked of each image without an attack on the split: two paths, differences, noise and a ray."""
 
 
 class Audited(NamedTuple):
@@ -124,7 +124,7 @@ def _gates(ask: Ask, data: Split, audit: Audit) -> tuple[np.ndarray, list[Check]
         found = {"logits": predict(images), "label": labels} | probes.batch_coupling(predict, images)
         return found | probes.repeated_passes(keys, predict, images, labels)
 
-    rows = ask.rows("A10 to A12", passes, looked, Cost(probes.PASSES + 3, 0))
+    rows = ask.rows("A10 to A12", passes, looked, Cost(probes.PASSES + 2, 0))
     logits = np.asarray(rows["logits"], np.float64)
     adds_up = (np.abs(logits.sum(1) - 1) < 1e-5) & (logits.min(1) > -1e-5) & (logits.max(1) < 1 + 1e-5)
     top = logits.max(1, keepdims=True)
