@@ -29,8 +29,8 @@ from topgap_jax.rewrite.operations import operations
 from topgap_jax.rules import straight_through
 from topgap_jax.types import Audit, Check, Cost, Evaluator, Measure, Model, Robustness, Variables
 
-ALONE = Cost(2 * 21 + 2 * probes.DIRECTIONS + probes.NOISES + 12, 2 * 20 + 8)
-"""Of what is asked of each image without an attack on the split."""
+ALONE = Cost(2 * 24 + (2 * probes.DIRECTIONS + 1) + (probes.NOISES + 1) + 8, 2 * 20 + 8)
+"""Of what is asked of each image without an attack on the split: two paths, differences, noise and a ray."""
 
 
 class Audited(NamedTuple):
@@ -74,7 +74,7 @@ def audit_split(
 
         evaluator = Evaluator(rows, lambda rows: rows, lambda predict, images: cost)
         values, cost, seconds = measure_split(
-            model, variables, rows_of(data, points), evaluator, prepared=arrays, **options(name)
+            model, variables, rows_of(data, points, narrow=mesh is None), evaluator, prepared=arrays, **options(name)
         )
         done(points, cost, seconds)
         return values
@@ -88,7 +88,9 @@ def audit_split(
             network = (scaled, {**variables, "params": params})
         robustness = Robustness(runs, () if eps is None else (float(eps),))
         part = f"{name}: {', '.join(attack.name for attack in runs)}, {eps}, {scale}"
-        attacked = attack_split(*network, rows_of(data, points), robustness, log=log(part), keep=keep, **options(name))
+        attacked = attack_split(
+            *network, rows_of(data, points, narrow=mesh is None), robustness, log=log(part), keep=keep, **options(name)
+        )
         kept.extend([attacked.kept] if attacked.kept else [])
         done(points, attacked.cost, attacked.seconds)
         return attacked
@@ -125,7 +127,7 @@ def _gates(ask: Ask, data: Split, audit: Audit) -> tuple[np.ndarray, list[Check]
         found = {"logits": predict(images), "label": labels} | probes.batch_coupling(predict, images)
         return found | probes.repeated_passes(keys, predict, images, labels)
 
-    rows = ask.rows("A10 to A12", passes, looked, Cost(probes.PASSES + 3, 0))
+    rows = ask.rows("A10 to A12", passes, looked, Cost(probes.PASSES + 2, 0))
     logits = np.asarray(rows["logits"], np.float64)
     adds_up = (np.abs(logits.sum(1) - 1) < 1e-5) & (logits.min(1) > -1e-5) & (logits.max(1) < 1 + 1e-5)
     top = logits.max(1, keepdims=True)
