@@ -11,6 +11,7 @@ import bench_loops
 import bench_networks
 import bench_pool
 import bench_systems
+import planted_fakes
 import study as driver
 from _bench_driver import table as markdown
 from _studies import STUDIES, SYSTEMS
@@ -59,6 +60,8 @@ def sections() -> list[tuple[str, str, str, str]]:
     stored = [name for name in STUDIES if (ROOT / "results" / f"{name}.json").is_file()]
     found = [systems(), *map(study, stored), *models()]
     for title, name, body in BENCHMARKS:
+        if not (ROOT / "results" / f"{name}.json").is_file():
+            continue
         stored = read(name)
         found.append((title, command(stored), f"results/{name}.json", f"{body(stored)}\n\n{machine(stored)}"))
     return found
@@ -278,6 +281,21 @@ def foreign(stored: Mapping[str, Any]) -> str:
     return text + markdown(head, lines) + ("\n\n" + "\n".join(said) if said else "") + sources
 
 
+def planted(stored: Mapping[str, Any]) -> str:
+    lines = []
+    for name, row in stored["networks"].items():
+        of = lambda status, row=row: ", ".join(check["id"] for check in row["checks"] if check["status"] == status)
+        due = " or ".join(row["due"]) or "none"
+        cells = [due, of("fail") or "none", of("warn") or "none", planted_fakes.verdict(row)]
+        lines.append([name, f"{row['eps']}", *cells, f"{row['cpu_seconds'] / 60:.0f}"])
+    head = ["network", "linf", "must fail", "failed", "warned", "verdict", "CPU minutes"]
+    return (
+        f"Audits (`audit(linf(eps), twin='{planted_fakes.TWIN}')`) of {planted_fakes.POINTS} images of"
+        f" `{stored['split']}` of CIFAR-10 that are right when clean: honest networks first, then ResNet-20 with what"
+        " is planted in it. A network that fails A10, A11 or A12 is not attacked.\n\n"
+    ) + markdown(head, lines)
+
+
 def devices(stored: Mapping[str, Any]) -> str:
     head = ["devices", "busy processes beside", "steps", "seconds", "aborted"]
     keys = ("devices", "busy_processes", "steps_taken", "seconds", "aborted")
@@ -287,6 +305,7 @@ def devices(stored: Mapping[str, Any]) -> str:
 
 BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("Pretrained weights", "pretrained", pretrained),
+    ("Planted fakes", "planted_fakes", planted),
     ("Speed beside PyTorch", "bench_core", core),
     ("Speed beside PyTorch, Python 3.13", "bench_core_3.13", core),
     ("Memory", "bench_core", memory),

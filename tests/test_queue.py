@@ -269,9 +269,9 @@ def counted(data, attacks, **options):
     def watched(*arguments):
         parts = functions(*arguments)
 
-        def steps(variables, state, n):
+        def steps(variables, source, state, n):
             dispatches.append(n)
-            return parts.steps(variables, state, n)
+            return parts.steps(variables, source, state, n)
 
         steps.lower = parts.steps.lower
         return parts._replace(steps=steps)
@@ -346,12 +346,13 @@ def test_no_host_callback_in_a_chunk(text):
     arguments = (
         jax.random.key(0),
         variables,
+        (),
         laws.BATCH,
         jax.ShapeDtypeStruct((laws.B, laws.CLASSES), jnp.float32),
         rows,
     )
     state = jax.eval_shape(parts.start, *arguments, None)
-    traced = [parts.start.trace(*arguments, None), parts.steps.trace(variables, state, 8)]
+    traced = [parts.start.trace(*arguments, None), parts.steps.trace(variables, (), state, 8)]
     names = {name for one in traced for name in primitives(one.jaxpr.jaxpr)}
     assert "while" in names and not [name for name in names if "callback" in name or "infeed" in name]
 

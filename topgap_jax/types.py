@@ -45,6 +45,19 @@ class Model(NamedTuple):
     has_weights: bool = False
 
 
+class Network(NamedTuple):
+    """A model with its weights, beside the one that is measured: the source of a transfer, or a twin.
+
+    name                                                 what says where they are from, such as the folder of a run
+
+    It is plain data: whoever runs it binds the variables inside the jitted function, as its arguments.
+    """
+
+    model: Model
+    variables: Variables
+    name: str
+
+
 class Predict(Protocol):
     """A model with its variables bound: images (b, h, w, c) -> logits (b, k). A deterministic model ignores `keys`."""
 
@@ -157,6 +170,8 @@ class Attack(NamedTuple):
     runs                                                 restarts x targets: values of `run`, below which it stays
     samples                                              passes of a model that draws at random that a verdict averages
     norm                                                 of its ball, "linf"; "" where it has none
+    source                                               another network, or the text that names it, which `init`,
+                                                         `step` and `cost` are given as `source=predict`; None: none is
     score                                                what it raises where it has a choice, None where it has none
 
     The state is `attacks.state.State`, every leaf of which has the leading axis b. `run` (b,) numbers restart and
@@ -173,6 +188,7 @@ class Attack(NamedTuple):
     runs: int = 1
     samples: int | None = None
     norm: str = ""
+    source: "Network | str | None" = None
     score: "Score | None" = None
 
 
@@ -248,7 +264,7 @@ class Rule(NamedTuple):
 
 
 Rules: TypeAlias = Mapping[str, Rule]
-"""Operation ("relu", "max_pool", "conv", "dense", "add", "mean") -> its rule: `rewrite.with_rules(f, **rules)`."""
+"""Operation ("relu", "conv", "round", ...: `rewrite.operations.OPERATIONS`) -> its rule: `with_rules(f, **rules)`."""
 
 
 class Augment(Protocol):
@@ -356,14 +372,14 @@ class Audit(NamedTuple):
     """Plain data that `measure.audit` executes: is what attacks in this ball leave to be believed?
 
     white_box                                            the attacks with gradients whose result is in question
-    twin                                                 another network (model, variables), whose adversarial examples
-                                                         are tried too; None: there is none
+    twin                                                 another network, or the text that names it, whose adversarial
+                                                         examples are tried too; None: there is none
     points                                               images that are looked at, at most
     """
 
     ball: Ball
     white_box: Runs
-    twin: "tuple[Model, Variables] | None" = None
+    twin: "Network | str | None" = None
     points: int = 512
 
 

@@ -25,10 +25,12 @@ from topgap_jax.measure.verdicts import Log, seen
 from topgap_jax.models import bind
 from topgap_jax.rewrite import speed
 from topgap_jax.rewrite.broken import broken_gradients
+from topgap_jax.rewrite.operations import operations
+from topgap_jax.rules import straight_through
 from topgap_jax.types import Audit, Check, Cost, Evaluator, Measure, Model, Robustness, Variables
 
-ALONE = Cost(2 * 21 + 2 * probes.DIRECTIONS + probes.NOISES + 12, 2 * 20 + 8)
-"""Of what is asked of each image without an attack on the split."""
+ALONE = Cost(2 * 24 + (2 * probes.DIRECTIONS + 1) + (probes.NOISES + 1) + 8, 2 * 20 + 8)
+"""Of what is asked of each image without an attack on the split: two paths, differences, noise and a ray."""
 
 
 class Audited(NamedTuple):
@@ -72,7 +74,7 @@ def audit_split(
 
         evaluator = Evaluator(rows, lambda rows: rows, lambda predict, images: cost)
         values, cost, seconds = measure_split(
-            model, variables, rows_of(data, points), evaluator, prepared=arrays, **options(name)
+            model, variables, rows_of(data, points, narrow=mesh is None), evaluator, prepared=arrays, **options(name)
         )
         done(points, cost, seconds)
         return values
@@ -86,7 +88,9 @@ def audit_split(
             network = (scaled, {**variables, "params": params})
         robustness = Robustness(runs, () if eps is None else (float(eps),))
         part = f"{name}: {', '.join(attack.name for attack in runs)}, {eps}, {scale}"
-        attacked = attack_split(*network, rows_of(data, points), robustness, log=log(part), keep=keep, **options(name))
+        attacked = attack_split(
+            *network, rows_of(data, points, narrow=mesh is None), robustness, log=log(part), keep=keep, **options(name)
+        )
         kept.extend([attacked.kept] if attacked.kept else [])
         done(points, attacked.cost, attacked.seconds)
         return attacked
@@ -100,8 +104,9 @@ def audit_split(
         checks += [skipped(check, why) for check in criteria.CHECKS if check not in GATES]
     else:
         values, improving = _alone(ask, points, audit)
-        values |= _operations(model, variables, data)
-        found, measures = audit_attacks.statistics(ask, data, audit, points, margin, improving, mesh)
+        broken, passed = _operations(model, variables, data)
+        values |= broken
+        found, measures = audit_attacks.statistics(ask, data, audit, points, margin, improving, mesh, passed=passed)
         values |= found
         made = [check for check in criteria.CHECKS if check not in GATES and (check != "A9" or audit.twin)]
         checks += [conclude(check, values, len(points)) for check in made]
@@ -122,7 +127,7 @@ def _gates(ask: Ask, data: Split, audit: Audit) -> tuple[np.ndarray, list[Check]
         found = {"logits": predict(images), "label": labels} | probes.batch_coupling(predict, images)
         return found | probes.repeated_passes(keys, predict, images, labels)
 
-    rows = ask.rows("A10 to A12", passes, looked, Cost(probes.PASSES + 3, 0))
+    rows = ask.rows("A10 to A12", passes, looked, Cost(probes.PASSES + 2, 0))
     logits = np.asarray(rows["logits"], np.float64)
     adds_up = (np.abs(logits.sum(1) - 1) < 1e-5) & (logits.min(1) > -1e-5) & (logits.max(1) < 1 + 1e-5)
     top = logits.max(1, keepdims=True)
@@ -191,11 +196,17 @@ def slopes(rise: np.ndarray, expected: np.ndarray) -> dict[str, float]:
 
 
 def _operations(model, variables, data):
-    """A17: traced for one batch of the split."""
+    """A17, traced for one image of the split, and whether `straight_through` has stand-ins for something in it."""
     _, batch = next(iter(data.batches(np.arange(1, dtype=np.int32))))
     image = jax.ShapeDtypeStruct(batch["image"].shape, batch["image"].dtype)
-    names = broken_gradients(lambda variables, images: bind(model, variables)(images), variables, image, of=1)
-    return {"broken_gradients": len(names), "operations": ", ".join(names) or "nothing that cuts a gradient"}
+    predict = lambda variables, images: bind(model, variables)(images)
+    names = broken_gradients(predict, variables, image, of=1)
+    found = operations(jax.make_jaxpr(lambda image: predict(variables, image))(image).jaxpr) & set(straight_through)
+    names += [name for name in ("threshold", "step") if name in found]
+    if "floor" in found and not {"floor", "ceil"} & set(names):
+        names.append("conversion to whole numbers")
+    words = ", ".join(names) or "nothing that cuts a gradient"
+    return {"broken_gradients": len(names), "operations": words}, bool(found)
 
 
 def _scaled(model: Model) -> Model:

@@ -1,4 +1,4 @@
-"""The statistics of an audit that attacks give: A1 to A4, A7 to A9, A18, and what stands in other norms."""
+"""The statistics of an audit that attacks give: A1 to A4, A7 to A9, A17, A18, and what stands in other norms."""
 
 import itertools
 from collections.abc import Callable
@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from topgap_jax.attacks import apgd, fgsm, noise, pgd, r_fgsm, restarts, square, transfer
-from topgap_jax.attacks.state import BROKEN, attack
+from topgap_jax.attacks import apgd, bpda, fgsm, noise, pgd, r_fgsm, restarts, square, transfer
 from topgap_jax.balls import linf
 from topgap_jax.evaluators import probes
 from topgap_jax.evaluators.audit import GROWTH, comparable, white_box
@@ -16,8 +15,8 @@ from topgap_jax.evaluators.criteria import sign_test
 from topgap_jax.measure.robust import whole
 from topgap_jax.measure.splits import Split, rows_of
 from topgap_jax.metrics.summaries import share
-from topgap_jax.models import bind
-from topgap_jax.types import Audit, Cost, Measure
+from topgap_jax.rules import straight_through
+from topgap_jax.types import Audit, Measure
 
 SWEEP = (0, 1, 2, 4, 8, 16, 32)  # radii of A3, in those of the ball
 GREY = 0.5  # a pixel value that may move by so much may turn grey
@@ -37,11 +36,20 @@ class Ask(NamedTuple):
 
 
 def statistics(
-    ask: Ask, data: Split, audit: Audit, points: np.ndarray, margin: float, improving: np.ndarray, mesh: Any
+    ask: Ask,
+    data: Split,
+    audit: Audit,
+    points: np.ndarray,
+    margin: float,
+    improving: np.ndarray,
+    mesh: Any,
+    *,
+    passed: bool = False,
 ) -> tuple[dict[str, float], dict[str, Measure]]:
     """(statistics by the names of `evaluators.criteria`, measures) of the images `points`, which are right when clean.
 
-    margin: the median of their clean margins; improving (m,): the late gain of each one's path.
+    margin: the median of their clean margins; improving (m,): the late gain of each one's path; passed: whether the
+    network holds operations that `straight_through` passes the gradient through.
     """
     ball, base = audit.ball, ask.attacks("the base", audit.white_box, points, keep="all")
     stands = np.isinf(base.examples.radius)
@@ -52,11 +60,17 @@ def statistics(
     values |= _scales(ask, audit, points, by_pgd, margin)
     if audit.twin:
         values |= _transferred(ask, audit, points, stands)
-    longer = restarts(pgd(ball, steps=200), 10)
-    for name, check, run in (("square", "A2", square(ball)), ("noise", "A4", noise(ball)), ("longer", "A7", longer)):
-        more = ask.attacks(check, (run,), left).examples.radius if len(left) else np.array([])
+    longer, through = restarts(pgd(ball, steps=200), 10), bpda(audit.white_box, straight_through) if passed else ()
+    for name, check, runs in (
+        ("square", "A2", (square(ball),)),
+        ("noise", "A4", (noise(ball),)),
+        ("longer", "A7", (longer,)),
+        ("through", "A17", through),
+    ):
+        more = ask.attacks(check, runs, left).examples.radius if len(left) and runs else np.array([])
         values[f"{name}_hits"] = int(np.isfinite(more).sum())
-    values |= {"square_gain": values["square_hits"] / len(points), "more_cost": values["longer_hits"] / len(points)}
+    for gain, hits in (("square_gain", "square"), ("more_cost", "longer"), ("through_gain", "through")):
+        values[gain] = values[f"{hits}_hits"] / len(points)
     values["still_improving"] = float((improving[stands] > 0.05).mean()) if stands.any() else 0.0
     return values, _norms(ask, audit, points, stands, _pixels(data))
 
@@ -105,13 +119,8 @@ def _scales(ask, audit, points, by_pgd, margin):
 
 def _transferred(ask, audit, points, stands):
     """A9: APGD on the twin, every iterate of which is tried on the network."""
-    twin, variables = audit.twin
-
-    def probe(keys, predict, images, labels, variables):
-        crafted = transfer(audit.ball, apgd(audit.ball), bind(twin, variables))
-        return {"broken": attack(crafted, keys, predict, images, labels).status == BROKEN}
-
-    broken = ask.rows("A9", probe, points, Cost(101, 100), variables)["broken"]
+    crafted = transfer(audit.ball, apgd(audit.ball), audit.twin)
+    broken = np.isfinite(ask.attacks("A9", (crafted,), points).examples.radius)
     counts = {"transfer_broken": int(broken.sum()), "white_box_broken": int((~stands).sum())}
     excess = counts["transfer_broken"] - counts["white_box_broken"]
     return counts | {"transfer_excess": excess, "transfer_only": int((broken & stands).sum())}

@@ -14,12 +14,11 @@ from topgap_jax.errors import UserError
 from topgap_jax.evaluators.criteria import headline
 from topgap_jax.measure import adversarial, results
 from topgap_jax.measure.audit import audit_split
-from topgap_jax.measure.queue import clean_logits
+from topgap_jax.measure.queue import clean_logits, placed
 from topgap_jax.measure.robust import attack_split, for_classes
 from topgap_jax.measure.rows import measure_split
 from topgap_jax.measure.splits import Split
 from topgap_jax.measure.verdicts import Log, fingerprint
-from topgap_jax.mesh import replicated
 from topgap_jax.models import bind
 from topgap_jax.progress import say
 from topgap_jax.rewrite.finite import first_not_finite
@@ -63,11 +62,7 @@ def evaluate(
         results.read(path)
     variables = evaluation_variables(variables)
     check_finite(variables, weights)
-    if mesh is not None:
-        if not mesh.is_multi_process:
-            variables = jax.device_put(variables, replicated(mesh))
-        else:  # each process has them on a device of its own, from where none reaches another's
-            variables = jax.device_put(jax.tree.map(_local, variables), replicated(mesh))
+    variables = placed(variables, mesh)
     _check_logits(model, variables, data, mesh, weights)
     fitted = {text: for_classes(one, classes) for text, one in evaluators.items() if isinstance(one, Robustness)}
     for line in dict.fromkeys(line for _, lines in fitted.values() for line in lines):
@@ -76,6 +71,7 @@ def evaluate(
     for text, evaluator in {**evaluators, **{text: one for text, (one, _) in fitted.items()}}.items():
         options = {"seed": seed, "mesh": mesh, "text": f"{split} {text}", "progress": progress}
         header = {"source": source, "split": split, "evaluator": text, "overrides": dict(overrides(text)), "seed": seed}
+        header |= {} if isinstance(evaluator, Evaluator) else _sources(evaluator)
         about: dict[str, Any] = {"audit": None}
         if isinstance(evaluator, Robustness):
             file = save(text)
@@ -179,6 +175,13 @@ def _check_logits(model, variables, data, mesh, weights):
             f"{weights or 'the model'}: the logits of {wrong} of the first {len(ids)} images are not finite, from layer"
             f" '{layer}' on; its weights or its normalisation overflow: evaluate an earlier checkpoint"
         )
+
+
+def _sources(evaluator: Robustness | Audit) -> dict[str, Any]:
+    """What a log says of the networks that attacks transfer from."""
+    given = [evaluator.twin] if isinstance(evaluator, Audit) else [attack.source for attack in evaluator.runs]
+    networks = [network for network in given if network is not None]
+    return {"sources": {source.name: fingerprint(source.variables) for source in networks}} if networks else {}
 
 
 def _log(folder, variables, mesh, **header):

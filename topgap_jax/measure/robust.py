@@ -13,13 +13,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from topgap_jax.attacks import bound
 from topgap_jax.balls import radius_text
+from topgap_jax.errors import UserError
 from topgap_jax.measure import adversarial, queue
 from topgap_jax.measure.costs import cost_of
 from topgap_jax.measure.splits import Split
 from topgap_jax.measure.verdicts import Log, seen
 from topgap_jax.mesh import replicated
 from topgap_jax.metrics.summaries import share
+from topgap_jax.models import bind
 from topgap_jax.progress import bar
 from topgap_jax.scores import substitute
 from topgap_jax.types import Attack, Cost, Curve, Measure, Model, Robustness, Variables
@@ -133,15 +136,16 @@ def attack_split(
             _enter(examples, entry, phase.index)
             runs[entry["ids"]] = np.where(entry["ended"], phase.attack.runs, np.array(entry["run"]) + 1)
         left = int((runs < phase.attack.runs).sum())
-        parts, key = queue.functions(phase.attack, model, mesh), jax.random.fold_in(jax.random.key(seed), phase.index)
-        options = {"eps": phase.eps, "points": kept is not None, "mesh": mesh}
+        attack, source = _divided(phase.attack, mesh)
+        parts, key = queue.functions(attack, model, mesh), jax.random.fold_in(jax.random.key(seed), phase.index)
+        options = {"eps": phase.eps, "source": source, "points": kept is not None, "mesh": mesh}
         with bar(
             int(stands.sum()),
             f"{text}: {phase.name}",
             enabled=progress if stands.any() else False,
             done=int(stands.sum()) - left,
         ) as shown:
-            for entry, points in queue.work(parts, phase.attack, variables, data, key, runs, logits, labels, **options):
+            for entry, points in queue.work(parts, attack, variables, data, key, runs, logits, labels, **options):
                 newly = _enter(examples, entry, phase.index)
                 if kept is not None:
                     kept.put(np.array(entry["ids"])[newly], points[newly])
@@ -150,13 +154,24 @@ def attack_split(
                 shown.update(sum(entry["ended"]))
         made, steps = sum(len(entry["ids"]) for entry in done), sum(sum(entry["steps"]) for entry in done)
         if made:
-            cost += made / n * Cost(1, 0) + steps / n * cost_of(phase.attack.cost, model, variables, images)
+            bound_to = None if attack.source is None else bind(attack.source.model, source)
+            of_a_step = cost_of(bound(attack, bound_to).cost, model, variables, images)
+            cost += made / n * Cost(1, 0) + steps / n * of_a_step
         entries += done
         after.append(float((examples.radius > phase.limit).mean()))
     seconds += sum(entry["seconds"] for entry in entries)
     summary = _curve if robustness.eps else _robust
     measures = summary(robustness, examples, after) | _details(entries, examples, clean.wrong)
     return Attacked(measures, cost, seconds, examples, kept)
+
+
+def _divided(attack: Attack, mesh: Mesh | None) -> tuple[Attack, Variables | tuple[()]]:
+    """The attack, whose source is a network without its variables, and those variables; () where it has none."""
+    if attack.source is None:
+        return attack, ()
+    if isinstance(attack.source, str):
+        raise UserError(f"'{attack.name}': load '{attack.source}' and give it as Network(model, variables, name)")
+    return attack._replace(source=attack.source._replace(variables=None)), queue.placed(attack.source.variables, mesh)
 
 
 def _kept(keep, data, log, wrong, mesh):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from topgap_jax.attacks import square
+from topgap_jax.attacks import bound, square
 from topgap_jax.data import Source
 from topgap_jax.errors import UserError
 from topgap_jax.measure.evaluate import evaluation_variables
@@ -112,6 +112,8 @@ def _rows(evaluator: Evaluator, chosen: Experiment, variables, batch):
 
 def _step(attack: Attack, chosen: Experiment, variables, batch):
     predict, images, labels = bind(chosen.model, variables), batch["image"], batch["label"]
+    if attack.source is not None:
+        attack = bound(attack, bind(attack.source.model, attack.source.variables))
     return attack.step(predict, attack.init(_keys(), predict, images, labels, predict(images)))
 
 

@@ -17,7 +17,6 @@ from topgap_jax.keys import example_keys
 from topgap_jax.measure import results
 from topgap_jax.measure.adversarial import slug
 from topgap_jax.measure.evaluate import evaluate as run_evaluators
-from topgap_jax.measure.evaluate import evaluation_variables
 from topgap_jax.measure.results import Row
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
@@ -35,10 +34,10 @@ from topgap_jax.setup.assembly import (
     init,
     open_split,
     sample,
-    template,
     training,
     validation,
 )
+from topgap_jax.setup.networks import of_run, with_networks
 from topgap_jax.setup.weights import initial, weights
 from topgap_jax.types import Robustness, Variables
 
@@ -135,9 +134,7 @@ def from_workdir(
 def restored(chosen: Experiment, workdir: str | Path, checkpoint_name: str = "best") -> Loaded:
     """The experiment with the variables that a run of it stored; without a validation split there is only "last"."""
     workdir = Path(workdir)
-    which = checkpoint_name if checkpoint.latest_step(workdir, checkpoint_name) is not None else "last"
-    trees, meta = checkpoint.restore(workdir, which, {"variables": template(chosen)})
-    return Loaded(chosen, evaluation_variables(trees["variables"]), f"checkpoint {which}, step {meta['step']}", workdir)
+    return Loaded(chosen, *of_run(chosen, workdir, checkpoint_name), workdir)
 
 
 def from_config(path: str | Path, overrides, file: str | Path | None = None, pictures: bool = False) -> Loaded:
@@ -315,7 +312,9 @@ def _checked_evaluators(chosen: Experiment, splits: Sequence[str], text: str | N
     """The evaluators of config.evaluators, or of `text`, once they are seen to fit the model and these splits."""
     sources = [chosen.source(split) for split in splits]
     built = expressions.choices(chosen.config, "evaluators", chosen.methods, text, "--evaluators", **context(chosen))
-    checks.evaluators(chosen, sources, built, "config.evaluators" if text is None else "--evaluators")
+    where = "config.evaluators" if text is None else "--evaluators"
+    built = with_networks(chosen, built, where)
+    checks.evaluators(chosen, sources, built, where)
     return built
 
 

@@ -26,6 +26,7 @@ from topgap_jax.run.workdir import Data, learnt
 from topgap_jax.setup import checks, expressions
 from topgap_jax.setup import config as configs
 from topgap_jax.setup.assembly import Experiment, assemble, context, init, open_split, sample
+from topgap_jax.setup.networks import with_networks
 from topgap_jax.setup.weights import weights
 from topgap_jax.types import Robustness, Variables
 
@@ -103,6 +104,7 @@ def verify(
     variables = _variables(path, info, chosen, weights_text)
     texts, split, batch = ", ".join(info.images), info.keys["split"], info.keys["batch"]
     built = expressions.choices(chosen.config, "evaluators", chosen.methods, texts, f"{path}: rows", **context(chosen))
+    built = with_networks(chosen, built, f"{path}: rows")
     checks.evaluators(chosen, [chosen.source(split)], built, f"{path}: rows")
     mesh = data_mesh()
     width = mesh.size * -(-batch // mesh.size)  # the file's own where that can be divided over the devices here
