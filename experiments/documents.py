@@ -11,6 +11,7 @@ import bench_loops
 import bench_networks
 import bench_pool
 import bench_systems
+import planted_fakes
 import study as driver
 from _bench_driver import table as markdown
 from _studies import STUDIES, SYSTEMS
@@ -31,6 +32,9 @@ SYSTEMS_TEXT = """\
 A claim is "reproduced" only where the method differs on the claimed side from plain training *and* from the control
 that decides, "not reproduced" where it lies on the other side of one of them, else "undecided": the commonest verdict
 of three seeds."""
+MODELS_TEXT = """\
+CIFAR-10, the first test images. One JSON a model in the form of RobustBench, of which `topgap verify FILE` measures 256
+images again. "Reported" is the authors' own number, of another attack."""
 ONE_SEED = "One seed: every difference is undecided."
 
 
@@ -54,8 +58,10 @@ def text() -> str:
 def sections() -> list[tuple[str, str, str, str]]:
     """(title, command, file, Markdown) of each table."""
     stored = [name for name in STUDIES if (ROOT / "results" / f"{name}.json").is_file()]
-    found = [systems(), *map(study, stored)]
+    found = [systems(), *map(study, stored), *models()]
     for title, name, body in BENCHMARKS:
+        if not (ROOT / "results" / f"{name}.json").is_file():
+            continue
         stored = read(name)
         found.append((title, command(stored), f"results/{name}.json", f"{body(stored)}\n\n{machine(stored)}"))
     return found
@@ -103,6 +109,24 @@ def study(name: str) -> tuple[str, str, str, str]:
         f"{driver.table(entry, stored['comparison'])}\n\n{hardware(runs)}"
     )
     return title, f"python experiments/study.py {name}", f"results/{name}.json", body
+
+
+def models() -> list[tuple[str, str, str, str]]:
+    """The models' files, [] where there are none."""
+    lines = []
+    for path in sorted((ROOT / "results" / "models").glob("*.json")):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        (row,) = (row for row in stored["rows"] if "robust_accuracy" in row["measures"])
+        robust = row["measures"]["robust_accuracy"]
+        low, high = (f"{100 * robust[key]:.2f}" for key in ("low", "high"))
+        cells = [f"[{path.stem}](../results/models/{path.name})", stored["architecture"], stored["eps"], robust["n"]]
+        cells += [stored["clean_acc"], f"{stored['autoattack_acc']} [{low}, {high}]", stored["reported"] or ""]
+        lines.append([*map(str, cells), row["audit"]])
+    if not lines:
+        return []
+    head = ["model", "network", "linf", "images", "clean, %", "AutoAttack, % [95 %]", "reported, %", "audit"]
+    body = f"{MODELS_TEXT}\n\n{markdown(head, lines)}"
+    return [("Published networks under AutoAttack", "python experiments/models.py", "results/models/", body)]
 
 
 def settings_of(seeds: Mapping[str, Any]) -> dict[str, str]:
@@ -257,6 +281,21 @@ def foreign(stored: Mapping[str, Any]) -> str:
     return text + markdown(head, lines) + ("\n\n" + "\n".join(said) if said else "") + sources
 
 
+def planted(stored: Mapping[str, Any]) -> str:
+    lines = []
+    for name, row in stored["networks"].items():
+        of = lambda status, row=row: ", ".join(check["id"] for check in row["checks"] if check["status"] == status)
+        due = " or ".join(row["due"]) or "none"
+        cells = [due, of("fail") or "none", of("warn") or "none", planted_fakes.verdict(row)]
+        lines.append([name, f"{row['eps']}", *cells, f"{row['cpu_seconds'] / 60:.0f}"])
+    head = ["network", "linf", "must fail", "failed", "warned", "verdict", "CPU minutes"]
+    return (
+        f"Audits (`audit(linf(eps), twin='{planted_fakes.TWIN}')`) of {planted_fakes.POINTS} images of"
+        f" `{stored['split']}` of CIFAR-10 that are right when clean: honest networks first, then ResNet-20 with what"
+        " is planted in it. A network that fails A10, A11 or A12 is not attacked.\n\n"
+    ) + markdown(head, lines)
+
+
 def devices(stored: Mapping[str, Any]) -> str:
     head = ["devices", "busy processes beside", "steps", "seconds", "aborted"]
     keys = ("devices", "busy_processes", "steps_taken", "seconds", "aborted")
@@ -266,6 +305,7 @@ def devices(stored: Mapping[str, Any]) -> str:
 
 BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("Pretrained weights", "pretrained", pretrained),
+    ("Planted fakes", "planted_fakes", planted),
     ("Speed beside PyTorch", "bench_core", core),
     ("Speed beside PyTorch, Python 3.13", "bench_core_3.13", core),
     ("Memory", "bench_core", memory),
