@@ -118,8 +118,9 @@ def test_honest_numbers_pass(check):
         ("A14", {"relative_error": 1.1}, "fail"),
         ("A14", {"sign_agreement": 0.6}, "fail"),
         ("A15", {"unstable": 0.2}, "warn"),
-        ("A16", {"inside_only": 0.02}, "warn"),
-        ("A16", {"inside_only": 0.06}, "fail"),
+        ("A16", {"inside_only": 0.05}, "pass"),
+        ("A16", {"inside_only": 0.06}, "warn"),
+        ("A16", {"inside_only": 0.16}, "fail"),
         ("A17", {"broken_gradients": 1, "operations": "round"}, "warn"),
         ("A17", {"broken_gradients": 1, "operations": "round", "through_gain": 0.04}, "fail"),
         ("A18", {"outside": 1}, "fail"),
@@ -135,9 +136,9 @@ def test_bounds(check, changes, status):
 
 
 def test_one_image_of_few_decides_nothing():
-    """Of 16 images one is 6 %: more than a bound of 5 %, and no evidence."""
+    """Of 16 images one is 6 %: more than a bound of 3 %, and no evidence."""
     shares = {"rise": "A3", "at_unlimited": "A3", "at_box": "A3", "square_gain": "A2", "more_cost": "A7"}
-    for name, check in (shares | {"scale_drop": "A8", "inside_only": "A16"}).items():
+    for name, check in (shares | {"scale_drop": "A8"}).items():
         assert conclude(check, HONEST | {name: 1 / 16}, 16).status != "fail"
         assert conclude(check, HONEST | {name: 2 / 16}, 16).status == "fail"
 
@@ -289,6 +290,10 @@ def test_points_outside():
     clean = jnp.full((5, 2, 2, 1), 0.02)
     points = clean.at[0].add(0.05).at[1].add(0.051).at[2].add(-0.03).at[3].set(jnp.nan)
     assert probes.outside(BALL, clean, points).tolist() == [False, True, True, True, False]
+    corner = jnp.full((1, 2, 2, 1), 0.9) + 0.5 / 255  # in float32 this is .5 / 255 + 2e-8 away
+    assert corner[0, 0, 0, 0] - jnp.float32(0.9) > 0.5 / 255 * (1 + 1e-5)
+    assert not probes.outside(linf(0.5 / 255), jnp.full((1, 2, 2, 1), 0.9), corner).any()
+    assert probes.outside(linf(0.5 / 255), jnp.full((1, 2, 2, 1), 0.9), corner + 1e-6).all()
     assert probes.outside(l2(0.1), clean, clean.at[0].add(0.05).at[1].add(0.051)).tolist() == [False, True] + 3 * [
         False
     ]

@@ -508,4 +508,9 @@ def test_a_transfer_from_a_run_and_from_a_file(run, colours_run, tmp_path):
     assert error(networks.network, turned, str(colours_run[0])) == (
         f"'{colours_run[0]}' has its 3 classes in another order than this network"
     )
+    infinite = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), assembly.init(loaded.experiment))
+    store(tmp_path / "infinite.safetensors", infinite, {})
+    assert mistake(tmp_path / "infinite.safetensors").startswith(
+        begins(tmp_path / "infinite.safetensors") + f"{tmp_path / 'infinite.safetensors'}: "
+    )
     assert error(networks.network, turned, str(path)).startswith(f"{path} does not fit the model: mis-shaped: ")

@@ -154,8 +154,12 @@ def one_step_ray(ball: Ball, predict: Predict, images: Array, labels: Array) -> 
 
 
 def outside(ball: Ball, clean: Array, points: Array) -> Array:
-    """A18: (b,) bool, whether points leave the ball by more than rounding (1e-5 of its radius), or the pixel box, or
-    are no numbers."""
+    """A18: (b,) bool, whether points leave the ball, or the pixel box, or are no numbers.
+
+    By more than rounding: 1e-5 of the radius, and a step of float32 at 1 for every pixel, which is all that images hold
+    of a small perturbation.
+    """
+    rounding = ball.size(jnp.full_like(clean, 2.0**-23))
     size = ball.size(points - clean)
-    inside = (size <= ball.eps * (1 + 1e-5)) & ((points >= 0) & (points <= 1)).all((1, 2, 3))
+    inside = (size <= ball.eps * (1 + 1e-5) + rounding) & ((points >= 0) & (points <= 1)).all((1, 2, 3))
     return ~inside | jnp.isnan(points).any((1, 2, 3))

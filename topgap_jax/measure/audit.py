@@ -201,12 +201,12 @@ def _operations(model, variables, data):
     image = jax.ShapeDtypeStruct(batch["image"].shape, batch["image"].dtype)
     predict = lambda variables, images: bind(model, variables)(images)
     names = broken_gradients(predict, variables, image, of=1)
-    found = operations(jax.make_jaxpr(lambda image: predict(variables, image))(image).jaxpr) & set(straight_through)
-    names += [name for name in ("threshold", "step") if name in found]
-    if "floor" in found and not {"floor", "ceil"} & set(names):
+    stand_ins = operations(jax.make_jaxpr(lambda image: predict(variables, image))(image).jaxpr) & set(straight_through)
+    names += [name for name in ("threshold", "step") if name in stand_ins]
+    if "floor" in stand_ins and not {"floor", "ceil"} & set(names):
         names.append("conversion to whole numbers")
     words = ", ".join(names) or "nothing that cuts a gradient"
-    return {"broken_gradients": len(names), "operations": words}, bool(found)
+    return {"broken_gradients": len(names), "operations": words}, bool(stand_ins)
 
 
 def _scaled(model: Model) -> Model:

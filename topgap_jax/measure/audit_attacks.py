@@ -114,7 +114,7 @@ def _scales(ask, audit, points, by_pgd, margin):
         examples = ask.attacks("A8", audit.white_box[:1], points, scale=scale).examples
         drops[scale] = float((~by_pgd).mean() - np.isinf(examples.radius).mean())
     worst = max(drops, key=drops.get)
-    return {"worst_scale": worst, "scale_drop": drops[worst]}
+    return {"worst_scale": worst, "scale_drop": max(drops[worst], 0.0)}
 
 
 def _transferred(ask, audit, points, stands):

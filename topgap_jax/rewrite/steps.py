@@ -199,14 +199,14 @@ def _variables(eqn: JaxprEqn) -> list[Any]:
 
 def _ancestors(variable: Any, body: Body, passed: Callable[[JaxprEqn], bool] = lambda eqn: True) -> set[Any]:
     """The variable and all that it is computed from, by equations that are passed."""
-    waiting, found = [variable], set()
+    waiting, ancestors = [variable], set()
     while waiting:
         v = waiting.pop()
-        if not isinstance(v, Literal) and v not in found:
-            found.add(v)
+        if not isinstance(v, Literal) and v not in ancestors:
+            ancestors.add(v)
             made = body.made_by.get(v)
             waiting += made.invars if made is not None and passed(made) else []
-    return found
+    return ancestors
 
 
 def _share(compared: Any, value: Any, body: Body) -> bool:

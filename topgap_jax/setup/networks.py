@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from topgap_jax.errors import UserError
-from topgap_jax.measure.evaluate import evaluation_variables
+from topgap_jax.measure.evaluate import check_finite, evaluation_variables
 from topgap_jax.run import checkpoint
 from topgap_jax.run.workdir import Data, learnt
 from topgap_jax.setup import config as configs
@@ -53,11 +53,14 @@ def network(chosen: Experiment, text: str) -> Network:
         file = chosen.file if chosen.methods else None
         other = assemble(configs.load(path / "config.json", file=file), learnt(path))
         _check(chosen, other, text)
-        return Network(other.model, of_run(other, path)[0], text)
-    source = weights(text)
-    other = _described(chosen, source)
-    _check(chosen, other, text)
-    return Network(other.model, source.load(other.model, image_shape=(*other.config.image_size, 3)), text)
+        variables, _ = of_run(other, path)
+    else:
+        source = weights(text)
+        other = _described(chosen, source)
+        _check(chosen, other, text)
+        variables = source.load(other.model, image_shape=(*other.config.image_size, 3))
+    check_finite(variables, text)
+    return Network(other.model, variables, text)
 
 
 def of_run(chosen: Experiment, workdir: Path, which: str = "best") -> tuple[Variables, str]:
