@@ -3,9 +3,9 @@
     TOPGAP_DATA=FOLDER python experiments/planted_fakes.py [NAME ...] [--points 256]
 
 CIFAR-10, at 8/255 in linf, `resnet4b_adv2` at the 2/255 that it was trained for; the twin of A9 is `resnet32`. Bounds
-of the checks were set on `resnet32` and images of the first half of the test split; these are of the second. A network
-is audited in a folder of its own (runs/planted_fakes/NAME): a stopped audit goes on where it was, and one that is there
-is not made again. With NAMEs or other --points nothing but these folders is written.
+of the checks were set before, mostly on `resnet32`, and on none of these images. A network is audited in a folder of
+its own (runs/planted_fakes/NAME): a stopped audit goes on where it was, and one that is there is not made again.
+With NAMEs or other --points nothing but these folders is written.
 """
 
 import argparse
@@ -33,7 +33,7 @@ sys.path.append(str(ROOT))
 
 from tests import fakes  # noqa: E402
 
-SPLIT = "test[5000:7000]"
+SPLIT = "test[7000:9000]"
 POINTS = 256
 TWIN = "resnet32_cifar10"
 
