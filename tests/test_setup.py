@@ -206,7 +206,7 @@ def test_mistakes(run, tmp_path):
         f"there is no checkpoint in {tmp_path}/checkpoints/last; train first"
     )
     text = error(setup.from_workdir, workdir, [("model", "resnet4b(classes=classes, mean=mean, std=std)")])
-    assert text.startswith(f"the checkpoint {workdir}/checkpoints/last/3 is of another model, or damaged")
+    assert text.startswith(f"the checkpoint {workdir}/checkpoints/last/3 is of another model: ")
     assert (
         error(setup.evaluate, loaded, splits=",")
         == "nothing to evaluate: neither config.test nor --split names a split"

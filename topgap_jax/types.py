@@ -386,7 +386,7 @@ class Audit(NamedTuple):
 class Check(NamedTuple):
     """One check of an audit.
 
-    id                                                   "A1" to "A18", as `evaluators.criteria` numbers them
+    id                                                   "A1" to "A18", as `measure.criteria` numbers them
     status                                               "pass", "warn", "fail", or "skipped"
     statistic, threshold                                 what decided, and the bound that it crossed or, where the check
                                                          passes, that it would have to cross; None where skipped

@@ -23,7 +23,7 @@ def audit(ball: Ball, *, twin: str | Network | None = None, points: int = 512) -
     gradients 0 (A5), or something else than the slope (A14); does the loss follow them (A6); is it saturated (A8) or
     unstable (A15)? Are outputs probabilities (A10), random (A11), or dependent on the batch (A12)? Does the attack lose
     what it finds (A13), or leave its ball (A18)? Does the network overfit to one step (A16); does something on the way
-    cut the gradient, and do attacks through it find more (A17)? Checks and bounds: `evaluators/criteria.py`; after
+    cut the gradient, and do attacks through it find more (A17)? Checks and bounds: `measure/criteria.py`; after
     Carlini et al. 2019 (arXiv 1902.06705) and Pintor et al. 2022 (arXiv 2106.09947).
 
     Beside them, the share of the images that stands in linf, l2 and l1, each alone and in all three, at radii that are
@@ -52,7 +52,7 @@ def comparable(ball: Ball, pixels: int) -> tuple[Ball, Ball, Ball]:
     """linf, l2 and l1 balls of radii that are comparable on images of so many pixel values; one of them is `ball`.
 
     >>> [one.name for one in comparable(linf(8 / 255), 32 * 32 * 3)], [one.name for one in comparable(l2(2), 150528)]
-    (['linf(8/255)', 'l2(0.5)', 'l1(12)'], ['linf(4.571/255)', 'l2(2)', 'l1(336)'])
+    (['linf(8/255)', 'l2(0.5)', 'l1(12)'], ['linf(0.01793)', 'l2(2)', 'l1(336)'])
     """
     size = {norm: radius * (pixels / PIXELS) ** GROWTH[norm] for norm, radius in RADII.items()}
     factor = ball.eps / size[ball.norm]

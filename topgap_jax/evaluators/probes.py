@@ -1,6 +1,6 @@
 """What an audit asks of a network on a batch, one function a check: repeated passes, gradients, their path, noise.
 
-Pure, per example: results (b,) or (b, ...). The names of checks (A5, ...) are those of `evaluators.criteria`.
+Pure, per example: results (b,) or (b, ...). The names of checks (A5, ...) are those of `measure.criteria`.
 """
 
 import jax

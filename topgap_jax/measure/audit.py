@@ -1,7 +1,7 @@
 """`audit_split`: the checks of an `Audit` over a split, the cheap ones first.
 
 What needs attacks goes through the queue (`measure.audit_attacks`), the rest is rows of a batch (`evaluators.probes`);
-`evaluators.criteria` says what follows from the numbers.
+`measure.criteria` says what follows from the numbers.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from topgap_jax.evaluators import criteria, probes
-from topgap_jax.evaluators.criteria import FAIL, GATES, conclude, skipped
+from topgap_jax.evaluators import probes
 from topgap_jax.keys import fold_in
-from topgap_jax.measure import audit_attacks
+from topgap_jax.measure import audit_attacks, criteria
 from topgap_jax.measure.adversarial import Kept
 from topgap_jax.measure.audit_attacks import Ask
+from topgap_jax.measure.criteria import FAIL, GATES, conclude, skipped
 from topgap_jax.measure.robust import attack_split
 from topgap_jax.measure.rows import measure_split
 from topgap_jax.measure.splits import Split, rows_of

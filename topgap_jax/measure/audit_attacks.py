@@ -11,7 +11,7 @@ from topgap_jax.attacks import apgd, bpda, fgsm, noise, pgd, r_fgsm, restarts, s
 from topgap_jax.balls import linf
 from topgap_jax.evaluators import probes
 from topgap_jax.evaluators.audit import GROWTH, comparable, white_box
-from topgap_jax.evaluators.criteria import sign_test
+from topgap_jax.measure.criteria import sign_test
 from topgap_jax.measure.robust import whole
 from topgap_jax.measure.splits import Split, rows_of
 from topgap_jax.metrics.summaries import share
@@ -46,7 +46,7 @@ def statistics(
     *,
     passed: bool = False,
 ) -> tuple[dict[str, float], dict[str, Measure]]:
-    """(statistics by the names of `evaluators.criteria`, measures) of the images `points`, which are right when clean.
+    """(statistics by the names of `measure.criteria`, measures) of the images `points`, which are right when clean.
 
     margin: the median of their clean margins; improving (m,): the late gain of each one's path; passed: whether the
     network holds operations that `straight_through` passes the gradient through.

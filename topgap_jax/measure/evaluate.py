@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from topgap_jax.errors import UserError
-from topgap_jax.evaluators.criteria import headline
 from topgap_jax.measure import adversarial, results
 from topgap_jax.measure.audit import audit_split
+from topgap_jax.measure.criteria import headline
 from topgap_jax.measure.queue import clean_logits, placed
 from topgap_jax.measure.robust import attack_split, for_classes
 from topgap_jax.measure.rows import measure_split

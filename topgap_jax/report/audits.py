@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from topgap_jax.evaluators.criteria import CHECKS, REMINDER, WARN
+from topgap_jax.measure.criteria import CHECKS, REMINDER, WARN
 from topgap_jax.measure.results import Row
 from topgap_jax.report.read import Run
 from topgap_jax.types import Check
