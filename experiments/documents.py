@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import bench_checkpoint
+import bench_fit
 import bench_loops
 import bench_networks
 import bench_pool
@@ -215,6 +217,16 @@ def loops(stored: Mapping[str, Any]) -> str:
     )
 
 
+def fit(stored: Mapping[str, Any]) -> str:
+    lines = [bench_fit.line(name, row) for name, row in stored["settings"].items()]
+    return "A training by `fit` beside the jitted step it calls.\n\n" + markdown(bench_fit.HEAD, lines)
+
+
+def checkpoints(stored: Mapping[str, Any]) -> str:
+    lines = [bench_checkpoint.line(name, row) for name, row in stored["sizes"].items()]
+    return "Writing a checkpoint's manifest, and comparing it.\n\n" + markdown(bench_checkpoint.HEAD, lines)
+
+
 def pool(stored: Mapping[str, Any]) -> str:
     head = ["maps", "top_gap / gap, median [range]", "of minima", "of CPU time", "limit", "gap ms", "top_gap ms"]
     steps = markdown(head, [bench_pool.step_line(maps, row) for maps, row in stored["steps"].items()])
@@ -319,6 +331,8 @@ BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("Memory, Python 3.13", "bench_core_3.13", memory),
     ("ImageNet networks beside PyTorch", "bench_networks", networks),
     ("Attacks in a loop", "bench_loops", loops),
+    ("The training loop", "bench_fit", fit),
+    ("Manifests of checkpoints", "bench_checkpoint", checkpoints),
     ("What Top-GAP costs", "bench_pool", pool),
     ("What each system costs", "bench_systems", steps),
     ("Forms of convolutions", "bench_forms", forms),
