@@ -22,11 +22,11 @@ def get_config() -> ConfigDict:
     config.init = "efficientnet_lite0"
     config.backbone = "efficientnet_lite0()"
     config.head = "pyramid_head(pool, width=256, levels=2)"
-    config.model = "frozen_statistics(network, 'backbone')"
     config.batch = 50
-    config.epochs = 4
+    config.epochs = 6
     config.augment = "crop_flip(padding=16)"
-    config.optimizer = "slower(adamw(cosine(1e-3, 0, total_steps, warmup=.1), weight_decay=.02), .1, 'backbone')"
+    config.optimizer = "slower(adamw(cosine(1e-3, 0, total_steps, warmup=.1), weight_decay=.05), .1, 'backbone')"
+    config.ema = 0.995
 
     config.eps = 1 / 255
     config.evaluators = "accuracy(), localisation(cam()), localisation(grad_cam('stage4')), receptive_field()"

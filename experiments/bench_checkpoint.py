@@ -19,6 +19,7 @@ import numpy as np
 from topgap_jax.run import checkpoint, manifest
 
 MEGABYTES = (6, 300)
+HEAD = ["tree", "save, ms", "manifest, ms", "comparison, ms", "manifest / save, %"]
 
 
 def measure(megabytes: int, rounds: int) -> dict:
@@ -47,23 +48,19 @@ def measure(megabytes: int, rounds: int) -> dict:
     }
 
 
+def line(name: str, row: dict) -> list[str]:
+    """A row of the printed table."""
+    times = [f"{1e3 * row[key]:.1f}" for key in ("save_seconds", "manifest_seconds", "check_seconds")]
+    return [name, *times, f"{100 * row['share']['median']:.1f}"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     machine = driver.machine()
     sizes = {f"{size} MB": measure(size, options.rounds) for size in MEGABYTES}
-    rows = [
-        [
-            name,
-            f"{1e3 * row['save_seconds']:.0f}",
-            f"{1e3 * row['manifest_seconds']:.1f}",
-            f"{1e3 * row['check_seconds']:.1f}",
-            f"{100 * row['share']['median']:.1f}",
-        ]
-        for name, row in sizes.items()
-    ]
-    print(driver.table(["tree", "save, ms", "manifest, ms", "comparison, ms", "manifest / save, %"], rows))
+    print(driver.table(HEAD, [line(name, row) for name, row in sizes.items()]))
     driver.write("bench_checkpoint", {"machine": machine, "sizes": sizes})
 
 

@@ -30,6 +30,7 @@ from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.setup import assembly
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+HEAD = ["data", "loop / step, median [range]", "of minima", "of CPU time", "a step, ms"]
 WARM = 5  # steps before the first round
 SETTINGS = {  # config, arm, overrides, steps of a round, steps before them (a stream has batches waiting by then)
     "resident": ("cifar10.py", "", {"validation": ""}, 40, 0),
@@ -137,8 +138,7 @@ def main():
     print(configure_cpu(1), file=sys.stderr)
     machine = driver.machine()
     rows = {name: measure(name, options.rounds) for name in options.settings}
-    head = ["data", "loop / step, median [range]", "of minima", "of CPU time", "a step, ms"]
-    print(driver.table(head, [line(name, row) for name, row in rows.items()]))
+    print(driver.table(HEAD, [line(name, row) for name, row in rows.items()]))
     driver.write("bench_fit", {"machine": machine, "load_average_after": driver.load_average(), "settings": rows})
 
 

@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import bench_checkpoint
+import bench_fit
 import bench_loops
 import bench_networks
 import bench_pool
 import bench_systems
+import planted_fakes
 import study as driver
 from _bench_driver import table as markdown
 from _studies import STUDIES, SYSTEMS
@@ -31,6 +34,9 @@ SYSTEMS_TEXT = """\
 A claim is "reproduced" only where the method differs on the claimed side from plain training *and* from the control
 that decides, "not reproduced" where it lies on the other side of one of them, else "undecided": the commonest verdict
 of three seeds."""
+MODELS_TEXT = """\
+CIFAR-10, the first test images. One JSON a model in the form of RobustBench, of which `topgap verify FILE` measures 256
+images again. "Reported" is the authors' own number, of another attack."""
 ONE_SEED = "One seed: every difference is undecided."
 
 
@@ -54,8 +60,10 @@ def text() -> str:
 def sections() -> list[tuple[str, str, str, str]]:
     """(title, command, file, Markdown) of each table."""
     stored = [name for name in STUDIES if (ROOT / "results" / f"{name}.json").is_file()]
-    found = [systems(), *map(study, stored)]
+    found = [systems(), *map(study, stored), *models()]
     for title, name, body in BENCHMARKS:
+        if not (ROOT / "results" / f"{name}.json").is_file():
+            continue
         stored = read(name)
         found.append((title, command(stored), f"results/{name}.json", f"{body(stored)}\n\n{machine(stored)}"))
     return found
@@ -105,6 +113,24 @@ def study(name: str) -> tuple[str, str, str, str]:
     return title, f"python experiments/study.py {name}", f"results/{name}.json", body
 
 
+def models() -> list[tuple[str, str, str, str]]:
+    """The models' files, [] where there are none."""
+    lines = []
+    for path in sorted((ROOT / "results" / "models").glob("*.json")):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        (row,) = (row for row in stored["rows"] if "robust_accuracy" in row["measures"])
+        robust = row["measures"]["robust_accuracy"]
+        low, high = (f"{100 * robust[key]:.2f}" for key in ("low", "high"))
+        cells = [f"[{path.stem}](../results/models/{path.name})", stored["architecture"], stored["eps"], robust["n"]]
+        cells += [stored["clean_acc"], f"{stored['autoattack_acc']} [{low}, {high}]", stored["reported"] or ""]
+        lines.append([*map(str, cells), row["audit"]])
+    if not lines:
+        return []
+    head = ["model", "network", "linf", "images", "clean, %", "AutoAttack, % [95 %]", "reported, %", "audit"]
+    body = f"{MODELS_TEXT}\n\n{markdown(head, lines)}"
+    return [("Published networks under AutoAttack", "python experiments/models.py", "results/models/", body)]
+
+
 def settings_of(seeds: Mapping[str, Any]) -> dict[str, str]:
     """What an arm sets."""
     run = next(iter(seeds.values()))
@@ -142,7 +168,14 @@ def pretrained(stored: Mapping[str, Any]) -> str:
                 f"{network['published_error']:.2f}",
             ]
         )
-    return markdown(["weights", "images", "error, % [95 %]", "published, or PyTorch's, %"], lines)
+    table = markdown(["weights", "images", "error, % [95 %]", "published, or PyTorch's, %"], lines)
+    if "columns" not in stored:
+        return table
+    own = {name: 100 * stored["columns"][name] for name in ("value", "low", "high")}
+    return (
+        f"{table}\n\nEfficientNet-Lite0 as it is on `tiny_imagenet20`, enlarged to 128, with its own 20 columns: "
+        f"accuracy {own['value']:.1f} [{own['low']:.1f}, {own['high']:.1f}] % of {stored['columns']['n']:,}."
+    )
 
 
 def core(stored: Mapping[str, Any]) -> str:
@@ -182,6 +215,16 @@ def loops(stored: Mapping[str, Any]) -> str:
     return "PGD-10 of a ResNet-20 in a loop, and written out.\n\n" + markdown(
         head, [bench_loops.line(name, row) for name, row in stored["paths"].items()]
     )
+
+
+def fit(stored: Mapping[str, Any]) -> str:
+    lines = [bench_fit.line(name, row) for name, row in stored["settings"].items()]
+    return "A training by `fit` beside the jitted step it calls.\n\n" + markdown(bench_fit.HEAD, lines)
+
+
+def checkpoints(stored: Mapping[str, Any]) -> str:
+    lines = [bench_checkpoint.line(name, row) for name, row in stored["sizes"].items()]
+    return "Writing a checkpoint's manifest, and comparing it.\n\n" + markdown(bench_checkpoint.HEAD, lines)
 
 
 def pool(stored: Mapping[str, Any]) -> str:
@@ -257,6 +300,21 @@ def foreign(stored: Mapping[str, Any]) -> str:
     return text + markdown(head, lines) + ("\n\n" + "\n".join(said) if said else "") + sources
 
 
+def planted(stored: Mapping[str, Any]) -> str:
+    lines = []
+    for name, row in stored["networks"].items():
+        of = lambda status, row=row: ", ".join(check["id"] for check in row["checks"] if check["status"] == status)
+        due = " or ".join(row["due"]) or "none"
+        cells = [due, of("fail") or "none", of("warn") or "none", planted_fakes.verdict(row)]
+        lines.append([name, f"{row['eps']}", *cells, f"{row['cpu_seconds'] / 60:.0f}"])
+    head = ["network", "linf", "must fail", "failed", "warned", "verdict", "CPU minutes"]
+    return (
+        f"Audits (`audit(linf(eps), twin='{planted_fakes.TWIN}')`) of {planted_fakes.POINTS} images of"
+        f" `{stored['split']}` of CIFAR-10 that are right when clean: honest networks first, then ResNet-20 with what"
+        " is planted in it. A network that fails A10, A11 or A12 is not attacked.\n\n"
+    ) + markdown(head, lines)
+
+
 def devices(stored: Mapping[str, Any]) -> str:
     head = ["devices", "busy processes beside", "steps", "seconds", "aborted"]
     keys = ("devices", "busy_processes", "steps_taken", "seconds", "aborted")
@@ -266,12 +324,15 @@ def devices(stored: Mapping[str, Any]) -> str:
 
 BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("Pretrained weights", "pretrained", pretrained),
+    ("Planted fakes", "planted_fakes", planted),
     ("Speed beside PyTorch", "bench_core", core),
     ("Speed beside PyTorch, Python 3.13", "bench_core_3.13", core),
     ("Memory", "bench_core", memory),
     ("Memory, Python 3.13", "bench_core_3.13", memory),
     ("ImageNet networks beside PyTorch", "bench_networks", networks),
     ("Attacks in a loop", "bench_loops", loops),
+    ("The training loop", "bench_fit", fit),
+    ("Manifests of checkpoints", "bench_checkpoint", checkpoints),
     ("What Top-GAP costs", "bench_pool", pool),
     ("What each system costs", "bench_systems", steps),
     ("Forms of convolutions", "bench_forms", forms),

@@ -40,7 +40,7 @@ ABOUT = {
     "attacks": "Searches for an adversarial example, as pairs (`init`, `step`); `attacks.attack` runs one on a batch.",
     "explanations": "Where the network looks: (keys (b,), predict, images, labels (b,)) -> maps (b, h', w').",
     "rules": (
-        "Other forward or backward passes of a network's operations, for `rules=` of an explanation and"
+        "Other forward or backward passes of a network's operations, for `rules=` of an explanation, `bpda`, and"
         " `rewrite.with_rules`."
     ),
     "metrics": (

@@ -52,6 +52,7 @@ ROWS = [
     "noise(linf({}), draws=2)",
     "noise(l1({}), draws=2)",
     "restarts(pgd(l2({}), steps=2), 2)",
+    "bpda(pgd(linf({}), steps=3), guided_backprop)",
     "fab(linf({}), steps=4)",
     "fab(l2({}), steps=4, restarts=2)",
     "fab_t(linf({}), steps=4)",
@@ -74,7 +75,7 @@ radius_of = lambda row: EPS[ball_of(row)] * (3 if row.startswith(("square(l2", "
 attack_of = functools.cache(lambda row: make(row.format(radius_of(row))))
 # All but an attack on the norm, which goes wherever the nearest adversarial example is.
 bounded = pytest.mark.parametrize("row", [row for row in ROWS if attack_of(row).aim != "norm"])
-random = ("pgd", "apgd", "square", "noise", "restarts", "r_fgsm", "topk", "alignment")
+random = ("pgd", "apgd", "square", "noise", "restarts", "r_fgsm", "topk", "alignment", "bpda")
 
 
 def steps_of(attack, keys, predict, images, labels, **options):
@@ -104,8 +105,8 @@ def sizes(ball, delta):
 
 
 def test_every_row_and_ball_is_here():
-    runs = {"worst_of", "autoattack"}  # several attacks, which have laws of their own
-    assert {row.split("(")[0] for row in ROWS} == set(attacks.TABLE) - runs
+    others = {"worst_of", "autoattack", "transfer"}  # several attacks, and one that needs another network: tests below
+    assert {row.split("(")[0] for row in ROWS} == set(attacks.TABLE) - others
     assert {ball_of(row) for row in ROWS} == set(balls.TABLE)
 
 

@@ -356,6 +356,6 @@ def test_a_text_that_does_not_fit_its_key(key, text, words):
 def test_a_list_from_the_command_line_names_its_argument():
     text = error(expressions.choices, configs.load(TINY)[0], "evaluators", {}, "accuracy(), cam()", "--evaluators")
     assert text.startswith(
-        "--evaluators: 'cam' is not an evaluator; choose from accuracy, attributional_robustness, coverage,"
-        " curve, localisation, "
+        "--evaluators: 'cam' is not an evaluator; choose from accuracy, attributional_robustness, audit, "
+        "coverage, curve, localisation, "
     )

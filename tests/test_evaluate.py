@@ -12,8 +12,9 @@ from topgap_jax.errors import UserError
 from topgap_jax.evaluators import accuracy, attributional_robustness, coverage, localisation, measures, robust
 from topgap_jax.explain import cam
 from topgap_jax.measure import results
-from topgap_jax.measure.evaluate import evaluate, evaluation_variables, measure_split
+from topgap_jax.measure.evaluate import evaluate, evaluation_variables
 from topgap_jax.measure.robust import attack_split
+from topgap_jax.measure.rows import measure_split
 from topgap_jax.measure.splits import Split, resident_split, streamed_split
 from topgap_jax.measure.verdicts import Log, fingerprint
 from topgap_jax.mesh import data_mesh

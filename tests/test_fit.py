@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -262,31 +263,41 @@ def test_a_finished_run_is_left_as_it_is(whole):
 
 
 HOLD = """
-import sys, time
+import os, sys, time, warnings
 from pathlib import Path
 from topgap_jax.run.workdir import claim
 claim(Path(sys.argv[1]), {"seed": 3})
-print("held", flush=True)
+warnings.simplefilter("ignore")
+child = os.fork()
+if child:
+    print(child, flush=True)
 time.sleep(600)
 """
 
 
 def test_two_trainings_in_one_folder(tmp_path):
-    """The second is told whose the folder is; a lock dies with its process, however it ends, and with its training."""
+    """The second is told whose the folder is; a lock dies with its process, however it ends, also where children that
+    it forked live on, and with its training."""
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
-        assert other.stdout.readline() == "held\n"
+        child = int(other.stdout.readline())
         with pytest.raises(UserError) as error:
             claim(tmp_path, {"seed": 3})
         assert str(error.value) == (
-            f"another training writes in '{tmp_path}' (process {other.pid}); wait for its end, or take another workdir"
+            f"another training writes in '{tmp_path}' (process {other.pid} on {socket.gethostname()}); wait for its end, "
+            "or take another workdir"
         )
     finally:
         other.kill()
+        other.wait()
+    try:
+        os.kill(child, 0)  # it is there
+        claim(tmp_path, {"seed": 3})
+    finally:
+        os.kill(child, signal.SIGKILL)
         other.communicate()
-    claim(tmp_path, {"seed": 3})
     claim(tmp_path, {"seed": 3})  # the same process may: a training that is taken up again in a notebook
-    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()} on {socket.gethostname()}\n"
     release(tmp_path)
     with (tmp_path / "lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

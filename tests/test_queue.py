@@ -12,13 +12,13 @@ from tests import laws
 from topgap_jax import scores
 from topgap_jax.attacks import attack as attacked
 from topgap_jax.attacks import fgsm, pgd
-from topgap_jax.attacks.state import BROKEN, FINISHED, NEVER, RUNNING, norms, start
+from topgap_jax.attacks.state import BROKEN, FINISHED, NEVER, RUNNING, norms, select, start
 from topgap_jax.balls import linf
 from topgap_jax.evaluators import curve, robust
-from topgap_jax.keys import example_keys
+from topgap_jax.keys import example_keys, fold_in, split
 from topgap_jax.measure import evaluate, queue
 from topgap_jax.measure.robust import attack_split
-from topgap_jax.measure.splits import Split, resident_split
+from topgap_jax.measure.splits import Split, resident_split, rows_of
 from topgap_jax.measure.verdicts import Log
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
@@ -120,6 +120,64 @@ def test_the_verdicts_are_those_of_each_example_alone():
     assert (np.isinf(examples.radius).sum() > 4) and plain().measures["unconfirmed"].value == 0
 
 
+def draws(variables, images, *, train=False, keys=None, targets=None, step=None):
+    """The linear network plus what each example's key draws, in 64ths, so that a mean over four is exact too."""
+    logits = apply(variables, images).logits
+    if keys is None:
+        return Output(logits, {}, {})
+    noise = jax.vmap(lambda key: jax.random.randint(key, (CLASSES,), -128, 129))(keys)
+    return Output(logits + noise / 64, {}, {})
+
+
+RANDOM = Model(None, draws)
+SAMPLED = pgd(linf(EPS), score=scores.margin, steps=3, step_size=EPS / 2, samples=4)
+
+
+@functools.cache
+def sampled():
+    return run(split_of(), robust(SAMPLED), RANDOM)
+
+
+@pytest.mark.parametrize("other", ["width 4", "order", "eight devices"])
+def test_verdicts_on_a_network_that_draws_are_each_example_s_own(other):
+    mesh = data_mesh() if other == "eight devices" else None
+    data = split_of(4 if other == "width 4" else WIDTH, mesh)
+    assert_same(sampled(), run(shuffled(data, 1) if other == "order" else data, robust(SAMPLED), RANDOM, mesh=mesh))
+
+
+def test_verdicts_on_a_network_that_draws_are_means_over_fresh_draws():
+    """Step after step without a queue, then four passes that no step has made."""
+    images, labels, predict = jnp.asarray(PIXELS), jnp.asarray(LABELS), bind(RANDOM, VARIABLES)
+    keys = example_keys(jax.random.fold_in(jax.random.key(4), 0), jnp.arange(N))
+
+    @jax.jit
+    def alone():
+        state = SAMPLED.init(keys, predict, images, labels, jnp.asarray(LOGITS))
+        for _ in range(SAMPLED.steps):
+            state = select(queue.goes_on(SAMPLED, state.status, state.count), SAMPLED.step(predict, state), state)
+        points = jnp.where((state.status == BROKEN)[:, None, None, None], state.best, state.images + state.delta)
+        passes = [predict(points, each) for each in split(fold_in(keys, queue.VERDICT), 4)]
+        return state, sum(passes) / 4
+
+    state, means = jax.device_get(alone())
+    right = LOGITS.argmax(1) == LABELS
+    examples, broken = sampled().examples, right & (means.argmax(1) != LABELS)
+    np.testing.assert_array_equal(np.isinf(examples.radius), right & ~broken)
+    np.testing.assert_array_equal(examples.step[broken], np.where(state.status == BROKEN, state.broken_at, 3)[broken])
+    np.testing.assert_array_equal(examples.predicted[broken], means.argmax(1)[broken])
+    unconfirmed = right & (state.status == BROKEN) & ~broken
+    assert sampled().measures["unconfirmed"].value == unconfirmed.sum() and 4 < broken.sum() < right.sum() - 4
+
+
+@pytest.mark.parametrize("attacks, model", [(ATTACKS, MODEL), (robust(SAMPLED), RANDOM)])
+def test_a_part_of_a_split_draws_as_the_whole(attacks, model):
+    rows = np.arange(3, N, 5)
+    whole = (plain if model is MODEL else sampled)().examples
+    part = run(rows_of(split_of(), rows), attacks, model).examples
+    for name, a, b in zip(part._fields, whole, part):
+        np.testing.assert_array_equal(a[rows], b, err_msg=name)
+
+
 @pytest.mark.parametrize("width", [1, 4])
 def test_the_width_changes_nothing(width):
     assert_same(plain(), run(split_of(width)))
@@ -211,9 +269,9 @@ def counted(data, attacks, **options):
     def watched(*arguments):
         parts = functions(*arguments)
 
-        def steps(variables, state, n):
+        def steps(variables, source, state, n):
             dispatches.append(n)
-            return parts.steps(variables, state, n)
+            return parts.steps(variables, source, state, n)
 
         steps.lower = parts.steps.lower
         return parts._replace(steps=steps)
@@ -288,12 +346,13 @@ def test_no_host_callback_in_a_chunk(text):
     arguments = (
         jax.random.key(0),
         variables,
+        (),
         laws.BATCH,
         jax.ShapeDtypeStruct((laws.B, laws.CLASSES), jnp.float32),
         rows,
     )
     state = jax.eval_shape(parts.start, *arguments, None)
-    traced = [parts.start.trace(*arguments, None), parts.steps.trace(variables, state, 8)]
+    traced = [parts.start.trace(*arguments, None), parts.steps.trace(variables, (), state, 8)]
     names = {name for one in traced for name in primitives(one.jaxpr.jaxpr)}
     assert "while" in names and not [name for name in names if "callback" in name or "infeed" in name]
 

@@ -295,7 +295,7 @@ def test_properties_on_a_vgg():
     standard = with_rules(predict, relu=Rule(), max_pool=Rule())
     np.testing.assert_allclose(compiled(jax.grad(loss(standard)), IMAGES), plain, atol=1e-6)
     logits = compiled(predict, IMAGES)
-    for rules in VALUES.values():
+    for rules in (guided_backprop, guided, guided_upsampled):
 
         def summed(images, rules=rules):
             values = with_rules(predict, **rules)(images)
@@ -551,7 +551,7 @@ def test_errors():
     )
     assert (
         message(with_rules, relu, pool=Rule())
-        == "with_rules: no operation 'pool'; there are relu, max_pool, conv, dense, add, mean"
+        == "with_rules: no operation 'pool'; there are relu, max_pool, conv, dense, add, mean, round, floor, sign, threshold, step"
     )
     assert message(with_rules, relu) == "with_rules: no rule is given, e.g. with_rules(predict, **guided)"
     assert (
@@ -565,7 +565,8 @@ def test_errors():
     assert message(softplus, 0) == "beta must be a number of at least 1e-06, got 0"
     assert (
         message(explain.gradient, rules=5)
-        == "rules must be like guided or softplus(50), for relu, max_pool, conv, dense, add, mean; got 5"
+        == "rules must be like guided or softplus(50), for relu, max_pool, conv, dense, add, mean, round, floor, sign, "
+        "threshold, step; got 5"
     )
 
 

@@ -19,7 +19,7 @@ from topgap_jax.models import bind
 from topgap_jax.run import fit as fit_module
 from topgap_jax.run import workdir as workdir_module
 from topgap_jax.run.fit import fit
-from topgap_jax.setup import assembly, expressions
+from topgap_jax.setup import assembly, expressions, networks
 from topgap_jax.types import Model
 
 TINY = Path(__file__).parent / "tiny_config.py"
@@ -206,7 +206,7 @@ def test_mistakes(run, tmp_path):
         f"there is no checkpoint in {tmp_path}/checkpoints/last; train first"
     )
     text = error(setup.from_workdir, workdir, [("model", "resnet4b(classes=classes, mean=mean, std=std)")])
-    assert text.startswith(f"the checkpoint {workdir}/checkpoints/last/3 is of another model, or damaged")
+    assert text.startswith(f"the checkpoint {workdir}/checkpoints/last/3 is of another model: ")
     assert (
         error(setup.evaluate, loaded, splits=",")
         == "nothing to evaluate: neither config.test nor --split names a split"
@@ -473,3 +473,44 @@ def test_one_class_is_nothing_to_learn(tmp_path):
     source = ("source", f"folder('{tmp_path}')")
     said = error(setup.experiment, TINY, [source, ("validation", ""), ("test", "val")])
     assert said == f"folder('{tmp_path}') has the one class red: there is nothing to tell apart"
+
+
+def test_a_transfer_from_a_run_and_from_a_file(run, colours_run, tmp_path):
+    """The network of the folder with its weights, EMA ones; of a file without a config, one like the run's own."""
+    workdir, variables = run
+    loaded = setup.from_workdir(workdir, [("eps", "64/255"), ("evaluators", "accuracy()")])
+    path = tmp_path / "net.safetensors"
+    store(path, assembly.init(loaded.experiment), {})
+    text = "robust(transfer(linf(eps), pgd(linf(eps), steps=2), '{}'))"
+    rows = {}
+    for name in (workdir, path):
+        (row,) = setup.evaluate(loaded, evaluators=text.format(name), splits="test")
+        assert 0 <= row.measures["robust_accuracy"].value <= row.measures["clean_accuracy"].value
+        rows[name] = row
+    assert row.overrides == {"eps": "64/255"} and row.cost["gradient_evaluations"] > 0
+    from_itself = networks.network(loaded.experiment, str(workdir))
+    jax.tree.map(np.testing.assert_array_equal, dict(from_itself.variables), dict(variables["ema"]))
+    assert from_itself.name == str(workdir) and networks.network(loaded.experiment, str(path)).name == str(path)
+    mistake = lambda source: error(setup.evaluate, loaded, evaluators=text.format(source))
+    begins = lambda source: f"--evaluators: {text.format(source)}: "
+    assert mistake("runs/x").startswith(
+        begins("runs/x") + "'runs/x' is no file of weights, no folder of a run and no published network; "
+    )
+    assert mistake(colours_run[0]) == begins(colours_run[0]) + (
+        f"'{colours_run[0]}' takes images of 16 x 16 pixels, this network of 32 x 32; both must be alike"
+    )
+    small = setup.experiment(workdir / "config.json", [("image_size", "(16, 16)")])
+    assert error(networks.network, small, str(colours_run[0])) == (
+        f"'{colours_run[0]}' tells 3 classes apart, blue, green, red, and this network 6, disc, square, triangle, ...; "
+        "both must be alike"
+    )
+    turned = small._replace(classes=("red", "green", "blue"))
+    assert error(networks.network, turned, str(colours_run[0])) == (
+        f"'{colours_run[0]}' has its 3 classes in another order than this network"
+    )
+    infinite = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), assembly.init(loaded.experiment))
+    store(tmp_path / "infinite.safetensors", infinite, {})
+    assert mistake(tmp_path / "infinite.safetensors").startswith(
+        begins(tmp_path / "infinite.safetensors") + f"{tmp_path / 'infinite.safetensors'}: "
+    )
+    assert error(networks.network, turned, str(path)).startswith(f"{path} does not fit the model: mis-shaped: ")

@@ -1,6 +1,8 @@
 """What attacks raise and explanations explain: functions of logits (b, k), labels (b,), the clean logits (b, k) and the
 target classes (b,) to (b,) in float32."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -104,6 +106,19 @@ def _one_hot(logits, labels):
 
 def _pick(logits, labels):
     return jnp.take_along_axis(logits.astype(jnp.float32), labels[..., None], -1)[..., 0]
+
+
+SUBSTITUTES = ((dlr, 3, "max z_k - z_y"), (targeted_dlr, 4, "z_t - z_y"))
+"""Scores, how many classes they need, and what takes their place where there are fewer."""
+
+
+def substitute(score: Any, classes: int) -> str:
+    """What takes the place of a score that needs more classes than these, as a formula; "" where nothing does.
+
+    >>> substitute(targeted_dlr, 3), substitute(targeted_dlr, 4), substitute(margin, 2)
+    ('z_t - z_y', '', '')
+    """
+    return next((formula for of, needed, formula in SUBSTITUTES if of is score and classes < needed), "")
 
 
 VALUES = table(logit, cross_entropy, margin, dlr, kl, probability_margin, targeted_dlr, targeted_margin)

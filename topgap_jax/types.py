@@ -45,6 +45,19 @@ class Model(NamedTuple):
     has_weights: bool = False
 
 
+class Network(NamedTuple):
+    """A model with its weights, beside the one that is measured: the source of a transfer, or a twin.
+
+    name                                                 what says where they are from, such as the folder of a run
+
+    It is plain data: whoever runs it binds the variables inside the jitted function, as its arguments.
+    """
+
+    model: Model
+    variables: Variables
+    name: str
+
+
 class Predict(Protocol):
     """A model with its variables bound: images (b, h, w, c) -> logits (b, k). A deterministic model ignores `keys`."""
 
@@ -87,6 +100,11 @@ class Ball(NamedTuple):
     dual_norm: Callable[[Array], Array]
     size: Callable[[Array], Array]
     hyperplane: Callable[[Array, Array, Array], Array]
+
+    @property
+    def norm(self) -> str:
+        """The name without the radius: "linf"."""
+        return self.name.partition("(")[0]
 
 
 class Penalty(NamedTuple):
@@ -151,6 +169,10 @@ class Attack(NamedTuple):
                                                          explanation, or the label by the smallest "norm" that does it
     runs                                                 restarts x targets: values of `run`, below which it stays
     samples                                              passes of a model that draws at random that a verdict averages
+    norm                                                 of its ball, "linf"; "" where it has none
+    source                                               another network, or the text that names it, which `init`,
+                                                         `step` and `cost` are given as `source=predict`; None: none is
+    score                                                what it raises where it has a choice, None where it has none
 
     The state is `attacks.state.State`, every leaf of which has the leading axis b. `run` (b,) numbers restart and
     target of each example, 0 if not given; `eps` (b,) is its radius, the ball's own if not given. `attacks.finish`
@@ -165,6 +187,9 @@ class Attack(NamedTuple):
     aim: str = "label"
     runs: int = 1
     samples: int | None = None
+    norm: str = ""
+    source: "Network | str | None" = None
+    score: "Score | None" = None
 
 
 Runs: TypeAlias = tuple[Attack, ...]
@@ -239,7 +264,7 @@ class Rule(NamedTuple):
 
 
 Rules: TypeAlias = Mapping[str, Rule]
-"""Operation ("relu", "max_pool", "conv", "dense", "add", "mean") -> its rule: `rewrite.with_rules(f, **rules)`."""
+"""Operation ("relu", "conv", "round", ...: `rewrite.operations.OPERATIONS`) -> its rule: `with_rules(f, **rules)`."""
 
 
 class Augment(Protocol):
@@ -341,6 +366,40 @@ class Robustness(NamedTuple):
 
     runs: Runs
     eps: tuple[float, ...] = ()
+
+
+class Audit(NamedTuple):
+    """Plain data that `measure.audit` executes: is what attacks in this ball leave to be believed?
+
+    white_box                                            the attacks with gradients whose result is in question
+    twin                                                 another network, or the text that names it, whose adversarial
+                                                         examples are tried too; None: there is none
+    points                                               images that are looked at, at most
+    """
+
+    ball: Ball
+    white_box: Runs
+    twin: "Network | str | None" = None
+    points: int = 512
+
+
+class Check(NamedTuple):
+    """One check of an audit.
+
+    id                                                   "A1" to "A18", as `measure.criteria` numbers them
+    status                                               "pass", "warn", "fail", or "skipped"
+    statistic, threshold                                 what decided, and the bound that it crossed or, where the check
+                                                         passes, that it would have to cross; None where skipped
+    n                                                    of how many images
+    sentence                                             the evidence in words, and what it means
+    """
+
+    id: str
+    status: str
+    statistic: float | None
+    threshold: float | None
+    n: int
+    sentence: str
 
 
 Schedule: TypeAlias = Callable[[Any], Any]

@@ -105,7 +105,7 @@ def _apgd(method, ball, score, targets, steps, restarts, rho, history, larger_ra
     name = f"{method}-{steps} x {targets}" if targets else named(method, steps, score)
     name += " by malt" if order == "malt" else ""
     cost = lambda predict, images: Cost(0, samples or 1)
-    return Attack(init, step, calls, cost, f"{name}, {ball.name}", "label", runs, samples)
+    return Attack(init, step, calls, cost, f"{name}, {ball.name}", "label", runs, samples, ball.norm, score=score)
 
 
 class Search(NamedTuple):

@@ -37,8 +37,8 @@ def autoattack(ball: Ball, *, version: str = "standard") -> Runs:
     cross-entropy and on DLR and FAB of all classes, 5 starts each, Square, then the targeted ones. rand, for models
     that draw at random: APGD on cross-entropy and on DLR, means over 20 samples.
 
-    With fewer than four classes DLR gives way to differences of logits (`dlr`, `targeted_dlr`), and the targeted
-    attacks have fewer runs.
+    With fewer than four classes DLR gives way to differences of logits (`dlr`, `targeted_dlr`), which an evaluation
+    says in the terminal and in the attacks' names; the targeted attacks have fewer runs.
     """
     if version == "standard" and ball.p == 1:
         first = (apgd(ball, restarts=5, larger_radii=True), apgd_t(ball, targets=5, larger_radii=True))

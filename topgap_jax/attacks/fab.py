@@ -127,7 +127,7 @@ def _fab(name, ball, steps, runs, begin, boundary, cost):
         outside = (state.count + 1 == steps) & (ball.size(delta) > state.eps)
         return move(state, where(outside, jnp.zeros_like(delta), delta))
 
-    return Attack(init, step, steps, cost, f"{name}, {ball.name}", runs=runs)
+    return Attack(init, step, steps, cost, f"{name}, {ball.name}", runs=runs, norm=ball.norm)
 
 
 def _difference(logits, target, labels):

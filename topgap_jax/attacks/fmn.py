@@ -61,7 +61,8 @@ def fmn(ball: Ball, *, steps: int = 100) -> Attack:
         delta = ball.project(state.images, state.delta + length[:, None, None, None] * way, radius)
         return move(state, delta, Search(radius))
 
-    return Attack(init, step, steps + 1, lambda predict, images: Cost(0, 1), f"fmn-{steps}, {ball.name}", aim="norm")
+    name, cost = f"fmn-{steps}, {ball.name}", lambda predict, images: Cost(0, 1)
+    return Attack(init, step, steps + 1, cost, name, aim="norm", norm=ball.norm)
 
 
 def _book(state, size, wrong):

@@ -75,7 +75,8 @@ def pgd(
         return move(state, ball.project(state.images, state.delta + update, state.eps), search)
 
     name = f"{named('pgd', steps, score)}, {ball.name}"
-    return Attack(init, step, steps, lambda predict, images: Cost(0, samples or 1), name, "label", runs, samples)
+    cost = lambda predict, images: Cost(0, samples or 1)
+    return Attack(init, step, steps, cost, name, "label", runs, samples, ball.norm, score=score)
 
 
 class Orbit(NamedTuple):
@@ -109,7 +110,7 @@ def fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
         full = state.eps[:, None, None, None] * ball.ascent(gradient)
         return move(state, ball.project(state.images, full, state.eps))
 
-    return Attack(init, step, 1, lambda predict, images: Cost(0, 1), f"fgsm, {ball.name}")
+    return Attack(init, step, 1, lambda predict, images: Cost(0, 1), f"fgsm, {ball.name}", norm=ball.norm, score=score)
 
 
 def r_fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
@@ -130,7 +131,9 @@ def r_fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
         return move(state, ball.project(state.images, delta, state.eps))
 
     half = lambda state: 0.5 * state.eps[:, None, None, None]
-    return Attack(init, step, 1, lambda predict, images: Cost(0, 1), f"r+fgsm, {ball.name}")
+    return Attack(
+        init, step, 1, lambda predict, images: Cost(0, 1), f"r+fgsm, {ball.name}", norm=ball.norm, score=score
+    )
 
 
 class Momentum(NamedTuple):
@@ -163,7 +166,8 @@ def mim(
         return move(state, ball.project(state.images, delta, state.eps), Momentum(momentum))
 
     cost = lambda predict, images: Cost(0, samples or 1)
-    return Attack(init, step, steps, cost, f"{named('mim', steps, score)}, {ball.name}", samples=samples)
+    name = f"{named('mim', steps, score)}, {ball.name}"
+    return Attack(init, step, steps, cost, name, samples=samples, norm=ball.norm, score=score)
 
 
 def starting(ball: Ball, where: str | None):

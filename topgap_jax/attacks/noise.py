@@ -32,7 +32,8 @@ def noise(ball: Ball, *, draws: int = 1000) -> Attack:
         return move(state, ball.project(state.images, point, state.eps))
 
     # The last point is evaluated after the last step.
-    return Attack(init, step, 2 * draws - 1, lambda predict, images: Cost(1, 0), f"noise 2 x {draws}, {ball.name}")
+    name = f"noise 2 x {draws}, {ball.name}"
+    return Attack(init, step, 2 * draws - 1, lambda predict, images: Cost(1, 0), name, norm=ball.norm)
 
 
 TABLE = table(noise)

@@ -57,7 +57,8 @@ def square(ball: Ball, *, queries: int = 5000, p_init: float = 0.8) -> Attack:
         sides = window_sides(ball.p, p_init, *top.shape[1:3])
         return move(state, candidate(ball, step_keys(state), state, top, sides), Search(top))
 
-    return Attack(init, step, queries, lambda predict, images: Cost(1, 0), f"square-{queries}, {ball.name}")
+    name = f"square-{queries}, {ball.name}"
+    return Attack(init, step, queries, lambda predict, images: Cost(1, 0), name, norm=ball.norm)
 
 
 def window_sides(p: float, p_init: float, height: int, width: int) -> list[int]:

@@ -214,6 +214,8 @@ def attack(
     """
     if not isinstance(attack, Attack):
         raise UserError(f"attack: give one attack such as pgd(linf(8/255)), got {attack!r}")
+    if attack.source is not None:
+        raise UserError(f"attack: give '{attack.name}' its source as a function images -> logits")
     if keys is None:
         raise UserError("attack: keys are needed, one for each image: jax.random.split(jax.random.key(0), len(images))")
     check_examples("attack", keys, predict, images, labels)

@@ -1,35 +1,65 @@
 """`transfer`: adversarial examples that are made on one network and tried on another."""
 
+import functools
+
 import jax.numpy as jnp
 
 from topgap_jax.attacks import state as states
 from topgap_jax.attacks.state import FINISHED, RUNNING, book, move
+from topgap_jax.build import table
+from topgap_jax.errors import UserError
 from topgap_jax.scores import margin
-from topgap_jax.types import Attack, Ball, Cost, Predict
+from topgap_jax.types import Attack, Ball, Cost, Network, Predict
 
 
-def transfer(ball: Ball, attack: Attack, source: Predict) -> Attack:
+def transfer(ball: Ball, attack: Attack, source: str | Network | Predict) -> Attack:
     """`attack` on the network `source`, with every iterate inside `ball` tried on the network under attack.
 
-    source: images (b, h, w, c) -> logits (b, k), with its variables bound inside the jitted function, as those of the
-    network under attack are. The attack sees the logits of `source` only, also for its target classes, and goes on when
-    it has broken that: what moves on to the other network is often a later iterate (Liu et al. 2017, arXiv 1611.02770).
-    `search` is the attack's own state on `source`. Costs are of both networks together.
-    """
+    source: the folder of a run ('runs/plain'), a file of weights, or a published network's name; it must tell the same
+    classes apart, in images of the same size. In Python a `Network`, or a function images (b, h, w, c) -> logits (b, k)
+    with its variables bound inside the jitted function, as those of the network under attack are.
 
-    def init(keys, predict, images, labels, logits, *, run=None, eps=None):
+    The attack sees the logits of `source` only, also for its target classes, and goes on when it has broken that: what
+    moves on to the other network is often a later iterate (Liu et al. 2017, arXiv 1611.02770). `search` is the attack's
+    own state on `source`. Costs are of both networks together.
+    """
+    if not isinstance(attack, Attack):
+        raise UserError(f"give one attack such as apgd(linf(8/255)), got {attack!r}")
+    if attack.aim != "label":
+        raise UserError(f"'{attack.name}' is no attack on the label in a ball; give one such as apgd(linf(8/255))")
+    if attack.source is not None:
+        raise UserError(f"'{attack.name}' is a transfer already")
+
+    def init(keys, predict, images, labels, logits, *, source, run=None, eps=None):
         state = states.start(keys, images, labels, logits, eps=ball.eps if eps is None else eps, run=run)
         crafted = attack.init(keys, source, images, labels, source(images), run=run, eps=state.eps)
         finished = (state.status == RUNNING) & (crafted.status == FINISHED)
         state = state._replace(status=jnp.where(finished, FINISHED, state.status))
         return state._replace(delta=crafted.delta, target=crafted.target, search=crafted)
 
-    def step(predict, state):
+    def step(predict, state, *, source):
         inside = ball.size(state.delta) <= state.eps * (1 + 1e-6)
         logits = predict(state.images + state.delta)
         state = book(state, margin(logits, state.labels), logits, inside)
         crafted = attack.step(source, state.search)
         return move(state, crafted.delta, crafted)
 
-    cost = lambda predict, images: Cost(1, 0) + attack.cost(source, images)
-    return attack._replace(init=init, step=step, cost=cost, name=f"transfer of {attack.name}", samples=None)
+    cost = lambda predict, images, *, source: Cost(1, 0) + attack.cost(source, images)
+    name = f"transfer of {attack.name}"
+    both = attack._replace(init=init, step=step, cost=cost, name=name, samples=None, norm=ball.norm)
+    if isinstance(source, str | Network):
+        of = source if isinstance(source, str) else source.name
+        return both._replace(name=f"{name}, from {of}", source=source)
+    return bound(both, source)
+
+
+def bound(attack: Attack, source: Predict | None) -> Attack:
+    """The attack with its source: images -> logits, bound inside the jitted function. Without a source it is itself."""
+    if source is None:
+        return attack
+    with_source = lambda function: functools.partial(function, source=source)
+    parts = {name: with_source(getattr(attack, name)) for name in ("init", "step", "cost")}
+    return attack._replace(**parts, source=None)
+
+
+TABLE = table(transfer)

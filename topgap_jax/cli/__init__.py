@@ -1,4 +1,4 @@
-"""The command line: `topgap train | evaluate | explain | layers | compare | report | help`."""
+"""The command line: `topgap train | evaluate | explain | layers | compare | report | verify | help`."""
 
 import argparse
 import functools
@@ -22,7 +22,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 when done, 2 for a user's mistake, 130 or 143 when stopped by a signal."""
+    """Run one command; 0 when done, 1 where numbers are not confirmed, 2 for a user's mistake, 130 or 143 when stopped
+    by a signal."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal or pipe that cannot show a letter gets a ? in its place
             stream.reconfigure(errors="replace")
@@ -194,7 +195,7 @@ def _evaluate(arguments, overrides):
 
     loaded = _loaded(arguments, overrides)
     options = {"splits": arguments.split, "evaluators": arguments.evaluators, "batch": arguments.batch}
-    rows = setup.evaluate(loaded, **options, save=arguments.save)
+    rows = setup.evaluate(loaded, **options, save=arguments.save, model_info=arguments.model_info)
     _show(loaded, rows)
 
 
@@ -251,6 +252,19 @@ def _report(arguments, overrides):
     print(report(folders, Path(arguments.out) if arguments.out else folders[0] / "report.html"))
 
 
+def _verify(arguments, overrides):
+    from topgap_jax.report.verified import doubts, table
+    from topgap_jax.setup.verify import verify
+
+    _configure(arguments)
+    compared, faults = verify(arguments.path, weights_text=arguments.weights, data=arguments.data, file=arguments.file)
+    print(table(compared))
+    line = doubts(compared, faults)
+    if line:
+        print(f"topgap: {arguments.path} is not confirmed: {line}", file=sys.stderr)
+    return 1 if line else 0
+
+
 def _help(arguments, overrides):
     if arguments.name in COMMANDS:
         _parsers()[1][arguments.name].print_help()
@@ -286,5 +300,6 @@ COMMANDS = {
     "report": Command(
         "write one self-contained HTML page about one or several runs", options.add_report, _report, texts.REPORT
     ),
+    "verify": Command("measure a model's JSON again on 256 of its images", options.add_verify, _verify, texts.VERIFY),
     "help": Command("explain a name that configs may use, or list them all", options.add_help, _help),
 }

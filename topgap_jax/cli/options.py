@@ -51,6 +51,12 @@ def add_evaluate(parser):
     parser.add_argument(
         "--save", type=_path, metavar="PATH", help="a folder for the adversarial images, or of one attack the .npz file"
     )
+    parser.add_argument(
+        "--model-info",
+        type=_path,
+        metavar="FILE",
+        help="write the model's JSON in RobustBench's form, for topgap verify",
+    )
     together.add_arguments(parser)
 
 
@@ -71,6 +77,17 @@ def add_runs(parser):
 def add_report(parser):
     add_runs(parser)
     parser.add_argument("--out", type=_path, metavar="FILE", help="(default: report.html in the first folder)")
+
+
+def add_verify(parser):
+    parser.add_argument("path", type=_path, metavar="FILE", help="a model's JSON, by topgap evaluate --model-info")
+    parser.add_argument("--weights", type=_path, metavar="FILE", help="the weights (default: those that FILE names)")
+    parser.add_argument("--data", metavar="CALL", help="the data set, such as folder('ROOT') (default: FILE's source)")
+    # Not "config": that would take --config.key=value, and what is measured is the file's.
+    parser.add_argument(
+        "--config", type=_path, metavar="FILE", dest="file", help="the Python file of the methods that the config names"
+    )
+    add_devices(parser)
 
 
 def add_help(parser):

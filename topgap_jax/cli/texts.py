@@ -53,9 +53,14 @@ eps in an evaluator is a number of the config. An attack that was stopped goes o
 examples:
   topgap evaluate --workdir runs/gap
   topgap evaluate --workdir runs/gap --split 'test[:200]' --evaluators 'accuracy(), robust(pgd(linf(eps), steps=20))'
+  topgap evaluate --workdir runs/gap --evaluators 'robust(autoattack(linf(eps))), audit(linf(eps))'
   topgap evaluate --config configs/cifar10.py --weights resnet20_cifar10.safetensors
   topgap evaluate --workdir runs/gap --evaluators 'curve(pgd(linf(eps)), eps=(1/255, 2/255, 4/255))' --save attacked/
   topgap evaluate --config configs/imagenet.py
+  topgap evaluate --workdir runs/gap --split test --evaluators 'robust(autoattack(linf(eps)))' --model-info gap.json
+
+--model-info writes RobustBench's keys; name, authors, link, venue, ... are yours to fill in, and stay when it is
+written again.
 
 {METHODS}"""
 
@@ -80,6 +85,19 @@ example:
 REPORT = """\
 example:
   topgap report runs/gap runs/top_gap --out runs/report.html
+"""
+
+
+VERIFY = """\
+The config, the weights and the evaluators are those that FILE names; paths in it are relative to it, or to TOPGAP_DATA.
+256 images, evenly spaced in its split, are attacked again with the random draws that they had. Exit code 0 if what they
+contribute now agrees with what FILE says of each of them, 1 if not: images that differ may lie on either side, but not
+on one alone (two-sided sign test, 5 %). Nothing that FILE names is run; a Python file only by --config.
+
+examples:
+  topgap evaluate --workdir runs/gap --split test --evaluators 'robust(autoattack(linf(eps)))' --model-info gap.json
+  topgap verify gap.json
+  topgap verify gap.json --weights gap.safetensors --data "folder('pictures')"
 """
 
 

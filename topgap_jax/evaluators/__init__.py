@@ -2,12 +2,23 @@
 ..."""
 
 from topgap_jax.build import merged
-from topgap_jax.evaluators import accuracy, attributional, coverage, field, localisation, measures, regions, robust
+from topgap_jax.evaluators import (
+    accuracy,
+    attributional,
+    audit,
+    coverage,
+    field,
+    localisation,
+    measures,
+    regions,
+    robust,
+)
 from topgap_jax.evaluators.regions import background_bank
 
 TABLE = merged(
     accuracy.TABLE,
     attributional.TABLE,
+    audit.TABLE,
     coverage.TABLE,
     field.TABLE,
     localisation.TABLE,

@@ -1,9 +1,7 @@
 """`evaluate`: every evaluator over a split, with what it cost, into `evaluation.json`."""
 
-import functools
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,27 +11,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from topgap_jax.errors import UserError
-from topgap_jax.keys import example_keys
 from topgap_jax.measure import adversarial, results
-from topgap_jax.measure.costs import cost_of
-from topgap_jax.measure.queue import clean_logits
-from topgap_jax.measure.robust import attack_split
+from topgap_jax.measure.audit import audit_split
+from topgap_jax.measure.criteria import headline
+from topgap_jax.measure.queue import clean_logits, placed
+from topgap_jax.measure.robust import attack_split, for_classes
+from topgap_jax.measure.rows import measure_split
 from topgap_jax.measure.splits import Split
 from topgap_jax.measure.verdicts import Log, fingerprint
-from topgap_jax.mesh import replicated
-from topgap_jax.mesh import split as divided
 from topgap_jax.models import bind
-from topgap_jax.progress import bar
-from topgap_jax.rewrite import fused
+from topgap_jax.progress import say
 from topgap_jax.rewrite.finite import first_not_finite
-from topgap_jax.types import Cost, Curve, Evaluator, Measure, Model, Robustness, Variables
+from topgap_jax.types import Audit, Evaluator, Model, Robustness, Variables
 
 
 def evaluate(
     model: Model,
     variables: Variables,
     data: Split,
-    evaluators: Mapping[str, Evaluator | Robustness],
+    evaluators: Mapping[str, Evaluator | Robustness | Audit],
     *,
     split: str,
     classes: int,
@@ -41,6 +37,7 @@ def evaluate(
     overrides: Callable[[str], Mapping[str, str]] = lambda text: {},
     workdir: Path | None = None,
     save: Callable[[str], Path | None] = lambda text: None,
+    examples: Callable[[str, Mapping[str, np.ndarray]], None] = lambda text, columns: None,
     weights: str = "",
     source: str = "",
     seed: int = 0,
@@ -53,7 +50,9 @@ def evaluate(
     With a workdir each row is written as soon as it is there; a row of the same split, evaluator and overrides is
     replaced, rows of other `weights` or another `source` are dropped. Examples draw from fold_in(key(seed), id). The
     seconds hold no compilation. An attack that was stopped goes on where it was. save(text): the .npz to write all
-    images to that the attacks of an evaluator end with; a few are kept in the workdir for its report.
+    images to that the attacks of an evaluator end with; a few are kept in the workdir for its report. examples(text,
+    columns): is given what each example of the split contributes, {name: (n, ...)} by row: of attacks those of
+    `measure.robust.Examples`, of an evaluator its rows.
 
     Raises UserError for a file that is no evaluation, before anything is measured, and if a weight or a logit is NaN or
     infinite, with the first layer that is: nothing that is measured of such a network means anything.
@@ -63,32 +62,42 @@ def evaluate(
         results.read(path)
     variables = evaluation_variables(variables)
     check_finite(variables, weights)
-    if mesh is not None:
-        if not mesh.is_multi_process:
-            variables = jax.device_put(variables, replicated(mesh))
-        else:  # each process has them on a device of its own, from where none reaches another's
-            variables = jax.device_put(jax.tree.map(_local, variables), replicated(mesh))
+    variables = placed(variables, mesh)
     _check_logits(model, variables, data, mesh, weights)
+    fitted = {text: for_classes(one, classes) for text, one in evaluators.items() if isinstance(one, Robustness)}
+    for line in dict.fromkeys(line for _, lines in fitted.values() for line in lines):
+        say(line)
     rows = []
-    for text, evaluator in evaluators.items():
+    for text, evaluator in {**evaluators, **{text: one for text, (one, _) in fitted.items()}}.items():
         options = {"seed": seed, "mesh": mesh, "text": f"{split} {text}", "progress": progress}
+        header = {"source": source, "split": split, "evaluator": text, "overrides": dict(overrides(text)), "seed": seed}
+        header |= {} if isinstance(evaluator, Evaluator) else _sources(evaluator)
+        about: dict[str, Any] = {"audit": None}
         if isinstance(evaluator, Robustness):
-            header = {
-                "source": source,
-                "split": split,
-                "evaluator": text,
-                "overrides": dict(overrides(text)),
-                "seed": seed,
-            }
             file = save(text)
             keep = "all" if file else "few" if workdir else None
             folder = workdir or (file.parent if file else None)
             log = _log(folder, variables, mesh, **header, batch=data.batch, keep=keep)
             attacked = attack_split(model, variables, data, evaluator, log=log, keep=keep, **options)
             measures, cost, seconds = attacked[:3]
+            examples(text, attacked.examples._asdict())
+            norms = dict.fromkeys(attack.norm for attack in evaluator.runs)
+            about = {"audit": results.NOT_AUDITED, "norms": tuple(filter(None, norms))}
+        elif isinstance(evaluator, Audit):
+            logs: dict[str, Log | None] = {}
+            log_of = lambda part, header=header, logs=logs: logs.setdefault(
+                part, _log(workdir, variables, mesh, **header, batch=data.batch, part=part)
+            )
+            audited = audit_split(model, variables, data, evaluator, log=log_of, **options)
+            measures, cost, seconds = audited.measures, audited.cost, audited.seconds
+            words = f"audit at {evaluator.ball.name}: {headline(audited.checks)}"
+            about = {"audit": words, "norms": (evaluator.ball.norm,), "checks": audited.checks}
         else:
             prepared = evaluator.prepare(training(), classes) if evaluator.prepare else {}
-            measures, cost, seconds = measure_split(model, variables, data, evaluator, prepared=prepared, **options)
+            whole = evaluator._replace(summary=_themselves)
+            values, cost, seconds = measure_split(model, variables, data, whole, prepared=prepared, **options)
+            measures = dict(evaluator.summary(values))
+            examples(text, values)
         rows.append(
             results.Row(
                 split=split,
@@ -97,7 +106,7 @@ def evaluate(
                 examples=data.examples,
                 measures=measures,
                 cost=_costs(cost, seconds, mesh),
-                audit=results.NOT_AUDITED if isinstance(evaluator, Robustness) else None,
+                **about,
             )
         )
         if path is not None and jax.process_index() == 0:
@@ -106,6 +115,15 @@ def evaluate(
             _store(attacked, evaluator, file, workdir, weights=weights, split=split, evaluator=rows[-1].text)
             if log is not None:
                 log.remove()
+        if isinstance(evaluator, Audit):
+            for left in (*audited.kept, *filter(None, logs.values())):
+                left.remove()
+    stored = [] if path is None else [row for row in results.read(path).rows if row.key not in {r.key for r in rows}]
+    return results.with_audits([*rows, *stored])[: len(rows)]
+
+
+def _themselves(rows):
+    """The rows of a split as their own summary; of a name, so that an evaluator with it is one and compiles once."""
     return rows
 
 
@@ -121,40 +139,6 @@ def _store(attacked, robustness, file, workdir, **about):
         images = kept.images[np.searchsorted(kept.ids, kept.few)]
         adversarial.save(path, kept.few, images, examples, attacks, clean=kept.clean, **about)
     kept.remove()
-
-
-def measure_split(
-    model: Model,
-    variables: Variables,
-    data: Split,
-    evaluator: Evaluator,
-    *,
-    prepared: Any = None,
-    seed: int = 0,
-    mesh: Mesh | None = None,
-    text: str = "",
-    progress: bool | None = None,
-) -> tuple[dict[str, Measure | Curve], Cost, float]:
-    """(summary, cost per image, seconds) of one evaluator. Called again with the same evaluator and model, it compiles
-    nothing.
-
-    prepared: what `evaluator.prepare` made of the training split, {} where that is nothing.
-    """
-    rows, key, prepared = _rows(evaluator, model, mesh), jax.random.key(seed), prepared or {}
-    parts, start, cost = [], 0.0, Cost()
-    with bar(data.examples, text, enabled=progress) as shown:
-        for ids, batch in data.batches(None):
-            if not parts:
-                cost = cost_of(evaluator.cost, model, variables, batch["image"])
-                rows.lower(key, variables, batch, prepared).compile()
-                start = time.perf_counter()
-            # Padding stands behind the examples and ends here: no summary ever sees it.
-            values = jax.device_get(rows(key, variables, batch, prepared))
-            part = {name: value[: len(ids)] for name, value in values.items()}
-            parts.append(part if evaluator.host is None else evaluator.host(part))
-            shown.update(len(ids))
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return dict(evaluator.summary(whole)), cost, time.perf_counter() - start
 
 
 def evaluation_variables(variables: Variables) -> Variables:
@@ -193,19 +177,11 @@ def _check_logits(model, variables, data, mesh, weights):
         )
 
 
-@functools.lru_cache(maxsize=32)
-def _rows(evaluator, model, mesh):
-    """The jitted rows of an evaluator; kept, so that an evaluation after every epoch compiles once."""
-
-    @fused
-    def rows(key, variables, batch, prepared):
-        return evaluator.rows(example_keys(key, batch["id"]), model, variables, batch, prepared)
-
-    if mesh is None:
-        return jax.jit(rows)
-    # The rows are few numbers; replicated, every process can read them.
-    whole = replicated(mesh)
-    return jax.jit(rows, in_shardings=(None, whole, divided(mesh), whole), out_shardings=whole)
+def _sources(evaluator: Robustness | Audit) -> dict[str, Any]:
+    """What a log says of the networks that attacks transfer from."""
+    given = [evaluator.twin] if isinstance(evaluator, Audit) else [attack.source for attack in evaluator.runs]
+    networks = [network for network in given if network is not None]
+    return {"sources": {source.name: fingerprint(source.variables) for source in networks}} if networks else {}
 
 
 def _log(folder, variables, mesh, **header):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from topgap_jax.attacks import bound
 from topgap_jax.attacks.state import BROKEN, FINISHED, RUNNING, State, norms, select
 from topgap_jax.keys import example_keys, fold_in, split
 from topgap_jax.measure.splits import Split
@@ -38,8 +39,8 @@ class Functions(NamedTuple):
 
     logits: Any  # variables, points -> (b, k), readable by every process
     mean_logits: Any  # key, variables, points, ids (b,) -> the same of a model that draws at random
-    start: Any  # key, variables, batch, clean logits, run (b,), eps (b,) or None -> state before the first step
-    steps: Any  # variables, state (donated), n -> state, ((b, 3) status, count, broken_at, and radius (b,))
+    start: Any  # key, variables, source, batch, clean logits, run (b,), eps (b,) or None -> state before the first step
+    steps: Any  # variables, source, state (donated), n -> state, ((b, 3) status, count, broken_at, and radius (b,))
     fill: Any  # state (donated), other state, index (b,), taken (b,) bool -> state with the other's rows where taken
     retire: Any  # points, state, index, taken -> points with the state's adversarial images where taken
     whole: Any  # points -> the same, readable by every process
@@ -55,6 +56,7 @@ def work(
     logits: np.ndarray,
     labels: np.ndarray,
     *,
+    source: Variables | tuple[()] = (),
     eps: float | None = None,
     points: bool = False,
     mesh: Mesh | None = None,
@@ -63,10 +65,11 @@ def work(
 
     runs (n,): of each example of the split the first run to make, `attack.runs` for none. An example has one run at a
     time; the next follows if that did not break it, and runs are made in the order in which they become due. entry:
-    what `verdicts.judge` says, with `slot_steps`, the steps of all slots since the last entry, and `seconds`. eps: a
-    radius for all, the attack's own if not given.
+    what `verdicts.judge` says, with `slot_steps`, the steps of all slots since the last entry, and `seconds`. source:
+    the variables of the network that a transfer is from. eps: a radius for all, the attack's own if not given.
     """
     runs, due, over = np.array(runs), deque(), []
+    names = np.arange(len(labels), dtype=np.int32)  # by which the examples draw: of a part of a split, not their rows
     ready = data.batches(np.flatnonzero(runs < attack.runs).astype(np.int32))
     state = staged = buffer = slots = count = started = None
     ids, position, chunk, slot_steps, dispatches = [], 0, 1, 0, 0
@@ -82,9 +85,11 @@ def work(
         if following is None:
             return None
         ids, batch = following
+        if attack.samples is not None:
+            names[ids] = np.asarray(jax.device_get(parts.whole(batch["id"])))[: len(ids)]
         rows = lambda values: _placed(values[ids], batch, mesh)
         radius = None if eps is None else rows(np.full(len(labels), eps, np.float32))
-        return ids, parts.start(key, variables, batch, rows(logits), rows(runs.astype(np.int32)), radius)
+        return ids, parts.start(key, variables, source, batch, rows(logits), rows(runs.astype(np.int32)), radius)
 
     def verdicts():
         """The entry of all runs that are over; the examples that still stand have their next run due."""
@@ -92,7 +97,7 @@ def work(
         if attack.samples is None:
             values = parts.logits(variables, buffer)
         else:
-            examples = np.pad(np.array([run.index for run in over], np.int32), (0, len(slots) - len(over)))
+            examples = np.pad(names[[run.index for run in over]], (0, len(slots) - len(over)))
             values = parts.mean_logits(key, variables, buffer, examples)
         entry = judge(attack, over, jax.device_get(values), labels)
         for index, broken in zip(entry["ids"], entry["broken"]):
@@ -122,7 +127,7 @@ def work(
                     state, buffer, width = staged, jnp.copy(staged.images), len(staged.status)
                     slots, count = np.full(width, EMPTY), np.zeros(width, int)
                     slots[: len(ids)], position, fresh = ids, len(ids), len(ids)
-                    _compile(parts, variables, state, buffer)
+                    _compile(parts, variables, source, state, buffer)
                     started = time.perf_counter()
                     continue
                 free = np.flatnonzero(slots == EMPTY)[: len(ids) - position]
@@ -135,7 +140,7 @@ def work(
             # Most breaks come in the first steps: a batch with many new examples is looked at again soon.
             chunk = 1 if fresh > width // SHARE else min(2 * chunk, LONGEST)
             steps = max(1, min(chunk, attack.steps - int(count[slots != EMPTY].min())))
-            state, facts = parts.steps(variables, state, steps)
+            state, facts = parts.steps(variables, source, state, steps)
             slot_steps, dispatches = slot_steps + width * steps, dispatches + 1
             facts, radii = jax.device_get(facts)
             status, count, broken_at = np.array(facts.T)
@@ -155,6 +160,14 @@ def work(
         ready.close()
 
 
+def placed(variables: Variables, mesh: Mesh | None) -> Variables:
+    """The variables on every device of the mesh."""
+    if mesh is not None and mesh.is_multi_process:  # each process has them on a device, from where none reaches another
+        local = lambda leaf: leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf
+        variables = jax.tree.map(lambda leaf: np.asarray(local(leaf)), variables)
+    return variables if mesh is None else jax.device_put(variables, replicated(mesh))
+
+
 def goes_on(attack: Attack, status: Any, count: Any) -> Any:
     """Whether a run (b,) takes another step: not once it is broken, save for the smallest norm, or finished, or has
     taken them all."""
@@ -164,21 +177,27 @@ def goes_on(attack: Attack, status: Any, count: Any) -> Any:
 
 @functools.lru_cache(maxsize=32)
 def functions(attack: Attack, model: Model, mesh: Mesh | None) -> Functions:
-    """The parts for an attack on a model; kept, so that a second evaluation compiles nothing."""
+    """The parts for an attack on a model; kept, so that a second evaluation compiles nothing.
+
+    A transfer's source is without its variables here, which are an argument of the parts.
+    """
+
+    def with_source(variables):
+        return bound(attack, None if attack.source is None else bind(attack.source.model, variables))
 
     @fused
-    def start(key, variables, batch, logits, run, eps):
+    def start(key, variables, source, batch, logits, run, eps):
         keys = example_keys(key, batch["id"])
         predict = bind(model, variables)
-        state = attack.init(keys, predict, batch["image"], batch["label"], logits, run=run, eps=eps)
+        state = with_source(source).init(keys, predict, batch["image"], batch["label"], logits, run=run, eps=eps)
         state = state._replace(status=jnp.where(batch["mask"], state.status, FINISHED))
         # Copies: an input that is passed on, or twice the same array, could not be donated.
         return jax.tree.map(jnp.copy, state)
 
     @fused
-    def steps(variables, state, n):
-        predict = bind(model, variables)
-        step = lambda state: select(goes_on(attack, state.status, state.count), attack.step(predict, state), state)
+    def steps(variables, source, state, n):
+        predict, move = bind(model, variables), with_source(source).step
+        step = lambda state: select(goes_on(attack, state.status, state.count), move(predict, state), state)
         state = speed.loop(step, jnp.asarray(n), state)
         radius = norms(state) if attack.aim == "norm" else state.eps
         return state, (jnp.stack([state.status, state.count, state.broken_at], 1), radius)
@@ -198,15 +217,15 @@ def functions(attack: Attack, model: Model, mesh: Mesh | None) -> Functions:
 
     whole = lambda points: points
     if mesh is None:
-        jitted = (jax.jit(start), jax.jit(steps, donate_argnums=1), jax.jit(fill, donate_argnums=0), jax.jit(retire))
+        jitted = (jax.jit(start), jax.jit(steps, donate_argnums=2), jax.jit(fill, donate_argnums=0), jax.jit(retire))
         return Functions(clean_logits(model, None), jax.jit(mean_logits), *jitted, jax.jit(whole))
     all_of_it, rows = replicated(mesh), rows_of(mesh)
     options = lambda ins, outs: {"in_shardings": ins, "out_shardings": outs}
     return Functions(
         clean_logits(model, mesh),
         jax.jit(mean_logits, **options((None, all_of_it, rows, all_of_it), all_of_it)),
-        jax.jit(start, **options((None, all_of_it, rows, rows, rows, rows), rows)),
-        jax.jit(steps, donate_argnums=1, **options((all_of_it, rows, None), (rows, all_of_it))),
+        jax.jit(start, **options((None, all_of_it, all_of_it, rows, rows, rows, rows), rows)),
+        jax.jit(steps, donate_argnums=2, **options((all_of_it, all_of_it, rows, None), (rows, all_of_it))),
         jax.jit(fill, donate_argnums=0, **options((rows, rows, all_of_it, all_of_it), rows)),
         jax.jit(retire, **options((rows, rows, all_of_it, all_of_it), rows)),
         jax.jit(whole, **options((rows,), all_of_it)),
@@ -222,10 +241,10 @@ def clean_logits(model: Model, mesh: Mesh | None) -> Any:
     return jax.jit(predict, in_shardings=(replicated(mesh), rows_of(mesh)), out_shardings=replicated(mesh))
 
 
-def _compile(parts: Functions, variables: Variables, state: State, points: Array) -> None:
+def _compile(parts: Functions, variables: Variables, source: Any, state: State, points: Array) -> None:
     moves = _moves(len(points), np.arange(0), np.arange(0))
     parts.logits.lower(variables, points).compile()
-    parts.steps.lower(variables, state, 1).compile()
+    parts.steps.lower(variables, source, state, 1).compile()
     parts.fill.lower(state, state, *moves).compile()
     parts.retire.lower(points, state, *moves).compile()
 

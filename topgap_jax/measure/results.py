@@ -6,13 +6,14 @@ Also rows of version 0.1.0, whose measures were bare numbers with `name_low` and
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from topgap_jax.build import names as names_of
 from topgap_jax.errors import UserError
 from topgap_jax.progress import write_text
-from topgap_jax.types import Curve, Measure
+from topgap_jax.types import Check, Curve, Measure
 
 FILE = "evaluation.json"
 NOT_AUDITED = "not audited"
@@ -23,7 +24,8 @@ class Row(NamedTuple):
 
     evaluator is its text; overrides {key: text} what the command line changed in the run's config; measures {name:
     Measure or Curve}, the one that stands for the row first; cost {"forward_passes", "gradient_evaluations", "seconds",
-    "device"}; audit None for what needs none, of a robust number the verdict of its audit in words.
+    "device"}; audit None for what needs none, of a robust number the verdict of its audit in words; norms those of the
+    balls in which it was attacked; checks those of an audit, which stands in a row of its own.
     """
 
     split: str
@@ -33,6 +35,8 @@ class Row(NamedTuple):
     measures: Mapping[str, Measure | Curve]
     cost: Mapping[str, Any]
     audit: str | None
+    norms: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
 
     @property
     def key(self) -> tuple[str, str, tuple[tuple[str, str], ...]]:
@@ -44,6 +48,11 @@ class Row(NamedTuple):
         """The evaluator, with what the row's config had changed: `robust(fgsm(linf(eps))) with eps=4/255`."""
         changed = ", ".join(f"{key}={text}" for key, text in self.overrides.items())
         return f"{self.evaluator} with {changed}" if changed else self.evaluator
+
+    @property
+    def network(self) -> dict[str, str]:
+        """The overrides that concern the network or its data: those that are no number of the evaluator's own."""
+        return {key: text for key, text in self.overrides.items() if key not in names_of(self.evaluator)}
 
     @property
     def numbers(self) -> dict[str, Measure]:
@@ -65,7 +74,7 @@ def read(path: Path) -> Evaluation:
         return Evaluation([], "", "")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        rows = [from_json(row) for row in stored["rows"]]
+        rows = with_audits([from_json(row) for row in stored["rows"]])
         return Evaluation(rows, str(stored.get("weights", "")), str(stored.get("data", "")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())[:100]
@@ -76,19 +85,45 @@ def write(path: Path, row: Row, weights: str, data: str) -> None:
     """Put a row into the file, in place of the one with its key; rows of other weights or other data are dropped."""
     before = read(path)
     rows = before.rows if (before.weights, before.data) == (weights, data) else []
-    rows = [*(other for other in rows if other.key != row.key), row]
+    rows = with_audits([*(other for other in rows if other.key != row.key), row])
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = {"rows": [to_json(row) for row in rows], "weights": weights, "data": data}
     write_text(path, json.dumps(stored, indent=1) + "\n")
 
 
+def with_audits(rows: Sequence[Row]) -> list[Row]:
+    """The rows, where every robust number says what the audits of its network say, on its split and in its norms.
+
+    Of several radii all are said, each audit names its own.
+    """
+    audits = [row for row in rows if row.checks]
+
+    def audited(row: Row) -> Row:
+        if row.checks or not row.norms:
+            return row
+        words = []
+        for norm in row.norms:
+            same = [a for a in audits if (a.split, a.network, a.norms) == (row.split, row.network, (norm,))]
+            words += [a.audit for a in same] or [NOT_AUDITED if len(row.norms) == 1 else f"{NOT_AUDITED} in {norm}"]
+        return row._replace(audit="; ".join(dict.fromkeys(words)))
+
+    return [audited(row) for row in rows]
+
+
 def to_json(row: Row) -> dict[str, Any]:
     """The row as JSON holds it; of a measure only what it says, NaN and infinity as null."""
-    return row._asdict() | {
+    stored = row._asdict() | {
         "overrides": dict(row.overrides),
         "measures": {name: _fields(measure) for name, measure in row.measures.items()},
         "cost": dict(row.cost),
+        "norms": list(row.norms),
+        "checks": [
+            check._asdict() | {name: plain(getattr(check, name)) for name in ("statistic", "threshold", "n")}
+            for check in row.checks
+        ],
     }
+    # A row without an attack has neither, and is written as it was before there were audits.
+    return {name: value for name, value in stored.items() if value or name not in ("norms", "checks")}
 
 
 def from_json(stored: Mapping[str, Any]) -> Row:
@@ -105,6 +140,8 @@ def from_json(stored: Mapping[str, Any]) -> Row:
         measures=measures,
         cost=dict(stored["cost"]),
         audit=None if stored["audit"] is None else str(stored["audit"]),
+        norms=tuple(map(str, stored.get("norms", ()))),
+        checks=tuple(_check(**check) for check in stored.get("checks", ())),
     )
 
 
@@ -115,6 +152,13 @@ def _fields(measure: Measure | Curve) -> dict[str, Any]:
         said |= {"x": [plain(value) for value in measure.x], "y": [plain(value) for value in measure.y]}
         return said
     return {name: plain(value) for name, value in said.items()}
+
+
+def _check(id, status, statistic, threshold, n, sentence):
+    for number in (statistic, threshold, n):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+            raise ValueError(f"{number!r} is not a number")
+    return Check(str(id), str(status), statistic, threshold, n, str(sentence))
 
 
 def _measure(fields: Mapping[str, Any]) -> Measure | Curve:

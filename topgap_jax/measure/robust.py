@@ -13,14 +13,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from topgap_jax.attacks import bound
 from topgap_jax.balls import radius_text
+from topgap_jax.errors import UserError
 from topgap_jax.measure import adversarial, queue
 from topgap_jax.measure.costs import cost_of
 from topgap_jax.measure.splits import Split
 from topgap_jax.measure.verdicts import Log, seen
 from topgap_jax.mesh import replicated
 from topgap_jax.metrics.summaries import share
+from topgap_jax.models import bind
 from topgap_jax.progress import bar
+from topgap_jax.scores import substitute
 from topgap_jax.types import Attack, Cost, Curve, Measure, Model, Robustness, Variables
 
 NONE = -1
@@ -65,6 +69,22 @@ class Phase(NamedTuple):
     def limit(self) -> np.float32:
         """Examples that break at no radius up to this one are attacked; the smallest norm is looked for in all."""
         return np.float32(0) if self.attack.aim == "norm" else LARGEST if self.eps is None else np.float32(self.eps)
+
+
+def for_classes(robustness: Robustness, classes: int) -> tuple[Robustness, list[str]]:
+    """The attacks as they are on so few classes, and a line on each whose score is another there.
+
+    Its name says what it raises, and with it every label, row and report.
+    """
+    runs, lines = [], []
+    for attack in robustness.runs:
+        formula = substitute(attack.score, classes)
+        if formula:
+            score = attack.score.__name__
+            lines.append(f"{attack.name}: {classes} classes are too few for {score}; it raises {formula} instead")
+            attack = attack._replace(name=f"{attack.name} ({formula} for {score}: {classes} classes)")
+        runs.append(attack)
+    return robustness._replace(runs=tuple(runs)), lines
 
 
 class Attacked(NamedTuple):
@@ -116,10 +136,16 @@ def attack_split(
             _enter(examples, entry, phase.index)
             runs[entry["ids"]] = np.where(entry["ended"], phase.attack.runs, np.array(entry["run"]) + 1)
         left = int((runs < phase.attack.runs).sum())
-        parts, key = queue.functions(phase.attack, model, mesh), jax.random.fold_in(jax.random.key(seed), phase.index)
-        options = {"eps": phase.eps, "points": kept is not None, "mesh": mesh}
-        with bar(int(stands.sum()), f"{text}: {phase.name}", enabled=progress, done=int(stands.sum()) - left) as shown:
-            for entry, points in queue.work(parts, phase.attack, variables, data, key, runs, logits, labels, **options):
+        attack, source = _divided(phase.attack, mesh)
+        parts, key = queue.functions(attack, model, mesh), jax.random.fold_in(jax.random.key(seed), phase.index)
+        options = {"eps": phase.eps, "source": source, "points": kept is not None, "mesh": mesh}
+        with bar(
+            int(stands.sum()),
+            f"{text}: {phase.name}",
+            enabled=progress if stands.any() else False,
+            done=int(stands.sum()) - left,
+        ) as shown:
+            for entry, points in queue.work(parts, attack, variables, data, key, runs, logits, labels, **options):
                 newly = _enter(examples, entry, phase.index)
                 if kept is not None:
                     kept.put(np.array(entry["ids"])[newly], points[newly])
@@ -128,13 +154,24 @@ def attack_split(
                 shown.update(sum(entry["ended"]))
         made, steps = sum(len(entry["ids"]) for entry in done), sum(sum(entry["steps"]) for entry in done)
         if made:
-            cost += made / n * Cost(1, 0) + steps / n * cost_of(phase.attack.cost, model, variables, images)
+            bound_to = None if attack.source is None else bind(attack.source.model, source)
+            of_a_step = cost_of(bound(attack, bound_to).cost, model, variables, images)
+            cost += made / n * Cost(1, 0) + steps / n * of_a_step
         entries += done
         after.append(float((examples.radius > phase.limit).mean()))
     seconds += sum(entry["seconds"] for entry in entries)
     summary = _curve if robustness.eps else _robust
     measures = summary(robustness, examples, after) | _details(entries, examples, clean.wrong)
     return Attacked(measures, cost, seconds, examples, kept)
+
+
+def _divided(attack: Attack, mesh: Mesh | None) -> tuple[Attack, Variables | tuple[()]]:
+    """The attack, whose source is a network without its variables, and those variables; () where it has none."""
+    if attack.source is None:
+        return attack, ()
+    if isinstance(attack.source, str):
+        raise UserError(f"'{attack.name}': load '{attack.source}' and give it as Network(model, variables, name)")
+    return attack._replace(source=attack.source._replace(variables=None)), queue.placed(attack.source.variables, mesh)
 
 
 def _kept(keep, data, log, wrong, mesh):
@@ -145,7 +182,7 @@ def _kept(keep, data, log, wrong, mesh):
 
     def clean(ids):
         for part, batch in data.batches(ids):
-            yield part, np.asarray(jax.device_get(_whole(mesh)(batch["image"])))[: len(part)]
+            yield part, np.asarray(jax.device_get(whole(mesh)(batch["image"])))[: len(part)]
 
     few = right[np.linspace(0, len(right) - 1, min(adversarial.PICTURES, len(right))).round().astype(int)]
     by_id = {int(index): image for part, images in clean(few) for index, image in zip(part, images)}
@@ -247,7 +284,7 @@ def _clean(model, variables, data, mesh, text, progress):
             if not parts:
                 predict.lower(variables, batch["image"]).compile()
                 start = time.perf_counter()
-            values = jax.device_get((predict(variables, batch["image"]), _whole(mesh)(batch["label"])))
+            values = jax.device_get((predict(variables, batch["image"]), whole(mesh)(batch["label"])))
             parts.append((ids, *(value[: len(ids)] for value in values)))
             shown.update(len(ids))
     ids, logits, labels = (np.concatenate(column) for column in zip(*parts))
@@ -257,6 +294,6 @@ def _clean(model, variables, data, mesh, text, progress):
 
 
 @functools.lru_cache(maxsize=32)
-def _whole(mesh):
+def whole(mesh):
     """The identity, with a result that every process can read."""
     return jax.jit(lambda values: values, out_shardings=None if mesh is None else replicated(mesh))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from topgap_jax.measure.results import Row
+from topgap_jax.report.audits import checks_table, headline
 from topgap_jax.report.lines import Line, all_fewer, amount, comparison, fewer, interval, number, reason
 from topgap_jax.report.read import beside, differing, finite, read_runs
 from topgap_jax.types import Measure
@@ -43,9 +44,10 @@ def compare(workdirs: Sequence[Path | str]) -> str:
         command = f"topgap evaluate --workdir {shlex.quote(str(run.folder))}"
         parts += [printable(f"{run.label}: no evaluation yet; {command} writes one")] * (not run.rows)
         for row in run.rows:
-            if row.audit is not None:
+            if row.audit is not None and not row.checks:
                 notes.setdefault(note(run.rows, row), []).append(run.label)
     parts += [f"{printable(', '.join(labels))}: {words}" for words, labels in notes.items()]
+    parts += [printable(f"{run.label}: {summed(row)}") for run in runs for row in run.rows if row.checks]
     changed = [(key, texts) for key, texts, differs in differing([run.config for run in runs]) if differs]
     return "\n".join([*parts, *(["", configs(changed, names)] if changed else [])])
 
@@ -61,8 +63,9 @@ def table(rows: Sequence[Row]) -> str:
         body += heading
         first = [images or number(row.examples), *costs]
         body.append([label(line), value, *(first if heading else [images])])
-    notes = [note(rows, row) for row in rows if row.audit is not None]
-    return "\n".join([aligned([head, *body], right=range(1, len(head))), *undefined(lines), *notes])
+    notes = [note(rows, row) for row in rows if row.audit is not None and not row.checks]
+    audits = [f"\n{printable_lines(checks_table(row))}" for row in rows if row.checks]
+    return "\n".join([aligned([head, *body], right=range(1, len(head))), *undefined(lines), *notes, *audits])
 
 
 def headed(lines: Iterable[Line]) -> Iterable[tuple[Line, list[list[str]]]]:
@@ -106,6 +109,14 @@ def note(rows: Sequence[Row], row: Row) -> str:
     return printable(f"{row.text} on {row.split}: {row.audit}{words}")
 
 
+def summed(row: Row) -> str:
+    """An audit in a line: its verdict, and which checks failed or warn."""
+    of = lambda status: [check.id for check in row.checks if check.status == status]
+    words = {"fail": "failed", "warn": "warn"}
+    parts = [f"{word}: {', '.join(of(status))}" for status, word in words.items() if of(status)]
+    return "; ".join([f"{row.text} on {row.split}: {headline(row)}", *parts])
+
+
 def configs(changed: Sequence[tuple[str, Sequence[str | None]]], names: Sequence[str]) -> str:
     """The values of the config in which runs differ: as a table, or below each other where that would be too wide."""
     text = aligned([["config", *names], *([key, *(value or "-" for value in values)] for key, values in changed)])
@@ -124,6 +135,11 @@ def configs(changed: Sequence[tuple[str, Sequence[str | None]]], names: Sequence
 def printable(text: str) -> str:
     """The text with `?` for every character that cannot be printed."""
     return "".join(letter if letter.isprintable() else "?" for letter in str(text))
+
+
+def printable_lines(text: str) -> str:
+    """The text line by line as `printable` has it."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:

@@ -34,8 +34,8 @@ class Line(NamedTuple):
 
     @property
     def audits(self) -> list[str]:
-        """The audits of a robust number in words; none of another measure."""
-        audits = [row.audit for row in self.rows if row and row.audit is not None]
+        """The audits of a robust number in words; none of another measure, nor of the audit's own."""
+        audits = [row.audit for row in self.rows if row and row.audit is not None and not row.checks]
         return list(dict.fromkeys(audits)) if self.headline else []
 
 

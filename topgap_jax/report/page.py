@@ -23,6 +23,7 @@ from topgap_jax.errors import UserError
 from topgap_jax.measure.results import to_json
 from topgap_jax.progress import write_text
 from topgap_jax.report import attacked
+from topgap_jax.report.audits import audits
 from topgap_jax.report.figures import SERIES, Series, line_chart
 from topgap_jax.report.lines import amount, comparison, fewer, has_interval, number, reason
 from topgap_jax.report.read import Run, beside, differing, finite, read_runs
@@ -61,6 +62,7 @@ def report(workdirs: Sequence[Path | str], out: Path, *, title: str = "Top-GAP r
             facts=[facts(run) for run in runs],
             lines=comparison([run.rows for run in runs]),
             robust=robust_rows(runs),
+            audits=audits(runs),
             cascades=cascades(runs),
             adversarial=adversarial(runs),
             training=training(runs, ids),
@@ -120,7 +122,7 @@ def robust_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = []
     for i, run in enumerate(runs):
         for row in run.rows:
-            if row.audit is not None:
+            if row.audit is not None and not row.checks:
                 main = next(iter(row.numbers.values()), None)
                 measures, missing = beside(run.rows, row)
                 if "accuracy" not in measures and "clean_accuracy" in row.numbers:

@@ -166,17 +166,12 @@ def beside(rows: Iterable[Row], robust: Row) -> tuple[dict[str, Measure], list[s
     """({name: Measure}, evaluators not run): what belongs beside a robust number, the main measures of `accuracy()` and
     `regions()` of the same network on the same split."""
     measures, missing = {}, []
-    same = lambda row: row.split == robust.split and _of_network(row) == _of_network(robust)
+    same = lambda row: row.split == robust.split and row.network == robust.network
     for name in BESIDE:
         row = next((row for row in rows if kind(row.evaluator) == name and same(row)), None)
         missing += [] if row else [f"{name}()"]
         measures |= {key: measure for key, measure in row.numbers.items() if measure.main} if row else {}
     return measures, missing
-
-
-def _of_network(row: Row) -> dict[str, str]:
-    """The overrides that concern the network or its data: those that are no number of the evaluator's own."""
-    return {key: text for key, text in row.overrides.items() if key not in names_of(row.evaluator)}
 
 
 def with_gaps(rows: Sequence[Row], train: str) -> list[Row]:
@@ -188,7 +183,7 @@ def with_gaps(rows: Sequence[Row], train: str) -> list[Row]:
     for place, row in enumerate(rows):
         if kind(row.evaluator) != "accuracy" or not finite(accuracy(row)) or _overlap(row.split, train) != "apart":
             continue
-        same = [each for each in rows if kind(each.evaluator) == "accuracy" and _of_network(each) == _of_network(row)]
+        same = [each for each in rows if kind(each.evaluator) == "accuracy" and each.network == row.network]
         trained = next((accuracy(each) for each in same if _overlap(each.split, train) == "part"), None)
         if finite(trained):
             gap = Measure(trained - accuracy(row), n=row.measures["accuracy"].n, label="generalisation gap")

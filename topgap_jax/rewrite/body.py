@@ -1,13 +1,17 @@
-"""What surrounds an equation: what its variables are made of, up to changes of shape and the like."""
+"""An operation of a network, and what surrounds its equation: what its variables are made of, up to changes of shape
+and the like."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.extend.core.primitives import (
     broadcast_in_dim_p,
     convert_element_type_p,
     copy_p,
+    custom_jvp_call_p,
+    custom_vjp_call_p,
     name_p,
     reshape_p,
     slice_p,
@@ -15,7 +19,7 @@ from jax.extend.core.primitives import (
     transpose_p,
 )
 
-from topgap_jax.rewrite.interpreter import depending
+from topgap_jax.rewrite.interpreter import bind, depending, enters, needed
 
 SAME = (name_p, copy_p, convert_element_type_p)  # up to the precision, the value they are given
 SHAPE = (reshape_p, squeeze_p, broadcast_in_dim_p, transpose_p)
@@ -27,23 +31,53 @@ VARYING = ("pcast", "pvary")  # inside a `shard_map`: the same on every device, 
 SPREADING = ("broadcast_in_dim", "convert_element_type", *VARYING)
 
 
+class Operation(NamedTuple):
+    """What the network computes there: function(*operands), operands being variables of the jaxpr."""
+
+    function: Callable[..., Any]
+    operands: tuple[Any, ...]
+
+
+def as_it_stands(eqn: JaxprEqn) -> Operation:
+    return Operation(lambda *values: bind(eqn, values)[0], tuple(eqn.invars))
+
+
 class Body(NamedTuple):
     """What the recognition of an equation needs of the jaxpr around it.
 
     zeros: its variables that are 0; made_by: the equation of each variable; varying: what depends on the arguments, not
-    on constants alone; bare: whether a maximum(x, 0) or a sum is the network's own, not a part of a function with
+    on constants alone; floating: what a gradient passes, from a result to floating-point arguments and not into
+    `stop_gradient`; bare: whether a maximum(x, 0) or a sum is the network's own, not a part of a function with
     derivatives of its own.
     """
 
     zeros: set
     made_by: dict[Any, JaxprEqn]
     varying: set
+    floating: set
     bare: bool
 
 
-def body_of(jaxpr: Jaxpr, bare: bool = True) -> Body:
+def body_of(jaxpr: Jaxpr, bare: bool = True, floating: Iterable[Any] | None = None) -> Body:
+    """floating: the arguments that a gradient goes to; all floating-point numbers if not given."""
     made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
-    return Body(zeros_of(jaxpr), made_by, depending(jaxpr, jaxpr.invars), bare)
+    sources = filter(is_float, jaxpr.invars) if floating is None else floating
+    passed = depending(jaxpr, sources, lambda eqn: eqn.primitive.name != "stop_gradient")
+    result = needed(jaxpr)
+    passed -= {v for eqn in jaxpr.eqns if id(eqn) not in result for v in eqn.outvars}
+    return Body(zeros_of(jaxpr), made_by, depending(jaxpr, jaxpr.invars), passed, bare)
+
+
+def floating_inside(eqn: JaxprEqn, jaxpr: Jaxpr, body: Body) -> list[Any] | None:
+    """Of a jaxpr inside the equation of the body, the arguments that a gradient goes to; None where it runs again."""
+    if not enters(eqn) and eqn.primitive not in (custom_jvp_call_p, custom_vjp_call_p):
+        return None
+    given = zip(jaxpr.invars, eqn.invars)
+    return [v for v, outer in given if not isinstance(outer, Literal) and outer in body.floating]
+
+
+def is_float(variable: Any) -> bool:
+    return jnp.issubdtype(variable.aval.dtype, jnp.floating)
 
 
 def before(variable: Any, body: Body, passed: Callable[[JaxprEqn], bool]) -> Any:

@@ -116,11 +116,11 @@ def needed(jaxpr: Jaxpr) -> set[int]:
     return found
 
 
-def depending(jaxpr: Jaxpr, sources: Iterable[Any]) -> set[Any]:
-    """The variables that depend on the sources, which are among them."""
+def depending(jaxpr: Jaxpr, sources: Iterable[Any], passes: Callable[[JaxprEqn], bool] = lambda eqn: True) -> set[Any]:
+    """The variables that depend on the sources, which are among them, by equations that `passes` lets through."""
     found = set(sources)
     for eqn in jaxpr.eqns:
-        if found.intersection(v for v in eqn.invars if not isinstance(v, Literal)):
+        if passes(eqn) and found.intersection(v for v in eqn.invars if not isinstance(v, Literal)):
             found.update(eqn.outvars)
     return found
 

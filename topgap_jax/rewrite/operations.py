@@ -5,7 +5,7 @@ convolution are which, dense layers, sums, changes of shape.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,8 +34,11 @@ from topgap_jax.engine import forward_p
 from topgap_jax.rewrite.body import (
     SPREADING,
     Body,
+    Operation,
+    as_it_stands,
     before,
     body_of,
+    floating_inside,
     is_elementwise,
     is_view,
     is_zero,
@@ -45,6 +48,7 @@ from topgap_jax.rewrite.body import (
     zeros_of,
 )
 from topgap_jax.rewrite.interpreter import bind, subjaxprs
+from topgap_jax.rewrite.steps import floor, rounding, sign, step, threshold
 
 WHOLE = ("clip", "celu", "hard_sigmoid", "hard_silu")  # functions under `jit` whose maximum or relu6 is no ReLU
 # (axes of the value, axes summed over) of a mean over positions: tokens, images or volumes, channels last or first,
@@ -57,27 +61,21 @@ SCALE = (mul_p, div_p, select_n_p)  # a select of the value or zero is dropout
 SUMS = (add_p, add_jaxvals_p)
 
 
-class Operation(NamedTuple):
-    """What the network computes there: function(*operands), operands being variables of the jaxpr."""
-
-    function: Callable[..., Any]
-    operands: tuple[Any, ...]
-
-
-def operations(jaxpr: Jaxpr, bare: bool = True) -> set[str]:
-    """Names of the operations that occur in the jaxpr, at any depth."""
-    body, names = body_of(jaxpr, bare), set()
+def operations(jaxpr: Jaxpr, bare: bool = True, floating: Iterable[Any] | None = None) -> set[str]:
+    """Names of the operations that occur in the jaxpr, at any depth; `bare` and `floating` as of `body_of`."""
+    body, names = body_of(jaxpr, bare, floating), set()
     for eqn in jaxpr.eqns:
         name, _ = match(eqn, body)
-        names |= {name} if name else operations_inside(eqn, bare)
+        names |= {name} if name else operations_inside(eqn, body)
     return names
 
 
-def operations_inside(eqn: JaxprEqn, bare: bool) -> set[str]:
+def operations_inside(eqn: JaxprEqn, body: Body) -> set[str]:
     """Names of the operations in the equation's bodies; in a function of `WHOLE` there are none."""
     if eqn.primitive is jit_p and eqn.params["name"] in WHOLE:
         return set()
-    return set().union(*(operations(body, bare and eqn.primitive is not custom_jvp_call_p) for body in subjaxprs(eqn)))
+    bare = body.bare and eqn.primitive is not custom_jvp_call_p
+    return set().union(*(operations(inner, bare, floating_inside(eqn, inner, body)) for inner in subjaxprs(eqn)))
 
 
 def match(eqn: JaxprEqn, body: Body) -> tuple[str | None, Operation | None]:
@@ -101,12 +99,12 @@ def _relu(eqn: JaxprEqn, zeros: set, bare: bool) -> Operation | None:
 
 
 def _max_pool(eqn: JaxprEqn, body: Body) -> Operation | None:
-    return _as_it_stands(eqn) if eqn.primitive is reduce_window_max_p else None
+    return as_it_stands(eqn) if eqn.primitive is reduce_window_max_p else None
 
 
 def _conv(eqn: JaxprEqn, body: Body) -> Operation | None:
     """Of images and kernel."""
-    return _as_it_stands(eqn) if eqn.primitive in (conv_general_dilated_p, forward_p) else None
+    return as_it_stands(eqn) if eqn.primitive in (conv_general_dilated_p, forward_p) else None
 
 
 def _dense(eqn: JaxprEqn, body: Body) -> Operation | None:
@@ -133,7 +131,7 @@ def _dense(eqn: JaxprEqn, body: Body) -> Operation | None:
     if kernel is None:
         return None
     if kernel is right:
-        return _as_it_stands(eqn)
+        return as_it_stands(eqn)
     return Operation(lambda value, kernel: bind(eqn, [kernel, value])[0], (right, left))
 
 
@@ -155,7 +153,7 @@ def _add(eqn: JaxprEqn, body: Body) -> Operation | None:
         if source.aval.size < out.size or is_vector:
             return None
     first, second = (before(v, body, is_elementwise) for v in eqn.invars)
-    return None if first is second else _as_it_stands(eqn)
+    return None if first is second else as_it_stands(eqn)
 
 
 def _mean(eqn: JaxprEqn, body: Body) -> Operation | None:
@@ -186,8 +184,8 @@ def _mean(eqn: JaxprEqn, body: Body) -> Operation | None:
         return None
 
     def summed(z):
-        for step in (summing, *reversed(steps)):
-            (z,) = bind(step, [z])
+        for each in (summing, *reversed(steps)):
+            (z,) = bind(each, [z])
         return z
 
     def mean(z):
@@ -210,12 +208,13 @@ OPERATIONS: dict[str, tuple[Callable[[JaxprEqn, Body], Operation | None], str]] 
     "dense": (_dense, "dense layer (a product with a kernel)"),
     "add": (_add, "sum of two of its values"),
     "mean": (_mean, "mean over positions"),
+    "round": (rounding, "round"),
+    "floor": (floor, "floor, ceil or conversion to whole numbers"),
+    "sign": (sign, "sign"),
+    "threshold": (threshold, "where(..., x, constant) by a comparison of x"),
+    "step": (step, "number made of a comparison"),
 }
 """Each operation: how it is recognised, and what there is none of where no equation is one."""
-
-
-def _as_it_stands(eqn: JaxprEqn) -> Operation:
-    return Operation(lambda *values: bind(eqn, values)[0], tuple(eqn.invars))
 
 
 def _has_zero_maximum(jaxpr: Jaxpr) -> bool:

@@ -5,7 +5,7 @@ Rules are given to the function before it is differentiated: `jax.grad(with_rule
 been differentiated already, the backward pass stands beside the operation and no longer belongs to it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,9 @@ from jax.extend.core import Jaxpr
 from jax.extend.core.primitives import custom_jvp_call_p
 
 from topgap_jax.errors import UserError
+from topgap_jax.rewrite.body import body_of, floating_inside
 from topgap_jax.rewrite.interpreter import evaluate, reaches, rebuild, trace
-from topgap_jax.rewrite.operations import OPERATIONS, body_of, match, operations, operations_inside
+from topgap_jax.rewrite.operations import OPERATIONS, match, operations, operations_inside
 from topgap_jax.types import Rule, Rules
 
 
@@ -31,6 +32,14 @@ def with_rules(f: Callable, **rules: Rule | None) -> Callable:
     dense: of value and kernel, a product without batch axes (not of queries and keys).
     add: of two values of one shape, as of a residual block; not of a bias, which is spread over other axes or constant.
     mean: over positions, or an average pool: a sum and the division by the number of what is summed.
+    round, sign: `lax.round` and `lax.sign`, however a library calls them.
+    floor: floor and ceil (so `jnp.trunc`), x // c, and a conversion to whole numbers and back.
+    step: of the larger and the smaller, 1[x > t] as a number, or of four `where(x > t, above, below)`, neither of which
+    is computed from what is compared.
+    threshold: of x, mask and constant, `where(mask, constant, x)` with x compared for the mask, as of MeanSparse; not
+    `where(x > t, x, t)`, which is a maximum.
+    The last five are found where their value depends on a floating-point argument, not in random masks; not in a table
+    look-up (`jnp.digitize`, argmin), nor in x - x % c.
 
     f may be jitted, and is entered through jit, remat, scan, cond, while, `shard_map`, and custom_jvp and custom_vjp
     functions that hold a match (whose own derivatives are then lost). What f names keeps its name: `tap` and `read`
@@ -54,7 +63,7 @@ def with_rules(f: Callable, **rules: Rule | None) -> Callable:
         if not operations(closed.jaxpr) & set(rules):
             absent = ", nor ".join(OPERATIONS[name][1] for name in rules)
             raise UserError(f"with_rules: the function has no {absent}")
-        return restore(_evaluate(closed.jaxpr, closed.consts, arrays, rules, bare=True))
+        return restore(_evaluate(closed.jaxpr, closed.consts, arrays, rules))
 
     return ruled
 
@@ -66,23 +75,32 @@ def checked(rules: Any) -> Rules | None:
     raise UserError(f"rules must be like guided or softplus(50), for {', '.join(OPERATIONS)}; got {rules!r}")
 
 
-def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: Rules, bare: bool) -> list:
-    """Results of the jaxpr under the rules; `bare`: whether a bare maximum(x, 0) is a ReLU here."""
-    around = body_of(jaxpr, bare)
+def _evaluate(
+    jaxpr: Jaxpr,
+    consts: Sequence[Any],
+    args: Sequence[Any],
+    rules: Rules,
+    bare: bool = True,
+    floating: Iterable[Any] | None = None,
+) -> list:
+    """Results of the jaxpr under the rules; `bare` and `floating` as of `body_of`."""
+    around = body_of(jaxpr, bare, floating)
 
     def rule(eqn, values, read):
         name, operation = match(eqn, around)
         if name in rules:
-            out = _ruled(rules[name], operation.function)(*map(read, operation.operands))
+            operands = [jnp.asarray(read(v)) for v in operation.operands]
+            out = _ruled(rules[name], operation.function)(*operands)
             return [jnp.asarray(out, eqn.outvars[0].aval.dtype)]
-        inside = set() if name else operations_inside(eqn, bare)
+        inside = set() if name else operations_inside(eqn, around)
         if not inside & set(rules):
             return None
         if not reaches(eqn):
             listed = " and ".join(sorted(inside & set(rules)))
             raise UserError(f"with_rules: {listed} inside '{eqn.primitive.name}', which cannot be entered")
         inner = bare and eqn.primitive is not custom_jvp_call_p
-        return rebuild(eqn, values, lambda body, consts, args: _evaluate(body, consts, args, rules, inner))
+        within = lambda body, *given: _evaluate(body, *given, rules, inner, floating_inside(eqn, body, around))
+        return rebuild(eqn, values, within)
 
     return evaluate(jaxpr, consts, args, rule)
 
@@ -107,7 +125,8 @@ def _ruled(rule: Rule, operation: Callable) -> Callable:
                 f"with_rules: a backward rule returned {len(gradients)} gradient(s) for the {len(inputs)} operands of"
                 " its operation; it must return a tuple, one for each"
             )
-        return tuple(g.astype(z.dtype) for g, z in zip(gradients, inputs, strict=True))
+        is_float = lambda z: jnp.issubdtype(z.dtype, jnp.floating)  # masks and whole numbers have no gradient
+        return tuple(g.astype(z.dtype) if is_float(z) else None for g, z in zip(gradients, inputs, strict=True))
 
     @backward.defjvp
     def second(primals, tangents):

@@ -27,7 +27,8 @@ from topgap_jax.edges import check_split
 from topgap_jax.errors import UserError
 from topgap_jax.evaluators import accuracy
 from topgap_jax.keys import example_keys, fold_in
-from topgap_jax.measure.evaluate import evaluation_variables, measure_split
+from topgap_jax.measure.evaluate import evaluation_variables
+from topgap_jax.measure.rows import measure_split
 from topgap_jax.measure.splits import Split, resident_split
 from topgap_jax.mesh import check_batch, data_mesh, replicated, split
 from topgap_jax.models import bind

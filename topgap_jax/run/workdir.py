@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -22,6 +23,16 @@ LOOKING = ("test", "evaluators", "explain", "log_every")
 """Keys that concern looking at a run and not its weights: they may differ when a folder is used again."""
 
 _locks: dict[Path, IO] = {}  # of this process, by folder; the system drops them when it ends, however it ends
+
+
+def _forget_locks() -> None:
+    """In a forked child, such as a reader's worker: it must not hold the folder when its parent is gone."""
+    while _locks:
+        _locks.popitem()[1].close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 class Data(NamedTuple):
@@ -134,7 +145,7 @@ def _lock(workdir: Path) -> None:
             f"another training writes in '{workdir}' (process {owner}); wait for its end, or take another workdir"
         ) from None
     file.truncate(0)
-    file.write(f"{os.getpid()}\n")
+    file.write(f"{os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _locks[folder] = file
 

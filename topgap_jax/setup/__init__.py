@@ -12,6 +12,7 @@ ROOMS = {
     "config": (),
     "expressions": (),
     "tables": (),
+    "verify": (),
     "weights": (),
 }  # fmt: skip
 __all__ = [name for names in ROOMS.values() for name in names]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from topgap_jax.attacks import bound, square
 from topgap_jax.data import Source
 from topgap_jax.errors import UserError
 from topgap_jax.measure.evaluate import evaluation_variables
@@ -15,7 +16,7 @@ from topgap_jax.progress import say
 from topgap_jax.setup import config as configs
 from topgap_jax.setup import expressions
 from topgap_jax.setup.assembly import Experiment, context, template
-from topgap_jax.types import Attack, Batch, Evaluator, Explain, Robustness
+from topgap_jax.types import Attack, Audit, Batch, Evaluator, Explain, Robustness
 
 EXAMPLES = 2  # in the batch that is traced
 OF_THE_MODEL = ("mean", "std", "dtype", "pool", "backbone", "head", "network")
@@ -82,8 +83,10 @@ def evaluators(chosen: Experiment, sources: Iterable[Source], built: Mapping[str
     variables = evaluation_variables(template(chosen))
     for batch in _batches(chosen, sources):
         for text, evaluator in built.items():
-            if isinstance(evaluator, Robustness):
-                for attack in evaluator.runs:
+            if isinstance(evaluator, Robustness | Audit):
+                of_audit = lambda audit: (*audit.white_box, square(audit.ball))
+                runs = evaluator.runs if isinstance(evaluator, Robustness) else of_audit(evaluator)
+                for attack in runs:
                     step = lambda variables, batch, attack=attack: _step(attack, chosen, variables, batch)
                     _trace(f"{where}: {text}", step, variables, batch)
                 continue
@@ -109,6 +112,8 @@ def _rows(evaluator: Evaluator, chosen: Experiment, variables, batch):
 
 def _step(attack: Attack, chosen: Experiment, variables, batch):
     predict, images, labels = bind(chosen.model, variables), batch["image"], batch["label"]
+    if attack.source is not None:
+        attack = bound(attack, bind(attack.source.model, attack.source.variables))
     return attack.step(predict, attack.init(_keys(), predict, images, labels, predict(images)))
 
 

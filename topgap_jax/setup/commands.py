@@ -17,7 +17,6 @@ from topgap_jax.keys import example_keys
 from topgap_jax.measure import results
 from topgap_jax.measure.adversarial import slug
 from topgap_jax.measure.evaluate import evaluate as run_evaluators
-from topgap_jax.measure.evaluate import evaluation_variables
 from topgap_jax.measure.results import Row
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
@@ -25,7 +24,7 @@ from topgap_jax.progress import say
 from topgap_jax.run import checkpoint
 from topgap_jax.run.fit import Parts
 from topgap_jax.run.workdir import Data, learnt
-from topgap_jax.setup import checks, expressions
+from topgap_jax.setup import checks, expressions, verify
 from topgap_jax.setup import config as configs
 from topgap_jax.setup.assembly import (
     Experiment,
@@ -35,10 +34,10 @@ from topgap_jax.setup.assembly import (
     init,
     open_split,
     sample,
-    template,
     training,
     validation,
 )
+from topgap_jax.setup.networks import of_run, with_networks
 from topgap_jax.setup.weights import initial, weights
 from topgap_jax.types import Robustness, Variables
 
@@ -135,9 +134,7 @@ def from_workdir(
 def restored(chosen: Experiment, workdir: str | Path, checkpoint_name: str = "best") -> Loaded:
     """The experiment with the variables that a run of it stored; without a validation split there is only "last"."""
     workdir = Path(workdir)
-    which = checkpoint_name if checkpoint.latest_step(workdir, checkpoint_name) is not None else "last"
-    trees, meta = checkpoint.restore(workdir, which, {"variables": template(chosen)})
-    return Loaded(chosen, evaluation_variables(trees["variables"]), f"checkpoint {which}, step {meta['step']}", workdir)
+    return Loaded(chosen, *of_run(chosen, workdir, checkpoint_name), workdir)
 
 
 def from_config(path: str | Path, overrides, file: str | Path | None = None, pictures: bool = False) -> Loaded:
@@ -174,11 +171,13 @@ def evaluate(
     evaluators: str | None = None,
     batch: int | None = None,
     save: str | Path | None = None,
+    model_info: str | Path | None = None,
 ) -> list[Row]:
     """Run evaluators over splits (the config's, unless given) and write evaluation.json where there is a workdir.
 
     What the command line changed in a run's config, and a result depends on, are the row's overrides. save: a folder
-    for the adversarial images of every attack, or of a single one the .npz itself.
+    for the adversarial images of every attack, or of a single one the .npz itself. model_info: the JSON of the model to
+    write, which `verify` measures again.
     """
     chosen = loaded.experiment
     config = chosen.config
@@ -190,18 +189,21 @@ def evaluate(
         raise UserError("nothing to evaluate: neither config.evaluators nor --evaluators names an evaluator")
     checks.model(chosen)
     built = _checked_evaluators(chosen, names, evaluators)
+    width = config.batch if batch is None else batch
+    if model_info is not None:
+        verify.check(Path(model_info), loaded, names, built)
     files = _files(save, names, [text for text, one in built.items() if isinstance(one, Robustness)])
     if loaded.workdir is not None:
         results.read(loaded.workdir / results.FILE)  # a damaged one is told before anything is read
     mesh = data_mesh()
     mesh = mesh if mesh.size > 1 else None
     training = functools.cache(lambda: sample(chosen))
-    rows = []
+    rows, columns = [], {}
     for split in names:
         rows += run_evaluators(
             chosen.model,
             loaded.variables,
-            open_split(chosen, split, config.batch if batch is None else batch, mesh),
+            open_split(chosen, split, width, mesh),
             built,
             split=split,
             classes=len(chosen.classes),
@@ -209,11 +211,14 @@ def evaluate(
             overrides=lambda text: _overrides(loaded, text),
             workdir=loaded.workdir,
             save=lambda text, split=split: files.get((split, text)),
+            examples=lambda text, each: columns.update({text: each}),
             weights=loaded.weights,
             source=config.source,
             seed=config.seed,
             mesh=mesh,
         )
+    if model_info is not None:
+        verify.write(Path(model_info), loaded, names[0], width, built, rows, columns)
     return rows
 
 
@@ -307,7 +312,9 @@ def _checked_evaluators(chosen: Experiment, splits: Sequence[str], text: str | N
     """The evaluators of config.evaluators, or of `text`, once they are seen to fit the model and these splits."""
     sources = [chosen.source(split) for split in splits]
     built = expressions.choices(chosen.config, "evaluators", chosen.methods, text, "--evaluators", **context(chosen))
-    checks.evaluators(chosen, sources, built, "config.evaluators" if text is None else "--evaluators")
+    where = "config.evaluators" if text is None else "--evaluators"
+    built = with_networks(chosen, built, where)
+    checks.evaluators(chosen, sources, built, where)
     return built
 
 

@@ -25,7 +25,7 @@ from topgap_jax.data.source import RESIZES
 from topgap_jax.errors import UserError
 from topgap_jax.measure.results import today
 from topgap_jax.setup.tables import TABLE
-from topgap_jax.types import Evaluator, Model, Robustness, Table
+from topgap_jax.types import Audit, Evaluator, Model, Robustness, Table
 
 
 class Role(NamedTuple):
@@ -66,7 +66,7 @@ WORDS = {int: "a whole number", float: "a number", bool: "True or False", tuple:
 
 _model = Role("a model", "models", lambda value: isinstance(value, Model))
 _optimizer = Role("an optimizer", "optimizers", lambda value: isinstance(value, optax.GradientTransformation))
-_evaluator = Role("an evaluator", "evaluators", lambda value: isinstance(value, (Evaluator, Robustness)))
+_evaluator = Role("an evaluator", "evaluators", lambda value: isinstance(value, (Audit, Evaluator, Robustness)))
 KEYS = {
     "seed": Key("a whole number", "of the first weights, the order of the data and every random draw", 0),
     "source": Key("an expression", "the data set", None, Role("a data set", "data")),

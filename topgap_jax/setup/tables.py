@@ -48,7 +48,7 @@ VALUES: Mapping[str, Any] = merged(*NAMED.values())
 
 PYTHON: dict[str, Table] = {
     "tg.models": table(models.bind, models.fast),
-    "tg.attacks": table(attacks.attack, attacks.transfer),
+    "tg.attacks": table(attacks.attack),
     "tg.rewrite": table(
         rewrite.layers, rewrite.read, rewrite.tap, rewrite.with_rules, rewrite.fast_convs, rewrite.fold_batch_norm,
         rewrite.fused,

@@ -1,0 +1,57 @@
+"""The checks of an audit as a person reads them: in the terminal, and for the page."""
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from topgap_jax.measure.criteria import CHECKS, REMINDER, WARN
+from topgap_jax.measure.results import Row
+from topgap_jax.report.read import Run
+from topgap_jax.types import Check
+
+COLUMNS = 120
+INDENT = 46  # of a check's sentence, behind its name and status
+
+
+def checks_table(row: Row) -> str:
+    """Every check of an audit with its evidence, those that failed first; plain ASCII."""
+    lines = [f"{row.text} on {row.split}: {headline(row)}", "-" * COLUMNS]
+    for check in ordered(row.checks):
+        name = f"{check.id:4} {check.status:8} {CHECKS.get(check.id, '')}"
+        sentence = textwrap.wrap(check.sentence, COLUMNS - INDENT) or [""]
+        lines.append(f"{name:{INDENT}}{sentence[0]}".rstrip())
+        lines += [" " * INDENT + words for words in sentence[1:]]
+    return "\n".join([*lines, *textwrap.wrap(reminder(row.checks), COLUMNS)])
+
+
+def headline(row: Row) -> str:
+    """The verdict of the audit in `row`, without the ball that its evaluator names."""
+    return (row.audit or "").partition(": ")[2] or row.audit or ""
+
+
+def ordered(checks: Sequence[Check]) -> list[Check]:
+    """What failed, then what warns, then the rest, each in the order of the checks."""
+    order = ("fail", "warn", "pass", "skipped")
+    return sorted(checks, key=lambda check: order.index(check.status) if check.status in order else len(order))
+
+
+def reminder(checks: Sequence[Check]) -> str:
+    """What to do about a network on whose way a gradient is cut; "" of another."""
+    return REMINDER if any((check.id, check.status) == ("A17", WARN) for check in checks) else ""
+
+
+def audits(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Every audit of the runs, for the page."""
+    return [
+        {
+            "run": i,
+            "row": row,
+            "headline": headline(row),
+            "checks": [(check, CHECKS.get(check.id, "")) for check in ordered(row.checks)],
+            "reminder": reminder(row.checks),
+            "norms": [measure for name, measure in row.numbers.items() if name.startswith("stands_")],
+        }
+        for i, run in enumerate(runs)
+        for row in run.rows
+        if row.checks
+    ]
