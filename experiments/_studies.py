@@ -108,6 +108,7 @@ def _real(config: str, arms: Mapping[str, Arm], method: str, seeds: tuple[int, .
 RADII = "eps=(1/255, 2/255, 4/255, 8/255)"
 CURVE = f"curve(pgd(linf(eps), steps=20), {RADII})"
 AUTOATTACK = "robust(autoattack(linf(eps)))"
+AUDIT = "audit(linf(eps))"
 
 
 def _robust(kind: str, seeds: tuple[int, ...] = (0,)) -> Study:
@@ -123,11 +124,12 @@ def _robust(kind: str, seeds: tuple[int, ...] = (0,)) -> Study:
         method=method,
         decides=f"{kind}gap",
         seeds=seeds,
-        evaluators=(("test", "accuracy()"), ("test[:1000]", CURVE), ("test[:250]", AUTOATTACK)),
+        evaluators=(("test", "accuracy()"), ("test[:1000]", CURVE), ("test[:250]", AUTOATTACK), ("test[:128]", AUDIT)),
         shown=ACCURACY
         | {"accuracy() | nll": "NLL"}
         | {f"{CURVE} | accuracy_at_{i}": f"PGD-20 accuracy, {eps}/255" for i, eps in enumerate((1, 2, 4, 8), 1)}
-        | {f"{AUTOATTACK} | robust_accuracy": "AutoAttack accuracy, 8/255"},
+        | {f"{AUTOATTACK} | robust_accuracy": "AutoAttack accuracy, 8/255"}
+        | {f"{AUDIT} | checks_failed": "checks of the audit that failed"},
         claims=(Claim(f"test[:1000] | {CURVE} | accuracy_at_4", "PGD-20 accuracy, 8/255", 1),),
     )
 
@@ -286,7 +288,8 @@ STUDIES = {
             Claim(f"test[:500] | {DELETION_BLACK} | deletion", "deletion score, black", -1),
         ),
     ),
-    "cifar10": _robust("", seeds=(0, 1)),
+    "cifar10": _real("cifar10.py", {"gap": Arm(), "top_gap": Arm(overrides={"pool": "top_gap(k=16)"})}, "top_gap"),
+    "cifar10_robust": _robust("", seeds=(0, 1)),
     "cifar10_pyramid": _robust("pyramid "),
     "cifar10_adversarial": _robust("adversarial "),
     "tiny_imagenet20": _real("tiny_imagenet20.py", {name: Arm(name) for name in TINY}, "top_gap .25"),
