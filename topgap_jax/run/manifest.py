@@ -8,7 +8,7 @@ from pathlib import Path
 from topgap_jax.progress import write_text
 
 FILE = "manifest.json"
-CHUNK = 2**22  # bytes
+CHUNK = 2**18  # bytes: what the processor's cache holds
 
 
 def write(folder: Path) -> None:
