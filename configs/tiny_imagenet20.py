@@ -5,7 +5,9 @@ topgap train --config configs/tiny_imagenet20.py --workdir runs/tiny_gap
 topgap train --config configs/tiny_imagenet20.py --arm 'top_gap .25' --workdir runs/tiny_top_gap
 topgap explain --workdir runs/tiny_top_gap
 
-The pictures are from ImageNet: the network has probably seen them in its pretraining.
+The pictures are from ImageNet: the network has probably seen them in its pretraining. Measured on the 1,000 validation
+pictures, one seed (results/tiny_imagenet20.json): accuracy .864 with gap, .857 with top_gap .25; of the network as it
+is, with its own 20 columns, .778 (results/pretrained.json). 7 CPU minutes a training on an AMD EPYC with AVX-512.
 """
 
 from ml_collections import ConfigDict
@@ -22,11 +24,11 @@ def get_config() -> ConfigDict:
     config.init = "efficientnet_lite0"
     config.backbone = "efficientnet_lite0()"
     config.head = "pyramid_head(pool, width=256, levels=2)"
+    config.model = "frozen_statistics(network, 'backbone')"
     config.batch = 50
-    config.epochs = 6
+    config.epochs = 4
     config.augment = "crop_flip(padding=16)"
-    config.optimizer = "slower(adamw(cosine(1e-3, 0, total_steps, warmup=.1), weight_decay=.05), .1, 'backbone')"
-    config.ema = 0.995
+    config.optimizer = "slower(adamw(cosine(1e-3, 0, total_steps, warmup=.1), weight_decay=.02), .1, 'backbone')"
 
     config.eps = 1 / 255
     config.evaluators = "accuracy(), localisation(cam()), localisation(grad_cam('stage4')), receptive_field()"
