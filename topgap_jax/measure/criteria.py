@@ -248,7 +248,7 @@ CRITERIA = (
         warn=above(0.1),
     ),
     Criterion(
-        "A16",  # Kim et al. 2020, arXiv 2010.01799; of an honest ResNet-32 3 % at 8/255 and 5 % at 16/255
+        "A16",  # Kim et al. 2020, arXiv 2010.01799; honest networks have some such images too
         "inside_only",
         "{inside_only:.1%} of the images break on the way of a full step and not at its end",
         "catastrophic overfitting: one step says nothing of this network",

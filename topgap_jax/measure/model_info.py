@@ -20,6 +20,7 @@ from topgap_jax.attacks import autoattack
 from topgap_jax.balls import TABLE as BALLS
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
+from topgap_jax.measure.criteria import sign_test
 from topgap_jax.measure.results import NOT_AUDITED, Row, from_json
 from topgap_jax.metrics.summaries import wilson
 from topgap_jax.types import Robustness
@@ -201,20 +202,9 @@ def _compared(evaluator, measure, stored, before, now):
     change = np.nan_to_num(now) - np.nan_to_num(before)
     more, less = int((change > 0).sum()), int((change < 0).sum())
     differ = int((np.nan_to_num(now, nan=2) != np.nan_to_num(before, nan=2)).sum())
+    p = min(1.0, 2 * sign_test(max(more, less), min(more, less)))  # two-sided: McNemar's exact test
     mean = lambda values: float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
-    return Comparison(
-        evaluator, measure, mean(stored), len(stored), mean(before), mean(now), len(now), differ, sign_test(more, less)
-    )
-
-
-def sign_test(more: int, less: int) -> float:
-    """The probability that of more + less fair coins as many or more fall on one side (McNemar's exact test).
-
-    >>> [round(sign_test(*sides), 3) for sides in ((0, 0), (3, 4), (5, 0), (0, 6))]
-    [1.0, 1.0, 0.062, 0.031]
-    """
-    n, least = more + less, min(more, less)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
+    return Comparison(evaluator, measure, mean(stored), len(stored), mean(before), mean(now), len(now), differ, p)
 
 
 def _object(path):

@@ -6,12 +6,10 @@ and started again ends with the same parameters, bit for bit.
 """
 
 import itertools
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from topgap_jax.data import Stream, as_batch, epoch_ids, gather
@@ -35,6 +32,7 @@ from topgap_jax.models import bind
 from topgap_jax.progress import Metrics, bar, say
 from topgap_jax.run import checkpoint
 from topgap_jax.run.divergence import advice
+from topgap_jax.run.stopping import stop_requests
 from topgap_jax.run.workdir import Data, claim, record_versions, release
 from topgap_jax.types import Array, Augment, Model, Objective, Variables
 
@@ -209,34 +207,6 @@ def make_step(parts: Parts, mesh: Mesh) -> Callable[[State, Mapping[str, Array],
 
     whole = replicated(mesh)
     return jax.jit(step, in_shardings=(whole, whole, split(mesh)), out_shardings=whole, donate_argnums=0)
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Gives `asked(step)`: has somebody asked the run to stop, by SIGTERM or Ctrl-C? A second Ctrl-C ends it at once.
-
-    With many processes all of them get the same answer at the same step, also if the signal reached one (JAX's
-    preemption service, which listens to SIGTERM). Outside the main thread Python delivers no signals, and the answer is
-    no.
-    """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
-        return
-    asked = []
-
-    def handle(number, frame):
-        asked.append(number)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda step: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, Any]]:
