@@ -43,6 +43,8 @@ def numpy_score(name, z, y, clean):
     if name == "kl":
         p, q = (np.exp(v - v.max()) / np.exp(v - v.max()).sum() for v in (clean, z))
         return (p * np.log(p / q)).sum()
+    if name == "probability":
+        return np.exp(z[y] - z.max()) / np.exp(z - z.max()).sum()
     if name == "probability_margin":
         p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
         return np.delete(p, y).max() - p[y]

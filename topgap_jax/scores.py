@@ -17,6 +17,15 @@ def logit(logits: Array, labels: Array, clean: Array | None = None, target: Arra
     return _pick(logits, labels)
 
 
+def probability(logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None) -> Array:
+    """p_y = softmax(z)_y, what methods that only ask the network follow; of a single output (b, 1) that output itself.
+
+    Its gradient in float32 is 0 where p_y is 1: gradients explain `logit`.
+    """
+    z = logits.astype(jnp.float32)
+    return _pick(z if z.shape[-1] == 1 else jax.nn.softmax(z), labels)
+
+
 def cross_entropy(logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None) -> Array:
     """softplus(logsumexp of the other classes of (z_k - z_y)), equal to logsumexp(z) - z_y.
 
@@ -121,5 +130,5 @@ def substitute(score: Any, classes: int) -> str:
     return next((formula for of, needed, formula in SUBSTITUTES if of is score and classes < needed), "")
 
 
-VALUES = table(logit, cross_entropy, margin, dlr, kl, probability_margin, targeted_dlr, targeted_margin)
+VALUES = table(logit, probability, cross_entropy, margin, dlr, kl, probability_margin, targeted_dlr, targeted_margin)
 """Scores, which a config names without a call."""
