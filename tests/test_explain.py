@@ -28,6 +28,11 @@ ROWS = {
     "integrated(steps=4, reduce='sum_abs')": (6, 6),
     "integrated(steps=4, baseline=0.5, rules=softplus(20))": (6, 6),
     "smooth(gradient(), samples=2)": (6, 6),
+    "occlusion(window=3, stride=2)": (6, 6),
+    "feature_ablation(2, baseline='blur')": (6, 6),
+    "rise(masks=7, cells=2, debias=True, chunk=3)": (6, 6),
+    "mfpp(2, 3, masks=6)": (6, 6),
+    "lime(2, samples=9)": (6, 6),
     "smooth(grad_cam('features'), samples=2, sigma=0.05)": (3, 3),
 }
 rows = pytest.mark.parametrize("row", ROWS)
