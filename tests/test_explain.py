@@ -30,7 +30,7 @@ ROWS = {
     "smooth(gradient(), samples=2)": (6, 6),
     "occlusion(window=3, stride=2)": (6, 6),
     "feature_ablation(2, baseline='blur')": (6, 6),
-    "rise(masks=7, cells=2, debias=True, chunk=3)": (6, 6),
+    "rise(masks=1501, cells=3, debias=True, chunk=50)": (6, 6),
     "mfpp(2, 3, masks=6)": (6, 6),
     "lime(2, samples=9)": (6, 6),
     "smooth(grad_cam('features'), samples=2, sigma=0.05)": (3, 3),
