@@ -344,10 +344,15 @@ def test_receptive_field_by_hand():
         "rms_radius": 1.6329932,
         "effective_area": 18.1745152,
         "luo_size": 5,
+        "theoretical_size": 5,
+        "theoretical_ratio": 1,
+        "gaussian_sigma": 1.269286,  # by scipy.optimize.least_squares
+        "gaussian_share": 0.983424,
         "share_inside": 49 / 81,
         "lift": 49 / 9,
     }
     expected |= {"centre_corner_ratio": 81 / 25, "empty_fields": 0, "top_lift": 49 / 9}
+    assert found["gaussian_sigma"] == pytest.approx(expected.pop("gaussian_sigma"), rel=1e-3)
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
     assert evaluator.cost(None, None) == Cost(0, 6)
 

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from topgap_jax import models
 from topgap_jax.errors import UserError
-from topgap_jax.explain.field import field, fields, pixel
+from topgap_jax.explain.field import field, fields, pixel, theoretical_fields
+from topgap_jax.metrics.field import gaussian_fit, rms_radius
 from topgap_jax.pool import top_gap
-from topgap_jax.rewrite import name
+from topgap_jax.rewrite import name, read
 
 LABELS = jnp.array([1, 0])
 
@@ -104,6 +106,99 @@ def test_jit_and_independence():
 def test_where_a_position_lies_in_the_image():
     assert pixel("centre", (9, 9), (9, 9)) == (4, 4)
     assert pixel((0, 1), (4, 4), (32, 16)) == (3.5, 5.5)
+
+
+def stack(n, k):
+    """n convolutions with k x k equal weights, one channel."""
+
+    def predict(images, keys=None):
+        for _ in range(n):
+            images = convolve(images, jnp.full((k, k, 1, 1), 1 / k**2))
+        return name(images, "maps").mean((1, 2))
+
+    return predict
+
+
+@pytest.mark.parametrize("n, k", [(4, 3), (16, 3), (3, 5)])
+def test_the_field_of_a_linear_stack(n, k):
+    """topgap 9: variance n (k^2 - 1) / 12 along each axis, a side of n (k - 1) + 1, more and more a Gaussian."""
+    images, size = jnp.zeros((1, 41, 41, 1)), n * (k - 1) + 1
+    run = jax.jit(lambda images: field().maps(None, stack(n, k), images, jnp.zeros(1, jnp.int32)))
+    maps = run(images)
+    line = [1.0]
+    for _ in range(n):
+        line = np.convolve(line, np.ones(k) / k)
+    expected = np.zeros((41, 41))
+    inside = slice(20 - size // 2, 21 + size // 2)
+    expected[inside, inside] = np.outer(line, line)
+    np.testing.assert_allclose(maps[0], expected, atol=1e-7)
+    theoretical = jax.jit(lambda images: theoretical_fields(stack(n, k), images, ["centre"]))(images)
+    np.testing.assert_array_equal(theoretical[0], expected > 0)
+    variance = n * (k**2 - 1) / 12
+    np.testing.assert_allclose(rms_radius(maps, (20.0, 20.0)), np.sqrt(2 * variance), rtol=1e-5)
+    sigma, share = jax.jit(lambda maps: gaussian_fit(maps, (20.0, 20.0)))(maps)
+    np.testing.assert_allclose(sigma, np.sqrt(variance), rtol=0.25 / n)
+    assert 1 - 0.02 / n < share[0] < 1
+
+
+def test_a_gaussian_is_fitted_exactly():
+    d = np.add.outer((np.arange(30) - 12.5) ** 2, (np.arange(40) - 20) ** 2)
+    maps = np.float32([7 * np.exp(-d / 2 / sigma**2) for sigma in (0.6, 3.3, 11.0)] + [0 * d, d > 200])
+    sigma, share = jax.jit(lambda maps: gaussian_fit(maps, (12.5, 20.0)))(maps)
+    np.testing.assert_allclose(sigma, [0.6, 3.3, 11.0, np.nan, sigma[4]], rtol=1e-3)
+    np.testing.assert_allclose(share[:4], [1, 1, 1, np.nan], atol=1e-5)
+    assert share[4] < 0.9  # a ring is none
+
+
+def branches(images, keys=None):
+    """What networks are made of, but a mean over the image: the two paths have fields of their own."""
+    x = jax.nn.silu(convolve(images, KERNELS[0], stride=2) * jnp.arange(4.0))  # one channel's scale is 0
+    pooled = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    fine = jax.image.resize(pooled, x.shape, "nearest")
+    wide = (1 + jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]) / (1e-3 + jnp.abs(x).sum(-1, keepdims=True))
+    maps = name(jnp.concatenate([fine, wide], -1), "maps")
+    squeezed = name(maps * jax.nn.sigmoid(maps.mean((1, 2), keepdims=True)), "squeezed")
+    looped = jax.lax.scan(lambda carry, _: (carry * 2, None), maps, length=2)[0]
+    return squeezed.mean((1, 2)) + name(looped, "looped").mean((1, 2))
+
+
+def test_the_theoretical_field_is_what_a_change_can_reach():
+    """Against changing one pixel after the other, and looking where the layer changes, with weights of either sign."""
+    images = jax.random.uniform(jax.random.key(5), (1, 8, 6, 3))
+    pixels = jnp.eye(48).reshape(48, 8, 6, 1)
+    maps = lambda points: read(branches, "maps")(points)[1]
+    amounts = jnp.array([1.0, -3.0, 50.0, 1e4])[:, None, None, None, None]
+    copies = jnp.concatenate([images, (images + amounts * pixels).reshape(-1, 8, 6, 3)])
+    values = np.asarray(jax.jit(maps)(copies))
+    changed = (values[1:] != values[0]).reshape(4, 48, 4, 3, 8).any((0, 4)).reshape(8, 6, 4, 3).transpose(2, 3, 0, 1)
+    positions = [(row, column) for row in range(4) for column in range(3)]
+    reached = jax.jit(lambda images: theoretical_fields(branches, images, positions))(images)
+    np.testing.assert_array_equal(np.asarray(reached).reshape(4, 3, 8, 6), changed)
+    assert 0 < changed.mean() < 0.7
+
+
+@pytest.mark.parametrize("layer", ["squeezed", "looped"])
+def test_a_mean_over_the_image_and_a_loop_reach_all_of_it(layer):
+    assert theoretical_fields(branches, IMAGES, ["corner"], layer=layer).all()
+
+
+def test_what_does_not_depend_on_the_image_has_no_theoretical_field():
+    constant = lambda images: (
+        name(jnp.ones((len(images), 2, 2, 2)), "maps").mean((1, 2)) + 0 * images.mean((1, 2))[:, :2]
+    )
+    assert not theoretical_fields(constant, IMAGES, ["centre"]).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer, side", [("stage1", 43), ("stage2", 99)])
+def test_theoretical_field_of_resnet18(layer, side):
+    """7 at the stem's stride 2, 11 behind its pool, 8 more a convolution at stride 4, 16 at stride 8."""
+    backbone = models.resnet18()
+    images = jnp.zeros((1, 224, 224, 3))
+    variables = jax.eval_shape(backbone.init, jax.random.key(0), images)
+    variables = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables)
+    reached = theoretical_fields(lambda x: backbone.apply(variables, x), images, ["centre"], layer=layer)
+    assert reached.sum() == side**2
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.build import check_number, table
-from topgap_jax.explain.field import fields, pixel
+from topgap_jax.explain.field import fields, pixel, theoretical_fields
 from topgap_jax.metrics import field as measures
 from topgap_jax.metrics.localisation import object_masks
 from topgap_jax.metrics.summaries import average
@@ -16,6 +16,10 @@ MEANS = {
     "rms_radius": Measure(label="ERF radius", unit="pixels"),
     "luo_size": Measure(label="ERF size by Luo", unit="pixels", main=False),
     "effective_area": Measure(label="ERF effective area", unit="pixels", main=False),
+    "gaussian_sigma": Measure(label="sigma of the Gaussian fitted to the ERF", unit="pixels", main=False),
+    "gaussian_share": Measure(label="share of the ERF that its Gaussian explains", main=False),
+    "theoretical_size": Measure(label="theoretical field inside the image", unit="pixels", main=False),
+    "theoretical_ratio": Measure(label="ERF size / theoretical size", main=False),
     "share_inside": Measure(better="higher", label="share of the ERF in the object", main=False),
     "lift": Measure(better="higher", label="lift of the ERF in the object", unit="times chance", main=False),
     "top_share_inside": Measure(better="higher", label="share of the top position's ERF in the object", main=False),
@@ -23,32 +27,43 @@ MEANS = {
 }
 
 
-def receptive_field(layer: str = "maps", *, k: int = 1) -> Evaluator:
-    """Effective receptive fields E_p of the label's class map (`explain.field`), measured per image and averaged.
+def receptive_field(layer: str = "maps", *, channel: str | int = "label", k: int = 1) -> Evaluator:
+    """Effective receptive fields E_p of the label's class map, or of any layer (`explain.field`), measured per image
+    and averaged.
 
     Luo et al. 2016, arXiv 1701.04128.
 
-    rms_radius, luo_size (pixels) and effective_area (pixels) of the centre position's field; centre_corner_ratio = sum
-    of E at the centre / mean of the four corners' sums. With a region or box: the share of the field inside the object
-    and its lift over the object's share of the area (chance is 1), for the centre and, as top_..., for the mean field
-    of the `k` highest positions. Means with a 95 % interval; fields that are 0 everywhere are left out and counted as
-    `empty_fields`.
+    layer, channel: as of `explain.field`; of a layer that is no class map, channel="sum" or an index.
+    rms_radius, luo_size (pixels) and effective_area (pixels) of the centre position's field; gaussian_sigma (pixels)
+    and gaussian_share, Luo's Gaussian and how well it fits (`metrics.field.gaussian_fit`); theoretical_size = sqrt of
+    the pixels of the image that the position can depend on at all (`explain.theoretical_fields`), theoretical_ratio =
+    luo_size over it; centre_corner_ratio = sum of E at the centre / mean of the four corners' sums. With a region or
+    box: the share of the field inside the object and its lift over the object's share of the area (chance is 1), for
+    the centre and, as top_..., for the mean field of the `k` highest positions. Means with a 95 % interval; fields that
+    are 0 everywhere are left out and counted as `empty_fields`.
     """
     check_number("k", k, 1, whole=True)
 
     def rows(keys, model, variables, batch, prepared):
         predict, images = bind(model, variables), batch["image"]
         _, value = read(predict, layer)(images[:1])
-        maps = fields(predict, images, batch["label"], ["centre", "corner", "top"], layer=layer, k=k)
+        maps = fields(predict, images, batch["label"], ["centre", "corner", "top"], layer=layer, channel=channel, k=k)
         centre, corners, top = maps[0], maps[1:5], maps[5:].mean(0)
         place = pixel("centre", value.shape[1:3], images.shape[1:3])
+        reached = theoretical_fields(predict, images, ["centre"], layer=layer)
+        size = jnp.sqrt(jnp.float32(reached.sum()))
+        sigma, explained = measures.gaussian_fit(centre, place)
         out = {
             "centre": centre.sum((1, 2)),
             "corner": corners.sum((2, 3)).mean(0),
             "rms_radius": measures.rms_radius(centre, place),
             "luo_size": measures.luo_size(centre, place),
             "effective_area": measures.effective_area(centre),
+            "gaussian_sigma": sigma,
+            "gaussian_share": explained,
+            "theoretical_size": jnp.broadcast_to(size, sigma.shape),
         }
+        out["theoretical_ratio"] = out["luo_size"] / size
         if "region" not in batch and "box" not in batch:
             return out
         inside, known = object_masks(batch)

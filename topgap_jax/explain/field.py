@@ -10,10 +10,12 @@ from jax import lax
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite import feature_layer, read
+from topgap_jax.rewrite.dependence import dependence
 from topgap_jax.rewrite.speed import map_over
 from topgap_jax.types import Array, Cost, Explain, Predict
 
 COUNTS = {"centre": 1, "corner": 4}
+BATCH = 64  # backward passes of one image in memory together, if no chunk is given
 
 
 def field(
@@ -45,11 +47,12 @@ def fields(
     layer: str = "maps",
     channel: str | int = "label",
     k: int = 1,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> Array:
     """Fields (p, b, h, w) of many positions from one forward pass; "corner" counts for four and "top" for `k` of the p.
 
-    The pullback is vmapped over one-hot cotangents, at most `chunk` at a time: memory is chunk * b * h * w * c.
+    The pullback is vmapped over one-hot cotangents, at most `chunk` at a time, whose backward passes are in memory
+    together; by default so many that they are 64 of one image.
     """
 
     full = feature_layer(predict, layer, images)
@@ -59,9 +62,7 @@ def fields(
         return value, logits
 
     value, pull, logits = jax.vjp(forward, images, has_aux=True)
-    if value.ndim != 4:
-        raise UserError(f"field: layer '{layer}' has shape {value.shape}; a map (b, h, w, c) is needed")
-    b, h, w, c = value.shape
+    b, h, w, c = _map_shape(value.shape, layer)
     weights = _channel_weights(channel, labels, c, logits.shape[-1], layer)
     scores = jnp.einsum("bhwc,bc->bhw", value.astype(jnp.float32), weights).reshape(b, h * w)
     indices = jnp.concatenate([_indices(position, scores, (h, w), k) for position in positions])
@@ -71,7 +72,25 @@ def fields(
         (gradient,) = pull((places * weights[:, None, None, :]).astype(value.dtype))
         return jnp.abs(gradient.astype(jnp.float32)).sum(-1)
 
-    return map_over(one, (indices,), chunk=chunk)
+    return map_over(one, (indices,), chunk=chunk or max(1, BATCH // b))
+
+
+def theoretical_fields(
+    predict: Predict, images: Array, positions: Sequence[str | tuple[int, int]], *, layer: str = "maps"
+) -> Array:
+    """Which pixels each position of the layer can depend on, whatever the weights are: bool (p, h, w), cut by the
+    image's edges.
+
+    From the shapes of the images and the network's equations alone (`rewrite.dependence`): its windows, strides and
+    dilations, on every path; a mean over all positions, as in squeeze and excitation, makes it the whole image.
+    positions: "centre", "corner" (four of the p) or (row, column).
+    """
+    full = feature_layer(predict, layer, images)
+    pull, shape = dependence(lambda points: read(predict, full)(points)[1], jnp.zeros((1, *images.shape[1:])))
+    h, w = _map_shape(shape, layer)[1:3]
+    indices = jnp.concatenate([_indices(position, jnp.zeros((1, h * w)), (h, w), 1) for position in positions])[:, 0]
+    one = lambda index: pull(jnp.ones(shape) * jax.nn.one_hot(index, h * w).reshape(1, h, w, 1))[0].any(-1)
+    return jax.vmap(one)(indices)
 
 
 def pixel(position: str | tuple[int, int], maps: tuple[int, int], image: tuple[int, int]) -> tuple[float, float]:
@@ -85,6 +104,12 @@ def check_position(position: Any) -> None:
     pair = isinstance(position, tuple) and len(position) == 2 and all(type(u) is int and u >= 0 for u in position)
     if not pair and (not isinstance(position, str) or position not in ("centre", "corner", "top")):
         raise UserError(f"position must be 'centre', 'corner', 'top' or (row, column), got {position!r}")
+
+
+def _map_shape(shape: tuple[int, ...], layer: str) -> tuple[int, ...]:
+    if len(shape) != 4:
+        raise UserError(f"field: layer '{layer}' has shape {shape}; a map (b, h, w, c) is needed")
+    return shape
 
 
 def _channel_weights(channel, labels, channels, classes, layer):
