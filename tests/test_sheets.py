@@ -167,7 +167,10 @@ def test_zero_maps_say_so_and_signed_ones_are_red_above_and_blue_below():
     zero = overlay(image, np.zeros((4, 4)), (192, 192))
     assert colour("#c9ced6") in pixels(zero) and colour("#1a1d21") in pixels(zero)
     values = np.array([[-1.0, 0.0, 2.0]])
-    assert limits(values, True) == (-2, 2) and limits(values, False) == (-1, 2)
+    assert limits(values, True) == pytest.approx((-1.98, 1.98)) and limits(values, False) == pytest.approx((-1, 1.96))
+    sparse = np.zeros((40, 40))
+    sparse[3, 4] = 7
+    assert limits(sparse, False) == (0, 7) and limits(-sparse, True) == (-7, 7)
     shown = np.asarray(overlay(image, np.repeat(values, 3, 0), (32, 96), signed=True), int)[16]
     assert shown[10, 2] > shown[10, 0] and shown[90, 0] > shown[90, 2] + 50
     assert np.ptp(shown[48]) < 8, "0 has no colour"

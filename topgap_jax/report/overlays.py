@@ -37,8 +37,8 @@ def enlarge(image: np.ndarray, size: tuple[int, int]) -> Image.Image:
 def overlay(image: np.ndarray, values: np.ndarray, size: tuple[int, int], *, signed: bool = False) -> Image.Image:
     """Map (h', w') over the greyscale image (h, w, 3), resized bilinearly (half-pixel).
 
-    An unsigned map is scaled to [0, 1] by its own minimum and maximum; a signed one is blue below 0, white at 0 and
-    red above, up to its largest |value|. A map that is zero everywhere, or not finite, is a grey cell that says so.
+    A map is scaled to [0, 1] by its own `limits`; a signed one is blue below 0, white at 0 and red above. A map that is
+    zero everywhere, or not finite, is a grey cell that says so.
     """
     values = np.asarray(values, np.float32)
     if not np.isfinite(values).all():
@@ -58,11 +58,13 @@ def overlay(image: np.ndarray, values: np.ndarray, size: tuple[int, int], *, sig
 
 
 def limits(values: np.ndarray, signed: bool) -> tuple[float, float]:
-    """The values that the two ends of the colours stand for."""
-    if signed:
-        largest = float(np.abs(values).max())
-        return -largest, largest
-    return float(values.min()), float(values.max())
+    """The values that the two ends of the colours stand for: a map's minimum and its .99 quantile, of a signed one +-
+    that of |value|; the largest instead where hardly any value differs. Few pixels of a gradient would else be all that
+    is seen."""
+    largest = np.abs(values) if signed else values
+    low, high = float(largest.min()), float(np.quantile(largest, 0.99))
+    high = high if high > low else float(largest.max())
+    return (-high, high) if signed else (low, high)
 
 
 def colour_bar(draw: ImageDraw.ImageDraw, at: tuple[int, int], width: int, values: np.ndarray, signed: bool) -> None:

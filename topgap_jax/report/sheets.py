@@ -201,7 +201,7 @@ def legend(
     entries += (
         [(TRUE_BOX, "true box")] * box + [(OUTLINE, "true region")] * region + [(MAP_BOX, "box of the map")] * map_box
     )
-    entries += [("", "maps: dark low, bright high, each on its own scale")]
+    entries += [("", "maps: dark low, bright high, each on its own scale, its top the .99 quantile")]
     entries += [("", "signed maps: red for the class, blue against it")] * diverging
     lines, x = [[]], 0
     for colour, text in entries:
