@@ -195,6 +195,21 @@ def test_pictures_of_a_split(run):
         )
 
 
+def test_a_text_may_name_images_of_the_training_split(run):
+    """64 of them, evenly spaced; without a training split the text that names them is an error."""
+    loaded = setup.from_workdir(run[0])
+    (page,) = setup.explain(loaded, split="test[:2]", methods="expected_gradients(references, samples=2)").pages
+    (maps,) = page.maps.values()
+    assert maps.shape == (2, 32, 32) and np.abs(maps).max() > 0
+    images = assembly.context(loaded.experiment)["references"]()
+    train = setup.read(loaded.experiment, loaded.experiment.config.train)["image"]
+    due = train[np.linspace(0, len(train) - 1, min(64, len(train))).round().astype(int)]
+    np.testing.assert_array_equal(images, due.astype(np.float32) / 255)
+    empty = setup.from_workdir(run[0], [("train", "")])
+    text = error(setup.explain, empty, methods="expected_gradients(references)")
+    assert text == "references are images of the training split, and config.train names none"
+
+
 def test_mistakes(run, tmp_path):
     workdir, _ = run
     loaded = setup.from_workdir(workdir)
