@@ -57,11 +57,13 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-bench-env: ## an environment of its own for the peers of the benchmarks (PyTorch, torchvision, timm, RobustBench)
+bench-env: ## an environment of its own for the peers (PyTorch, torchvision, timm, captum, auto-attack, ...)
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 safetensors numpy pillow psutil
-	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 timm==1.0.31 robustbench==1.1.1
-	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check huggingface_hub pyyaml tqdm
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 timm==1.0.31 robustbench==1.1.1 \
+		torchattacks==3.5.1 pyautoattack==0.2.0 foolbox==3.3.4 eagerpy captum==0.9.0 grad-cam==1.5.7 ttach zennit==0.5.1 quantus==0.6.0 openerf==0.6.1
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check huggingface_hub pyyaml tqdm opencv-python-headless scikit-learn \
+		scikit-image scipy matplotlib pandas gitpython requests click
 
 bench: install bench-env ## speed against PyTorch: results/bench_*.json
 	$(BIN)/python experiments/bench_core.py --peer-python .venv-bench/bin/python

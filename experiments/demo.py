@@ -21,7 +21,7 @@ from topgap_jax.measure.results import Row
 from topgap_jax.report.compare import aligned
 from topgap_jax.report.page import report
 from topgap_jax.report.read import read_runs
-from topgap_jax.report.sheets import sheet
+from topgap_jax.report.sheets import draw
 from topgap_jax.report.verdict import verdict
 from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.run.fit import fit
@@ -53,8 +53,7 @@ def main() -> None:
         ]
         for split in SPLITS:
             shown = setup.explain(loaded, split=split, count=8)
-            sheet(workdir / "sheets" / f"{shown.title}.png", shown.images, names=shown.names, maps=shown.maps,
-                  boxes=shown.boxes, regions=shown.regions, title=shown.heading)  # fmt: skip
+            list(draw(workdir / "sheets", shown, shown.pages))
     workdirs = list(WORKDIRS.values())
     page = report(workdirs, RUNS / "report.html", title="Top-GAP on shapes")
     print(beside_the_study(rows))

@@ -5,7 +5,8 @@
 PYTHON has torch, pyautoattack, torchattacks and foolbox (a process of its own). ResNet-20 on the first test images of
 CIFAR-10, at radii where 10 to 70 % survive, which were looked for on other images (5,000 and after). Ours may leave at
 most .5 points more at 1,000 images and one image more below. Seconds are of whole attacks, compilation included.
-Writes results/parity_attacks.json where all is run, on a tree without changes; --images runs fewer images.
+Writes results/parity_attacks.json where all is run, on a tree without changes; --images runs fewer images. A row that
+is done is kept in runs/, so that the same command at the same commit goes on where it was stopped.
 """
 
 import argparse
@@ -79,9 +80,14 @@ def main():
     loaded = setup.from_config(HERE.parent / "configs/cifar10.py", [("init", str(weights))])
     names = {row: f"{row.ball} {row.attack}" for row in ROWS}
     rows = [row for row in ROWS if not options.names or any(part in names[row] for part in options.names)]
-    results, versions = {}, {}
+    about = provenance()
+    whole = not (options.images or options.first or options.radius or (about["commit"] or "+").endswith("+"))
+    kept = HERE.parent / "runs" / f"parity_attacks_{about['commit']}.json"
+    results = json.loads(kept.read_text()) if whole and kept.exists() else {}
     with tempfile.TemporaryDirectory() as folder, peer(options.peer_python) as process:
         for row in rows:
+            if names[row] in results:
+                continue
             n = min(row.images, options.images or row.images)
             row = row._replace(eps=options.radius or row.eps)
             files = written(Path(folder), options.first, n)
@@ -93,11 +99,14 @@ def main():
                 answer = json.loads(process.stdout.readline() or "null")
                 if answer is None:
                     raise SystemExit(f"the peer ended at {package} {row.attack}")
-                versions["torch"] = answer["torch"]
+                about["versions"]["torch"] = answer["torch"]
                 result[package] = {"robust": int(sum(answer["robust"])), "seconds": round(answer["seconds"], 1)}
             allowed = 5 * n // 1000 if n >= 1000 else 1
             result["agree"] = result["ours"]["robust"] <= min(result[p]["robust"] for p in row.peers) + allowed
-            results[f"{row.ball} {row.attack}"] = result
+            results[names[row]] = result
+            if whole:
+                kept.parent.mkdir(exist_ok=True)
+                write_text(kept, json.dumps(results, indent=1))
             numbers = "  ".join(
                 f"{who} {result[who]['robust']} ({result[who]['seconds']} s)" for who in ("ours", *row.peers)
             )
@@ -105,11 +114,9 @@ def main():
                 f"{row.ball:5}{row.attack:11}{row.eps:8}of {n}: {numbers}{'' if result['agree'] else '  WEAKER'}",
                 flush=True,
             )
-    about = provenance()
-    if options.names or options.images or options.first or options.radius or (about["commit"] or "+").endswith("+"):
+    if not whole or len(results) < len(ROWS):
         print("not written: that is for all rows and images, on a tree without changes", file=sys.stderr)
     else:
-        about["versions"] |= versions
         text = json.dumps({**about, "agree": all(row["agree"] for row in results.values()), "rows": results}, indent=1)
         write_text(HERE.parent / "results/parity_attacks.json", text + "\n")
     return 0 if all(row["agree"] for row in results.values()) else 1

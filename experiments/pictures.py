@@ -37,7 +37,7 @@ def section(name: str, runs: Path, count: int) -> str:
     maps, accuracy, methods = {}, [], []
     for arm_name, arm in study.arms.items():
         method = study.pictures or arm.explain
-        shown = setup.explain(driver.load(name, arm_name, 0, runs), methods=method, count=count)
+        (shown,) = setup.explain(driver.load(name, arm_name, 0, runs), methods=method, count=count).pages
         maps[arm_name] = next(iter(shown.maps.values()))
         values = driver.numbers(study, arm_name, map(driver.results.from_json, stored[arm_name]["0"]["rows"]))
         accuracy.append(f"{arm_name} {values['test | accuracy() | accuracy']:.3f}")

@@ -71,7 +71,7 @@ BATCH = {
 
 def make(call):
     """The value of a text, with every name that a config has."""
-    return build(call, TABLE, VALUES)
+    return build(call, TABLE, VALUES | {"references": OTHERS})
 
 
 def transformed(f):

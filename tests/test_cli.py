@@ -173,6 +173,43 @@ def test_explain_draws_a_split_and_a_folder(run, tmp_path):
         assert three.height > two.height and three.width < two.width, "one row a picture, one column a method"
 
 
+def test_explain_keeps_maps_names_what_it_cannot_read_and_overwrites_nothing(run, tmp_path, monkeypatch):
+    """Grey, RGBA, 16 bits, odd sizes, a broken file: all others are explained, on pages, and the exit code tells."""
+    workdir, _, _ = run
+    pictures = tmp_path / "bilder"
+    pictures.mkdir()
+    random = np.random.default_rng(0)
+    shapes = {"grey.png": (40, 60), "rgba.png": (33, 47, 4), "deep.png": (20, 31), "名前.png": (50, 20, 3)}
+    for name, shape in shapes.items():
+        kind = np.uint16 if name == "deep.png" else np.uint8
+        Image.fromarray(random.integers(0, 256, shape).astype(kind)).save(pictures / name)
+    (pictures / "broken.png").write_bytes((pictures / "grey.png").read_bytes()[:300])
+    monkeypatch.setattr("topgap_jax.setup.pictures.ROWS", 3)
+    words = ("--workdir", workdir, "--images", pictures, "--count", "all", "--target", "1", "--channels")
+    words += ("--methods", "cam(), smooth(gradient(reduce='sum'), samples=2)", "--save", tmp_path / "maps.npz")
+    code, out, err = topgap("explain", *words, "--out", tmp_path / "out", "--overlays", tmp_path / "single")
+    assert code == 1 and err.count("left out: ") == 1 and "broken.png" in err
+    sheets = [tmp_path / "out" / f"bilder_00{i}.png" for i in (1, 2)]
+    assert out.splitlines() == [
+        f"{sheets[0]}: 3 of 5 pictures", f"{sheets[1]}: 1 of 5 pictures", f"{tmp_path}/maps.npz: the maps of 4 pictures"
+    ]  # fmt: skip
+    assert len(list((tmp_path / "single").glob("*.png"))) == 8 and (tmp_path / "single" / "名前_cam.png").is_file()
+    with np.load(tmp_path / "maps.npz") as stored:
+        assert stored["cam()"].shape == (4, 8, 8) and sorted(stored["file"]) == sorted(shapes)
+        channels = stored["smooth(gradient(reduce='sum'), samples=2) | channels"]
+        np.testing.assert_allclose(
+            channels.sum(-1), stored["smooth(gradient(reduce='sum'), samples=2)"], rtol=1e-5, atol=1e-7
+        )
+        assert (stored["target"] == 1).all() and (stored["target_probability"] <= stored["probability"] + 1e-6).all()
+        assert len(stored["classes"]) == 6 and stored["id"].tolist() == [1, 2, 3, 4]
+    assert list(tmp_path.glob(".maps*")) == []
+    before = sheets[0].read_bytes()
+    code, out, _ = topgap("explain", *words[:8], "--methods", "cam()", "--out", tmp_path / "out")
+    assert sheets[0].read_bytes() == before and out.splitlines()[0].startswith(f"{tmp_path}/out/bilder_001-2.png")
+    code, _, err = topgap("explain", *words[:8], "--methods", "cam()", "--out", sheets[0])
+    assert code == 2 and "is there already" in err
+
+
 def test_layers_have_the_shapes_of_the_configs_image_size(run):
     code, out, _ = topgap("layers", "--config", TINY, "--config.image_size=(64, 48)")
     assert code == 0
@@ -377,7 +414,7 @@ def test_the_help_of_every_command(command, monkeypatch):
     options = {
         "train": "--no-evaluate",
         "evaluate": "--evaluators CALLS",
-        "explain": "--images DIR",
+        "explain": "--images PATH",
         "report": "--out FILE",
     }
     assert options.get(command, "") in text
@@ -436,6 +473,10 @@ MISTAKES = [
     ("explain --workdir {run} --images {new}", "pictures: there is no file or folder {new}"),
     ("explain --workdir {run} --images {data} --split test", "argument --split: not allowed with argument --images"),
     ("explain --workdir {run} --methods grad_cam('stage9')", "--methods: grad_cam('stage9'): no layer 'stage9'; layers: backbone/stem/conv, "),
+    ("explain --workdir {run} --target dsic", "--target: 'dsic' is no class; did you mean 'disc'? give a number, a class's name or runner_up"),
+    ("explain --workdir {run} --target 6", "--target 6: there are 6 classes, 0 to 5"),
+    ("explain --workdir {run} --channels", "--channels goes with --save FILE"),
+    ("explain --workdir {run} --methods cam() --count 1 --save maps.txt --out {new}", "--save maps.txt: maps are kept in an .npz file; name one, such as maps.npz"),
     ("explain --workdir {run} --count -1", "--count must be a whole number of at least 1, got -1"),
     ("explain --workdir {run} --methods cam() --count 1 --out {npz}", "cannot write in '{npz}': "),
     ("layers --config {config} --config.image_size=32", "--config.image_size: expected a tuple like (32, 32), got '32'"),

@@ -282,21 +282,23 @@ def test_errors():
         (
             lambda: explain.integrated(baseline=(0.1, 0.2))(KEYS, predict, IMAGES, LABELS),
             (
-                "integrated: baseline must be a number, one per channel or an array for images of shape (8, 6, 6, 3),"
+                "integrated: baseline must be 'mean', 'black', 'white', 'blur', 'noise', a number, one per channel or an"
+                " array for images of shape (8, 6, 6, 3),"
                 " got (0.1, 0.2)"
             ),
         ),
         (
-            lambda: explain.integrated(baseline="black")(KEYS, predict, IMAGES, LABELS),
+            lambda: explain.integrated(baseline="grey"),
             (
-                "integrated: baseline must be a number, one per channel or an array for images of shape (8, 6, 6, 3),"
-                " got 'black'"
+                "integrated: baseline must be 'mean', 'black', 'white', 'blur', 'noise', a number, one per channel or an"
+                " array, got 'grey'"
             ),
         ),
         (
             lambda: explain.integrated(baseline=np.zeros((5, 5)))(KEYS, predict, IMAGES, LABELS),
             (
-                "integrated: baseline must be a number, one per channel or an array for images of shape (8, 6, 6, 3),"
+                "integrated: baseline must be 'mean', 'black', 'white', 'blur', 'noise', a number, one per channel or an"
+                " array for images of shape (8, 6, 6, 3),"
                 " got an array of shape (5, 5)"
             ),
         ),

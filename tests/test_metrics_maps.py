@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import convolve, gaussian_filter
 
-from topgap_jax import metrics
+from topgap_jax import baselines, metrics
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
 from topgap_jax.metrics import perturbation, ranks
@@ -174,7 +174,7 @@ def test_cosine_of_small_and_of_empty_maps():
 
 def test_the_blur_has_the_worked_values():
     """guided_nonlinearity 11, T13."""
-    kernel = np.outer(perturbation.blur_kernel(), perturbation.blur_kernel())
+    kernel = np.outer(baselines.blur_kernel(), baselines.blur_kernel())
     assert kernel.sum() == pytest.approx(1) and kernel[5, 5] == pytest.approx(0.0088326, abs=1e-7)
     assert kernel[0, 0] == pytest.approx(0.0077366, abs=1e-7) and kernel[0, 5] == pytest.approx(0.00826649, abs=1e-7)
     pulse = np.zeros((11, 11))
@@ -185,9 +185,9 @@ def test_the_blur_has_the_worked_values():
 def test_blurred_equals_a_convolution():
     images = np.random.default_rng(0).uniform(size=(2, 14, 9, 3)).astype(np.float32)
     colour = np.float32([0.2, 0.4, 0.6])
-    kernel = np.outer(perturbation.blur_kernel(), perturbation.blur_kernel())[None, :, :, None]
+    kernel = np.outer(baselines.blur_kernel(), baselines.blur_kernel())[None, :, :, None]
     expected = colour + convolve(images - colour, kernel, mode="constant")
-    np.testing.assert_allclose(perturbation.blurred(jnp.asarray(images), colour), expected, atol=1e-5)
+    np.testing.assert_allclose(baselines.blurred(jnp.asarray(images), colour), expected, atol=1e-5)
 
 
 def test_areas_have_the_worked_values():
@@ -221,7 +221,7 @@ def test_deletion_and_insertion_equal_numpy(row):
     images = np.asarray(IMAGES)
     for i in range(2):
         if "insertion" in row:
-            other = np.asarray(perturbation.blurred(IMAGES, MEAN))[i]
+            other = np.asarray(baselines.blurred(IMAGES, MEAN))[i]
         else:
             other = np.broadcast_to([0.1, 0.2, 0.3] if "(.1" in row else MEAN, images[i].shape)
         order, scores = np.argsort(-maps[i].ravel()), []

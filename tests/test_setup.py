@@ -174,8 +174,10 @@ def store(path, variables, metadata):
 
 def test_pictures_of_a_split(run):
     loaded = setup.from_workdir(run[0])
-    shown = setup.explain(loaded, split="test[:10]", count=3)
-    assert shown.title == "test_10" and shown.heading == "test[:10]: checkpoint last, step 3" and shown.total == 10
+    explained = setup.explain(loaded, split="test[:10]", count=3)
+    assert explained.title == "test_10" and explained.heading == "test[:10]: checkpoint last, step 3"
+    assert (explained.count, explained.total, explained.signed) == (3, 10, ("cam()",))
+    (shown,) = explained.pages
     assert list(shown.maps) == ["cam()", "grad_cam('stage1')"]
     assert shown.images.shape == (3, 32, 32, 3) and shown.regions.shape == (3, 32, 32) and shown.boxes.shape == (3, 4)
     arrays = setup.read(loaded.experiment, "test")
@@ -191,6 +193,21 @@ def test_pictures_of_a_split(run):
         np.testing.assert_allclose(
             shown.maps["cam()"][row], (features @ kernel + bias)[0, ..., label], rtol=1e-4, atol=1e-5
         )
+
+
+def test_a_text_may_name_images_of_the_training_split(run):
+    """64 of them, evenly spaced; without a training split the text that names them is an error."""
+    loaded = setup.from_workdir(run[0])
+    (page,) = setup.explain(loaded, split="test[:2]", methods="expected_gradients(references, samples=2)").pages
+    (maps,) = page.maps.values()
+    assert maps.shape == (2, 32, 32) and np.abs(maps).max() > 0
+    images = assembly.context(loaded.experiment)["references"]()
+    train = setup.read(loaded.experiment, loaded.experiment.config.train)["image"]
+    due = train[np.linspace(0, len(train) - 1, min(64, len(train))).round().astype(int)]
+    np.testing.assert_array_equal(images, due.astype(np.float32) / 255)
+    empty = setup.from_workdir(run[0], [("train", "")])
+    text = error(setup.explain, empty, methods="expected_gradients(references)")
+    assert text == "references are images of the training split, and config.train names none"
 
 
 def test_mistakes(run, tmp_path):
@@ -318,7 +335,7 @@ def test_a_run_of_version_0_1_0(run, tmp_path):
     rows = setup.evaluate(loaded)
     assert [row.evaluator for row in rows] == ["accuracy()", "localisation(cam(), boxes=False)", "regions(fill=mean)"]
     assert setup.stored(loaded) == rows and "background_gap" in rows[2].measures and "centre_iou" in rows[1].measures
-    assert list(setup.explain(loaded, count=2).maps) == ["cam()", "grad_cam('stage1')"]
+    assert list(next(setup.explain(loaded, count=2).pages).maps) == ["cam()", "grad_cam('stage1')"]
     chosen = setup.experiment(workdir / "config.json")
     fit(chosen.config, workdir, parts=setup.parts(chosen), file=None, mesh=data_mesh(jax.devices()[:1]))
     assert set(json.loads((workdir / "config.json").read_text())["config"]) == {*setup.config.KEYS, "eps"}
@@ -451,8 +468,8 @@ def test_pictures_are_explained_without_the_data(colours_run, tmp_path):
     shutil.move(folder, away)
     try:
         loaded = setup.from_workdir(workdir)
-        pictures = setup.explain(loaded, images=str(away / "val" / "red"), count=2)
-        assert pictures.names == [("", "0.png: red"), ("", "2.png: red")]
+        (page,) = setup.explain(loaded, images=str(away / "val" / "red"), count=2).pages
+        assert page.names == [("", "0.png: red"), ("", "2.png: red")]
         assert setup.layers(loaded.experiment)[1] == "backbone/stage1"
         assert error(setup.evaluate, loaded).endswith("there is no such folder")
     finally:

@@ -7,24 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from topgap_jax.report.sheets import (
+from topgap_jax.report.letters import length, wrapped, write
+from topgap_jax.report.overlays import (
     LARGEST,
-    MARGIN,
     OUTLINE,
-    RIGHT,
     TRUE_BOX,
-    WRONG,
-    caption,
     cell_size,
+    colour_bar,
     enlarge,
-    field_figure,
-    field_picture,
+    limits,
     marked,
     overlay,
     rim,
-    sheet,
-    write,
 )
+from topgap_jax.report.sheets import MARGIN, RIGHT, WRONG, caption, field_figure, field_picture, sheet
 
 
 def colour(text):
@@ -164,3 +160,33 @@ def test_fields_are_shown_by_their_square_root(tmp_path):
     fields = {name: np.abs(maps(1, 32, 32)[0]) for name in ("centre", "corner", "a", "b", "c")}
     with Image.open(field_figure(tmp_path / "field.png", fields, title="Fields")) as picture:
         assert picture.width == 4 * 192 + 3 * 6 + 2 * MARGIN
+
+
+def test_zero_maps_say_so_and_signed_ones_are_red_above_and_blue_below():
+    image = np.full((32, 32, 3), 0.5, np.float32)
+    zero = overlay(image, np.zeros((4, 4)), (192, 192))
+    assert colour("#c9ced6") in pixels(zero) and colour("#1a1d21") in pixels(zero)
+    values = np.array([[-1.0, 0.0, 2.0]])
+    assert limits(values, True) == pytest.approx((-1.98, 1.98)) and limits(values, False) == pytest.approx((-1, 1.96))
+    sparse = np.zeros((40, 40))
+    sparse[3, 4] = 7
+    assert limits(sparse, False) == (0, 7) and limits(-sparse, True) == (-7, 7)
+    shown = np.asarray(overlay(image, np.repeat(values, 3, 0), (32, 96), signed=True), int)[16]
+    assert shown[10, 2] > shown[10, 0] and shown[90, 0] > shown[90, 2] + 50
+    assert np.ptp(shown[48]) < 8, "0 has no colour"
+    canvas = Image.new("RGB", (200, 20), "white")
+    colour_bar(ImageDraw.Draw(canvas), (0, 0), 200, values, True)
+    row = np.asarray(canvas, int)[7]
+    coloured = np.flatnonzero(np.ptp(row, 1) > 100)
+    assert row[coloured[0], 2] > row[coloured[0], 0] and row[coloured[-1], 0] > row[coloured[-1], 2]
+
+
+def test_long_names_of_methods_stand_in_lines_and_any_letter_is_written():
+    text = "integrated(steps=64, rules=guided, baseline='blur')"
+    lines = wrapped(text, 150, 13)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "") and len(lines) > 1
+    assert all(length(line, 13) <= 150 for line in lines) and wrapped("", 10, 13) == [""]
+    assert wrapped("x" * 40, 60, 13)[0] == "x" * len(wrapped("x" * 40, 60, 13)[0])
+    canvas = Image.new("RGB", (400, 24), "white")
+    used = write(ImageDraw.Draw(canvas), (0, 0), "猫 кот γάτα", 400)
+    assert used > 60 and (np.asarray(canvas)[:, :20] < 128).any()

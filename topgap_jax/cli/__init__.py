@@ -22,8 +22,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 when done, 1 where numbers are not confirmed, 2 for a user's mistake, 130 or 143 when stopped
-    by a signal."""
+    """Run one command; 0 when done, 1 where numbers are not confirmed or some pictures not readable, 2 for a user's
+    mistake, 130 or 143 when stopped by a signal."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal or pipe that cannot show a letter gets a ? in its place
             stream.reconfigure(errors="replace")
@@ -201,19 +201,29 @@ def _evaluate(arguments, overrides):
 
 def _explain(arguments, overrides):
     from topgap_jax import setup
-    from topgap_jax.report.sheets import sheet
+    from topgap_jax.report.sheets import draw
 
+    if arguments.channels and not arguments.save:
+        raise UserError("--channels goes with --save FILE")
     loaded = _loaded(arguments, overrides)
-    pictures = setup.explain(
-        loaded, images=arguments.images, split=arguments.split, methods=arguments.methods, count=arguments.count
+    explained = setup.explain(
+        loaded,
+        images=arguments.images,
+        split=arguments.split,
+        methods=arguments.methods,
+        count=arguments.count,
+        target=arguments.target,
+        channels=arguments.channels,
     )
     out = Path(arguments.out or (Path(arguments.workdir, "sheets") if arguments.workdir else "sheets"))
-    try:
-        path = sheet(out / f"{pictures.title}.png", pictures.images, names=pictures.names, maps=pictures.maps,
-                     boxes=pictures.boxes, regions=pictures.regions, title=pictures.heading)  # fmt: skip
-    except OSError as error:
-        raise UserError(f"cannot write in '{out}': {error.strerror}") from None
-    print(f"{path}: {len(pictures.images)} of {pictures.total} pictures")
+    pages = setup.saved(arguments.save, explained) if arguments.save else explained.pages
+    number = 0
+    for path, page in draw(out, explained, pages, overlays=arguments.overlays):
+        number += len(page.ids)
+        print(f"{path}: {len(page.ids)} of {explained.total} pictures")
+    if arguments.save:
+        print(f"{arguments.save}: the maps of {number} pictures")
+    return 1 if explained.unreadable else 0
 
 
 def _layers(arguments, overrides):

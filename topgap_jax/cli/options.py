@@ -63,11 +63,28 @@ def add_evaluate(parser):
 def add_explain(parser):
     add_model(parser)
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--images", type=_path, metavar="DIR", help="a folder of your own pictures, or one picture")
+    group.add_argument("--images", type=_path, metavar="PATH", help="a folder of your own pictures, or one picture")
     group.add_argument("--split", metavar="NAME", help="(default: the first of config.test)")
     parser.add_argument("--methods", metavar="CALLS", help="separated by commas (default: config.explain)")
-    parser.add_argument("--count", type=int, default=12, metavar="N", help="pictures, evenly spaced (default: 12)")
-    parser.add_argument("--out", type=_path, metavar="DIR", help="(default: sheets/, of a run in its folder)")
+    parser.add_argument(
+        "--count", type=_number_or_all, default=12, metavar="N", help="pictures, evenly spaced, or all (default: 12)"
+    )
+    parser.add_argument(
+        "--target",
+        metavar="CLASS",
+        help="the class to explain, by number or name, or runner_up (default: the prediction)",
+    )
+    parser.add_argument(
+        "--out", type=_path, metavar="PATH", help="a folder or a .png file (default: sheets/, of a run in its folder)"
+    )
+    parser.add_argument("--overlays", type=_path, metavar="DIR", help="write every map over its picture as a file too")
+    parser.add_argument("--save", type=_path, metavar="FILE", help="keep the maps in an .npz file")
+    parser.add_argument("--channels", action="store_true", help="with --save: the values of every channel too")
+
+
+def _number_or_all(text):
+    """None stands for all."""
+    return None if text == "all" else int(text)
 
 
 def add_runs(parser):

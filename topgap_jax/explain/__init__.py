@@ -1,8 +1,17 @@
 """Explanations: where the network looks, as functions (keys, predict, images, labels) -> maps (b, h', w')."""
 
 from topgap_jax.build import merged
-from topgap_jax.explain import cam, field, gradient, masks, perturbation, surrogate
+from topgap_jax.explain import cam, combine, field, gradient, masks, perturbation, surrogate, taylor
 from topgap_jax.explain.field import fields, theoretical_fields
 
-TABLE = merged(cam.TABLE, field.TABLE, gradient.TABLE, masks.TABLE, perturbation.TABLE, surrogate.TABLE)
+TABLE = merged(
+    cam.TABLE,
+    gradient.TABLE,
+    taylor.TABLE,
+    perturbation.TABLE,
+    masks.TABLE,
+    surrogate.TABLE,
+    combine.TABLE,
+    field.TABLE,
+)
 globals().update(TABLE)  # the methods, also where a file has the name of one

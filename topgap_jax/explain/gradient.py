@@ -1,22 +1,20 @@
-"""Explanations from the gradient with respect to the pixels: `gradient`, `integrated` along a path, `smooth` over
-noise."""
+"""Explanations from the gradient with respect to the pixels: at the image, and along paths from baselines."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from topgap_jax.baselines import Baseline, baseline_images, check_baseline
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.keys import fold_in, split
-from topgap_jax.rewrite import with_rules, zero_images
+from topgap_jax.rewrite import with_rules
 from topgap_jax.rewrite.rules import checked
 from topgap_jax.rewrite.speed import sum_over
 from topgap_jax.scores import logit
-from topgap_jax.types import Array, Cost, Explain, Rules
+from topgap_jax.types import Array, Cost, Explain, Rules, Score
 
 REDUCTIONS: dict[str, tuple[Callable[[Array], Array], str | None]] = {
     "max_abs": (lambda values: jnp.abs(values).max(-1), None),
@@ -29,88 +27,120 @@ REDUCTIONS: dict[str, tuple[Callable[[Array], Array], str | None]] = {
 |sum|."""
 
 
-def gradient(*, rules: Rules | None = None, reduce: str = "max_abs") -> Explain:
-    """max over channels of |d z_y / d x|, maps (b, h, w) (Simonyan et al. 2014, arXiv 1312.6034).
+def gradient(*, score: Score = logit, rules: Rules | None = None, reduce: str = "max_abs") -> Explain:
+    """max over channels of |d s / d x|, maps (b, h, w), s the score, z_y by default (Simonyan et al. 2014, arXiv
+    1312.6034).
 
     `rules` change the backward pass: `gradient(rules=guided_backprop)` is guided backprop. `reduce`, how channels
-    become one map: "max_abs", "sum" (signed), "sum_abs" (|sum|), "abs_sum" (sum of |.|) or "sum_relu". With backward
-    rules a map is the gradient of no function and has no derivative.
+    become one map: "max_abs", "sum" (signed), "sum_abs" (|sum|), "abs_sum" (sum of |.|) or "sum_relu"; the values of
+    every channel are the explanation's `pixels`. With backward rules a map is the gradient of no function and has no
+    derivative.
     """
     checked(rules)
 
     def pixels(keys, predict, images, labels):
-        return _gradient(_ruled(predict, rules), images, labels)
+        return input_gradient(_ruled(predict, rules), images, labels, score)
 
-    return _explanation(pixels, reduce, 1, rules)
+    return pixel_explanation(pixels, reduce, Cost(0, 1), rules)
+
+
+def input_x_gradient(
+    *, baseline: Baseline = "black", score: Score = logit, rules: Rules | None = None, reduce: str = "sum"
+) -> Explain:
+    """Sum over channels of (x - x') d s / d x, signed maps (b, h, w): the first-order part of s(x) - s(x') (Shrikumar
+    et al. 2016, arXiv 1605.01713).
+
+    Baseline x' as of `integrated`: "black" gives x times gradient, "mean" that of the normalised image.
+    """
+    checked(rules)
+    check_baseline("input_x_gradient: baseline", baseline)
+
+    def pixels(keys, predict, images, labels):
+        start = baseline_images("input_x_gradient: baseline", baseline, predict, images, keys)
+        return (images - start) * input_gradient(_ruled(predict, rules), images, labels, score)
+
+    return pixel_explanation(pixels, reduce, Cost(0, 1), rules)
 
 
 def integrated(
     *,
     steps: int = 50,
     rule: str = "gausslegendre",
-    baseline: float | Sequence[float] | Array | None = None,
+    baseline: Baseline = "mean",
+    score: Score = logit,
     rules: Rules | None = None,
     multiply_by_inputs: bool = True,
     reduce: str = "sum_abs",
 ) -> Explain:
-    """Integrated gradients: |sum over channels of (x - x') mean over t of d z_y / d x at x' + t (x - x')|, maps (b, h,
+    """Integrated gradients: |sum over channels of (x - x') mean over t of d s / d x at x' + t (x - x')|, maps (b, h,
     w).
 
-    Sundararajan et al. 2017, arXiv 1703.01365. With `rules=guided` it is integrated gradients with guided non-linearity
-    (Kwon et al., ICPR 2020), whose `max_pool` rule is open in that paper: `guided_upsampled` is the official code's.
-    Signed maps (`reduce="sum"`) of the plain method add up to z_y(x) - z_y(x'), up to the quadrature; those under
-    backward rules do not.
+    Sundararajan et al. 2017, arXiv 1703.01365; s is the score, z_y by default. With `rules=guided` it is integrated
+    gradients with guided non-linearity (Kwon et al., ICPR 2020), whose `max_pool` rule is open in that paper:
+    `guided_upsampled` is the official code's. Signed maps (`reduce="sum"`) of the plain method add up to s(x) - s(x'),
+    up to the quadrature; those under backward rules do not.
 
     rule: "gausslegendre", "riemann_right", "riemann_middle" or "riemann_trapezoid" (weights 1 / (steps - 1), halved at
     the ends). A ReLU network's gradient jumps along the path, so that no rule converges faster than the jumps allow.
-    baseline x': a number, one per channel, or an array that broadcasts to the images; by default what the network's
-    normalisation maps to zero, the mean of (x - mean) / std (`rewrite.zero_images`; a network without normalisation:
-    black). multiply_by_inputs: False leaves the factor (x - x') out. reduce: as in `gradient`.
+    baseline x': "mean" (what the network's normalisation maps to zero), "black", "white", "blur" (11x11 Gaussian),
+    "noise" (uniform, the example's own), a number, one per channel, or an array that broadcasts to the images.
+    multiply_by_inputs: False leaves the factor (x - x') out. reduce: as in `gradient`.
 
     The steps run one after another, so that memory is that of one gradient. Compiled anew by each eager call: use
     `jax.jit`.
     """
     checked(rules)
+    check_baseline("integrated: baseline", baseline)
     nodes, weights = quadrature(rule, steps)
 
     def pixels(keys, predict, images, labels):
-        start = zero_images(predict, images) if baseline is None else _broadcast(baseline, images)
+        start = baseline_images("integrated: baseline", baseline, predict, images, keys)
         f = _ruled(predict, rules)
-        at = lambda node, weight: weight * _gradient(f, start + node * (images - start), labels)
+        at = lambda node, weight: weight * input_gradient(f, start + node * (images - start), labels, score)
         mean = sum_over(at, (nodes, weights), images)
         return (images - start) * mean if multiply_by_inputs else mean
 
-    return _explanation(pixels, reduce, steps, rules)
+    return pixel_explanation(pixels, reduce, Cost(0, steps), rules)
 
 
-def smooth(explain: Explain, *, samples: int = 32, sigma: float = 0.15) -> Explain:
-    """Mean of an explanation over images with Gaussian noise (SmoothGrad, Smilkov et al. 2017, arXiv 1706.03825).
+def expected_gradients(references: Array, *, samples: int = 64, score: Score = logit, reduce: str = "sum") -> Explain:
+    """Mean over references x' and t ~ U(0, 1) of (x - x') d s / d x at x' + t (x - x'), signed maps (b, h, w) (Erion et
+    al. 2019, arXiv 1906.10670; GradientShap without noise).
 
-    sigma is in units of each image's own range, max - min; the noisy images are not clipped to [0, 1].
-    `smooth(gradient())` and `smooth(integrated())` average the signed values of every channel and reduce them after
-    that. The samples run one after another. Noise comes from the example's own key.
+    references (n, h, w, c) in [0, 1]: images that stand for "nothing in particular", such as training images; in a
+    config `references` names 64 of them. Each example draws its own, from its own key: sample m of `samples` has t = (m
+    + u) / samples, u uniform. The maps add up to about s(x) - mean of s(x').
     """
-    Explain.single("smooth", explain)
     check_number("samples", samples, 1, whole=True)
-    check_number("sigma", sigma, 0)
-    one = explain.pixels or explain.maps
+    if getattr(references, "ndim", 0) != 4 or len(references) == 0:
+        raise UserError(
+            "expected_gradients: references must be an array (n, h, w, c) of images in [0, 1], got "
+            + (f"shape {references.shape}" if hasattr(references, "shape") else repr(references))
+        )
 
-    def mean(keys, predict, images, labels):
-        spread = sigma * jnp.ptp(images, (1, 2, 3), keepdims=True)
+    def pixels(keys, predict, images, labels):
+        if references.shape[1:] != images.shape[1:]:
+            raise UserError(
+                f"expected_gradients: references of shape {references.shape[1:]} do not fit images of shape "
+                f"{images.shape[1:]}"
+            )
+        stored = jnp.asarray(references, images.dtype)
 
         def at(sample):
-            noise_keys, map_keys = split(fold_in(keys, sample))
-            noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(noise_keys)
-            return one(map_keys, predict, images + spread * noise, labels) / samples
+            which, where = split(fold_in(keys, sample))
+            start = stored[jax.vmap(lambda key: jax.random.randint(key, (), 0, len(stored)))(which)]
+            t = (sample + jax.vmap(lambda key: jax.random.uniform(key, ()))(where)) / samples
+            return path_gradient(predict, start, t, images, labels, score) / samples
 
         return sum_over(at, (np.arange(samples),), images)
 
-    if explain.pixels is None:
-        maps, pixels = mean, None
-    else:
-        maps, pixels = (lambda *arguments: explain.reduce(mean(*arguments))), mean
-    cost = lambda predict, images: samples * explain.cost(predict, images)
-    return dataclasses.replace(explain, maps=maps, pixels=pixels, cost=cost)
+    return pixel_explanation(pixels, reduce, Cost(0, samples))
+
+
+def path_gradient(predict, start: Array, t: Array, images: Array, labels: Array, score: Score = logit) -> Array:
+    """(x - x') d s / d x at x' + t (x - x'), (b, h, w, c); x' `start` (b, h, w, c), t (b,)."""
+    difference = images - start
+    return difference * input_gradient(predict, start + t[:, None, None, None] * difference, labels, score)
 
 
 def quadrature(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,14 +164,14 @@ def quadrature(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     return np.float32(nodes), np.float32(weights)
 
 
-def _explanation(pixels: Callable, reduce: str, gradients: int, rules: Rules | None) -> Explain:
+def pixel_explanation(pixels: Callable, reduce: str, cost: Cost, rules: Rules | None = None) -> Explain:
     """The explanation whose maps are the reduced values (b, h, w, c) of `pixels`."""
     if reduce not in REDUCTIONS:
         raise UserError(f"reduce must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduce!r}")
     to_map, signed = REDUCTIONS[reduce]
     return Explain(
         maps=lambda *arguments: to_map(pixels(*arguments)),
-        cost=lambda predict, images: Cost(0, gradients),
+        cost=lambda predict, images: cost,
         pixels=pixels,
         reduce=to_map,
         signed=signed,
@@ -149,25 +179,13 @@ def _explanation(pixels: Callable, reduce: str, gradients: int, rules: Rules | N
     )
 
 
+def input_gradient(f: Callable, images: Array, labels: Array, score: Score = logit) -> Array:
+    """d s / d x, (b, h, w, c). The sum over the batch is of examples that do not see each other."""
+    return jax.grad(lambda points: score(f(points), labels).sum())(images)
+
+
 def _ruled(predict, rules):
     return with_rules(predict, **rules) if rules else predict
 
 
-def _gradient(f: Callable, images: Array, labels: Array) -> Array:
-    """d z_y / d x, (b, h, w, c). The sum over the batch is of examples that do not see each other."""
-    return jax.grad(lambda points: logit(f(points), labels).sum())(images)
-
-
-def _broadcast(baseline: Any, images: Array) -> Array:
-    try:
-        return jnp.broadcast_to(jnp.asarray(baseline, images.dtype), images.shape)
-    except (TypeError, ValueError):
-        shape = getattr(baseline, "shape", None)
-        what = f"an array of shape {shape}" if shape is not None else repr(baseline)
-        raise UserError(
-            f"integrated: baseline must be a number, one per channel or an array for images of shape {images.shape},"
-            f" got {what}"
-        ) from None
-
-
-TABLE = table(gradient, integrated, smooth)
+TABLE = table(gradient, input_x_gradient, integrated, expected_gradients)

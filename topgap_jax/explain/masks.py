@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from topgap_jax.baselines import Baseline, baseline_images, check_baseline
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.explain.masking import Segments, check_chunk, checked_segments, mixed, paint, segment_ids, sum_of
 from topgap_jax.keys import fold_in, split
-from topgap_jax.rewrite.substrates import Substrate, checked_substrate, substrate_images
 from topgap_jax.scores import probability
 from topgap_jax.types import Array, Cost, Explain, Keys, Score
 
@@ -26,7 +26,7 @@ def rise(
     cells: int = 7,
     p: float = 0.5,
     debias: bool = False,
-    baseline: Substrate = "mean",
+    baseline: Baseline = "mean",
     score: Score = probability,
     chunk: int | None = None,
 ) -> Explain:
@@ -48,10 +48,10 @@ def rise(
     if p in (0, 1):
         raise UserError(f"rise: p must lie between 0 and 1, got {p}: masks that are all alike tell nothing")
     check_chunk(chunk)
-    baseline = checked_substrate("rise", baseline, "baseline")
+    check_baseline("rise: baseline", baseline)
 
     def maps(keys, predict, images, labels):
-        other, size = substrate_images("rise", baseline, predict, images, "baseline"), images.shape[1:3]
+        other, size = baseline_images("rise: baseline", baseline, predict, images, keys), images.shape[1:3]
 
         def one(index):
             mask = _smooth_masks(*_grids(fold_in(keys, index), cells, p, size), size)
@@ -67,7 +67,7 @@ def mfpp(
     *segments: Segments,
     masks: int = 20000,
     p: float = 0.5,
-    baseline: Substrate = "mean",
+    baseline: Baseline = "mean",
     score: Score = probability,
     chunk: int | None = None,
 ) -> Explain:
@@ -84,12 +84,12 @@ def mfpp(
     check_number("masks", masks, 1, whole=True)
     check_number("p", p, 0, 1)
     check_chunk(chunk)
-    baseline = checked_substrate("mfpp", baseline, "baseline")
+    check_baseline("mfpp: baseline", baseline)
     levels = [checked_segments("mfpp", level) for level in segments or (7, 10, 14, 20, 28)]
     most = max(count for _, count in levels)
 
     def maps(keys, predict, images, labels):
-        other = substrate_images("mfpp", baseline, predict, images, "baseline")
+        other = baseline_images("mfpp: baseline", baseline, predict, images, keys)
         ids = [segment_ids("mfpp", level, images) for level, _ in levels]
         b = max(map(len, ids))
         ids = jnp.stack([jnp.broadcast_to(level, (b, *level.shape[1:])) for level in ids])

@@ -4,6 +4,7 @@ segments."""
 import jax.numpy as jnp
 import numpy as np
 
+from topgap_jax.baselines import Baseline, baseline_images, check_baseline
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.explain.masking import (
@@ -14,7 +15,6 @@ from topgap_jax.explain.masking import (
     paint,
     segment_ids,
 )
-from topgap_jax.rewrite.substrates import Substrate, checked_substrate, substrate_images
 from topgap_jax.scores import logit
 from topgap_jax.types import Cost, Explain, Score
 
@@ -25,7 +25,7 @@ def occlusion(
     *,
     window: int | tuple[int, int] | None = None,
     stride: int | tuple[int, int] | None = None,
-    baseline: Substrate = "mean",
+    baseline: Baseline = "mean",
     score: Score = logit,
     chunk: int | None = None,
 ) -> Explain:
@@ -34,12 +34,13 @@ def occlusion(
     Zeiler & Fergus 2014, arXiv 1311.2901, as captum has it: windows start every `stride` pixels, ceil((size - window) /
     stride) + 1 of them along an axis, the last one cut at the border; each window hides every channel. window, stride:
     pixels, or (rows, columns); by default an eighth of each side, and half of the window. baseline: what a window shows
-    instead, "mean" (what the network's normalisation maps to zero), "blur", a colour (0: black) or a picture. chunk:
+    instead, "mean" (what the network's normalisation maps to zero), "black", "blur" or another of `baselines.NAMES`, a
+    colour, or a picture. chunk:
     copies of each image evaluated at a time, which changes memory and speed only; by default so many that 32 images
     are. One forward pass a window, and one more.
     """
     check_chunk(chunk)
-    baseline = checked_substrate("occlusion", baseline, "baseline")
+    check_baseline("occlusion: baseline", baseline)
     window, stride = _pair("window", window), _pair("stride", stride)
 
     def axes(images):
@@ -63,7 +64,7 @@ def occlusion(
         places = np.stack(np.meshgrid(range(len(rows)), range(len(columns)), indexing="ij"), -1).reshape(-1, 2)
         rows, columns = jnp.asarray(rows), jnp.asarray(columns)
         places = np.concatenate([places, [[-1, -1]]])  # nothing hidden, last
-        other = substrate_images("occlusion", baseline, predict, images, "baseline")
+        other = baseline_images("occlusion: baseline", baseline, predict, images, keys)
         keep = lambda place: ~(rows[place[0], :, None] & columns[place[1]] & (place[0] >= 0))[None]
         scores = masked_scores(keep, (places,), predict, score, images, labels, other, chunk)
         drops = (scores[-1] - scores[:-1]).T.reshape(-1, len(rows), len(columns))
@@ -79,7 +80,7 @@ def occlusion(
 
 
 def feature_ablation(
-    segments: Segments = 7, *, baseline: Substrate = "mean", score: Score = logit, chunk: int | None = None
+    segments: Segments = 7, *, baseline: Baseline = "mean", score: Score = logit, chunk: int | None = None
 ) -> Explain:
     """s(x) - s(x with the pixel's segment replaced), maps (b, h, w), signed; captum's FeatureAblation.
 
@@ -88,12 +89,12 @@ def feature_ablation(
     number. baseline, chunk: as in `occlusion`. One forward pass a segment, and one more.
     """
     check_chunk(chunk)
-    baseline = checked_substrate("feature_ablation", baseline, "baseline")
+    check_baseline("feature_ablation: baseline", baseline)
     segments, count = checked_segments("feature_ablation", segments)
 
     def maps(keys, predict, images, labels):
         ids = segment_ids("feature_ablation", segments, images)
-        other = substrate_images("feature_ablation", baseline, predict, images, "baseline")
+        other = baseline_images("feature_ablation: baseline", baseline, predict, images, keys)
         hidden = np.append(np.arange(count), -1)  # nothing hidden, last
         scores = masked_scores(lambda i: ids != i, (hidden,), predict, score, images, labels, other, chunk)
         return paint((scores[-1] - scores[:-1]).T, ids)

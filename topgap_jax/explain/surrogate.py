@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from topgap_jax.baselines import Baseline, baseline_images, check_baseline
 from topgap_jax.build import check_number, table
 from topgap_jax.explain.masking import Segments, check_chunk, checked_segments, mixed, paint, segment_ids, sum_of
 from topgap_jax.keys import fold_in
-from topgap_jax.rewrite.substrates import Substrate, checked_substrate, substrate_images
 from topgap_jax.scores import probability
 from topgap_jax.types import Array, Cost, Explain, Score
 
@@ -17,7 +17,7 @@ def lime(
     samples: int = 1000,
     width: float = 0.25,
     penalty: float = 1.0,
-    baseline: Substrate = "segment",
+    baseline: Baseline = "segment",
     score: Score = probability,
     chunk: int | None = None,
 ) -> Explain:
@@ -36,13 +36,17 @@ def lime(
     check_number("width", width, 1e-3)
     check_number("penalty", penalty, 0)
     check_chunk(chunk)
-    own = isinstance(baseline, str) and baseline == "segment"
-    baseline = baseline if own else checked_substrate("lime", baseline, "baseline")
+    of_segments = isinstance(baseline, str) and baseline == "segment"
+    if not of_segments:
+        check_baseline("lime: baseline", baseline)
     segments, count = checked_segments("lime", segments)
 
     def maps(keys, predict, images, labels):
         ids = segment_ids("lime", segments, images)
-        other = _means(images, ids, count) if own else substrate_images("lime", baseline, predict, images, "baseline")
+        if of_segments:
+            other = _means(images, ids, count)
+        else:
+            other = baseline_images("lime: baseline", baseline, predict, images, keys)
 
         def one(index):
             drawn = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (count,)))(fold_in(keys, index))

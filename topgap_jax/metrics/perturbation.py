@@ -9,16 +9,13 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy  # scipy.ndimage is imported when it is first used
 
+from topgap_jax.baselines import blurred
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite import zero_images
 from topgap_jax.rewrite.speed import map_over
 from topgap_jax.types import Array, Cost, Curve, Measure, Metric
-
-BLUR, SIGMA = 11, 5.0
-
 
 Substrate: TypeAlias = str | float | tuple[float, ...] | Array
 
@@ -52,21 +49,6 @@ def area_under(scores: Array) -> Array:
     0.3125
     """
     return (scores.sum(0) - scores[0] / 2 - scores[-1] / 2) / (len(scores) - 1)
-
-
-def blur_kernel() -> np.ndarray:
-    """The 11 weights of the blur along one axis: a unit pulse under SciPy's Gaussian, whose reflecting border folds the
-    tails back (RISE's kernel is their outer product: nearly flat, sum 1)."""
-    pulse = np.zeros(BLUR)
-    pulse[BLUR // 2] = 1
-    return scipy.ndimage.gaussian_filter1d(pulse, SIGMA)
-
-
-def blurred(images: Array, outside: float | Array = 0.0) -> Array:
-    """Images (b, h, w, c) under the 11x11 blur, with the colour `outside` beyond their edges."""
-    h, w = images.shape[1:3]
-    # As two products of matrices: a grouped convolution is slow on a CPU.
-    return outside + jnp.einsum("ih,bhwc,jw->bijc", _band(h), images - outside, _band(w))
 
 
 def _changed(name, steps, substrate, better, change) -> Metric:
@@ -127,12 +109,6 @@ def _substrate(name, substrate, predict, images):
             ) from None
     zero = zero_images(predict, images)
     return zero if substrate == "mean" else blurred(images, zero)
-
-
-def _band(n):
-    """(n, n): row i holds the kernel around i, cut at the ends."""
-    kernel = blur_kernel()
-    return jnp.asarray(sum(weight * np.eye(n, k=i - BLUR // 2) for i, weight in enumerate(kernel)), jnp.float32)
 
 
 TABLE = table(deletion, insertion)

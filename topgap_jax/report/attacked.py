@@ -8,7 +8,9 @@ from zipfile import BadZipFile
 import numpy as np
 from PIL import Image, ImageDraw
 
-from topgap_jax.report.sheets import GAP, MARGIN, MUTED, PAPER, RIGHT, WRONG, cell_size, enlarge, write
+from topgap_jax.report.letters import write
+from topgap_jax.report.overlays import MUTED, cell_size, enlarge
+from topgap_jax.report.sheets import GAP, MARGIN, PAPER, RIGHT, WRONG
 
 SHOWN = 6  # examples in a picture
 MAGNIFIED = 10

@@ -5,9 +5,9 @@ import importlib
 ROOMS = {
     "assembly": ("Experiment", "experiment", "read"),
     "commands": (
-        "Loaded", "Pictures", "evaluate", "explain", "from_config", "from_workdir", "layers", "parts", "restored",
-        "stored",
+        "Loaded", "evaluate", "from_config", "from_workdir", "layers", "parts", "restored", "stored",
     ),
+    "pictures": ("Explained", "Page", "explain", "saved"),
     "checks": (),
     "config": (),
     "expressions": (),

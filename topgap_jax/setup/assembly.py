@@ -23,6 +23,7 @@ from topgap_jax.setup import config as configs
 from topgap_jax.setup import expressions
 from topgap_jax.types import Model, Table, Variables
 
+REFERENCES = 64  # training images that stand for "nothing in particular", `expected_gradients(references)`
 RESIDENT_BYTES = 2 * 2**30  # decoded splits up to this size live on the device, larger ones stream
 
 
@@ -72,9 +73,22 @@ def assemble(loaded: configs.Loaded, learnt: Data | None = None) -> Experiment:
     return Experiment(config, methods, loaded.file, loaded.stated, source, classes, model, {}, steps)
 
 
-def context(chosen: Experiment) -> dict[str, int]:
-    """What the texts of a config may name beside its keys: the number of classes, the training steps in all."""
-    return {"classes": len(chosen.classes), "total_steps": chosen.total_steps}
+def context(chosen: Experiment) -> dict[str, Any]:
+    """What the texts of a config may name beside its keys: the number of classes, the training steps in all, and
+    `references`, 64 training images."""
+    references = functools.partial(_references, chosen)
+    return {"classes": len(chosen.classes), "total_steps": chosen.total_steps, "references": references}
+
+
+def _references(chosen: Experiment) -> np.ndarray:
+    """64 evenly spaced images of the training split (n, h, w, c) in [0, 1]."""
+    config = chosen.config
+    if not config.train:
+        raise UserError("references are images of the training split, and config.train names none")
+    source = chosen.source(config.train)
+    ids = np.unique(np.linspace(0, len(source) - 1, min(REFERENCES, len(source))).round().astype(int))
+    images = [data.decode(source, int(index), config.image_size, config.resize)["image"] for index in ids]
+    return np.stack(images).astype(np.float32) / 255
 
 
 def total_steps(config: ConfigDict, examples: int) -> int:

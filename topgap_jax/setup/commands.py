@@ -1,19 +1,15 @@
 """What the commands do with an experiment: parts for `fit`, a model with its weights, evaluation, pictures, layers."""
 
 import functools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from topgap_jax import data, rewrite
-from topgap_jax.build import check_number
+from topgap_jax import rewrite
 from topgap_jax.errors import UserError
-from topgap_jax.keys import example_keys
 from topgap_jax.measure import results
 from topgap_jax.measure.adversarial import slug
 from topgap_jax.measure.evaluate import evaluate as run_evaluators
@@ -30,7 +26,6 @@ from topgap_jax.setup.assembly import (
     Experiment,
     assemble,
     context,
-    first,
     init,
     open_split,
     sample,
@@ -58,22 +53,6 @@ class Loaded(NamedTuple):
     changes: tuple[tuple[str, str], ...] = ()
 
 
-class Pictures(NamedTuple):
-    """What a sheet shows: images (n, h, w, 3) in [0, 1], (true, predicted) names, maps, boxes and regions or None.
-
-    title is fit for a file name; total: how many pictures there were to choose the n from.
-    """
-
-    title: str
-    heading: str
-    images: np.ndarray
-    names: list[tuple[str, str]]
-    maps: dict[str, np.ndarray]
-    boxes: np.ndarray | None
-    regions: np.ndarray | None
-    total: int
-
-
 def parts(chosen: Experiment, workdir: str | Path | None = None) -> Parts:
     """What `fit` needs: data read (small sets) or opened (large ones), objective, augmentation and optimiser built.
 
@@ -95,7 +74,7 @@ def parts(chosen: Experiment, workdir: str | Path | None = None) -> Parts:
     checks.model(chosen)
     checks.optimizer(chosen, build["optimizer"])
     _checked_evaluators(chosen, expressions.split_list(config.test), None)
-    _checked_explanations(chosen, None)
+    checked_explanations(chosen, None)
     goes_on = workdir is not None and checkpoint.latest_step(Path(workdir)) is not None
     image_shape = (*config.image_size, 3)
     return Parts(
@@ -245,44 +224,6 @@ def stored(loaded: Loaded) -> list[Row] | None:
     return [by_key[key] for key in keys] if all(key in by_key for key in keys) else None
 
 
-def explain(
-    loaded: Loaded, *, images: str | None = None, split: str | None = None, methods: str | None = None, count: int = 12
-) -> Pictures:
-    """Maps of the predicted class for `count` pictures, evenly spaced in a split or in a user's folder."""
-    check_number("--count", count, 1, whole=True)
-    chosen, config = loaded.experiment, loaded.experiment.config
-    if not expressions.split_list(config.explain if methods is None else methods):
-        raise UserError("nothing to explain with: neither config.explain nor --methods names an explanation")
-    split = split or first(config.test)
-    source = data.pictures(images) if images else chosen.source(split)
-    checks.model(chosen)
-    explanations = _checked_explanations(chosen, methods)
-    ids = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(np.int32))
-    records = [data.decode(source, int(i), config.image_size, config.resize) for i in ids]
-    pictures = np.stack([record["image"] for record in records]).astype(np.float32) / 255
-
-    @jax.jit
-    @rewrite.fused
-    def compute(variables, pictures):
-        predict, keys = bind(chosen.model, variables), example_keys(jax.random.key(config.seed), ids)
-        predicted = predict(pictures).argmax(-1).astype(jnp.int32)
-        return predicted, {name: method(keys, predict, pictures, predicted) for name, method in explanations.items()}
-
-    predicted, maps = jax.device_get(compute(loaded.variables, pictures))
-    stacked = lambda key: np.stack([record[key] for record in records]) if key in records[0] else None
-    title = Path(images).resolve().name if images else split
-    return Pictures(
-        title=re.sub(r"[^\w.-]+", "_", title).strip("_"),
-        heading=f"{title}: {loaded.weights}",
-        images=pictures,
-        names=[_names(chosen, record, int(label)) for record, label in zip(records, predicted)],
-        maps={name: maps[name] for name in explanations},  # in the order asked for: jit sorts the keys of a dict
-        boxes=stacked("box"),
-        regions=stacked("region"),
-        total=len(source),
-    )
-
-
 def layers(chosen: Experiment) -> tuple[list[rewrite.Layer], str | None]:
     """The layers of the model for an image of the config's size, and the name of Grad-CAM's default one or None."""
     found = []
@@ -301,13 +242,6 @@ def layers(chosen: Experiment) -> tuple[list[rewrite.Layer], str | None]:
     return found[:-1], found[-1]
 
 
-def _names(chosen: Experiment, record: data.Record, predicted: int) -> tuple[str, str]:
-    """(true, predicted) names of a picture; of an unknown class, the file's name stands before the prediction."""
-    if record["label"] >= 0:
-        return chosen.classes[record["label"]], chosen.classes[predicted]
-    return "", f"{record['name']}: {chosen.classes[predicted]}"
-
-
 def _checked_evaluators(chosen: Experiment, splits: Sequence[str], text: str | None) -> dict[str, Any]:
     """The evaluators of config.evaluators, or of `text`, once they are seen to fit the model and these splits."""
     sources = [chosen.source(split) for split in splits]
@@ -318,7 +252,7 @@ def _checked_evaluators(chosen: Experiment, splits: Sequence[str], text: str | N
     return built
 
 
-def _checked_explanations(chosen: Experiment, text: str | None) -> dict[str, Any]:
+def checked_explanations(chosen: Experiment, text: str | None) -> dict[str, Any]:
     """The explanations of config.explain, or of `text`, once they are seen to fit the model."""
     built = expressions.choices(chosen.config, "explain", chosen.methods, text, "--methods", **context(chosen))
     checks.explanations(chosen, built, "config.explain" if text is None else "--methods")

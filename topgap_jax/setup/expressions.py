@@ -13,7 +13,11 @@ from topgap_jax.types import Table
 
 
 def choice(config: ConfigDict, key: str, methods: Table, **context: Any) -> Any:
-    """The value of the config's expression `key`. `context`: what the run knows beside the config, such as classes."""
+    """The value of the config's expression `key`.
+
+    context: what the run knows beside the config, such as classes; a function stands for what it returns, and is called
+    if a text names it.
+    """
     return _Reader(config, methods, context).key(key)
 
 
@@ -84,6 +88,7 @@ class _Reader:
         """The value of `text`, checked to be what `role` says."""
         self._check_call(text, where, role)
         values = {name: self.key(name, path) for name in names(text) if name in self.config}
+        values |= {name: self.context[name]() for name in names(text) if callable(self.context.get(name))}
         # The other keys only stand there to be proposed where a name is misspelt.
         value = build(text, self.table, {**VALUES, **self.context, **dict.fromkeys(self.config), **values}, where)
         if role and not role.fits(value):
