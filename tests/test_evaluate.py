@@ -1,5 +1,7 @@
 """`evaluate` and `attack_split` over whole splits: resident, streamed, on one device and on eight."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,7 @@ from topgap_jax.mesh import data_mesh
 from topgap_jax.metrics import deletion, gini
 from topgap_jax.metrics.summaries import share
 from topgap_jax.rewrite import name
-from topgap_jax.types import Cost, Curve, Measure, Model, Output
+from topgap_jax.types import Cost, Curve, Gallery, Measure, Model, Output
 
 N, BATCH = 21, 8
 values = lambda summary: {key: one.value if isinstance(one, Measure) else one for key, one in summary.items()}
@@ -188,6 +190,19 @@ def test_a_row_of_version_0_1_0_is_read():
     spread = {"evaluator": "measures(cam(), extent())", "values": {"effective_area": 0.5}, "audit": None}
     assert list(results.from_json(old | spread).numbers) == ["effective_share"]
     assert results.from_json(results.to_json(row)) == row
+
+
+def test_pictures_are_stored_and_read_back_and_checked():
+    tiles = [np.arange(6, dtype=np.uint8).reshape(2, 3), np.full((1, 2, 3), 200, np.uint8)]
+    row = results.Row("test", "receptive_field()", {}, 3, {"fields": Gallery(tiles, ["a", "b"], 2, "c")}, {}, None)
+    stored = json.loads(json.dumps(results.to_json(row)))
+    again = results.from_json(stored)
+    assert again.numbers == {} and again.measures["fields"][1:] == (["a", "b"], 2, "c")
+    for tile, expected in zip(again.measures["fields"].tiles, tiles):
+        np.testing.assert_array_equal(tile, expected)
+    for change in ({"captions": ["a"]}, {"tiles": []}, {"tiles": [{"shape": [7], "bytes": "AAAA"}] * 2}):
+        with pytest.raises(ValueError):
+            results.from_json(stored | {"measures": {"fields": stored["measures"]["fields"] | change}})
 
 
 @pytest.mark.parametrize(("right", "low", "high"), [(0, 0.0, None), (N, None, 1.0)])

@@ -17,7 +17,7 @@ from topgap_jax.errors import UserError
 from topgap_jax.explain import cam, gradient
 from topgap_jax.metrics import deletion, energy, extent, gini, iou_curve
 from topgap_jax.rewrite import name
-from topgap_jax.types import Cost, Curve, Explain, Measure, Model, Output, Robustness
+from topgap_jax.types import Cost, Curve, Explain, Gallery, Measure, Model, Output, Robustness
 
 N = 10
 RNG = np.random.default_rng(0)
@@ -88,7 +88,11 @@ def whole(evaluator, parts):
 
 
 def flat(summary):
-    numbers = lambda one: [one.value, one.low, one.high, one.n] if isinstance(one, Measure) else [*one.x, *one.y]
+    def numbers(one):
+        if isinstance(one, Gallery):
+            return np.concatenate([np.ravel(tile) for tile in one.tiles]) / 1e6  # to 10 of 255
+        return [one.value, one.low, one.high, one.n] if isinstance(one, Measure) else [*one.x, *one.y]
+
     return np.array([number for one in summary.values() for number in numbers(one) if number is not None], np.float64)
 
 
@@ -107,12 +111,14 @@ def test_every_evaluator(kind):
     assert list(again) == list(split)
     np.testing.assert_allclose(flat(again), flat(split), rtol=1e-4, atol=1e-5)
     for measure, one in split.items():
-        assert isinstance(one, Measure | Curve) and one.label, measure
+        assert isinstance(one, Measure | Curve | Gallery) and one.label, measure
         if isinstance(one, Measure):
             assert (one.value is None) == bool(one.reason) and one.n is not None and one.n <= N
             assert one.better in ("higher", "lower", None)
             if one.low is not None:
                 assert one.low <= one.value + 1e-12 and one.value - 1e-12 <= one.high
+        elif isinstance(one, Gallery):
+            assert len(one.tiles) == len(one.captions) and {tile.dtype for tile in one.tiles} == {np.dtype(np.uint8)}
         else:
             assert len(one.x) == len(one.y) and all(one.axes)
     assert next(iter(split.values())).main, "the first measure stands for the row"
@@ -354,6 +360,10 @@ def test_receptive_field_by_hand():
     expected |= {"centre_corner_ratio": 81 / 25, "empty_fields": 0, "top_lift": 49 / 9}
     assert found["gaussian_sigma"] == pytest.approx(expected.pop("gaussian_sigma"), rel=1e-3)
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+    centre, _, _, theoretical = found["mean_fields"].tiles
+    line = np.array([0, 0, 1, 2, 3, 2, 1, 0, 0])
+    np.testing.assert_array_equal(centre, np.round(255 * np.sqrt(np.outer(line, line) / 9)))
+    np.testing.assert_array_equal(theoretical, 255 * np.outer(line > 0, line > 0))
     assert evaluator.cost(None, None) == Cost(0, 6)
 
 
@@ -362,7 +372,8 @@ def test_empty_fields_are_counted():
     evaluator = MADE["receptive_field"]
     found = evaluator.summary(rows_of(evaluator, batch_of(np.arange(4)), variables=blind))
     assert found["empty_fields"].value == 4
-    for measure in ("rms_radius", "centre_corner_ratio", "top_lift"):
+    assert not any(tile.any() for tile in found["mean_fields"].tiles[:3])
+    for measure in ("rms_radius", "gaussian_sigma", "centre_corner_ratio", "top_lift"):
         assert found[measure].value is None and found[measure].n == 0 and found[measure].reason
 
 

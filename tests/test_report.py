@@ -15,9 +15,10 @@ from topgap_jax.measure.results import Row, to_json
 from topgap_jax.report import compare, read_runs, report, sheet, table, verdict
 from topgap_jax.report import page as page_module
 from topgap_jax.report.figures import Series, line_chart, thin
+from topgap_jax.report.galleries import picture
 from topgap_jax.report.lines import comparison
 from topgap_jax.report.read import beside, labels, with_gaps
-from topgap_jax.types import Curve, Measure
+from topgap_jax.types import Curve, Gallery, Measure
 
 EVIL = "<script>alert(1)</script>"
 ROBUST = "robust(pgd(linf(eps), steps=20))"
@@ -574,6 +575,21 @@ def test_table_shows_costs_and_what_is_not_measured():
     assert re.search(rf"^test: {re.escape(ROBUST)}$", text, re.MULTILINE) and re.search(words, text, re.MULTILINE)
     assert f"{ROBUST} on test: not audited; not measured beside it: regions()" in text.splitlines()
     assert "undefined: lift of the map: no map is positive" in text.splitlines() and text.isascii()
+
+
+def test_pictures_of_results_stand_in_the_page(tmp_path):
+    tiles = [np.zeros((4, 6), np.uint8), np.full((4, 6, 3), 255, np.uint8), np.uint8(np.arange(24).reshape(4, 6))]
+    gallery = Gallery(tiles, ["map", "image", EVIL], 2, f"mean fields {EVIL}")
+    drawn = picture(gallery)
+    assert drawn.size == (2 * 144 + 6 + 2 * 14, 2 * 14 + 2 * (96 + 26))
+    assert drawn.getpixel((14 + 5, 14 + 25)) == (0, 0, 4)  # 0 in the colours of maps
+    assert drawn.getpixel((14 + 150 + 5, 14 + 25)) == (255, 255, 255)
+    run = make_run(tmp_path / "run")
+    store(run, [row("test", "receptive_field()", {"rms_radius": near(3, "radius"), "fields": gallery})])
+    text = report([run], tmp_path / "out.html").read_text()
+    assert "mean fields &lt;script&gt;" in text and EVIL not in text
+    start = text.index("mean fields")
+    assert "data:image/png;base64," in text[start : text.index("</details>", start)]
 
 
 def test_charts_drop_what_is_not_finite_and_thin_long_curves():

@@ -312,6 +312,20 @@ class Curve(NamedTuple):
     label: str = ""
 
 
+class Gallery(NamedTuple):
+    """Pictures of a result, in lines of `columns`, and `label`, what they show.
+
+    tiles                                                NumPy uint8 each: an image (h, w, 3), or a map (h, w), which is
+                                                         drawn in colours from 0 to 255
+    captions                                             a few words for each tile
+    """
+
+    tiles: Sequence[Any]
+    captions: Sequence[str]
+    columns: int
+    label: str = ""
+
+
 class Metric(NamedTuple):
     """A measure of maps that is called: metric(keys, predict, maps (b, h', w'), batch) -> {name: (b, ...)}.
 
@@ -340,7 +354,7 @@ class Evaluator(NamedTuple):
     """A measure of a model over a split.
 
     rows(keys, model, variables, batch, prepared) -> {name: (b, ...)}          pure, on the device
-    summary({name: (n, ...)} of the whole split, NumPy) -> {name: Measure or Curve}
+    summary({name: (n, ...)} of the whole split, NumPy) -> {name: Measure, Curve or Gallery}
     cost(predict, images) -> Cost
     host({name: (b, ...)}, NumPy) -> {name: (b, ...)}    optional, work that is not arithmetic on arrays
     prepare(training, classes) -> prepared               optional: what the rows need of the training split
@@ -351,7 +365,7 @@ class Evaluator(NamedTuple):
     """
 
     rows: Callable[..., Mapping[str, Array]]
-    summary: Callable[[Mapping[str, Any]], Mapping[str, "Measure | Curve"]]
+    summary: Callable[[Mapping[str, Any]], Mapping[str, "Measure | Curve | Gallery"]]
     cost: Costs
     host: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     prepare: Callable[..., Any] | None = None

@@ -1,5 +1,6 @@
 """`receptive_field()`: which pixels the class map listens to, at its centre, its corners and where it decides."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,7 +11,7 @@ from topgap_jax.metrics.localisation import object_masks
 from topgap_jax.metrics.summaries import average
 from topgap_jax.models import bind
 from topgap_jax.rewrite import read
-from topgap_jax.types import Cost, Evaluator, Measure
+from topgap_jax.types import Cost, Evaluator, Gallery, Measure
 
 MEANS = {
     "rms_radius": Measure(label="ERF radius", unit="pixels"),
@@ -25,6 +26,10 @@ MEANS = {
     "top_share_inside": Measure(better="higher", label="share of the top position's ERF in the object", main=False),
     "top_lift": Measure(better="higher", label="lift of the top position's ERF", unit="times chance"),
 }
+
+
+PLACES = ("centre", "corners", "top position")
+SIDE = 32  # of the pictures of mean fields at most, which every image's rows hold
 
 
 def receptive_field(layer: str = "maps", *, channel: str | int = "label", k: int = 1) -> Evaluator:
@@ -63,6 +68,8 @@ def receptive_field(layer: str = "maps", *, channel: str | int = "label", k: int
             "gaussian_share": explained,
             "theoretical_size": jnp.broadcast_to(size, sigma.shape),
         }
+        out["fields"] = jnp.stack([_small(each) for each in (centre, corners.mean(0), top)], 1)
+        out["theoretical_field"] = jnp.broadcast_to(_small(reached), (len(sigma), *out["fields"].shape[2:]))
         out["theoretical_ratio"] = out["luo_size"] / size
         if "region" not in batch and "box" not in batch:
             return out
@@ -92,9 +99,30 @@ def receptive_field(layer: str = "maps", *, channel: str | int = "label", k: int
             else ratio._replace(n=0, reason="the corners' fields are 0")
         )
         count = int((rows["centre"] == 0).sum())
-        return measures | {"empty_fields": Measure(count, n=len(rows["centre"]), label="fields that are 0", main=False)}
+        measures["empty_fields"] = Measure(count, n=len(rows["centre"]), label="fields that are 0", main=False)
+        finite = np.isfinite(rows["fields"]).all((1, 2, 3))
+        return measures | ({"mean_fields": _pictures(rows, finite)} if finite.any() else {})
 
     return Evaluator(rows, summary, lambda predict, images: Cost(0, 5 + k))
+
+
+def _small(maps):
+    """Maps (b, h, w) at most SIDE pixels high and wide, by the mean over areas."""
+    b, h, w = maps.shape
+    shrink = max(1, max(h, w) / SIDE)
+    shape = (b, max(1, round(h / shrink)), max(1, round(w / shrink)))
+    return jax.image.resize(maps.astype(jnp.float32), shape, "linear", antialias=True)
+
+
+def _pictures(rows, finite):
+    """The mean fields over the split as sqrt(E / max E), and what the centre can depend on at all."""
+    means = rows["fields"][finite].mean(0, dtype=np.float64)
+    largest = means.max((1, 2), keepdims=True)
+    shown = np.sqrt(np.divide(means, largest, out=np.zeros_like(means), where=largest > 0))
+    tiles = [*shown.clip(0, 1), rows["theoretical_field"][0].clip(0, 1)]
+    captions = [*(f"ERF, {place}" for place in PLACES), "theoretical, centre"]
+    label = "mean effective receptive fields, square root of the share of the largest"
+    return Gallery([np.uint8(np.round(255 * tile)) for tile in tiles], captions, len(tiles), label)
 
 
 TABLE = table(receptive_field)

@@ -3,6 +3,7 @@
 Also rows of version 0.1.0, whose measures were bare numbers with `name_low` and `name_high` beside them.
 """
 
+import base64
 import json
 import math
 import re
@@ -10,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from topgap_jax.build import names as names_of
 from topgap_jax.errors import UserError
 from topgap_jax.progress import write_text
-from topgap_jax.types import Check, Curve, Measure
+from topgap_jax.types import Check, Curve, Gallery, Measure
 
 FILE = "evaluation.json"
 NOT_AUDITED = "not audited"
@@ -23,16 +26,16 @@ class Row(NamedTuple):
     """One evaluator on one split.
 
     evaluator is its text; overrides {key: text} what the command line changed in the run's config; measures {name:
-    Measure or Curve}, the one that stands for the row first; cost {"forward_passes", "gradient_evaluations", "seconds",
-    "device"}; audit None for what needs none, of a robust number the verdict of its audit in words; norms those of the
-    balls in which it was attacked; checks those of an audit, which stands in a row of its own.
+    Measure, Curve or Gallery}, the one that stands for the row first; cost {"forward_passes", "gradient_evaluations",
+    "seconds", "device"}; audit None for what needs none, of a robust number the verdict of its audit in words; norms
+    those of the balls in which it was attacked; checks those of an audit, which stands in a row of its own.
     """
 
     split: str
     evaluator: str
     overrides: Mapping[str, str]
     examples: int
-    measures: Mapping[str, Measure | Curve]
+    measures: Mapping[str, Measure | Curve | Gallery]
     cost: Mapping[str, Any]
     audit: str | None
     norms: tuple[str, ...] = ()
@@ -56,7 +59,7 @@ class Row(NamedTuple):
 
     @property
     def numbers(self) -> dict[str, Measure]:
-        """The measures without the curves."""
+        """The measures without curves and pictures."""
         return {name: measure for name, measure in self.measures.items() if isinstance(measure, Measure)}
 
 
@@ -145,7 +148,9 @@ def from_json(stored: Mapping[str, Any]) -> Row:
     )
 
 
-def _fields(measure: Measure | Curve) -> dict[str, Any]:
+def _fields(measure: Measure | Curve | Gallery) -> dict[str, Any]:
+    if isinstance(measure, Gallery):
+        return measure._asdict() | {"tiles": [_tile_to_json(np.asarray(tile)) for tile in measure.tiles]}
     defaults = measure._field_defaults
     said = {name: value for name, value in measure._asdict().items() if value != defaults.get(name, value is None)}
     if isinstance(measure, Curve):
@@ -161,7 +166,24 @@ def _check(id, status, statistic, threshold, n, sentence):
     return Check(str(id), str(status), statistic, threshold, n, str(sentence))
 
 
-def _measure(fields: Mapping[str, Any]) -> Measure | Curve:
+def _tile_to_json(tile: np.ndarray) -> dict[str, Any]:
+    return {"shape": list(tile.shape), "bytes": base64.b64encode(tile.astype(np.uint8).tobytes()).decode()}
+
+
+def _tile(stored: Mapping[str, Any]) -> np.ndarray:
+    tile = np.frombuffer(base64.b64decode(stored["bytes"]), np.uint8).reshape(stored["shape"])
+    if tile.ndim not in (2, 3) or not tile.size or tile.shape[2:] not in ((), (3,)):
+        raise ValueError(f"a picture of shape {tile.shape}")
+    return tile
+
+
+def _measure(fields: Mapping[str, Any]) -> Measure | Curve | Gallery:
+    if "tiles" in fields:
+        gallery = Gallery(**fields)
+        tiles, captions = [_tile(tile) for tile in gallery.tiles], list(map(str, gallery.captions))
+        if not tiles or len(tiles) != len(captions):
+            raise ValueError(f"{len(tiles)} pictures with {len(captions)} captions")
+        return Gallery(tiles, captions, max(1, int(gallery.columns)), str(gallery.label))
     if "x" in fields:
         curve = Curve(**fields)
         return curve._replace(axes=tuple(curve.axes))

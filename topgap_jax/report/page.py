@@ -22,17 +22,18 @@ from PIL import Image
 from topgap_jax.errors import UserError
 from topgap_jax.measure.results import to_json
 from topgap_jax.progress import write_text
-from topgap_jax.report import attacked
+from topgap_jax.report import attacked, galleries
 from topgap_jax.report.audits import audits
 from topgap_jax.report.figures import SERIES, Series, line_chart
 from topgap_jax.report.lines import amount, comparison, fewer, has_interval, number, reason
 from topgap_jax.report.read import Run, beside, differing, finite, read_runs
 from topgap_jax.report.verdict import verdict
-from topgap_jax.types import Curve
+from topgap_jax.types import Curve, Gallery
 
 HERE = Path(__file__).parent
 PICTURE_BYTES = 10_000_000  # of all contact sheets on a page, as they stand in it
 ADVERSARIAL_BYTES = 4_000_000  # of all pictures of adversarial examples
+GALLERY_BYTES = 6_000_000  # of all pictures of results
 LARGE_BYTES = 1_000_000  # a larger sheet is stored as JPEG
 WIDEST = 1600
 
@@ -68,6 +69,7 @@ def report(workdirs: Sequence[Path | str], out: Path, *, title: str = "Top-GAP r
             training=training(runs, ids),
             curves=curves(runs, ids),
             sheets=pictures,
+            galleries=drawn_galleries(runs),
             left_out=left_out,
             configs=differing([run.config for run in runs]),
             versions=differing([run.versions for run in runs]),
@@ -159,6 +161,23 @@ def adversarial(runs: Sequence[Run]) -> list[dict[str, Any]]:
             if used + len(data["source"]) <= ADVERSARIAL_BYTES:
                 used += len(data["source"])
                 drawn.append({"run": i, "row": rows[0], "picture": data})
+    return drawn
+
+
+def drawn_galleries(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The pictures that evaluators made of their results, as far as there is room for them."""
+    drawn, used = [], 0
+    for i, run in enumerate(runs):
+        for row in run.rows:
+            for name, gallery in row.measures.items():
+                if not isinstance(gallery, Gallery):
+                    continue
+                stored = io.BytesIO()
+                galleries.picture(gallery).save(stored, "PNG", optimize=True)
+                data = as_data(stored.getvalue())
+                if used + len(data["source"]) <= GALLERY_BYTES:
+                    used += len(data["source"])
+                    drawn.append({"run": i, "row": row, "label": gallery.label or name, "picture": data})
     return drawn
 
 
