@@ -34,7 +34,13 @@ def total(images, keys=None):
 
 
 def one(method, images=COUNT, predict=total):
-    return method(jax.random.split(jax.random.key(3), len(images)), predict, images, jnp.zeros(len(images), jnp.int32))
+    keys, labels = jax.random.split(jax.random.key(3), len(images)), jnp.zeros(len(images), jnp.int32)
+    return run(method, keys, predict, images, labels)
+
+
+def run(method, keys, predict, images, labels):
+    """One program: eagerly, every operation would be compiled by itself."""
+    return jax.jit(lambda keys, images: method(keys, predict, images, labels))(keys, images)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +103,7 @@ def test_additive_scores_are_explained_by_all_alike():
         explain.feature_ablation(4, baseline=0.0),
         explain.lime(4, samples=200, penalty=0.0, baseline=0.0),
     ):
-        np.testing.assert_allclose(one(method)[0], values, atol=2e-3)
+        np.testing.assert_allclose(one(method)[0], values, atol=3e-5)
 
 
 def test_rise_mask_by_hand():
@@ -141,22 +147,21 @@ def test_rise_of_an_additive_score(p, debias, expected):
 def test_rise_and_mfpp_are_means_over_the_masks_of_the_keys():
     """Against a loop over the very masks: whatever the chunk, for a score that is no sum."""
     keys = KEYS[:2]
+    asked = jax.jit(lambda mask: jax.nn.softmax(smooth(mask[..., None] * IMAGES[:2]))[jnp.arange(2), LABELS[:2]])
+    drawn = jax.jit(lambda keys: masks._smooth_masks(*masks._grids(keys, 2, 0.25, (6, 6)), (6, 6)))
     expected = np.zeros((2, 6, 6))
     for index in range(7):
-        drawn = masks._grids(jax.vmap(jax.random.fold_in, (0, None))(keys, index), 2, 0.25, (6, 6))
-        mask = masks._smooth_masks(*drawn, (6, 6))
-        scores = jax.nn.softmax(smooth(mask[..., None] * IMAGES[:2]))[jnp.arange(2), LABELS[:2]]
-        expected += scores[:, None, None] * mask / 0.25 / 7
+        mask = drawn(jax.vmap(jax.random.fold_in, (0, None))(keys, index))
+        expected += asked(mask)[:, None, None] * mask / 0.25 / 7
     for chunk in (1, 3):
         method = explain.rise(masks=7, cells=2, p=0.25, chunk=chunk)
-        np.testing.assert_allclose(method(keys, smooth, IMAGES[:2], LABELS[:2]), expected, rtol=1e-5)
+        np.testing.assert_allclose(run(method, keys, smooth, IMAGES[:2], LABELS[:2]), expected, rtol=1e-5)
     counted, expected = np.zeros((2, 6, 6)), np.zeros((2, 6, 6))
     for index in range(4):
         drawn = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, index), 0.5, (9,)))(keys)
         mask = np.asarray(drawn)[:, grid(2 + index % 2, (6, 6))]
-        scores = jax.nn.softmax(smooth(mask[..., None] * IMAGES[:2]))[jnp.arange(2), LABELS[:2]]
-        expected, counted = expected + np.asarray(scores)[:, None, None] * mask, counted + mask
-    found = explain.mfpp(2, 3, masks=4, chunk=2)(keys, smooth, IMAGES[:2], LABELS[:2])
+        expected, counted = expected + np.asarray(asked(np.float32(mask)))[:, None, None] * mask, counted + mask
+    found = run(explain.mfpp(2, 3, masks=4, chunk=2), keys, smooth, IMAGES[:2], LABELS[:2])
     np.testing.assert_allclose(found, expected / np.maximum(counted, 1), rtol=1e-5)
 
 
@@ -174,11 +179,11 @@ def test_mfpp_of_two_segments():
 def test_lime_by_hand():
     """13.10 and related 5: weights of the samples, coefficients with a penalty of 1."""
     shown = jnp.array([[1.0, 1], [1, 0], [0, 1], [0, 0]])
+    fit = jax.jit(lambda sums: surrogate._coefficients(tuple(part.sum(0, keepdims=True) for part in sums), 1.0))
     for y, beta in [((0.9, 0.5, 0.3, 0.1), (0.13384, 0.066868)), ((0.9, 0.7, 0.3, 0.1), (0.147287, 0.013344))]:
         sums = surrogate._sums(shown, jnp.array(y), 0.25)
         np.testing.assert_allclose(sums[0], [1, 0.50344, 0.50344, 0.000335], atol=1e-6)
-        summed = tuple(part.sum(0, keepdims=True) for part in sums)
-        np.testing.assert_allclose(surrogate._coefficients(summed, 1.0)[0], beta, atol=2e-6)
+        np.testing.assert_allclose(fit(sums)[0], beta, atol=2e-6)
     four = surrogate._sums(jnp.array([[1.0, 1, 0, 1]]), jnp.ones(1), 0.25)
     np.testing.assert_allclose(four[0], 0.866240, atol=1e-6)
 
@@ -193,7 +198,7 @@ def test_lime_is_the_regression_on_its_samples():
         ],
         1,
     ).astype(float)
-    maps = method(KEYS, smooth, IMAGES, LABELS)
+    maps = run(method, KEYS, smooth, IMAGES, LABELS)
     cells = grid(2, (6, 6))
     for i in range(8):
         copies = IMAGES[i] * jnp.float32(z[i][:, cells])[..., None]
@@ -213,7 +218,7 @@ def test_a_hidden_segment_of_lime_shows_its_mean_colour():
 def test_a_hidden_pixel_shows_what_the_normalisation_maps_to_zero():
     mean = (0.25, 0.5, 0.75)
     predict = lambda images, keys=None: normalisation.normalise(images, mean, (0.5,) * 3).sum((1, 2))
-    maps = explain.occlusion(window=1)(KEYS, predict, IMAGES, LABELS % 3)
+    maps = run(explain.occlusion(window=1), KEYS, predict, IMAGES, LABELS % 3)
     expected = np.take_along_axis(2 * (IMAGES - np.float32(mean)), np.asarray(LABELS % 3)[:, None, None, None], 3)
     np.testing.assert_allclose(maps, expected[..., 0], atol=2e-5)
 
@@ -223,7 +228,13 @@ def test_a_mask_of_bools_takes_pixels_as_they_are():
     np.testing.assert_array_equal(mixed(jnp.asarray(mask), IMAGES, -IMAGES), np.where(mask[..., None], IMAGES, -IMAGES))
 
 
-@pytest.mark.parametrize("text", ["rise(masks={}, chunk=2)", "lime(2, samples={})", "mfpp(2, masks={})"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rise(masks={}, chunk=2)",
+        *(pytest.param(text, marks=pytest.mark.slow) for text in ("lime(2, samples={})", "mfpp(2, masks={})")),
+    ],
+)
 def test_memory_does_not_grow_with_the_masks(text):
     """XLA's own count of what the program needs beside its arguments."""
 

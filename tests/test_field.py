@@ -179,7 +179,7 @@ def test_the_theoretical_field_is_what_a_change_can_reach():
 
 @pytest.mark.parametrize("layer", ["squeezed", "looped"])
 def test_a_mean_over_the_image_and_a_loop_reach_all_of_it(layer):
-    assert theoretical_fields(branches, IMAGES, ["corner"], layer=layer).all()
+    assert jax.jit(lambda images: theoretical_fields(branches, images, ["corner"], layer=layer))(IMAGES).all()
 
 
 def test_what_does_not_depend_on_the_image_has_no_theoretical_field():
