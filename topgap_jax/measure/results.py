@@ -13,10 +13,35 @@ from typing import Any, NamedTuple
 from topgap_jax.build import names as names_of
 from topgap_jax.errors import UserError
 from topgap_jax.progress import write_text
+from topgap_jax.stored import NUMBER, read_object
 from topgap_jax.types import Check, Curve, Measure
 
 FILE = "evaluation.json"
 NOT_AUDITED = "not audited"
+_NUMBER = (*NUMBER, None)
+_CURVE = {"x": [_NUMBER], "y": [_NUMBER], "axes?": [str], "label?": str}
+_MEASURE = {
+    **dict.fromkeys(("value?", "low?", "high?", "n?"), _NUMBER),
+    **dict.fromkeys(("label?", "unit?", "reason?"), str),
+    "better?": (str, None),
+    "main?": bool,
+}
+_CHECK = {**dict.fromkeys(("id", "status", "sentence"), str), **dict.fromkeys(("statistic", "threshold", "n"), _NUMBER)}
+_ROW = {
+    "split": str,
+    "evaluator": str,
+    "examples": int,
+    "overrides?": {str: str},
+    "measures?": {str: (_MEASURE, _CURVE)},
+    "cost?": {str: "PLAIN"},
+    "audit?": (str, None),
+    "norms?": [str],
+    "checks?": [_CHECK],
+    # of version 0.1.0
+    "values?": {str: _NUMBER},
+    "curves?": {str: _CURVE},
+}
+SCHEMA = {"rows": [_ROW], "weights?": str, "data?": str}
 
 
 class Row(NamedTuple):
@@ -73,12 +98,13 @@ def read(path: Path) -> Evaluation:
     if not path.is_file():
         return Evaluation([], "", "")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_object(path, "an evaluation of this program", SCHEMA)
         rows = with_audits([from_json(row) for row in stored["rows"]])
-        return Evaluation(rows, str(stored.get("weights", "")), str(stored.get("data", "")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = " ".join(str(error).split())[:100]
-        raise UserError(f"{path} is not an evaluation of this program ({why}); move it away") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a UserError is a ValueError too
+        what = f"{path} is not an evaluation of this program"
+        why = str(error).removeprefix(f"{what}: ")
+        raise UserError(f"{what} ({' '.join(why.split())[:150]}); move it away") from None
+    return Evaluation(rows, stored.get("weights", ""), stored.get("data", ""))
 
 
 def write(path: Path, row: Row, weights: str, data: str) -> None:
@@ -141,7 +167,7 @@ def from_json(stored: Mapping[str, Any]) -> Row:
         cost=dict(stored["cost"]),
         audit=None if stored["audit"] is None else str(stored["audit"]),
         norms=tuple(map(str, stored.get("norms", ()))),
-        checks=tuple(_check(**check) for check in stored.get("checks", ())),
+        checks=tuple(Check(**check) for check in stored.get("checks", ())),
     )
 
 
@@ -154,22 +180,11 @@ def _fields(measure: Measure | Curve) -> dict[str, Any]:
     return {name: plain(value) for name, value in said.items()}
 
 
-def _check(id, status, statistic, threshold, n, sentence):
-    for number in (statistic, threshold, n):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
-            raise ValueError(f"{number!r} is not a number")
-    return Check(str(id), str(status), statistic, threshold, n, str(sentence))
-
-
 def _measure(fields: Mapping[str, Any]) -> Measure | Curve:
     if "x" in fields:
         curve = Curve(**fields)
         return curve._replace(axes=tuple(curve.axes))
-    measure = Measure(**fields)
-    for number in (measure.value, measure.low, measure.high, measure.n):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
-            raise ValueError(f"{number!r} is not a number")
-    return measure
+    return Measure(**fields)
 
 
 def plain(value: Any) -> Any:
