@@ -34,6 +34,14 @@ class GradCAMPlusPlusWithoutEpsilon(pgc.GradCAMPlusPlus):
         return (np.maximum(g, 0) * alpha).sum((2, 3))
 
 
+class FinerTargetWithoutEpsilon(finer_cam.FinerWeightedTarget):
+    """The package's score without the 1e-9 in its denominator, which a confident image's probabilities are below."""
+
+    def __call__(self, output):
+        others = output[..., self.comparison_categories]
+        return output[..., self.main_category] - self.alpha * (torch.softmax(others, -1) * others).sum(-1)
+
+
 PACKAGE = {
     "grad_cam": pgc.GradCAM,
     "grad_cam_plus_plus": GradCAMPlusPlusWithoutEpsilon,
@@ -46,9 +54,12 @@ PACKAGE = {
     "eigen_grad_cam": pgc.EigenGradCAM,
     "shapley_cam": shapley_cam.ShapleyCAM,
     "finer_cam": finer_cam.FinerCAM,
+    "finer_cam as published": finer_cam.FinerCAM,
     "score_cam": pgc.ScoreCAM,
     "ablation_cam": pgc.AblationCAM,
 }
+
+PUBLISHED = finer_cam.FinerWeightedTarget
 
 
 def main(folder: Path, weights: str):
@@ -79,7 +90,8 @@ def raw_maps(method, name, model, layer, x, labels):
         base = getattr(cam, "base_cam", cam)
         inner = base.get_cam_image
         base.get_cam_image = lambda *args, inner=inner, **words: rows.append(inner(*args, **words)) or rows[-1]
-        if name == "finer_cam":
+        if method is finer_cam.FinerCAM:
+            finer_cam.FinerWeightedTarget = PUBLISHED if "published" in name else FinerTargetWithoutEpsilon
             cam(image[None], target_idx=label)
         else:
             target = ClassifierOutputReST if name == "shapley_cam" else ClassifierOutputTarget

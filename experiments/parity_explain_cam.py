@@ -3,7 +3,8 @@
     TOPGAP_DATA=... TOPGAP_PEER_PYTHON=python python experiments/parity_explain_cam.py [--images 4]
 
 Largest difference over the range of the peer's map, median and worst over images. Named differences: the peer's
-Grad-CAM++ has 1e-6 in its denominator (compared both ways), its Eigen-CAM centres the features and leaves the sign to
+Grad-CAM++ has 1e-6 in its denominator and its Finer-CAM 1e-9, which a confident image's probabilities are below (each
+compared both ways), its Eigen-CAM centres the features and leaves the sign to
 LAPACK (centred and turned here), its Score-CAM aligns corners (half-pixel centres are put in there).
 """
 
@@ -42,6 +43,7 @@ def eigen(layer, of_gradient):
 def methods(layer):
     signed = {"relu": False}
     plus = explain.grad_cam_plus_plus(layer, **signed)
+    finer = explain.finer_cam(layer, weights="softmax", strength=1, stop_weights=False, **signed)
     return {
         "captum grad_cam": explain.grad_cam(layer, **signed),
         "pgc grad_cam": explain.grad_cam(layer, **signed),
@@ -54,7 +56,8 @@ def methods(layer):
         "pgc eigen_cam": eigen(layer, False),
         "pgc eigen_grad_cam": eigen(layer, True),
         "pgc shapley_cam": explain.shapley_cam(layer, **signed),
-        "pgc finer_cam": explain.finer_cam(layer, weights="softmax", strength=1, stop_weights=False, **signed),
+        "pgc finer_cam": finer,
+        "pgc finer_cam as published": finer,
         "pgc score_cam": explain.score_cam(layer, **signed),
         "pgc ablation_cam": explain.ablation_cam(layer, **signed),
     }
