@@ -1,8 +1,8 @@
 """Explanations: where the network looks, as functions (keys, predict, images, labels) -> maps (b, h', w')."""
 
 from topgap_jax.build import merged
-from topgap_jax.explain import cam, combine, field, gradient, taylor
+from topgap_jax.explain import ablation, cam, combine, field, gradient, layers, taylor
 from topgap_jax.explain.field import fields
 
-TABLE = merged(cam.TABLE, gradient.TABLE, taylor.TABLE, combine.TABLE, field.TABLE)
+TABLE = merged(cam.TABLE, layers.TABLE, ablation.TABLE, gradient.TABLE, taylor.TABLE, combine.TABLE, field.TABLE)
 globals().update(TABLE)  # the methods, also where a file has the name of one
