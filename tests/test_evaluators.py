@@ -1,5 +1,6 @@
 """Evaluators: laws that hold for every row of the table, and each one's numbers on cases that can be done by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -39,14 +40,20 @@ TRAINING = {
 
 MADE = {
     "accuracy": evaluators.accuracy(),
+    "adcc": evaluators.adcc(cam()),
+    "agreement": evaluators.agreement(cam(), gradient()),
+    "arcc": evaluators.arcc(cam()),
     "attributional_robustness": evaluators.attributional_robustness(
         gradient(), topk_attack(cam(), linf(0.1), steps=2, restarts=1)
     ),
+    "background_reliance": evaluators.background_reliance(cam()),
+    "completeness": evaluators.completeness(gradient(reduce="sum")),
     "coverage": evaluators.coverage("maps"),
     "localisation": evaluators.localisation(cam()),
     "measures": evaluators.measures(cam(), gini(), energy(), deletion(steps=4), iou_curve((0.3, 0.5))),
     "receptive_field": evaluators.receptive_field(k=2),
     "regions": evaluators.regions(),
+    "stability": evaluators.stability(cam(), samples=3),
 }
 
 
@@ -151,6 +158,11 @@ NAN = Explain(lambda keys, predict, images, labels: jnp.full(images.shape[:3], j
     [
         evaluators.localisation(NAN, centre=0.5),
         evaluators.measures(NAN, gini(), extent(), energy(), deletion(steps=2), iou_curve((0.5,))),
+        evaluators.agreement(NAN, cam()),
+        evaluators.stability(NAN, samples=1),
+        evaluators.adcc(NAN),
+        evaluators.background_reliance(NAN),
+        evaluators.completeness(dataclasses.replace(NAN, signed="against")),
         evaluators.attributional_robustness(NAN, topk_attack(cam(), linf(0.1), steps=1, restarts=1)),
     ],
 )
@@ -158,7 +170,7 @@ def test_maps_that_are_not_finite_count_in_no_measure_of_them(evaluator):
     batch = batch_of(np.arange(4))
     batch["label"] = jnp.argmax(laws.PREDICT(batch["image"]), -1).astype(jnp.int32)
     summary = evaluator.summary(rows_of(evaluator, batch))
-    of_the_image = ("centre", "full", "random", "success", "attacked", "chance")
+    of_the_image = ("centre", "full", "random", "success", "attacked", "chance", "constant", "left_out")
     for measure, one in summary.items():
         if isinstance(one, Measure) and not measure.startswith(of_the_image):
             # An attack that moves nothing leaves agreement 1, whatever the map.

@@ -28,7 +28,9 @@ def scaled(maps: Array, size: tuple[int, int]) -> Array:
     """Maps at the image's size, in [0, 1]: (b, h', w') -> (b, h, w). A constant map is 0."""
     full = resized(maps, size)
     low, high = full.min((1, 2), keepdims=True), full.max((1, 2), keepdims=True)
-    return jnp.where(high > low, (full - low) / jnp.where(high > low, high - low, 1), 0)
+    # Of the map itself: interpolated between equal values, a constant map may differ by rounding.
+    varies = (high > low) & (maps.max((1, 2), keepdims=True) > maps.min((1, 2), keepdims=True))
+    return jnp.where(varies, (full - low) / jnp.where(varies, high - low, 1), 0)
 
 
 def box_mask(box: Array, size: tuple[int, int]) -> Array:
