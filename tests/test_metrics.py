@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests import laws
 from topgap_jax import metrics
 from topgap_jax.errors import UserError
 from topgap_jax.metrics import boxes, field, localisation, summaries
@@ -289,3 +290,17 @@ def test_mean_interval_of_one_value_is_that_value():
 def test_thresholds_are_checked():
     with pytest.raises(UserError, match=r"tau must be a number in \[0, 1\], got 2"):
         metrics.iou(2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", metrics.TABLE)
+def test_every_metric_transformed(name):
+    """Eagerly, one example at a time, split over devices: the same numbers."""
+    metric = metrics.TABLE[name]((0.3, 0.5)) if name == "iou_curve" else metrics.TABLE[name]()
+
+    def rows(keys, images, labels):
+        batch = {"image": images, "label": labels, "region": jnp.broadcast_to(laws.REGION[:1], images.shape[:3])}
+        maps = images[..., 0] - images[:, ::-1, :, 1]
+        return metric(keys, laws.PREDICT, maps, batch)
+
+    laws.assert_transformed(rows, laws.KEYS, laws.IMAGES, laws.LABELS, atol=1e-4)
