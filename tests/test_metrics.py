@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -210,6 +211,15 @@ def test_of_equal_components_the_last_in_reading_order_wins():
     binary = np.zeros((6, 6), bool)
     binary[0:2, 0:2] = binary[0:2, 4:6] = binary[4:6, 1:3] = True
     assert tuple(boxes.contour_boxes(binary)[0]) == (4, 1, 5, 3)
+
+
+@given(st.integers(0, 1000))
+def test_the_euler_number_counts_components_less_holes(seed):
+    binary = np.random.default_rng(seed).uniform(size=(7, 9)) < 0.55
+    components = scipy.ndimage.label(binary, np.ones((3, 3)))[1]
+    holes = scipy.ndimage.label(np.pad(~binary, 1, constant_values=True))[1] - 1
+    assert boxes.euler_number(binary) == components - holes
+    assert len(boxes.contour_boxes(binary)) == components + holes
 
 
 @given(st.integers(0, 1000))

@@ -16,11 +16,19 @@ EIGHT = np.ones((3, 3), bool)
 def level_boxes(values: np.ndarray) -> list[np.ndarray]:
     """Boxes of all contours of `values > level` for each level 0 .. 254: uint8 (h, w) -> 255 arrays (m, 4), the largest
     component's first (`contour_boxes`)."""
-    boxes = []
+    boxes, window, place = [], values, np.zeros(2, np.int64)
     present = np.bincount(values.ravel(), minlength=LEVELS + 1) > 0
     for level in range(LEVELS):
-        # Without a pixel of exactly this value the cut is the one before.
-        boxes.append(contour_boxes(values > level) if level == 0 or present[level] else boxes[-1])
+        if level and not present[level]:  # without a pixel of exactly this value the cut is the one before
+            boxes.append(boxes[-1])
+            continue
+        corners = _corners(window > level) + np.tile(place, 2)
+        boxes.append(_clipped(corners, values.shape))
+        # What lies above the next level lies in the extent of this one.
+        (top, left), (bottom, right) = (
+            (corners[:, :2].min(0), corners[:, 2:].max(0)) if len(corners) else (place, place)
+        )
+        window, place = values[top:bottom, left:right], np.array([top, left])
     return boxes
 
 
@@ -32,19 +40,39 @@ def contour_boxes(binary: np.ndarray) -> np.ndarray:
     and right ends lie one pixel too far, except at the border, and the contour of a hole runs through the pixels round
     it.
     """
+    return _clipped(_corners(binary), binary.shape)
+
+
+def _clipped(corners, size):
+    h, w = size
+    return np.minimum(corners, [h, w, h - 1, w - 1]) if len(corners) else np.zeros((1, 4), np.int64)
+
+
+def _corners(binary):
+    """(m, 4) of the components, the largest first, and of the holes, each one pixel too far; none is (0, 4)."""
     labels, _ = scipy.ndimage.label(binary, EIGHT)
     components = scipy.ndimage.find_objects(labels)
     if not components:
-        return np.zeros((1, 4), np.int64)
+        return np.zeros((0, 4), np.int64)
     largest = 0 if len(components) == 1 else _largest(labels, components)
-    components = [components[largest], *components[:largest], *components[largest + 1 :]]
-    background, count = scipy.ndimage.label(np.pad(~binary, 1, constant_values=True))
-    # In the padded image a place is one further, so that a hole starts where its contour does.
-    holes = scipy.ndimage.find_objects(background)[1:] if count > 1 else []
     corners = [(r.start, c.start, r.stop, c.stop) for r, c in components]
-    corners += [(r.start - 2, c.start - 2, r.stop, c.stop) for r, c in holes]
-    h, w = binary.shape
-    return np.minimum(np.array(corners, np.int64), [h, w, h - 1, w - 1])
+    corners = [corners[largest], *corners[:largest], *corners[largest + 1 :]]
+    if len(components) > euler_number(binary):
+        background, _ = scipy.ndimage.label(np.pad(~binary, 1, constant_values=True))
+        # In the padded image a place is one further, so that a hole starts where its contour does.
+        holes = scipy.ndimage.find_objects(background)[1:]
+        corners += [(r.start - 2, c.start - 2, r.stop, c.stop) for r, c in holes]
+    return np.array(corners, np.int64)
+
+
+def euler_number(binary: np.ndarray) -> int:
+    """Components less holes of a bool (h, w) mask, 8-connected: from its 2 x 2 quads, faster than by labels (Gray
+    1971)."""
+    padded = np.pad(binary, 1).astype(np.int8)
+    a, b, c, d = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
+    corners = a + b + c + d
+    one, three = (np.count_nonzero(corners == n) for n in (1, 3))
+    return (one - three - 2 * np.count_nonzero((corners == 2) & (a == d))) // 4
 
 
 def _largest(labels, slices):

@@ -167,6 +167,8 @@ def within(mask: Array, distance: float) -> Array:
     """Pixels (b, h, w) at most `distance` pixels from a pixel of the mask (b, h, w), itself included."""
     h, w = mask.shape[1:]
     reach = min(int(distance), max(h, w))
+    if not reach:
+        return mask
     near = mask
     # A disc is a stack of rows of its widths: one running maximum for each row of it.
     for shift in range(-reach, reach + 1):
