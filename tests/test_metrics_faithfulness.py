@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
 
 from topgap_jax import metrics
 from topgap_jax.errors import UserError
@@ -171,3 +173,57 @@ def test_road_prefers_the_map_that_marks_what_counts():
         np.testing.assert_array_equal(row, increasing[name])
     np.testing.assert_allclose(right["road"], (right["road_least_curve"] - right["road_most_curve"]).mean(1) / 2)
     assert right["road_unsolved"] == 0
+
+
+# What changes nothing: baselines 13.21.
+
+
+@functools.cache
+def ordered():
+    """The rows of everything that sees only the order of the map, in one program."""
+    measured = (
+        metrics.deletion(steps=4),
+        metrics.insertion(steps=4),
+        metrics.road(shares=(0.2, 0.6)),
+        metrics.pointing(),
+    )
+    batch = BATCH | {"region": jnp.zeros((2, 8, 8), jnp.uint8).at[:, 2:5, 2:5].set(1)}
+
+    @jax.jit
+    def rows(maps):
+        return [metric(KEYS, affine, maps, batch) for metric in measured]
+
+    return rows
+
+
+@functools.cache
+def scale_free():
+    """The rows of everything that does not see the map's scale."""
+    measured = metrics.gini(), metrics.extent(), metrics.total_variation(), metrics.energy(), metrics.average_drop()
+    batch = BATCH | {"region": jnp.zeros((2, 8, 8), jnp.uint8).at[:, 2:5, 2:5].set(1)}
+    return jax.jit(lambda maps: [metric(KEYS, affine, maps, batch) for metric in measured])
+
+
+@given(st.integers(0, 10**6), st.sampled_from([jnp.exp, lambda x: x**3 - 2, lambda x: 7 * x + 3]))
+def test_strictly_increasing_changes_of_a_map_change_no_order(seed, increasing):
+    maps = jnp.asarray(np.random.default_rng(seed).permutation(128).reshape(2, 8, 8) / 64 - 1, jnp.float32)
+    for rows, others in zip(ordered()(maps), ordered()(increasing(maps))):
+        for name, row in rows.items():
+            np.testing.assert_array_equal(row, others[name], err_msg=name)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.001, 0.3, 50.0]))
+def test_the_scale_of_a_map_changes_no_shape(seed, scale):
+    maps = jnp.asarray(np.random.default_rng(seed).uniform(size=(2, 8, 8)), jnp.float32)
+    for rows, others in zip(scale_free()(maps), scale_free()(scale * maps)):
+        for name, row in rows.items():
+            np.testing.assert_allclose(row, others[name], rtol=1e-4, atol=1e-3, err_msg=name)
+
+
+@given(st.integers(0, 10**6))
+def test_changes_of_probabilities_are_percent_and_one_sided(seed):
+    before, after = np.random.default_rng(seed).uniform(size=(2, 50)).astype(np.float32)
+    drop, increase, gain = (np.asarray(row) for row in changes(before, after).values())
+    for row in (drop, increase, gain):
+        assert (row >= 0).all() and (row <= 100).all()
+    assert (drop * increase == 0).all() and (drop * gain == 0).all()

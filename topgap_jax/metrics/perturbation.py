@@ -40,7 +40,7 @@ def insertion(*, steps: int = 64, substrate: Substrate = "blur") -> Metric:
 def area_under(scores: Array) -> Array:
     """Area under scores (steps + 1, ...) over [0, 1] by trapezoids.
 
-    >>> round(float(area_under(np.array([0.9, 0.5, 0.2, 0.1, 0.0]))), 4)
+    >>> round(float(area_under(jnp.array([0.9, 0.5, 0.2, 0.1, 0.0]))), 4)
     0.3125
     """
     return (scores.sum(0) - scores[0] / 2 - scores[-1] / 2) / (len(scores) - 1)
