@@ -41,7 +41,7 @@ def background_reliance(explain: Explain) -> Evaluator:
     def summary(rows):
         defined = ~np.isnan(rows["excess"])
         values, size, distance, right = (rows[name][defined] for name in ("excess", "size", "distance", "right"))
-        about = Measure(better="lower", label="excess of the map outside the object", unit="times chance")
+        about = Measure(better="lower", label="map outside the object", unit="times chance")
         measures = {"excess": average(values, about, NO_OBJECT)}
         axes = {"size": (size, SIZES), "distance": (distance, DISTANCES)}
         for name, (of, _) in axes.items():
@@ -93,7 +93,7 @@ def _enough(values, about, summed):
 
 
 def _spearman(values, of, name):
-    about = Measure(n=len(values), label=f"Spearman's correlation of the excess and the object's {name}")
+    about = Measure(n=len(values), label=f"Spearman's correlation with the {name}")
     if len(values) < FEWEST or np.ptp(values) == 0 or np.ptp(of) == 0:
         reason = f"fewer than {FEWEST} images" if len(values) < FEWEST else f"excess or {name} is the same everywhere"
         return about._replace(reason=reason)

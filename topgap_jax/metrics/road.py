@@ -73,14 +73,16 @@ def impute(images: Array, removed: Array) -> tuple[Array, Array]:
     1/12 of the diagonal ones, kept pixels as they are. Solved for each channel by conjugate gradients with Jacobi's
     preconditioner, from coarse to fine; the matrix is never made. Where nothing is kept, black.
     """
-    return jax.vmap(_imputed)(images.astype(jnp.float32), removed)
+    filled, solved = jax.vmap(_imputed)(images.astype(jnp.float32).transpose(0, 3, 1, 2), removed)
+    return filled.transpose(0, 2, 3, 1), solved
 
 
 def _imputed(image, removed):
-    hole = removed[..., None].astype(jnp.float32)
+    """Of one image, channels first: (c, h, w), (h, w). Sums over the last two axes are the fast ones."""
+    hole = removed.astype(jnp.float32)
     degree = _around(jnp.ones_like(hole))
     matrix = lambda v: hole * (degree * v - _around(v))
-    dot = lambda a, b: (a * b).sum((0, 1))
+    dot = lambda a, b: (a * b).sum((-2, -1), keepdims=True)
     kept = image * (1 - hole)
     target = hole * _around(kept)
     start = hole * _guess(kept, hole)
@@ -103,24 +105,24 @@ def _imputed(image, removed):
 
 
 def _guess(kept, hole):
-    """Where to start from, (h, w, c): the solution of half the size, of the smallest the mean of what is kept. Waves as
+    """Where to start from, (c, h, w): the solution of half the size, of the smallest the mean of what is kept. Waves as
     long as a wide hole take conjugate gradients a step for every pixel of them."""
-    h, w, c = kept.shape
+    c, h, w = kept.shape
     if h % 2 or w % 2 or min(h, w) < COARSEST:
-        return kept.sum((0, 1)) / jnp.maximum((1 - hole).sum(), 1)
-    halved = lambda values: values.reshape(h // 2, 2, w // 2, 2, -1).sum((1, 3))
-    number = halved(1 - hole)
-    coarse, _ = _imputed(halved(kept) / jnp.maximum(number, 1), number[..., 0] == 0)
+        return kept.sum((1, 2), keepdims=True) / jnp.maximum((1 - hole).sum(), 1)
+    halved = lambda values: values.reshape(-1, h // 2, 2, w // 2, 2).sum((2, 4))
+    (number,) = halved(1 - hole)
+    coarse, _ = _imputed(halved(kept) / jnp.maximum(number, 1), number == 0)
     return jax.image.resize(coarse, kept.shape, "linear")
 
 
 def _around(values):
-    """Weighted sum over the eight neighbours, nothing beyond the border: (h, w, c). (1 2 1) x (1 2 1) without its
+    """Weighted sum over the eight neighbours, nothing beyond the border: (..., h, w). (1 2 1) x (1 2 1) without its
     centre."""
-    h, w = values.shape[:2]
-    padded = jnp.pad(values, ((1, 1), (1, 1), (0, 0)))
-    rows = padded[:h] + 2 * padded[1 : h + 1] + padded[2:]
-    return (rows[:, :w] + 2 * rows[:, 1 : w + 1] + rows[:, 2:] - 4 * values) / 12
+    h, w = values.shape[-2:]
+    padded = jnp.pad(values, [(0, 0)] * (values.ndim - 2) + [(1, 1), (1, 1)])
+    rows = padded[..., :h, :] + 2 * padded[..., 1 : h + 1, :] + padded[..., 2:, :]
+    return (rows[..., :w] + 2 * rows[..., 1 : w + 1] + rows[..., 2:] - 4 * values) / 12
 
 
 TABLE = table(road)
