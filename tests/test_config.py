@@ -355,7 +355,5 @@ def test_a_text_that_does_not_fit_its_key(key, text, words):
 
 def test_a_list_from_the_command_line_names_its_argument():
     text = error(expressions.choices, configs.load(TINY)[0], "evaluators", {}, "accuracy(), cam()", "--evaluators")
-    assert text.startswith(
-        "--evaluators: 'cam' is not an evaluator; choose from accuracy, attributional_robustness, audit, "
-        "coverage, curve, localisation, "
-    )
+    assert text.startswith("--evaluators: 'cam' is not an evaluator; choose from accuracy, ")
+    assert ", attributional_robustness, audit, " in text and ", localisation, " in text
