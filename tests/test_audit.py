@@ -533,7 +533,10 @@ def test_checks_are_stored_and_read_again(tmp_path):
     assert text["rows"][1]["checks"][9]["statistic"] == 0.25 and "checks" not in text["rows"][0]
     text["rows"][1]["checks"][0]["statistic"] = "many"
     path.write_text(json.dumps(text))
-    with pytest.raises(UserError, match=r"is not an evaluation of this program \('many' is not a number\)"):
+    with pytest.raises(
+        UserError,
+        match=r"is not an evaluation of this program \(rows\[1\]\.checks\[0\]\.statistic is 'many', not a number",
+    ):
         results.read(path)
 
 

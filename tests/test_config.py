@@ -328,7 +328,7 @@ def test_a_config_without_own_methods_does_not_need_its_file(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"config": 3}', '{"config": {"seed": 0}, "file": 3}'])
 def test_a_broken_config_json(tmp_path, text):
     path = write(tmp_path / "config.json", text)
-    assert error(configs.load, path) == f"{path} is not the config.json of a run"
+    assert error(configs.load, path).startswith(f"{path} is not the config.json of a run: ")
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,5 @@ def test_a_text_that_does_not_fit_its_key(key, text, words):
 
 def test_a_list_from_the_command_line_names_its_argument():
     text = error(expressions.choices, configs.load(TINY)[0], "evaluators", {}, "accuracy(), cam()", "--evaluators")
-    assert text.startswith(
-        "--evaluators: 'cam' is not an evaluator; choose from accuracy, attributional_robustness, audit, "
-        "coverage, curve, localisation, "
-    )
+    assert text.startswith("--evaluators: 'cam' is not an evaluator; choose from accuracy, ")
+    assert ", attributional_robustness, audit, " in text and ", localisation, " in text

@@ -200,7 +200,14 @@ def test_pictures_are_stored_and_read_back_and_checked():
     assert again.numbers == {} and again.measures["fields"][1:] == (["a", "b"], 2, "c")
     for tile, expected in zip(again.measures["fields"].tiles, tiles):
         np.testing.assert_array_equal(tile, expected)
-    for change in ({"captions": ["a"]}, {"tiles": []}, {"tiles": [{"shape": [7], "bytes": "AAAA"}] * 2}):
+    for change in (
+        {"captions": ["a"]},
+        {"captions": ["a", "\ud800"]},
+        {"tiles": []},
+        {"columns": 0},
+        {"tiles": [{"shape": [7], "bytes": "AAAA"}] * 2},
+        {"tiles": [{"shape": [1, 1, 2], "bytes": "AAA="}] * 2},
+    ):
         with pytest.raises(ValueError):
             results.from_json(stored | {"measures": {"fields": stored["measures"]["fields"] | change}})
 

@@ -1,5 +1,6 @@
 """Evaluators: laws that hold for every row of the table, and each one's numbers on cases that can be done by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from topgap_jax.attacks import attack as attacked
 from topgap_jax.attacks import fgsm, pgd, topk_attack
 from topgap_jax.balls import linf
 from topgap_jax.errors import UserError
+from topgap_jax.evaluators.localisation import random_boxes
 from topgap_jax.explain import cam, gradient
 from topgap_jax.metrics import deletion, energy, extent, gini, iou_curve
 from topgap_jax.rewrite import name
@@ -38,14 +40,20 @@ TRAINING = {
 
 MADE = {
     "accuracy": evaluators.accuracy(),
+    "adcc": evaluators.adcc(cam()),
+    "agreement": evaluators.agreement(cam(), gradient()),
+    "arcc": evaluators.arcc(cam()),
     "attributional_robustness": evaluators.attributional_robustness(
         gradient(), topk_attack(cam(), linf(0.1), steps=2, restarts=1)
     ),
+    "background_reliance": evaluators.background_reliance(cam()),
+    "completeness": evaluators.completeness(gradient(reduce="sum")),
     "coverage": evaluators.coverage("maps"),
     "localisation": evaluators.localisation(cam()),
     "measures": evaluators.measures(cam(), gini(), energy(), deletion(steps=4), iou_curve((0.3, 0.5))),
     "receptive_field": evaluators.receptive_field(k=2),
     "regions": evaluators.regions(),
+    "stability": evaluators.stability(cam(), samples=3),
 }
 
 
@@ -156,6 +164,11 @@ NAN = Explain(lambda keys, predict, images, labels: jnp.full(images.shape[:3], j
     [
         evaluators.localisation(NAN, centre=0.5),
         evaluators.measures(NAN, gini(), extent(), energy(), deletion(steps=2), iou_curve((0.5,))),
+        evaluators.agreement(NAN, cam()),
+        evaluators.stability(NAN, samples=1),
+        evaluators.adcc(NAN),
+        evaluators.background_reliance(NAN),
+        evaluators.completeness(dataclasses.replace(NAN, signed="against")),
         evaluators.attributional_robustness(NAN, topk_attack(cam(), linf(0.1), steps=1, restarts=1)),
     ],
 )
@@ -163,7 +176,7 @@ def test_maps_that_are_not_finite_count_in_no_measure_of_them(evaluator):
     batch = batch_of(np.arange(4))
     batch["label"] = jnp.argmax(laws.PREDICT(batch["image"]), -1).astype(jnp.int32)
     summary = evaluator.summary(rows_of(evaluator, batch))
-    of_the_image = ("centre", "full", "success", "attacked", "chance")
+    of_the_image = ("centre", "full", "random", "success", "attacked", "chance", "constant", "left_out")
     for measure, one in summary.items():
         if isinstance(one, Measure) and not measure.startswith(of_the_image):
             # An attack that moves nothing leaves agreement 1, whatever the map.
@@ -236,6 +249,26 @@ def test_localisation_by_hand(region):
     assert found["centre_box_accuracy"] == 1 and found["full_box_accuracy"] == 0
     assert found["centre_iou"] == pytest.approx(15 / 24) and found["full_iou"] == pytest.approx(15 / 64)
     assert found["in_region"] == 0.5 and found["lift"] == pytest.approx(0.5 * 64 / 15)
+    # The second image points beside the object; places at random hit as often as the object is large.
+    assert (found["pointing"], found["pointing_centre"]) == (0.5, 1) and found["pointing_chance"] == 15 / 64
+    # The first map is right at every IoU; the centre box has IoU 24 / 35, the full image 24 / 64.
+    assert found["max_box_accuracy_v2"] == 0.5
+    assert found["centre_box_accuracy_v2"] == pytest.approx(2 / 3) and found["full_box_accuracy_v2"] == pytest.approx(
+        1 / 3
+    )
+    if region:
+        # From the top 15 of 16 pixels are right, then 30 of 128; the centre box holds 15 of its 24 pixels in each image.
+        assert found["pxap"] == pytest.approx((15 / 16 + 30 / 128) / 2)
+        assert found["full_pxap"] == 30 / 128 and found["centre_pxap"] == 15 / 24
+    else:
+        assert found["pxap"] is found["full_pxap"] is None
+
+
+def test_random_boxes_are_boxes():
+    boxes = np.asarray(random_boxes(jax.random.split(jax.random.key(0), 200)))
+    assert (boxes[:, :2] <= boxes[:, 2:]).all() and (boxes >= 0).all() and (boxes <= 1).all()
+    # Sides of two uniform points are a third on average.
+    assert (boxes[:, 2:] - boxes[:, :2]).mean(0) == pytest.approx([1 / 3, 1 / 3], abs=0.05)
 
 
 def test_localisation_without_boxes():

@@ -322,7 +322,9 @@ def test_another_config_is_refused(whole, tmp_path):
         train(workdir, changed)
         assert json.loads((workdir / "config.json").read_text())["config"] == {**changed, "sizes": [6, 6]}
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is not the config of a run; take another workdir, or move"):
+    with pytest.raises(
+        UserError, match=r"config\.json is not the config\.json of a run: Expecting .*; take another workdir, or move"
+    ):
         train(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^cannot write in the workdir '.*/file': (File exists|Not a directory)$"):

@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests import laws
 from topgap_jax import metrics
 from topgap_jax.errors import UserError
 from topgap_jax.metrics import boxes, field, localisation, summaries
+from topgap_jax.types import Cost, Measure
 
 RNG = np.random.default_rng(0)
 FIELD = np.zeros((1, 9, 9), np.float32)
@@ -87,23 +90,37 @@ def test_maps_are_scaled_after_the_resize():
     np.testing.assert_allclose(full, [[[0, 0.25, 0.75, 1]], [[0, 0, 0, 0]]], atol=1e-6)
 
 
+SIGNED = ("single_deletion", "sensitivity_n", "sensitivity_n_curve", "road")
+ONLY_OF_OBJECTS = ("in_region", "lift")
+
+
 @pytest.mark.parametrize("name", metrics.TABLE)
 def test_every_metric(name):
-    """Within its range, the same under jit, row i does not depend on row j; a constant map has no share in a region."""
+    """Within its range; row i does not depend on row j, bit for bit; NaN where the map is not finite, and there only; a
+    constant map has no share in a region; what it measures says what it is."""
     metric = metrics.TABLE[name]((0.3, 0.5)) if name == "iou_curve" else metrics.TABLE[name]()
     maps = jnp.asarray(RNG.normal(size=(3, 5, 5)), jnp.float32).at[2].set(1.0)
-    regions = RNG.integers(0, 3, (3, 8, 8))
+    regions = jnp.asarray(RNG.integers(0, 3, (3, 8, 8)))
     batch = {"image": jnp.asarray(RNG.uniform(size=(3, 8, 8, 3)), jnp.float32), "label": jnp.array([0, 1, 2])}
     keys = jax.random.split(jax.random.key(0), 3)
     predict = lambda images, keys=None: 9 * images[:, :4].mean((1, 2))
-    run = lambda maps, region: metric(keys, predict, maps, batch | {"region": region})
-    found = run(maps, jnp.asarray(regions))
-    other = jax.jit(run)(maps.at[1].set(-7.0), jnp.asarray(regions).at[1].set(1))
-    for name, value in found.items():
-        again = other[name]
-        defined = np.asarray(value)[:2] if name in ("in_region", "lift") else np.asarray(value)
-        assert value.shape[0] == 3 and np.isfinite(defined).all() and (defined >= 0).all()
-        np.testing.assert_allclose(np.asarray(value)[[0, 2]], np.asarray(again)[[0, 2]], rtol=1e-5)
+    run = jax.jit(lambda maps, region: metric(keys, predict, maps, batch | {"region": region}))
+    rows = run(maps, regions)
+    other = run(maps.at[1].set(-7.0), regions.at[1].set(1))
+    broken = [run(maps.at[1, 1, 2].set(value), regions) for value in (jnp.nan, jnp.inf)]
+    assert set(rows) == set(metric.measures)
+    for name, row in rows.items():
+        about = metric.measures[name]
+        assert about.label and (isinstance(about, Measure) or all(about.axes))
+        row = np.asarray(row)
+        defined = row[:2] if name in ONLY_OF_OBJECTS else row
+        assert len(row) == 3 and np.isfinite(defined).all() and (defined >= (-1 if name in SIGNED else 0)).all()
+        np.testing.assert_array_equal(row[[0, 2]], other[name][np.array([0, 2])])
+        for without in broken:
+            assert np.isnan(without[name][1]).all()
+            np.testing.assert_array_equal(row[[0, 2]], without[name][np.array([0, 2])])
+    cost = metric.cost(predict, batch["image"])
+    assert isinstance(cost, Cost) and cost.gradients == 0
 
 
 @given(st.floats(-10, 10), st.floats(0.1, 10))
@@ -112,6 +129,41 @@ def test_scale_and_shift_of_a_map_change_nothing(shift, scale):
     np.testing.assert_allclose(
         localisation.scaled(maps * scale + shift, (8, 8)), localisation.scaled(maps, (8, 8)), atol=1e-4
     )
+
+
+@pytest.mark.parametrize("tolerance, hit", [(0, 0), (2, 1), (1.9, 0), (2.5, 1)])
+def test_pointing_has_the_worked_values(tolerance, hit):
+    """baselines.md 13: mask rows 0-1 x columns 0-1, the largest value at (3, 1); at tolerance 2 TorchRay misses."""
+    maps = jnp.zeros((1, 4, 4)).at[0, 3, 1].set(1)
+    region = np.zeros((1, 4, 4))
+    region[0, :2, :2] = 1
+    rows = metrics.pointing(tolerance=tolerance)(None, None, maps, batch_of(region))
+    assert rows["pointing"] == hit
+    places = np.argwhere(np.ones((4, 4)))
+    distances = np.sqrt(((places[:, None] - np.argwhere(region[0])) ** 2).sum(-1)).min(1)
+    assert rows["pointing_chance"] == (distances <= tolerance).mean()
+
+
+def test_pointing_is_of_pixels_that_are_sure():
+    """The largest value on an unsure pixel points nowhere; no object, no game."""
+    maps = jnp.array([[[0.0, 3], [2, 1]], [[0.0, 3], [2, 1]]])
+    rows = metrics.pointing()(None, None, maps, batch_of([[[0, 2], [1, 0]], [[0, 0], [2, 0]]]))
+    assert rows["pointing"][0] == 1 and np.isnan(rows["pointing"][1])
+
+
+def test_pixel_average_precision_has_the_worked_value():
+    """baselines.md 12, thresholds 0, .25, .5, .75."""
+    count = lambda values: np.histogram(values, [0, 0.25, 0.5, 0.75, 1])[0]
+    value = localisation.average_precision(count([0.9, 0.6, 0.3, 0.8]), count([0.1, 0.6, 0.2, 0.95, 0.3]))
+    assert value == pytest.approx(0.62619048) and localisation.average_precision(np.zeros(3), np.ones(3)) is None
+
+
+def test_pixels_are_counted_by_value():
+    maps = jnp.array([[[0, 0.5], [0.9995, 1.0]]])
+    inside, known = jnp.array([[[True, False], [True, True]]]), jnp.array([[[True, True], [True, False]]])
+    true, false = localisation.pixel_counts(maps, inside, known)
+    assert {int(i): int(true[0, i]) for i in np.flatnonzero(true[0])} == {0: 1, 999: 1}
+    assert {int(i): int(false[0, i]) for i in np.flatnonzero(false[0])} == {500: 1}
 
 
 # Boxes.
@@ -126,7 +178,7 @@ def wsol_map():
 @pytest.mark.parametrize("tau, box", [(0, (4, 4, 7, 7)), (0.2, (4, 4, 7, 7)), (0.5, (4, 4, 7, 7)), (0.9, (1, 1, 2, 8))])
 def test_boxes_are_the_published_ones(tau, box):
     """baselines.md 12: a line of 7 pixels has contour area 0, the block beside it 1."""
-    assert tuple(boxes.level_boxes(wsol_map())[int(tau * 255)]) == box
+    assert tuple(boxes.level_boxes(wsol_map())[int(tau * 255)][0]) == box
 
 
 def test_contour_area_fills_holes():
@@ -134,14 +186,40 @@ def test_contour_area_fills_holes():
     ring[1:7, 1:7] = True
     ring[3:5, 3:5] = False
     assert boxes.contour_area(ring) == 25
-    assert tuple(boxes.largest_box(ring)) == (1, 1, 7, 7)
-    assert tuple(boxes.largest_box(np.zeros((8, 8), bool))) == (0, 0, 0, 0)
+    assert tuple(boxes.contour_boxes(ring)[0]) == (1, 1, 7, 7)
+    assert tuple(boxes.contour_boxes(np.zeros((8, 8), bool))[0]) == (0, 0, 0, 0)
+
+
+def test_all_contours_are_the_published_ones():
+    """baselines.md 12, there as (left, top, right, bottom): the components', and a hole's contour round it."""
+    found = boxes.level_boxes(wsol_map())[int(0.2 * 255)]
+    assert sorted(map(tuple, found)) == [(1, 1, 2, 8), (4, 4, 7, 7), (7, 9, 7, 9)]
+    ring = np.zeros((8, 8), bool)
+    ring[1:7, 1:7] = True
+    ring[3:5, 3:5] = False
+    assert list(map(tuple, boxes.contour_boxes(ring))) == [(1, 1, 7, 7), (2, 2, 6, 6)]
+
+
+def test_the_second_box_accuracy_takes_the_best_contour():
+    ious = boxes.level_ious(wsol_map(), np.array([1, 1, 2, 8]))
+    expected = [boxes.box_iou(found, np.array([1, 1, 2, 8])).max() for found in boxes.level_boxes(wsol_map())]
+    np.testing.assert_allclose(ious[:, 1], expected)
+    assert ious.shape == (255, 2) and ious[51, 1] == 1 and ious[51, 0] < 0.2
 
 
 def test_of_equal_components_the_last_in_reading_order_wins():
     binary = np.zeros((6, 6), bool)
     binary[0:2, 0:2] = binary[0:2, 4:6] = binary[4:6, 1:3] = True
-    assert tuple(boxes.largest_box(binary)) == (4, 1, 5, 3)
+    assert tuple(boxes.contour_boxes(binary)[0]) == (4, 1, 5, 3)
+
+
+@given(st.integers(0, 1000))
+def test_the_euler_number_counts_components_less_holes(seed):
+    binary = np.random.default_rng(seed).uniform(size=(7, 9)) < 0.55
+    components = scipy.ndimage.label(binary, np.ones((3, 3)))[1]
+    holes = scipy.ndimage.label(np.pad(~binary, 1, constant_values=True))[1] - 1
+    assert boxes.euler_number(binary) == components - holes
+    assert len(boxes.contour_boxes(binary)) == components + holes
 
 
 @given(st.integers(0, 1000))
@@ -149,7 +227,7 @@ def test_level_boxes_are_the_boxes_of_every_cut(seed):
     values = np.random.default_rng(seed).choice([0, 20, 21, 100, 254, 255], (7, 6)).astype(np.uint8)
     found = boxes.level_boxes(values)
     for level in (0, 19, 20, 21, 99, 100, 253, 254):
-        np.testing.assert_array_equal(found[level], boxes.largest_box(values > level))
+        np.testing.assert_array_equal(found[level], boxes.contour_boxes(values > level))
 
 
 def test_true_boxes_as_whole_pixels():
@@ -222,3 +300,17 @@ def test_mean_interval_of_one_value_is_that_value():
 def test_thresholds_are_checked():
     with pytest.raises(UserError, match=r"tau must be a number in \[0, 1\], got 2"):
         metrics.iou(2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", metrics.TABLE)
+def test_every_metric_transformed(name):
+    """Eagerly, one example at a time, split over devices: the same numbers."""
+    metric = metrics.TABLE[name]((0.3, 0.5)) if name == "iou_curve" else metrics.TABLE[name]()
+
+    def rows(keys, images, labels):
+        batch = {"image": images, "label": labels, "region": jnp.broadcast_to(laws.REGION[:1], images.shape[:3])}
+        maps = images[..., 0] - images[:, ::-1, :, 1]
+        return metric(keys, laws.PREDICT, maps, batch)
+
+    laws.assert_transformed(rows, laws.KEYS, laws.IMAGES, laws.LABELS, atol=1e-4)

@@ -14,7 +14,7 @@ from scipy.ndimage import convolve, gaussian_filter
 from topgap_jax import baselines, metrics
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
-from topgap_jax.metrics import perturbation, ranks
+from topgap_jax.metrics import perturbation, ranks, structure
 from topgap_jax.types import Cost
 
 KEYS = jax.random.split(jax.random.key(0), 2)
@@ -74,6 +74,13 @@ def test_spread_equals_numpy(values):
     assert spread(values) == pytest.approx(expected, abs=1e-5)
 
 
+def test_total_variation_has_the_worked_value():
+    """baselines 13.18: 7 vertical and 6 horizontal, by 6 cells of at most 4."""
+    maps = jnp.array([[[4, 2, 0], [1, 1, 3]], [[4, 2, -5], [1, 1, 3]], [[3, 3, 3], [3, 3, 3]], -jnp.ones((2, 3))])
+    found = metrics.total_variation()(None, None, maps, {})["total_variation"]
+    np.testing.assert_allclose(found, [13 / 24, 13 / 24, 0, np.nan])
+
+
 def test_a_map_without_a_positive_value_has_no_spread_and_no_energy():
     assert np.isnan(list(spread((0, 0, -1, -2)).values())).all()
     batch = {"image": jnp.zeros((1, 2, 2, 3)), "region": jnp.array([[[1, 0], [0, 0]]])}
@@ -90,22 +97,6 @@ def test_energy_has_the_worked_value():
     found, certain = (metrics.energy()(None, None, maps, batch) for batch in (box, region))
     np.testing.assert_allclose([found["energy"][0], found["energy_lift"][0]], [0.5, 0.5 * 9 / 4], rtol=1e-6)
     np.testing.assert_allclose([certain["energy"][0], certain["energy_lift"][0]], [1, 8 / 4], rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", metrics.TABLE)
-def test_a_map_that_is_not_finite_has_no_measure(name):
-    """NaN in its row; the other image's row is what it is alone."""
-    metric = metrics.TABLE[name](*(((0.2, 0.5),) if name == "iou_curve" else ()))
-    region = jnp.zeros((2, 4, 5), jnp.uint8).at[:, 1:3, 1:4].set(1)
-    batch = {"image": IMAGES, "label": LABELS, "region": region}
-    maps = jnp.asarray(np.random.default_rng(7).uniform(size=(2, 4, 5)), jnp.float32)
-    whole = metric(KEYS, predict, maps, batch)
-    for broken in (jnp.nan, jnp.inf):
-        rows = metric(KEYS, predict, maps.at[0, 1, 2].set(broken), batch)
-        assert set(rows) == set(metric.measures) == set(whole)
-        for key, row in rows.items():
-            assert np.isnan(row[0]).all() and np.isfinite(whole[key]).all()
-            np.testing.assert_array_equal(row[1], whole[key][1])
 
 
 # How far two maps agree: art 15, T7.
@@ -167,6 +158,20 @@ def test_maps_that_are_not_finite_agree_with_nothing():
 def test_cosine_of_small_and_of_empty_maps():
     a = jnp.array([[1e-25, 0], [0, 0], [1e30, 1e30]])
     np.testing.assert_allclose(ranks.cosine(a, a), [1, 0, 1], rtol=1e-6)
+
+
+# Structure.
+
+
+def test_ssim_has_the_worked_value():
+    """baselines 13.19: half of the map inverted."""
+    i, j = np.indices((16, 16))
+    first = jnp.asarray((i + j)[None] / 30, jnp.float32)
+    second = jnp.where(i < 8, first, 1 - first)
+    np.testing.assert_allclose(structure.ssim(first, second), [0.094046], atol=1e-6)
+    np.testing.assert_allclose(structure.ssim(first, first), [1], rtol=1e-6)
+    with pytest.raises(UserError, match=r"maps must have one shape of at least 11x11 positions, got \(1, 7, 7\)"):
+        structure.ssim(first[:, :7, :7], first[:, :7, :7])
 
 
 # Deletion and insertion.

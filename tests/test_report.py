@@ -461,6 +461,21 @@ def test_a_run_of_version_0_1_0_is_shown_beside_one_of_today(tmp_path):
     assert "0.5000 [0.4700, 0.5300]" in words and "Calibration, test" in words.replace("calibration", "Calibration")
 
 
+def test_areas_of_different_networks_are_not_compared(tmp_path):
+    """Neither marked nor subtracted, and said in one line; of one run nothing is to be said."""
+    area = lambda value: Measure(value, n=10, better="lower", label="deletion (mean colour)", across=False)
+    gini = Measure(0.5, n=10, label="Gini index of the map")
+    runs = []
+    for i, value in enumerate((0.25, 0.125)):
+        runs.append(make_run(tmp_path / f"run{i}", seed=i, evaluated=False, trained=False, sheets=False))
+        store(runs[-1], [row("test", "measures(cam(), deletion(), gini())", {"deletion": area(value), "gini": gini})])
+    lines = comparison([run.rows for run in read_runs(runs)])
+    assert (lines[0].best, lines[0].difference, lines[1].difference) == (None, None, 0)
+    why = "areas of different networks differ in scale (arXiv 2408.08137); compare methods within a run"
+    assert f"not compared between runs: deletion (mean colour): {why}" in compare(runs).splitlines()
+    assert "not compared" not in compare(runs[:1])
+
+
 def test_comparison_marks_the_better_and_subtracts():
     number = lambda value, **fields: Measure(value, label="x", **fields)
     one = {"accuracy": number(0.5, better="higher"), "nll": number(2.0, better="lower"), "rms_radius": number(3)}

@@ -45,6 +45,8 @@ def numpy_score(name, z, y, clean):
         return (p * np.log(p / q)).sum()
     if name == "probability":
         return np.exp(z[y] - z.max()) / np.exp(z - z.max()).sum()
+    if name == "residual_softmax":
+        return 2 * z[y] - z.max() - np.log(np.exp(z - z.max()).sum())
     if name == "probability_margin":
         p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
         return np.delete(p, y).max() - p[y]

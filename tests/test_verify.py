@@ -158,7 +158,7 @@ def test_nothing_that_a_file_names_is_run(copy):
         ({"images": {}}, "(ValueError: it has no images)"),
         ({"batch": "ten"}, "(ValueError: batch is of another kind)"),
         ({"split": "tset"}, "has no split 'tset'"),
-        ({"data": {"classes": 3}}, "data holds no classes"),
+        ({"data": {"classes": 3}}, "data.classes is 3, not a list"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line(copy, keys, message):
@@ -178,7 +178,7 @@ def test_an_unknown_evaluator_is_one_line(copy):
 def test_other_files_are_one_line(tmp_path):
     path = tmp_path / "model.json"
     assert topgap("verify", path)[::2] == (2, f"topgap: there is no file '{path}'\n")
-    for text, message in (("{", "is no JSON of a model ("), ("[]", "it is a list"), ("{}", "can be verified")):
+    for text, message in (("{", "is not the JSON of a model: "), ("[]", "the whole is []"), ("{}", "can be verified")):
         path.write_text(text)
         code, _, err = topgap("verify", path)
         assert code == 2 and message in err and err.count("\n") == 1

@@ -27,6 +27,9 @@ OPERATORS = {
 }
 
 
+LONGEST = 100_000  # characters of a text: the parser takes seconds and gigabytes for what is longer
+
+
 def build(text: str, table: Mapping[str, Callable], values: Mapping[str, Any] | None = None, where: str = "") -> Any:
     """The value of `text`; a list separated by commas is a tuple.
 
@@ -225,6 +228,8 @@ def did_you_mean(name: str, choices: Iterable[str], n: int = 3) -> str:
 
 
 def _parsed(text: str) -> ast.Expression:
+    if len(text) > LONGEST:
+        raise ValueError(f"it has {len(text):,} characters, and at most {LONGEST:,} are read")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python warns of '\\d' and '1if'; what is wrong there is an error of `build`
         return ast.parse(text.strip().replace("\n", " "), mode="eval")  # a long list may go over several lines

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from topgap_jax.build import table
+from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
-from topgap_jax.types import Array
+from topgap_jax.types import Array, Score
 
 
 def logit(logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None) -> Array:
@@ -109,6 +109,38 @@ def kl(logits: Array, labels: Array, clean: Array | None = None, target: Array |
     return (jnp.exp(reference) * (reference - now)).sum(-1)
 
 
+def residual_softmax(logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None) -> Array:
+    """z_y + log p_y, p = softmax(z): what Shapley-CAM explains (arXiv 2501.06261, its residual softmax target)."""
+    return _pick(logits, labels) + _pick(jax.nn.log_softmax(logits.astype(jnp.float32)), labels)
+
+
+def finer(*, weights: str = "uniform", strength: float = 0.6, count: int = 3, stop_weights: bool = True) -> Score:
+    """z_y - strength * sum_t q_t z_t over the `count` classes t whose logits are nearest to z_y, y excluded: what
+    Finer-CAM explains (2025, arXiv 2501.11309).
+
+    weights: "uniform", q_t = 1 / count, or "softmax", q = softmax of the logits of those classes. stop_weights: whether
+    q is a constant in derivatives; the authors' code differentiates it, which can turn the sign of a class round. Which
+    classes they are is a constant always; of two as near the one with the lower index. strength=0 is `logit`.
+    """
+    if weights not in ("uniform", "softmax"):
+        raise UserError(f"finer: weights must be 'uniform' or 'softmax', got {weights!r}")
+    check_number("strength", strength)
+    check_number("count", count, 1, whole=True)
+
+    def score(logits, labels, clean=None, target=None):
+        z, classes = logits.astype(jnp.float32), logits.shape[-1]
+        if classes == 1:
+            return _pick(z, labels)
+        distance = jnp.where(_one_hot(z, labels), jnp.inf, jnp.abs(z - _pick(z, labels)[..., None]))
+        _, nearest = lax.top_k(lax.stop_gradient(-distance), min(count, classes - 1))
+        others = jnp.take_along_axis(z, nearest, -1)
+        shares = jax.nn.softmax(others if weights == "softmax" else jnp.zeros_like(others))
+        shares = lax.stop_gradient(shares) if stop_weights else shares
+        return _pick(z, labels) - strength * (shares * others).sum(-1)
+
+    return score
+
+
 def _one_hot(logits, labels):
     return jnp.arange(logits.shape[-1]) == labels[..., None]
 
@@ -130,5 +162,11 @@ def substitute(score: Any, classes: int) -> str:
     return next((formula for of, needed, formula in SUBSTITUTES if of is score and classes < needed), "")
 
 
-VALUES = table(logit, probability, cross_entropy, margin, dlr, kl, probability_margin, targeted_dlr, targeted_margin)
+VALUES = table(
+    logit, probability, cross_entropy, margin, dlr, kl, probability_margin, residual_softmax, targeted_dlr,
+    targeted_margin,
+)  # fmt: skip
 """Scores, which a config names without a call."""
+
+TABLE = table(finer)
+"""Functions that make a score of their options."""

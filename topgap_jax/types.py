@@ -290,6 +290,7 @@ class Measure(NamedTuple):
     better                                               "higher", "lower", or None where neither side is
     label, unit                                          in words: "worst-group accuracy", "pixels"
     main                                                 whether a short table shows it
+    across                                               whether its values of different networks may be compared
     """
 
     value: float | None = None
@@ -301,6 +302,7 @@ class Measure(NamedTuple):
     unit: str = ""
     main: bool = True
     reason: str = ""
+    across: bool = True
 
 
 class Curve(NamedTuple):

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         if shows_traceback:
             traceback.print_exc()
         more = " (--traceback shows where)" if error.__cause__ is not None and not shows_traceback else ""
-        print(f"topgap: {' '.join(str(error).split())}{more}", file=sys.stderr)
+        print(f"topgap: {texts.line(error)}{more}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `topgap help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

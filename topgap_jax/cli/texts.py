@@ -172,3 +172,17 @@ def _listing(about: Mapping[str, str], whole: bool = False) -> str:
 
     indent = "\n" + " " * (width + 4)
     return "\n".join(f"  {name:{width}}  {indent.join(lines(text))}" for name, text in about.items())
+
+
+LONGEST = 500
+
+
+def line(error: object) -> str:
+    """An error in one line of at most 500 characters, whatever a file or an argument put into it: control characters
+    and halves of characters are escaped.
+
+    >>> line("a name\\n with \\x1b[31m")
+    'a name with \\\\x1b[31m'
+    """
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(str(error).split()))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."

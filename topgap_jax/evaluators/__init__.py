@@ -4,26 +4,36 @@
 from topgap_jax.build import merged
 from topgap_jax.evaluators import (
     accuracy,
+    agreement,
     attributional,
     audit,
+    background,
+    combined,
+    completeness,
     coverage,
     field,
     localisation,
     measures,
     regions,
     robust,
+    stability,
 )
 from topgap_jax.evaluators.regions import background_bank
 
 TABLE = merged(
     accuracy.TABLE,
+    agreement.TABLE,
     attributional.TABLE,
     audit.TABLE,
+    background.TABLE,
+    combined.TABLE,
+    completeness.TABLE,
     coverage.TABLE,
     field.TABLE,
     localisation.TABLE,
     measures.TABLE,
     regions.TABLE,
     robust.TABLE,
+    stability.TABLE,
 )
 globals().update(TABLE)  # the methods, also where a file has the name of one

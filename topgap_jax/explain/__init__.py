@@ -1,11 +1,24 @@
 """Explanations: where the network looks, as functions (keys, predict, images, labels) -> maps (b, h', w')."""
 
 from topgap_jax.build import merged
-from topgap_jax.explain import cam, combine, field, gradient, masks, perturbation, surrogate, taylor
+from topgap_jax.explain import (
+    ablation,
+    cam,
+    combine,
+    field,
+    gradient,
+    layers,
+    masks,
+    perturbation,
+    surrogate,
+    taylor,
+)
 from topgap_jax.explain.field import fields, theoretical_fields
 
 TABLE = merged(
     cam.TABLE,
+    layers.TABLE,
+    ablation.TABLE,
     gradient.TABLE,
     taylor.TABLE,
     perturbation.TABLE,

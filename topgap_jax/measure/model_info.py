@@ -23,6 +23,7 @@ from topgap_jax.errors import UserError
 from topgap_jax.measure.criteria import sign_test
 from topgap_jax.measure.results import NOT_AUDITED, Row, from_json
 from topgap_jax.metrics.summaries import wilson
+from topgap_jax.stored import read_object
 from topgap_jax.types import Robustness
 
 BY_HAND = ("link", "name", "authors", "additional_data", "dataset", "venue", "architecture", "reported", "weights_from")
@@ -208,13 +209,7 @@ def _compared(evaluator, measure, stored, before, now):
 
 
 def _object(path):
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict):
-            raise ValueError("it is a list, not an object")
-        return stored
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no JSON of a model ({' '.join(str(error).split())[:100]})") from None
+    return read_object(path, "the JSON of a model", {str: "PLAIN"})
 
 
 def _balls(name: str) -> list[str]:

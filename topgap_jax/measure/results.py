@@ -16,10 +16,36 @@ import numpy as np
 from topgap_jax.build import names as names_of
 from topgap_jax.errors import UserError
 from topgap_jax.progress import write_text
+from topgap_jax.stored import NUMBER, mismatch, read_object
 from topgap_jax.types import Check, Curve, Gallery, Measure
 
 FILE = "evaluation.json"
 NOT_AUDITED = "not audited"
+_NUMBER = (*NUMBER, None)
+_CURVE = {"x": [_NUMBER], "y": [_NUMBER], "axes?": [str], "label?": str}
+_GALLERY = {"tiles": [{"shape": [int], "bytes": str}], "captions": [str], "columns": int, "label": str}
+_MEASURE = {
+    **dict.fromkeys(("value?", "low?", "high?", "n?"), _NUMBER),
+    **dict.fromkeys(("label?", "unit?", "reason?"), str),
+    "better?": (str, None),
+    "main?": bool,
+}
+_CHECK = {**dict.fromkeys(("id", "status", "sentence"), str), **dict.fromkeys(("statistic", "threshold", "n"), _NUMBER)}
+_ROW = {
+    "split": str,
+    "evaluator": str,
+    "examples": int,
+    "overrides?": {str: str},
+    "measures?": {str: (_MEASURE, _CURVE, _GALLERY)},
+    "cost?": {str: "PLAIN"},
+    "audit?": (str, None),
+    "norms?": [str],
+    "checks?": [_CHECK],
+    # of version 0.1.0
+    "values?": {str: _NUMBER},
+    "curves?": {str: _CURVE},
+}
+SCHEMA = {"rows": [_ROW], "weights?": str, "data?": str}
 
 
 class Row(NamedTuple):
@@ -76,12 +102,13 @@ def read(path: Path) -> Evaluation:
     if not path.is_file():
         return Evaluation([], "", "")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_object(path, "an evaluation of this program", SCHEMA)
         rows = with_audits([from_json(row) for row in stored["rows"]])
-        return Evaluation(rows, str(stored.get("weights", "")), str(stored.get("data", "")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = " ".join(str(error).split())[:100]
-        raise UserError(f"{path} is not an evaluation of this program ({why}); move it away") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a UserError is a ValueError too
+        what = f"{path} is not an evaluation of this program"
+        why = str(error).removeprefix(f"{what}: ")
+        raise UserError(f"{what} ({' '.join(why.split())[:150]}); move it away") from None
+    return Evaluation(rows, stored.get("weights", ""), stored.get("data", ""))
 
 
 def write(path: Path, row: Row, weights: str, data: str) -> None:
@@ -144,7 +171,7 @@ def from_json(stored: Mapping[str, Any]) -> Row:
         cost=dict(stored["cost"]),
         audit=None if stored["audit"] is None else str(stored["audit"]),
         norms=tuple(map(str, stored.get("norms", ()))),
-        checks=tuple(_check(**check) for check in stored.get("checks", ())),
+        checks=tuple(Check(**check) for check in stored.get("checks", ())),
     )
 
 
@@ -157,13 +184,6 @@ def _fields(measure: Measure | Curve | Gallery) -> dict[str, Any]:
         said |= {"x": [plain(value) for value in measure.x], "y": [plain(value) for value in measure.y]}
         return said
     return {name: plain(value) for name, value in said.items()}
-
-
-def _check(id, status, statistic, threshold, n, sentence):
-    for number in (statistic, threshold, n):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
-            raise ValueError(f"{number!r} is not a number")
-    return Check(str(id), str(status), statistic, threshold, n, str(sentence))
 
 
 def _tile_to_json(tile: np.ndarray) -> dict[str, Any]:
@@ -179,19 +199,16 @@ def _tile(stored: Mapping[str, Any]) -> np.ndarray:
 
 def _measure(fields: Mapping[str, Any]) -> Measure | Curve | Gallery:
     if "tiles" in fields:
+        if wrong := mismatch(fields, _GALLERY):  # it fits a measure too, of which nothing must be there
+            raise ValueError(wrong)
         gallery = Gallery(**fields)
-        tiles, captions = [_tile(tile) for tile in gallery.tiles], list(map(str, gallery.captions))
-        if not tiles or len(tiles) != len(captions):
-            raise ValueError(f"{len(tiles)} pictures with {len(captions)} captions")
-        return Gallery(tiles, captions, max(1, int(gallery.columns)), str(gallery.label))
+        if not gallery.tiles or len(gallery.tiles) != len(gallery.captions) or gallery.columns < 1:
+            raise ValueError(f"{len(gallery.tiles)} pictures with {len(gallery.captions)} captions")
+        return gallery._replace(tiles=[_tile(tile) for tile in gallery.tiles])
     if "x" in fields:
         curve = Curve(**fields)
         return curve._replace(axes=tuple(curve.axes))
-    measure = Measure(**fields)
-    for number in (measure.value, measure.low, measure.high, measure.n):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
-            raise ValueError(f"{number!r} is not a number")
-    return measure
+    return Measure(**fields)
 
 
 def plain(value: Any) -> Any:

@@ -4,21 +4,33 @@ Maps (b, h', w') are resized to the image (bilinear, half-pixel centres, no anti
 a constant map becomes 0. Pixels whose region is unsure (2) count on no side.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.types import Array, Batch, Cost, Curve, Measure, Metric
 
+LEVELS = 1001  # bins of PxAP as published: a thousand of .001, and one for the largest value, 1
+
+
+def resized(maps: Array, size: tuple[int, int]) -> Array:
+    """Maps at the image's size, values as they are: (b, h', w') -> (b, h, w) float32."""
+    return jax.image.resize(maps.astype(jnp.float32), (maps.shape[0], *size), "bilinear", antialias=False)
+
 
 def scaled(maps: Array, size: tuple[int, int]) -> Array:
     """Maps at the image's size, in [0, 1]: (b, h', w') -> (b, h, w). A constant map is 0."""
-    full = jax.image.resize(maps.astype(jnp.float32), (maps.shape[0], *size), "bilinear", antialias=False)
+    full = resized(maps, size)
     low, high = full.min((1, 2), keepdims=True), full.max((1, 2), keepdims=True)
-    return jnp.where(high > low, (full - low) / jnp.where(high > low, high - low, 1), 0)
+    # Of the map itself: interpolated between equal values, a constant map may differ by rounding.
+    varies = (high > low) & (maps.max((1, 2), keepdims=True) > maps.min((1, 2), keepdims=True))
+    return jnp.where(varies, (full - low) / jnp.where(varies, high - low, 1), 0)
 
 
 def box_mask(box: Array, size: tuple[int, int]) -> Array:
@@ -105,8 +117,7 @@ def energy() -> Metric:
 
     def rows(keys, predict, maps, batch):
         inside, known = object_masks(batch)
-        positive = jax.nn.relu(maps.astype(jnp.float32))
-        full = jax.image.resize(positive, inside.shape, "bilinear", antialias=False) * known
+        full = resized(jax.nn.relu(maps), inside.shape[1:]) * known
         share = (full * inside).sum((1, 2)) / full.sum((1, 2))
         area = inside.sum((1, 2)) / jnp.maximum(known.sum((1, 2)), 1)
         return {"energy": share, "energy_lift": jnp.where(area > 0, share / area, jnp.nan)}
@@ -118,4 +129,80 @@ def energy() -> Metric:
     return Metric(rows, about, lambda predict, images: Cost())
 
 
-TABLE = table(iou, iou_curve, in_region, energy)
+def pointing(*, tolerance: float = 0) -> Metric:
+    """Does the map's largest value lie on the object, or at most `tolerance` pixels away? {"pointing": (b,)}, 1 or 0.
+
+    The pointing game (Zhang et al. 2016, arXiv 1608.00507); of equal values the first in reading order points.
+    TorchRay's tolerance is 15 pixels, for images of 224, and strict, so that its 0 never hits: here 0 is on the object.
+    {"pointing_chance": (b,)} is the share of places that hit, {"pointing_centre": (b,)} whether the image's centre
+    does. An image without an object is NaN.
+    """
+    check_number("tolerance", tolerance, 0)
+
+    def rows(keys, predict, maps, batch):
+        inside, known = object_masks(batch)
+        h, w = inside.shape[1:]
+        near = within(inside & known, tolerance)
+        places = jnp.where(known, resized(maps, (h, w)), -jnp.inf).reshape(-1, h * w).argmax(1)
+        hit = lambda place: jnp.take_along_axis(near.reshape(-1, h * w), place[:, None], 1)[:, 0]
+        defined = (inside & known).any((1, 2))
+        values = {
+            "pointing": hit(places),
+            "pointing_chance": (near & known).sum((1, 2)) / jnp.maximum(known.sum((1, 2)), 1),
+            "pointing_centre": hit(jnp.full_like(places, (h // 2) * w + w // 2)),
+        }
+        return {name: jnp.where(defined, value.astype(jnp.float32), jnp.nan) for name, value in values.items()}
+
+    return Metric(rows, dict(POINTING), lambda predict, images: Cost())
+
+
+POINTING = {
+    "pointing": Measure(better="higher", label="pointing game"),
+    "pointing_chance": Measure(label="pointing game of a random place"),
+    "pointing_centre": Measure(label="pointing game of the centre"),
+}
+
+
+def within(mask: Array, distance: float) -> Array:
+    """Pixels (b, h, w) at most `distance` pixels from a pixel of the mask (b, h, w), itself included."""
+    h, w = mask.shape[1:]
+    reach = min(int(distance), max(h, w))
+    if not reach:
+        return mask
+    near = mask
+    # A disc is a stack of rows of its widths: one running maximum for each row of it.
+    for shift in range(-reach, reach + 1):
+        width = math.isqrt(int(distance**2 - shift**2))
+        rows = jnp.pad(mask, ((0, 0), (max(shift, 0), max(-shift, 0)), (0, 0)))[:, max(-shift, 0) :][:, :h]
+        window = {"window_dimensions": (1, 1, 2 * width + 1), "window_strides": (1, 1, 1), "padding": "SAME"}
+        near |= lax.reduce_window(rows, False, lax.bitwise_or, **window)
+    return near
+
+
+def pixel_counts(maps: Array, inside: Array, known: Array) -> tuple[Array, Array]:
+    """How many pixels of the object, and of the rest, have a scaled value in each bin: int32 (b, LEVELS) each."""
+    h, w = inside.shape[1:]
+    bins = (scaled(maps, (h, w)) * (LEVELS - 1)).astype(jnp.int32).reshape(-1, h * w)
+    count = lambda values, counted: jnp.zeros(LEVELS, jnp.int32).at[values].add(counted.astype(jnp.int32))
+    counts = lambda mask: jax.vmap(count)(bins, mask.reshape(-1, h * w))
+    return counts(inside & known), counts(~inside & known)
+
+
+def average_precision(true: np.ndarray, false: np.ndarray) -> float | None:
+    """Area under precision over recall of pixels, of counts in ascending bins (n,): PxAP of Choe et al. 2020, arXiv
+    2001.07437.
+
+    sum over the thresholds, from the top, of precision x (recall - recall before); bins with nothing above are skipped.
+    None without a true pixel. Counts of images add up: pooled, it is exact whatever the batches were.
+
+    >>> round(average_precision(np.array([0, 1, 1, 2]), np.array([1, 1, 0, 1])), 6)
+    0.6875
+    """
+    above, wrong = np.cumsum(true[::-1], dtype=np.float64), np.cumsum(false[::-1], dtype=np.float64)
+    if not len(above) or above[-1] == 0:
+        return None
+    precision = above / np.maximum(above + wrong, 1)
+    return float((precision * np.diff(above / above[-1], prepend=0)).sum())
+
+
+TABLE = table(iou, iou_curve, in_region, energy, pointing)

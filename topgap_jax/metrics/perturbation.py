@@ -4,20 +4,15 @@
 Both reward what is adversarial: a few high-contrast pixels that upset the network score well without being the object.
 """
 
-from typing import TypeAlias
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from topgap_jax.baselines import blurred
 from topgap_jax.build import check_number, table
-from topgap_jax.errors import UserError
-from topgap_jax.rewrite import zero_images
+from topgap_jax.metrics.localisation import resized
+from topgap_jax.metrics.substrates import Substrate, checked, substrate_images
 from topgap_jax.rewrite.speed import map_over
-from topgap_jax.types import Array, Cost, Curve, Measure, Metric
-
-Substrate: TypeAlias = str | float | tuple[float, ...] | Array
+from topgap_jax.scores import probability
+from topgap_jax.types import Array, Cost, Curve, Keys, Measure, Metric
 
 
 def deletion(*, steps: int = 64, substrate: Substrate = "mean") -> Metric:
@@ -45,52 +40,15 @@ def insertion(*, steps: int = 64, substrate: Substrate = "blur") -> Metric:
 def area_under(scores: Array) -> Array:
     """Area under scores (steps + 1, ...) over [0, 1] by trapezoids.
 
-    >>> round(float(area_under(np.array([0.9, 0.5, 0.2, 0.1, 0.0]))), 4)
+    >>> round(float(area_under(jnp.array([0.9, 0.5, 0.2, 0.1, 0.0]))), 4)
     0.3125
     """
     return (scores.sum(0) - scores[0] / 2 - scores[-1] / 2) / (len(scores) - 1)
 
 
-def _changed(name, steps, substrate, better, change) -> Metric:
-    check_number("steps", steps, 1, whole=True)
-    if isinstance(substrate, str):
-        if substrate not in ("mean", "blur"):
-            raise UserError(
-                f"{name}: substrate must be 'mean', 'blur', a colour or a picture in [0, 1], got {substrate!r}"
-            )
-        words = {"mean": "mean colour", "blur": "blurred"}[substrate]
-    else:
-        substrate = np.asarray(substrate, np.float32)
-        if substrate.ndim == 2 or not (substrate >= 0).all() or not (substrate <= 1).all():
-            raise UserError(f"{name}: substrate must be 'mean', 'blur', a colour or a picture (h, w, c) in [0, 1]")
-        words = (
-            "a picture" if substrate.ndim > 1 else f"colour {', '.join(f'{part:g}' for part in np.ravel(substrate))}"
-        )
-
-    def rows(keys, predict, maps, batch):
-        images, labels = batch["image"], batch["label"]
-        ranks, other = _ranks(keys, maps, images.shape[1:3]), _substrate(name, substrate, predict, images)
-        counts = jnp.round(jnp.arange(steps + 1) * (ranks[0].size / steps)).astype(jnp.int32)
-
-        def score(count):
-            logits = predict(change(images, other, (ranks < count)[..., None]))
-            return jnp.take_along_axis(jax.nn.softmax(logits.astype(jnp.float32)), labels[:, None], 1)[:, 0]
-
-        scores = map_over(score, (counts,))  # one batch of images at a time
-        return {name: area_under(scores), f"{name}_curve": scores.T}
-
-    about = {
-        name: Measure(better=better, label=f"{name} ({words})"),
-        f"{name}_curve": Curve(
-            [i / steps for i in range(steps + 1)], axes=("share of pixels", "probability"), label=f"{name} ({words})"
-        ),
-    }
-    return Metric(rows, about, lambda predict, images: Cost(steps + 1, 0))
-
-
-def _ranks(keys, maps, size):
-    """Place (b, h, w) of each pixel in the descending order of the map, 0 the most salient."""
-    full = jax.image.resize(maps.astype(jnp.float32), (maps.shape[0], *size), "bilinear", antialias=False)
+def pixel_ranks(keys: Keys, maps: Array, size: tuple[int, int]) -> Array:
+    """Place (b, h, w) of each pixel in the descending order of the resized map, 0 the most salient; ties by the key."""
+    full = resized(maps, size)
 
     def one(key, values):
         order = jnp.lexsort((jax.random.permutation(key, values.size), -values))
@@ -99,16 +57,29 @@ def _ranks(keys, maps, size):
     return jax.vmap(one)(keys, full.reshape(len(full), -1)).reshape(full.shape)
 
 
-def _substrate(name, substrate, predict, images):
-    if not isinstance(substrate, str):
-        try:
-            return jnp.broadcast_to(substrate.astype(images.dtype), images.shape)
-        except ValueError:
-            raise UserError(
-                f"{name}: a substrate of shape {substrate.shape} does not fit images of shape {images.shape[1:]}"
-            ) from None
-    zero = zero_images(predict, images)
-    return zero if substrate == "mean" else blurred(images, zero)
+def _changed(name, steps, substrate, better, change) -> Metric:
+    check_number("steps", steps, 1, whole=True)
+    substrate, words = checked(name, substrate)
+
+    def rows(keys, predict, maps, batch):
+        images, labels = batch["image"], batch["label"]
+        ranks = pixel_ranks(keys, maps, images.shape[1:3])
+        other = substrate_images(name, substrate, predict, images)
+        counts = jnp.round(jnp.arange(steps + 1) * (ranks[0].size / steps)).astype(jnp.int32)
+
+        def score(count):
+            return probability(predict(change(images, other, (ranks < count)[..., None])), labels)
+
+        scores = map_over(score, (counts,))  # one batch of images at a time
+        return {name: area_under(scores), f"{name}_curve": scores.T}
+
+    about = {
+        name: Measure(better=better, label=f"{name} ({words})", across=False),
+        f"{name}_curve": Curve(
+            [i / steps for i in range(steps + 1)], axes=("share of pixels", "probability"), label=f"{name} ({words})"
+        ),
+    }
+    return Metric(rows, about, lambda predict, images: Cost(steps + 1, 0))
 
 
 TABLE = table(deletion, insertion)

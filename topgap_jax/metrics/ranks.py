@@ -37,13 +37,26 @@ def kendall_tau_b(a: Array, b: Array) -> Array:
 def spearman(a: Array, b: Array) -> Array:
     """Pearson's correlation of the average ranks (b,)."""
     a, b = _flat(a, b)
-    return _defined(a, b, _pearson(*(jax.vmap(average_ranks)(values) for values in (a, b))))
+    return _defined(a, b, pearson(*(jax.vmap(average_ranks)(values) for values in (a, b))))
+
+
+def pearson(a: Array, b: Array) -> Array:
+    """Pearson's correlation of the values (b,); NaN where a map is constant."""
+    a, b = (values.astype(jnp.float32) for values in _flat(a, b))
+    # By lengths that cannot overflow: the squares of a map of 1e-25 are 0 in float32.
+    directions = [direction_and_length(values - values.mean(1, keepdims=True), (1,))[0] for values in (a, b)]
+    return jnp.where(is_constant(a) | is_constant(b), jnp.nan, (directions[0] * directions[1]).sum(1))
 
 
 def cosine(a: Array, b: Array) -> Array:
     """<a, b> / (|a| |b|) of the values themselves (b,); 0 where a map is 0."""
     a, b = (values.astype(jnp.float32) for values in _flat(a, b))
     return (direction_and_length(a, (1,))[0] * direction_and_length(b, (1,))[0]).sum(1)
+
+
+def is_constant(maps: Array) -> Array:
+    """Whether all values of a map (b, ...) are equal: (b,)."""
+    return (maps == maps[(slice(None), *(slice(1) for _ in maps.shape[1:]))]).all(tuple(range(1, maps.ndim)))
 
 
 def _kendall(pair):
@@ -58,11 +71,6 @@ def _kendall(pair):
     sums = lax.map(row, (a, b), batch_size=min(BLOCK, len(a)))
     both, untied_a, untied_b = (values.astype(jnp.float32).sum() for values in sums)
     return both / (jnp.sqrt(untied_a) * jnp.sqrt(untied_b))
-
-
-def _pearson(a, b):
-    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-    return (a * b).sum(1) / (jnp.sqrt((a * a).sum(1)) * jnp.sqrt((b * b).sum(1)))
 
 
 def _defined(a, b, values):

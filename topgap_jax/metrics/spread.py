@@ -65,6 +65,22 @@ def extent() -> Metric:
     )
 
 
+def total_variation() -> Metric:
+    """sum of |a(i + 1, j) - a(i, j)| and |a(i, j + 1) - a(i, j)| over the cells, by N max a: {"total_variation": (b,)}.
+
+    0 of an even map, 2 at most on each axis: how ragged a map is.
+    """
+
+    def rows(keys, predict, maps, batch):
+        a = jax.nn.relu(maps.astype(jnp.float32))
+        a = a / a.max((1, 2), keepdims=True)
+        differences = sum(jnp.abs(jnp.diff(a, axis=axis)).sum((1, 2)) for axis in (1, 2))
+        return {"total_variation": differences / a[0].size}
+
+    about = Measure(label="total variation of the map", unit="of its largest value per cell", main=False)
+    return Metric(rows, {"total_variation": about}, lambda predict, images: Cost())
+
+
 def _shares(maps: Array) -> Array:
     """p (b, N), NaN in all cells of a map without a positive value."""
     positive = jax.nn.relu(maps.astype(jnp.float32)).reshape(maps.shape[0], -1)
@@ -73,4 +89,4 @@ def _shares(maps: Array) -> Array:
     return scaled / scaled.sum(1, keepdims=True)
 
 
-TABLE = table(gini, extent)
+TABLE = table(gini, extent, total_variation)

@@ -1,11 +1,11 @@
 """What a hub says of a file of weights: the `config.json` beside it (timm's, Hugging Face's)."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from topgap_jax.errors import UserError
+from topgap_jax.stored import read_object
 
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
@@ -99,8 +99,4 @@ def _checked(folder, said):
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {' '.join(str(error).split())[:200]}") from None
-    return read if isinstance(read, dict) else {}
+    return read_object(path, "the JSON object of a model", {str: "PLAIN"}) if path.is_file() else {}

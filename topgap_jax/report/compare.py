@@ -38,7 +38,7 @@ def compare(workdirs: Sequence[Path | str]) -> str:
         parts.append(aligned([head, *rows], right=range(1, len(head))))
         about = "intervals are on the page of topgap report" if brief else "intervals are over images, not over seeds"
         parts += [printable(f"* best; difference: {names[-1]} - {names[0]}; {about}")] * several
-    parts += undefined(lines, names)
+    parts += apart(lines) * several + undefined(lines, names)
     notes: dict[str, list[str]] = {}
     for run in runs:
         command = f"topgap evaluate --workdir {shlex.quote(str(run.folder))}"
@@ -89,6 +89,14 @@ def cells(measures: Sequence[Measure | None], *, best: Sequence[bool] = (), brie
     width = max((len(bounds) for _, _, bounds in parts), default=0)
     texts = [value if brief or not width else f"{value} {bounds:{width}}" for value, _, bounds in parts]
     return [text + (" *" if mark else "  ") for text, mark in zip(texts, best)] if best else texts
+
+
+def apart(lines: Iterable[Line]) -> list[str]:
+    """Which measures say nothing of one network against another, in a line; none where no two runs have one."""
+    shared = [line for line in lines if not line.about.across and sum(cell is not None for cell in line.cells) > 1]
+    labels = dict.fromkeys(line.about.label for line in shared)
+    why = "areas of different networks differ in scale (arXiv 2408.08137); compare methods within a run"
+    return [printable(f"not compared between runs: {', '.join(labels)}: {why}")] * bool(labels)
 
 
 def undefined(lines: Iterable[Line], names: Sequence[str] = ()) -> list[str]:

@@ -14,8 +14,8 @@ class Line(NamedTuple):
     about          the measure without a value: label, unit, better, main
     cells, rows    each run's measure and the row it stands in, None where absent
     headline       whether it stands for its evaluator
-    best           index of the best run, None: no side is better, or all are equal
-    difference     last run minus first
+    best           index of the best run, None: no side is better, all are equal, or runs are not to be compared by it
+    difference     last run minus first, None where runs are not to be compared by it (`about.across`)
     """
 
     split: str
@@ -52,7 +52,7 @@ def comparison(tables: Sequence[Sequence[Row]]) -> list[Line]:
             cells = [row.numbers.get(name) if row else None for row in rows]
             about = describing(name, [cell for cell in cells if cell])
             values = [cell.value if cell else None for cell in cells]
-            several = len(values) > 1 and finite(values[0]) and finite(values[-1])
+            several = len(values) > 1 and finite(values[0]) and finite(values[-1]) and about.across
             lines.append(
                 Line(
                     split=key[0],
@@ -61,7 +61,7 @@ def comparison(tables: Sequence[Sequence[Row]]) -> list[Line]:
                     cells=cells,
                     rows=rows,
                     headline=name == names[0],
-                    best=best(about.better, values),
+                    best=best(about.better if about.across else None, values),
                     difference=values[-1] - values[0] if several else None,
                 )
             )
@@ -72,7 +72,13 @@ def describing(name: str, measures: Sequence[Measure]) -> Measure:
     """What a name stands for, in the words of the measure that says most: those of version 0.1.0 say little."""
     bare = name.replace("_", " ")
     about = min(measures, key=lambda measure: (measure.better is None, measure.main, measure.label == bare))
-    return Measure(better=about.better, label=str(about.label or name), unit=str(about.unit), main=about.main)
+    return Measure(
+        better=about.better,
+        label=str(about.label or name),
+        unit=str(about.unit),
+        main=about.main,
+        across=all(measure.across for measure in measures),
+    )
 
 
 def best(better: str | None, values: Sequence[float | None]) -> int | None:

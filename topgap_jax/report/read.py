@@ -12,6 +12,8 @@ from topgap_jax.errors import UserError
 from topgap_jax.measure import results
 from topgap_jax.measure.results import Row
 from topgap_jax.progress import read_metrics
+from topgap_jax.run.workdir import read_config
+from topgap_jax.stored import read_object
 from topgap_jax.types import Measure
 
 BESIDE = ("accuracy", "regions")
@@ -51,13 +53,13 @@ def read_run(folder: Path, label: str) -> Run:
     if not path.is_file():
         why = "it has no config.json" if folder.is_dir() else "there is no such folder"
         raise UserError(f"'{folder}' is not a run: {why}; name a folder that `topgap train --workdir` wrote")
-    stored, evaluation = read_json(path, "config"), results.read(folder / results.FILE)
+    stored, evaluation = read_config(path), results.read(folder / results.FILE)
     return Run(
         label=label,
         folder=folder,
         config=flat(stored["config"]),
         file=stored.get("file"),
-        versions=flat(read_json(folder / "versions.json")),
+        versions=flat(_versions(folder / "versions.json")),
         metrics=read_metrics(folder),
         rows=with_gaps(evaluation.rows, str(stored["config"].get("train", ""))),
         weights=evaluation.weights,
@@ -111,17 +113,9 @@ def fraction(text: str) -> str:
     return f"{value:.0f}/255" if len(text) > 8 and abs(value - round(value)) < 1e-9 else text
 
 
-def read_json(path: Path, needs: str | None = None) -> dict[str, Any]:
-    """The object in a JSON file, {} if there is no file; it must have the key `needs`."""
-    if not path.is_file():
-        return {}
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read as JSON: {' '.join(str(error).split())}") from None
-    if not isinstance(stored, dict) or (needs and needs not in stored):
-        raise UserError(f"'{path}' is not what a run writes: it should be an object" + f" with '{needs}'" * bool(needs))
-    return stored
+def _versions(path: Path) -> dict[str, Any]:
+    """What a run was made with; {} if it does not say."""
+    return read_object(path, "the versions.json of a run", {str: "PLAIN"}) if path.is_file() else {}
 
 
 def labels(folders: Sequence[Path]) -> list[str]:

@@ -2,24 +2,26 @@
 
 While a function is traced here, every array that a Flax submodule returns gets the submodule's path as its name, e.g.
 "backbone/stage3/block0/conv1". Anyone else writes `name(value, "features")` where they want one. A layer is given by
-its full name or by any trailing part of it that is unique: "stage3".
+its full name or by any trailing part of it that is unique: "stage3". `tokens(layer, grid)` takes a value (b, n, c) as
+features (b, h, w, c), wherever a layer is taken.
 """
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.extend.core.primitives import name_p
 
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite.default import check_axes, last_features
 from topgap_jax.rewrite.interpreter import enters, evaluate, rebuild, subjaxprs, trace
+from topgap_jax.rewrite.tokens import Tokens
 from topgap_jax.types import Array
 
 # Part of the key of JAX's trace caches: a jitted function is traced once with names and once without, and both stay
@@ -58,7 +60,7 @@ def layers(f: Callable, *args: Any, **kwargs: Any) -> list[Layer]:
     return _layers(closed.jaxpr)
 
 
-def tap(f: Callable, layer: str, edit: Callable[[Array], Array]) -> Callable:
+def tap(f: Callable, layer: str | Tokens, edit: Callable[[Array], Array]) -> Callable:
     """f with the value named `layer` replaced by `edit(value)`, which must keep its shape.
 
     Raises UserError for an unknown name, one met twice, and one inside `scan` or another primitive that cannot be
@@ -67,7 +69,7 @@ def tap(f: Callable, layer: str, edit: Callable[[Array], Array]) -> Callable:
     return lambda *args, **kwargs: _run(f, layer, lambda value: (edit(value), None), args, kwargs)[0]
 
 
-def read(f: Callable, layer: str | None = None) -> Callable:
+def read(f: Callable, layer: str | Tokens | None = None) -> Callable:
     """f that returns (result, value named `layer`); by default the last (b, h, w, c) value before the pooling."""
     return lambda *args, **kwargs: _run(f, layer, lambda value: (value, value), args, kwargs)
 
@@ -83,19 +85,22 @@ def default_layer(f: Callable, *args: Any, **kwargs: Any) -> str:
     return feature_layer(f, None, *args, **kwargs)
 
 
-def feature_layer(f: Callable, layer: str | None, *args: Any, **kwargs: Any) -> str:
-    """Full name of `layer`, whose value a method takes as features (b, h, w, c), or of the default layer for None.
+def feature_layer(f: Callable, layer: str | Tokens | None, *args: Any, **kwargs: Any) -> str | Tokens:
+    """`layer` by its full name, whose value a method takes as features (b, h, w, c), or the default layer for None.
 
     UserError for an unknown layer, and where the axes of its value are (b, c, h, w).
     """
     with naming():
         closed, arrays, _ = trace(f, args, kwargs)
-        return _feature_layer(closed, arrays, layer)
+        return feature_layer_of(closed, arrays, layer)
 
 
-def _feature_layer(closed, arrays, layer: str | None) -> str:
+def feature_layer_of(closed: ClosedJaxpr, arrays: Sequence[Any], layer: str | Tokens | None) -> str | Tokens:
+    """`feature_layer` of a function that has been traced while `naming` was open."""
     if layer is None:
         return last_features(closed, arrays)
+    if isinstance(layer, Tokens):
+        return layer._replace(layer=resolve(layer.layer, _layers(closed.jaxpr)))
     full = resolve(layer, _layers(closed.jaxpr))
     check_axes(closed, arrays, full)
     return full
@@ -151,10 +156,12 @@ def _run(f, layer, edit, args, kwargs, features=False):
 
     features: whether the value is taken as (b, h, w, c), so that (b, c, h, w) is an error.
     """
+    if isinstance(layer, Tokens):
+        return _run(f, layer.layer, lambda value: layer.edit(value, edit), args, kwargs)
     with naming():
         closed, arrays, restore = trace(f, args, kwargs)
         plain = layer is not None and not features
-        full = resolve(layer, _layers(closed.jaxpr)) if plain else _feature_layer(closed, arrays, layer)
+        full = resolve(layer, _layers(closed.jaxpr)) if plain else feature_layer_of(closed, arrays, layer)
         outs, told = _replace(closed.jaxpr, closed.consts, arrays, full, edit)
     return restore(outs), told
 

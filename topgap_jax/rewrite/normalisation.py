@@ -1,5 +1,6 @@
 """How images are normalised, and where a network's normalisation maps to zero."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,10 +39,12 @@ def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) ->
 
 
 def channels(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """mean and std as tuples of floats, one number per channel each; every std positive."""
+    """mean and std as tuples of floats, one finite number per channel each; every std positive."""
     mean, std = tuple(float(x) for x in mean), tuple(float(x) for x in std)
-    if len(mean) != len(std) or not all(x > 0 for x in std):
-        raise UserError(f"mean and std need one number per channel each, every std above 0; got mean={mean}, std={std}")
+    if len(mean) != len(std) or not all(map(math.isfinite, mean)) or not all(0 < x < math.inf for x in std):
+        raise UserError(
+            f"mean and std need one finite number per channel each, every std above 0; got mean={mean}, std={std}"
+        )
     return mean, std
 
 

@@ -13,12 +13,19 @@ from jax.sharding import Mesh
 from topgap_jax.errors import UserError
 from topgap_jax.progress import write_text
 from topgap_jax.run.provenance import provenance
+from topgap_jax.stored import read_object
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
+CONFIG = {
+    "config": {str: "PLAIN"},
+    "file?": (str, None),
+    "data?": ({"classes": [str], "examples": int}, None),
+}
+"""The schema of config.json."""
 LOOKING = ("test", "evaluators", "explain", "log_every")
 """Keys that concern looking at a run and not its weights: they may differ when a folder is used again."""
 
@@ -73,17 +80,13 @@ def claim(workdir: Path, config: Mapping[str, Any], file: str | Path | None = No
 
 def learnt(workdir: Path) -> Data | None:
     """What the run in a folder learnt from; None where it does not say, as runs of version 0.1.0 do not."""
-    path = Path(workdir) / "config.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8")).get("data")
-        if stored is None:
-            return None
-        data = Data(tuple(stored["classes"]), stored["examples"])
-        if not all(isinstance(name, str) for name in data.classes) or type(data.examples) is not int:
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not the config.json of a run") from None
-    return data
+    stored = read_config(Path(workdir) / "config.json").get("data")
+    return Data(tuple(stored["classes"]), stored["examples"]) if stored else None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What config.json of a run holds: its config, the Python file it came from, the data it learnt from."""
+    return read_object(path, "the config.json of a run", CONFIG)
 
 
 def check(workdir: Path, config: Mapping[str, Any], classes: tuple[str, ...] = ()) -> None:
@@ -96,11 +99,10 @@ def check(workdir: Path, config: Mapping[str, Any], classes: tuple[str, ...] = (
     if not path.is_file():
         return
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["config"]
-        keys = [key for key in stored if key not in LOOKING]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not the config of a run; take another workdir, or move that file away") from None
-    for key in keys:
+        stored = read_config(path)["config"]
+    except UserError as error:
+        raise UserError(f"{error}; take another workdir, or move that file away") from None
+    for key in [key for key in stored if key not in LOOKING]:
         if key not in config or stored[key] != config[key]:
             here = repr(config[key]) if key in config else "absent"
             raise UserError(

@@ -8,7 +8,6 @@ own models, pools or data sets, usable in its texts; and `arms()`, {name: {key: 
 `topgap train --arm NAME`.
 """
 
-import json
 import runpy
 import shlex
 import sys
@@ -24,6 +23,7 @@ from topgap_jax.build import build, calls, did_you_mean
 from topgap_jax.data.source import RESIZES
 from topgap_jax.errors import UserError
 from topgap_jax.measure.results import today
+from topgap_jax.run.workdir import read_config
 from topgap_jax.setup.tables import TABLE
 from topgap_jax.types import Audit, Evaluator, Model, Robustness, Table
 
@@ -227,13 +227,13 @@ def _written(path: Path) -> Loaded:
 
 def _stored(path: Path, file: str | Path | None) -> Loaded:
     """The config of a run, with the methods and arms of a Python file where one is given."""
+    stored = read_config(path)
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
         config = ConfigDict({key: _tuples(value) for key, value in stored["config"].items()})
-        config.evaluators = today(config.get("evaluators", ""))
-        origin = stored.get("file") and str(Path(stored["file"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not the config.json of a run") from None
+    except (ValueError, TypeError) as error:  # names that it keeps for itself
+        raise UserError(f"{path} is not the config.json of a run: {' '.join(str(error).split())[:100]}") from None
+    config.evaluators = today(str(config.get("evaluators", "")))
+    origin = stored.get("file")
     stated = frozenset(key for key in config if key not in KEYS or config[key] != KEYS[key].default)
     if file is None:
         return Loaded(config, {}, origin, {}, stated)

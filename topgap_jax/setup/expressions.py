@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from topgap_jax.build import build, did_you_mean, names
+from topgap_jax.build import LONGEST, build, did_you_mean, names
 from topgap_jax.errors import UserError
 from topgap_jax.setup.config import KEYS, Role, is_expression
 from topgap_jax.setup.tables import ROOMS, TABLE, VALUES
@@ -48,6 +48,8 @@ def split_list(text: str) -> list[str]:
     >>> split_list("accuracy(), robust(pgd(linf(eps), steps=20))")
     ['accuracy()', 'robust(pgd(linf(eps), steps=20))']
     """
+    if len(text) > LONGEST:
+        raise UserError(f"a list of {len(text):,} characters: at most {LONGEST:,} are read")
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if quote:

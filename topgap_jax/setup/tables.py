@@ -34,9 +34,9 @@ ROOMS: dict[str, Table] = {
     "schedules": schedules.TABLE,
     "balls": balls.TABLE,
     "penalties": penalties.TABLE,
-    "scores": {},  # all of them are named without a call
+    "scores": scores.TABLE,
     "attacks": attacks.TABLE,
-    "explanations": explain.TABLE,
+    "explanations": merged(explain.TABLE, table(rewrite.tokens)),
     "rules": rules.TABLE,
     "metrics": metrics.TABLE,
     "evaluators": evaluators.TABLE,

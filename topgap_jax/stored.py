@@ -1,0 +1,94 @@
+"""JSON files that a run keeps, which a stranger may have written: read whole, checked against a schema, or refused in a
+line."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from topgap_jax.errors import UserError
+
+LARGEST = 64 * 2**20  # bytes; evaluation.json of a hundred rows with curves has some 200 kB
+NUMBER = (int, float)
+PLAIN = (str, int, float, bool, None, ["PLAIN"], {str: "PLAIN"})
+"""What a config may hold: texts, numbers, and lists and tables of these."""
+
+
+def read_object(path: Path, what: str, schema: Mapping) -> dict[str, Any]:
+    """The JSON object in a file that fits the schema; UserError "PATH is not WHAT: ..." for anything else.
+
+    schema: {"key": schema, "key?": schema} (the second may be absent, other keys are allowed), {str: schema} (any
+    keys), [schema] (a list), a tuple of schemas (any of them), a type, None, or "PLAIN". A bool is no number, a number
+    is finite, and no text holds half a character (a lone surrogate, which no file can hold).
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise ValueError(f"it has more than {LARGEST // 2**20} MB")
+        value = json.loads(data.decode("utf-8"))
+        wrong = mismatch(value, schema)
+    except (OSError, ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:100]
+        raise UserError(f"{path} is not {what}: {why}") from None
+    if wrong:
+        raise UserError(f"{path} is not {what}: {wrong}")
+    return value
+
+
+def mismatch(value: Any, schema: Any, at: str = "") -> str:
+    """Where and how a value does not fit a schema, "" if it does.
+
+    >>> mismatch({"a": [1, "x"]}, {"a": [(int, float)]})
+    "a[1] is 'x', not a number"
+    """
+    schema = PLAIN if schema == "PLAIN" else schema
+    if isinstance(schema, tuple):
+        if any(not mismatch(value, each, at) for each in schema):
+            return ""
+        containers = [each for each in schema if isinstance(each, list | dict) and type(value) is type(each)]
+        return mismatch(value, containers[0], at) if containers else _not(value, schema, at)
+    if isinstance(schema, list):
+        if not isinstance(value, list):
+            return _not(value, schema, at)
+        return next((wrong for i, each in enumerate(value) if (wrong := mismatch(each, schema[0], f"{at}[{i}]"))), "")
+    if isinstance(schema, dict):
+        if not isinstance(value, dict):
+            return _not(value, schema, at)
+        inside = lambda key: f"{at}.{key}"[:80] if at else f"{key}"[:80]
+        if str in schema:
+            texts = (wrong for key in value if (wrong := mismatch(key, str, inside(key))))
+            items = (wrong for key, each in value.items() if (wrong := mismatch(each, schema[str], inside(key))))
+            return next(texts, "") or next(items, "")
+        for name, each in schema.items():
+            key = name.removesuffix("?")
+            if key not in value and name == key:
+                return f"{inside(key)} is missing"
+            if key in value and (wrong := mismatch(value[key], each, inside(key))):
+                return wrong
+        return ""
+    fits = value is None if schema is None else type(value) is schema
+    if fits and isinstance(value, float):
+        fits = math.isfinite(value)
+    if fits and isinstance(value, int) and not isinstance(value, bool):
+        fits = abs(value) < 2**63
+    if fits and isinstance(value, str):
+        fits = not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return "" if fits else _not(value, schema, at)
+
+
+WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", None: "null"}
+
+
+def _not(value, schema, at):
+    several = schema if isinstance(schema, tuple) else (schema,)
+    words = {float: "a number"} if float in several else {}
+    kinds = [
+        "a list" if isinstance(each, list) else "an object" if isinstance(each, dict) else WORDS[each]
+        for each in several
+        if not (each is int and words)
+    ]
+    shown = ascii(value)
+    shown = shown if len(shown) < 60 else f"{shown[:50]}..."
+    return f"{at or 'the whole'} is {shown}, not {' or '.join(dict.fromkeys(kinds))}"
