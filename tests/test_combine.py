@@ -158,6 +158,10 @@ def test_what_is_refused():
             lambda: explain.targeted(gradient, lambda logits: logits)(KEYS, PREDICT, IMAGES, LABELS),
             "one number an example, shape (8,), got (8, 4)",
         ),
+        (
+            lambda: explain.targeted(explain.cam(), lambda logits: logits[:, 1])(KEYS, PREDICT, IMAGES, LABELS),
+            "cam: there are 4 class maps and 1 output(s)",
+        ),
         (lambda: explain.targeted("x", 1), "give an explanation such as gradient()"),
     ]:
         with pytest.raises(UserError) as raised:

@@ -18,9 +18,9 @@ __version__ = "0.1.0"
 
 ROOMS = (
     "types", "edges", "build",
-    "engine", "norms", "order", "keys", "mesh", "pool", "scores", "balls", "penalties", "rewrite", "targets",
+    "engine", "norms", "order", "keys", "mesh", "pool", "scores", "balls", "penalties", "rewrite", "baselines", "targets",
     "metrics", "drops", "rules", "explain", "attacks", "models", "evaluators", "training",
-    "progress", "data", "pretrained", "measure", "run", "setup", "report",
+    "stored", "progress", "data", "pretrained", "measure", "run", "setup", "report",
 )  # fmt: skip
 __all__ = ["UserError", *ROOMS]
 

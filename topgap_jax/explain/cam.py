@@ -33,12 +33,17 @@ def cam() -> Explain:
 
     def maps(keys, predict, images, labels):
         try:
-            _, values = read(predict, feature_layer(predict, "maps", images))(images)
+            logits, values = read(predict, feature_layer(predict, "maps", images))(images)
         except UserError as error:
             raise UserError(
                 "cam: the model has no class maps named 'maps' (use map_head, pyramid_head or rewrite.with_pool):"
                 f" {error}"
             ) from None
+        if logits.shape[-1] != values.shape[-1]:
+            raise UserError(
+                f"cam: there are {values.shape[-1]} class maps and {logits.shape[-1]} output(s); a target that is a "
+                "function of the outputs has no class map: take grad_cam()"
+            )
         return jnp.take_along_axis(values.astype(jnp.float32), labels[:, None, None, None], -1)[..., 0]
 
     return Explain(maps, lambda predict, images: Cost(1, 0), signed=AGAINST)
