@@ -1,0 +1,71 @@
+"""Which rule of relevance has which layer: the composites of LRP, and excitation backprop."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from topgap_jax.rules.attention import signals
+from topgap_jax.rules.relevance import alpha_beta, box, by_layer, epsilon, flat, gamma, z_plus
+from topgap_jax.types import Array, Rule, Rules
+
+
+def _composite(conv: Rules, first: Rules | None = None) -> Rules:
+    """These rules in convolutions and in the first layer, epsilon in dense layers, those of attention and gates."""
+    layers = {"conv_layer": conv["conv_layer"], "dense_layer": epsilon()["dense_layer"]}
+    return signals | (layers if first is None else dict(by_layer(first=first, otherwise=layers)))
+
+
+def epsilon_gamma_box(low: float | Array = 0.0, high: float | Array = 1.0) -> Rules:
+    """The box rule in the first layer, gamma = 0.25 in other convolutions, epsilon in dense layers (Montavon et al.
+    2019).
+
+    low, high: what black and white are behind the network's normalisation, which `explain.lrp` fills in.
+    """
+    return _composite(gamma(0.25), box(low, high))
+
+
+epsilon_plus: Rules = _composite(z_plus)
+"""z+ in convolutions, epsilon in dense layers."""
+epsilon_plus_flat: Rules = _composite(z_plus, flat)
+epsilon_alpha2_beta1: Rules = _composite(alpha_beta(2, 1))
+"""alpha-beta (2, 1) in convolutions, epsilon in dense layers."""
+epsilon_alpha2_beta1_flat: Rules = _composite(alpha_beta(2, 1), flat)
+
+
+def winner(operation: Callable, gradient: Array, a: Array, kernel: Array, bias: Array) -> tuple[Array, ...]:
+    """Marginal winning probability through excitatory weights: P_i = sum_j a_i w_ji+ / (sum_k a_k w_jk+) P_j, the bias
+    left out."""
+    positive, none = jnp.maximum(kernel, 0), jnp.zeros_like(bias)
+    back = _winners(lambda a: operation(a, positive, none), operation(a, kernel, bias) * gradient, a)
+    return *back, jnp.zeros_like(kernel), none
+
+
+def winner_of_sum(operation: Callable, gradient: Array, *terms: Array) -> tuple[Array, ...]:
+    """P shared out as u+ / (u+ + v+); through a mean, as its positive inputs."""
+    return _winners(operation, operation(*terms) * gradient, *terms)
+
+
+def _winners(operation: Callable, probability: Array, *inputs: Array) -> tuple[Array, ...]:
+    total, back = jax.vjp(operation, *(jnp.maximum(a, 0) for a in inputs))
+    share = jnp.where(total > 0, probability / jnp.where(total > 0, total, 1), 0)
+    return tuple(jnp.where(a > 0, each, 0) for a, each in zip(inputs, back(share)))
+
+
+excitation: Rules = signals | {
+    "conv_layer": Rule(backward=winner),
+    "dense_layer": Rule(backward=winner),
+    "add": Rule(backward=winner_of_sum),
+    "mean": Rule(backward=winner_of_sum),
+}
+"""Excitation backprop (Zhang et al. 2016, arXiv 1608.00507): probabilities that go on where inputs and weights are
+positive."""
+
+VALUES = {
+    "epsilon_alpha2_beta1": epsilon_alpha2_beta1,
+    "epsilon_alpha2_beta1_flat": epsilon_alpha2_beta1_flat,
+    "epsilon_gamma_box": epsilon_gamma_box,
+    "epsilon_plus": epsilon_plus,
+    "epsilon_plus_flat": epsilon_plus_flat,
+    "excitation": excitation,
+}
