@@ -27,6 +27,9 @@ ROWS = {
     "gradient(rules=guided_backprop)": (6, 6),
     "integrated(steps=4, reduce='sum_abs')": (6, 6),
     "integrated(steps=4, baseline=0.5, rules=softplus(20))": (6, 6),
+    "lrp()": (6, 6),
+    "lrp(epsilon_gamma_box)": (6, 6),
+    "excitation_backprop()": (3, 3),
     "smooth(gradient(), samples=2)": (6, 6),
     "smooth(grad_cam('features'), samples=2, sigma=0.05)": (3, 3),
 }

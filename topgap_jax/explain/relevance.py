@@ -10,6 +10,7 @@ from topgap_jax.rewrite import feature_layer, read, tap, with_rules
 from topgap_jax.rewrite.normalisation import normalisation
 from topgap_jax.rewrite.rules import checked
 from topgap_jax.rules import epsilon_plus, excitation
+from topgap_jax.rules.composites import contrast
 from topgap_jax.rules.relevance import nonzero, stabilised
 from topgap_jax.scores import logit
 from topgap_jax.types import Cost, Explain, Rules, Score
@@ -50,28 +51,36 @@ def lrp(composite: Rules | Callable[..., Rules] = epsilon_plus, *, score: Score 
     )
 
 
-def excitation_backprop(layer: str | None = None) -> Explain:
+def excitation_backprop(layer: str | None = None, *, contrastive: bool = False) -> Explain:
     """Probability that a walk from the label down through excitatory weights comes to a position of the layer, maps (b,
     h', w') that add up to 1 (Zhang et al. 2016, arXiv 1608.00507).
 
     Sum over the layer's channels. Inputs and weights below 0 pass nothing, biases count for nothing; batch norm in eval
-    mode is part of its convolution. The default layer is the last (b, h, w, c) value before the class maps and the
-    pooling (`rewrite.default_layer`). Where no weight to the label is positive, the map is 0.
+    mode is part of its convolution. contrastive: less the map of the dual class, the label with the last layer's
+    weights turned, and 0 where that is more. The default layer is the last (b, h, w, c) value before the class maps and
+    the pooling (`rewrite.default_layer`). Where no weight to the label is positive, the map is 0.
     """
 
     def maps(keys, predict, images, labels):
         full = feature_layer(predict, layer, images)
         _, features = read(predict, full)(images)
-        above = with_rules(lambda z: tap(predict, full, lambda _: z)(images), **excitation)
 
-        def probability(z):
-            value = logit(above(z), labels)
-            return (value / jax.lax.stop_gradient(stabilised(value))).sum()
+        def probabilities(rules, sign):
+            above = with_rules(lambda z: tap(predict, full, lambda _: z)(images), **rules)
 
-        gradient = jax.grad(probability)(features)
-        return (features * gradient).astype(jnp.float32).sum(-1)
+            def start(z):
+                value = logit(above(z), labels)
+                return sign * (value / jax.lax.stop_gradient(stabilised(value))).sum()
 
-    return Explain(maps, lambda predict, images: Cost(1, 1), rules=tuple(excitation.items()))
+            probability = (features * jax.grad(start)(features)).astype(jnp.float32).sum(-1)
+            total = probability.sum((1, 2), keepdims=True)
+            return jnp.where(total > 0, probability / jnp.where(total > 0, total, 1), 0)
+
+        maps = probabilities(excitation, 1)
+        return jax.nn.relu(maps - probabilities(contrast, -1)) if contrastive else maps
+
+    cost = lambda predict, images: Cost(1, 2 if contrastive else 1)
+    return Explain(maps, cost, rules=tuple(excitation.items()))
 
 
 TABLE = table(excitation_backprop, lrp)

@@ -90,7 +90,7 @@ def multiplication(eqn: JaxprEqn, body: Body) -> Operation | None:
 
 
 def activation(eqn: JaxprEqn, body: Body) -> Operation | None:
-    """x times a function of x, element by element: SiLU, GELU, hard swish, mish."""
+    """x times a function of x, element by element: SiLU, GELU, hard swish."""
     if eqn.primitive in (jit_p, custom_jvp_call_p):
         (inner,) = list(subjaxprs(eqn))[:1]
         floats = [v for v in eqn.invars if isinstance(v, Literal) or is_float(v)]
@@ -129,10 +129,15 @@ def deviation(eqn: JaxprEqn, body: Body) -> Operation | None:
         return None
     if eqn.primitive is pow_p and not (isinstance(eqn.invars[1], Literal) and abs(float(eqn.invars[1].val)) == 0.5):
         return None
-    summed = (body.made_by.get(v) for v in ancestors(variance, body, _each))
-    if not any(made is not None and made.primitive is reduce_sum_p for made in summed):
+    if not any(_sums(body.made_by[v]) for v in ancestors(variance, body, _each) if v in body.made_by):
         return None
     return Operation(lambda z: bind(eqn, [z, *(v.val for v in eqn.invars[1:])])[0], (variance,))
+
+
+def _sums(eqn: JaxprEqn) -> bool:
+    """Whether the equation is a sum, or a function such as `jnp.var` that holds one."""
+    inner = subjaxprs(eqn) if eqn.primitive is jit_p else ()
+    return eqn.primitive is reduce_sum_p or any(_sums(each) for body in inner for each in body.eqns)
 
 
 def _multiplies_values(eqn: JaxprEqn, body: Body) -> bool:

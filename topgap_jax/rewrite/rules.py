@@ -49,7 +49,7 @@ def with_rules(f: Callable, **rules: Rule | None) -> Callable:
     attention: of probabilities and values, the product of a softmax and what is no kernel.
     matmul: of two values, any other product of them, as of queries and keys.
     mul: of a signal and a gate, an elementwise product of two values that are computed from layers.
-    activation: of x, x times a function of x: GELU, SiLU, hard swish, mish, written in any way.
+    activation: of x, x times a function of x: GELU, SiLU, hard swish, written in any way.
     deviation: of a variance, the root that a layer norm, RMS norm or group norm divides by, or one over it.
 
     A rule is a `Rule`, or a `ByLayer` of them, as `rules.by_layer` makes. An operation stands in the layers that are

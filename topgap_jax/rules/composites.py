@@ -35,9 +35,20 @@ epsilon_alpha2_beta1_flat: Rules = _composite(alpha_beta(2, 1), flat)
 
 def winner(operation: Callable, gradient: Array, a: Array, kernel: Array, bias: Array) -> tuple[Array, ...]:
     """Marginal winning probability through excitatory weights: P_i = sum_j a_i w_ji+ / (sum_k a_k w_jk+) P_j, the bias
-    left out."""
-    positive, none = jnp.maximum(kernel, 0), jnp.zeros_like(bias)
-    back = _winners(lambda a: operation(a, positive, none), operation(a, kernel, bias) * gradient, a)
+    left out; what is negative, of positions that a pool takes together, passes nothing."""
+    return _through(1, operation, operation(a, kernel, bias) * gradient, a, kernel, bias)
+
+
+def loser(operation: Callable, gradient: Array, a: Array, kernel: Array, bias: Array) -> tuple[Array, ...]:
+    """`winner`, but a probability below 0 wins through the negative weights: that of the label, in the dual pass."""
+    probability = operation(a, kernel, bias) * gradient
+    passes = (_through(sign, operation, sign * probability, a, kernel, bias) for sign in (1, -1))
+    return tuple(map(jnp.add, *passes))
+
+
+def _through(sign: int, operation: Callable, probability: Array, a: Array, kernel: Array, bias: Array) -> tuple:
+    weights, none = jnp.maximum(sign * kernel, 0), jnp.zeros_like(bias)
+    back = _winners(lambda a: operation(a, weights, none), jnp.maximum(probability, 0), a)
     return *back, jnp.zeros_like(kernel), none
 
 
@@ -60,6 +71,8 @@ excitation: Rules = signals | {
 }
 """Excitation backprop (Zhang et al. 2016, arXiv 1608.00507): probabilities that go on where inputs and weights are
 positive."""
+contrast: Rules = excitation | {name: Rule(backward=loser) for name in ("conv_layer", "dense_layer")}
+"""The dual pass of contrastive excitation backprop, which starts with -1: only the last layer's weights are turned."""
 
 VALUES = {
     "epsilon_alpha2_beta1": epsilon_alpha2_beta1,
