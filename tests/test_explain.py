@@ -44,7 +44,8 @@ def compiled(row):
 
 
 def test_every_row_is_here():
-    assert {row.split("(")[0] for row in ROWS} == set(explain.TABLE)
+    # LeGrad needs attention, which the laws' network has not: tests/test_legrad.py.
+    assert {row.split("(")[0] for row in ROWS} | {"legrad"} == set(explain.TABLE)
 
 
 @rows

@@ -6,14 +6,21 @@ import jax
 import jax.numpy as jnp
 
 from topgap_jax.rules.attention import signals
-from topgap_jax.rules.relevance import alpha_beta, box, by_layer, epsilon, flat, gamma, z_plus
+from topgap_jax.rules.relevance import alpha_beta, box, by_layer, epsilon, flat, gamma, stabilised, z_plus
 from topgap_jax.types import Array, Rule, Rules
+
+
+def stable(operation: Callable, gradient: Array, *terms: Array) -> tuple[Array, ...]:
+    """LRP-epsilon with the stabiliser alone, of a sum of two values or a mean (zennit's `Norm`)."""
+    z, back = jax.vjp(operation, *terms)
+    return back(gradient * z / stabilised(z))
 
 
 def _composite(conv: Rules, first: Rules | None = None) -> Rules:
     """These rules in convolutions and in the first layer, epsilon in dense layers, those of attention and gates."""
     layers = {"conv_layer": conv["conv_layer"], "dense_layer": epsilon()["dense_layer"]}
-    return signals | (layers if first is None else dict(by_layer(first=first, otherwise=layers)))
+    layers = layers if first is None else dict(by_layer(first=first, otherwise=layers))
+    return signals | layers | {"add": Rule(backward=stable), "mean": Rule(backward=stable)}
 
 
 def epsilon_gamma_box(low: float | Array = 0.0, high: float | Array = 1.0) -> Rules:
