@@ -180,6 +180,10 @@ def test_excitation_of_one_layer():
     back = jax.vjp(with_rules(lambda u, v: u + v, add=excite["add"]), jnp.array([3.0, 1]), jnp.array([1.0, -0.5]))[1]
     u, v = back(jnp.array([2.0, 4]) / jnp.array([4.0, 0.5]))
     np.testing.assert_allclose((u * jnp.array([3.0, 1]), v), ((1.5, 4), (0.5, 0)), atol=1e-6)
+    maps = jnp.array([[[3.0, -1], [-1, -3]]])[..., None]  # class maps of two images, by rows
+    for rows, due in ((maps[:, :1], (1, 0)), (maps[:, 1:], (0.25, 0.75))):
+        value, back = jax.vjp(with_rules(lambda x: x.mean((1, 2)), mean=excite["mean"]), rows)
+        np.testing.assert_allclose((rows * back(1 / value)[0]).ravel(), due, atol=1e-6)
 
 
 def test_contrastive_excitation():

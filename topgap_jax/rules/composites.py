@@ -60,8 +60,17 @@ def _through(sign: int, operation: Callable, probability: Array, a: Array, kerne
 
 
 def winner_of_sum(operation: Callable, gradient: Array, *terms: Array) -> tuple[Array, ...]:
-    """P shared out as u+ / (u+ + v+); through a mean, as its positive inputs."""
+    """P shared out as u+ / (u+ + v+)."""
     return _winners(operation, operation(*terms) * gradient, *terms)
+
+
+def winner_of_mean(operation: Callable, gradient: Array, a: Array) -> Array:
+    """P shared out as positive inputs are; where none is, as class maps of a label with a negative logit may be, as
+    they are."""
+    value, back = jax.vjp(operation, a)
+    (positive,) = _winners(operation, value * gradient, a)
+    (others,) = back(jnp.where(operation(jnp.maximum(a, 0)) > 0, 0, gradient))
+    return positive + others
 
 
 def _winners(operation: Callable, probability: Array, *inputs: Array) -> tuple[Array, ...]:
@@ -74,7 +83,7 @@ excitation: Rules = signals | {
     "conv_layer": Rule(backward=winner),
     "dense_layer": Rule(backward=winner),
     "add": Rule(backward=winner_of_sum),
-    "mean": Rule(backward=winner_of_sum),
+    "mean": Rule(backward=winner_of_mean),
 }
 """Excitation backprop (Zhang et al. 2016, arXiv 1608.00507): probabilities that go on where inputs and weights are
 positive."""
