@@ -147,7 +147,11 @@ label_logits = lambda f: np.asarray(logit(f(IMAGES), LABELS))
 
 @pytest.mark.parametrize(
     "composite",
-    ["epsilon_plus", "epsilon_gamma_box", "epsilon_alpha2_beta1", "epsilon_plus_flat", "epsilon_alpha2_beta1_flat"],
+    [
+        "epsilon_gamma_box",
+        "epsilon_plus_flat",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("epsilon_plus", "epsilon_alpha2_beta1")),
+    ],
 )
 def test_a_composite_conserves_the_logit(composite):
     """Without biases the pixels' relevance adds up to the label's logit; a bias takes its part."""
@@ -156,7 +160,7 @@ def test_a_composite_conserves_the_logit(composite):
     maps = jax.jit(lambda images: method(KEYS, f, images, LABELS))(IMAGES)
     np.testing.assert_allclose(maps.sum((1, 2)), label_logits(f), rtol=2e-3, atol=1e-4)
     biased = residual(PARAMS, 0.3)
-    parts = method(KEYS, biased, IMAGES, LABELS).sum((1, 2)) - label_logits(biased)
+    parts = jax.jit(lambda images: method(KEYS, biased, images, LABELS))(IMAGES).sum((1, 2)) - label_logits(biased)
     assert (np.abs(parts) > 0.01).all()
 
 
@@ -166,6 +170,13 @@ def test_epsilon_zero_is_gradient_times_input():
     due = normal * jnp.array([0.2, 0.3, 0.4]) * jax.grad(lambda x: logit(f(x), LABELS).sum())(IMAGES)
     maps = explain.lrp(epsilon(0))(KEYS, f, IMAGES, LABELS)
     np.testing.assert_allclose(maps, due.sum(-1), atol=1e-5)
+
+
+def test_backward_rules_of_relu():
+    """T1 and T2."""
+    back = lambda z, g, rule: jax.vjp(with_rules(jax.nn.relu, **rule), jnp.array([z]))[1](jnp.array([g]))[0][0].tolist()
+    assert back([1.0, -2, 3, 0, 2], [2.0, 1, -1, 4, 0], rules.deconvnet) == [2, 1, 0, 4, 0]
+    assert back([1.0, 2, 3, 4, -1], [5.0, -1, 1, 2, 3], rules.rect_grad(50)) == [5, 0, 0, 2, 0]
 
 
 def test_excitation_of_one_layer():
@@ -308,6 +319,7 @@ class Transformer(nn.Module):
         return nn.Dense(3, use_bias=False, name="head")(x.mean(1))
 
 
+@pytest.mark.slow
 def test_cp_lrp_conserves_the_logit_of_a_transformer():
     """Without biases; AttnLRP does not (breadth 2): its softmax keeps no sum."""
     model = models.linen(Transformer())
