@@ -65,13 +65,15 @@ written again.
 {METHODS}"""
 
 EXPLAIN = f"""\
-Each picture stands beside the maps of its predicted class; true boxes and regions are drawn where
-the data set has them. Your own pictures need no training data: a run knows the names of its classes.
+Each picture stands beside the maps of its predicted class, or of --target; true boxes and regions are drawn where
+the data set has them. Your own pictures need no training data: a run knows the names of its classes. A picture that
+cannot be read is said and left out, and the exit code is 1. Twelve pictures are a page; memory is that of one page.
 
 examples:
   topgap explain --workdir runs/gap
   topgap explain --config configs/imagenet.py --images holiday/
-  topgap explain --workdir runs/gap --images holiday/ --methods 'cam(), grad_cam("stage3")' --count 20
+  topgap explain --workdir runs/gap --images holiday/ --methods 'cam(), grad_cam("stage3")' --count all
+  topgap explain --workdir runs/gap --target runner_up --methods 'integrated(reduce="sum")' --save maps.npz
 
 {METHODS}"""
 
