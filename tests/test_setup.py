@@ -16,6 +16,7 @@ from topgap_jax.errors import UserError
 from topgap_jax.measure import results
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
+from topgap_jax.report.read import read_runs
 from topgap_jax.run import fit as fit_module
 from topgap_jax.run import workdir as workdir_module
 from topgap_jax.run.fit import fit
@@ -170,6 +171,49 @@ def store(path, variables, metadata):
     turn = lambda x: x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
     arrays = {name: np.ascontiguousarray(turn(np.asarray(leaf))) for name, (_, leaf) in zip(names, leaves)}
     save_file(arrays, path, metadata)
+
+
+def test_rows_of_the_same_weights_are_kept(run, capsys, monkeypatch):
+    """And said; --again, another split, other weights under the same name and other data are measured."""
+    workdir, _ = run
+    measured = []
+
+    def spy(*arguments, **options):
+        measured.append((options["split"], *arguments[3]))
+        return run_evaluators(*arguments, **options)
+
+    run_evaluators = setup.commands.run_evaluators
+    monkeypatch.setattr(setup.commands, "run_evaluators", spy)
+    loaded = setup.from_workdir(workdir)
+    options = {"splits": "test[:4]", "evaluators": "accuracy(), measures(cam(), gini())"}
+    first = setup.evaluate(loaded, **options)
+    before = json.loads((workdir / "evaluation.json").read_text())
+    assert len(before["digest"]) == 8 and measured == [("test[:4]", "accuracy()", "measures(cam(), gini())")]
+    capsys.readouterr()
+    measured.clear()
+    assert setup.evaluate(loaded, **options) == first and measured == []
+    kept = (
+        "topgap: test[:4]: kept from evaluation.json, --again measures once more: accuracy(), measures(cam(), gini())\n"
+    )
+    assert capsys.readouterr().err == kept
+    text = "accuracy(), measures(cam(), extent())"
+    rows = setup.evaluate(loaded, splits="test[:4]", evaluators=text)
+    assert [row.evaluator for row in rows] == ["accuracy()", "measures(cam(), extent())"] and rows[0] == first[0]
+    assert measured == [("test[:4]", "measures(cam(), extent())")]
+    setup.evaluate(loaded, **options, again=True)
+    assert measured[1:] == [("test[:4]", "accuracy()", "measures(cam(), gini())")]
+    (run_read,) = read_runs([workdir])
+    assert run_read.stale == ""
+    # The same name of a checkpoint, other weights.
+    (manifest_file,) = workdir.glob("checkpoints/last/*/manifest.json")
+    manifest_file.write_text(manifest_file.read_text() + " ")
+    (run_read,) = read_runs([workdir])
+    assert (
+        run_read.stale == "no longer the weights in the folder, which now has checkpoint last, step 3: evaluate again"
+    )
+    measured.clear()
+    setup.evaluate(loaded, **options)
+    assert measured == [("test[:4]", "accuracy()", "measures(cam(), gini())")]
 
 
 def test_pictures_of_a_split(run):

@@ -200,7 +200,9 @@ def _evaluate(arguments, overrides):
 
     loaded = _loaded(arguments, overrides)
     options = {"splits": arguments.split, "evaluators": arguments.evaluators, "batch": arguments.batch}
-    rows = setup.evaluate(loaded, **options, save=arguments.save, model_info=arguments.model_info)
+    rows = setup.evaluate(
+        loaded, **options, save=arguments.save, model_info=arguments.model_info, again=arguments.again
+    )
     _show(loaded, rows)
 
 

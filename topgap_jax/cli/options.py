@@ -51,6 +51,7 @@ def add_evaluate(parser):
     parser.add_argument(
         "--save", type=_path, metavar="PATH", help="a folder for the adversarial images, or of one attack the .npz file"
     )
+    parser.add_argument("--again", action="store_true", help="measure what evaluation.json has for these weights too")
     parser.add_argument(
         "--model-info",
         type=_path,

@@ -39,6 +39,7 @@ def evaluate(
     save: Callable[[str], Path | None] = lambda text: None,
     examples: Callable[[str, Mapping[str, np.ndarray]], None] = lambda text, columns: None,
     weights: str = "",
+    digest: str = "",
     source: str = "",
     seed: int = 0,
     mesh: Mesh | None = None,
@@ -48,11 +49,11 @@ def evaluate(
     that it depends on; training(): the training split's arrays, called if an evaluator asks for them.
 
     With a workdir each row is written as soon as it is there; a row of the same split, evaluator and overrides is
-    replaced, rows of other `weights` or another `source` are dropped. Examples draw from fold_in(key(seed), id). The
-    seconds hold no compilation. An attack that was stopped goes on where it was. save(text): the .npz to write all
-    images to that the attacks of an evaluator end with; a few are kept in the workdir for its report. examples(text,
-    columns): is given what each example of the split contributes, {name: (n, ...)} by row: of attacks those of
-    `measure.robust.Examples`, of an evaluator its rows.
+    replaced, rows of other `weights` (which `digest` stands for) or another `source` are dropped. Examples draw from
+    fold_in(key(seed), id). The seconds hold no compilation. An attack that was stopped goes on where it was.
+    save(text): the .npz to write all images to that the attacks of an evaluator end with; a few are kept in the workdir
+    for its report. examples(text, columns): is given what each example of the split contributes, {name: (n, ...)} by
+    row: of attacks those of `measure.robust.Examples`, of an evaluator its rows.
 
     Raises UserError for a file that is no evaluation, before anything is measured, and if a weight or a logit is NaN or
     infinite, with the first layer that is: nothing that is measured of such a network means anything.
@@ -110,7 +111,7 @@ def evaluate(
             )
         )
         if path is not None and jax.process_index() == 0:
-            results.write(path, rows[-1], weights, source)
+            results.write(path, rows[-1], weights, source, digest)
         if isinstance(evaluator, Robustness):
             _store(attacked, evaluator, file, workdir, weights=weights, split=split, evaluator=rows[-1].text)
             if log is not None:

@@ -45,7 +45,7 @@ _ROW = {
     "values?": {str: _NUMBER},
     "curves?": {str: _CURVE},
 }
-SCHEMA = {"rows": [_ROW], "weights?": str, "data?": str}
+SCHEMA = {"rows": [_ROW], "weights?": str, "data?": str, "digest?": str}
 
 
 class Row(NamedTuple):
@@ -90,11 +90,12 @@ class Row(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The rows of a run, and of which weights and which data they are."""
+    """The rows of a run, and of which weights, with their digest ("" where none was kept), and which data they are."""
 
     rows: list[Row]
     weights: str
     data: str
+    digest: str = ""
 
 
 def read(path: Path) -> Evaluation:
@@ -108,16 +109,16 @@ def read(path: Path) -> Evaluation:
         what = f"{path} is not an evaluation of this program"
         why = str(error).removeprefix(f"{what}: ")
         raise UserError(f"{what} ({' '.join(why.split())[:150]}); move it away") from None
-    return Evaluation(rows, stored.get("weights", ""), stored.get("data", ""))
+    return Evaluation(rows, *(stored.get(key, "") for key in ("weights", "data", "digest")))
 
 
-def write(path: Path, row: Row, weights: str, data: str) -> None:
+def write(path: Path, row: Row, weights: str, data: str, digest: str = "") -> None:
     """Put a row into the file, in place of the one with its key; rows of other weights or other data are dropped."""
     before = read(path)
-    rows = before.rows if (before.weights, before.data) == (weights, data) else []
+    rows = before.rows if before[1:] == (weights, data, digest) else []
     rows = with_audits([*(other for other in rows if other.key != row.key), row])
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = {"rows": [to_json(row) for row in rows], "weights": weights, "data": data}
+    stored = {"rows": [to_json(row) for row in rows], "weights": weights, "data": data, "digest": digest}
     write_text(path, json.dumps(stored, indent=1) + "\n")
 
 

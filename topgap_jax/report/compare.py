@@ -39,6 +39,7 @@ def compare(workdirs: Sequence[Path | str]) -> str:
         about = "intervals are on the page of topgap report" if brief else "intervals are over images, not over seeds"
         parts += [printable(f"* best; difference: {names[-1]} - {names[0]}; {about}")] * several
     parts += apart(lines) * several + undefined(lines, names)
+    parts += [printable(f"{run.label}: evaluated is {run.weights}, {run.stale}") for run in runs if run.stale]
     notes: dict[str, list[str]] = {}
     for run in runs:
         command = f"topgap evaluate --workdir {shlex.quote(str(run.folder))}"

@@ -114,7 +114,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     about = [(key, run.config[key]) for key in ("source", "pool", "objective", "seed", "epochs") if key in run.config]
     about += [("steps", number(max(steps)))] if steps else []
     about += [("best validation", number(max(accuracies)))] if accuracies else []
-    about += [("evaluated", run.weights)] if run.weights else []
+    about += [("evaluated", ", ".join(filter(None, (run.weights, run.stale))))] if run.weights else []
     about += [(key, run.versions[key]) for key in ("device", "commit") if run.versions.get(key, "null") != "null"]
     return about
 

@@ -12,6 +12,7 @@ from topgap_jax.errors import UserError
 from topgap_jax.measure import results
 from topgap_jax.measure.results import Row
 from topgap_jax.progress import read_metrics
+from topgap_jax.run import manifest
 from topgap_jax.run.workdir import read_config
 from topgap_jax.stored import own_files, read_object
 from topgap_jax.types import Measure
@@ -22,8 +23,9 @@ BESIDE = ("accuracy", "regions")
 
 class Run(NamedTuple):
     """A run folder. config and versions are flat {dotted key: text}; metrics the lines of metrics.jsonl; rows those of
-    evaluation.json; weights and data say what was evaluated; adversarial are files of images that its attacks ended
-    with."""
+    evaluation.json; weights and data say what was evaluated, stale what is to be said where those weights are no longer
+    the folder's; adversarial are files of images that its attacks ended with.
+    """
 
     label: str
     folder: Path
@@ -37,6 +39,7 @@ class Run(NamedTuple):
     sheets: list[Path]
     classes: tuple[str, ...] = ()
     adversarial: tuple[Path, ...] = ()
+    stale: str = ""
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[Run]:
@@ -63,11 +66,21 @@ def read_run(folder: Path, label: str) -> Run:
         metrics=read_metrics(folder),
         rows=with_gaps(evaluation.rows, str(stored["config"].get("train", ""))),
         weights=evaluation.weights,
+        stale=_stale(folder, evaluation),
         data=evaluation.data,
         sheets=own_files(folder, "sheets/*.png"),
         classes=tuple(map(str, (stored.get("data") or {}).get("classes", ()))),
         adversarial=tuple(own_files(folder, "adversarial/*.npz")),
     )
+
+
+def _stale(folder: Path, evaluation: results.Evaluation) -> str:
+    """What to say where the weights that were evaluated are no longer those of the folder."""
+    now = manifest.digests(folder)
+    if not evaluation.digest or not now or now.get(evaluation.weights) == evaluation.digest:
+        return ""
+    newest = next((name for name in now if name.split(",")[0] == evaluation.weights.split(",")[0]), next(iter(now)))
+    return f"no longer the weights in the folder, which now has {newest}: evaluate again"
 
 
 def with_overrides(runs: Sequence[Run]) -> list[Run]:

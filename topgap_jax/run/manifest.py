@@ -50,6 +50,27 @@ def damage(folder: Path) -> str:
     return ""
 
 
+def digest(folder: Path) -> str:
+    """Eight hexadecimal digits that stand for what the folder's files hold, as its manifest says; "" without one."""
+    return f"{_checksum(folder / FILE):08x}" if is_there(folder) else ""
+
+
+def digests(workdir: Path) -> dict[str, str]:
+    """{"checkpoint best, step 3": digest} of every checkpoint of a run that has a manifest, the newest of a kind first:
+    what tells whether an evaluation is of these weights."""
+    named = {}
+    for which in ("last", "best"):
+        steps = [int(path.name) for path in Path(workdir).glob(f"checkpoints/{which}/*") if path.name.isdecimal()]
+        for step in sorted(steps, reverse=True):
+            named[label(which, step)] = digest(Path(workdir) / "checkpoints" / which / str(step))
+    return {name: each for name, each in named.items() if each}
+
+
+def label(which: str, step: int) -> str:
+    """How a result names the checkpoint that it is of."""
+    return f"checkpoint {which}, step {step}"
+
+
 def _files(folder: Path) -> dict[str, Path]:
     """All files below the folder but the manifest."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}

@@ -1,7 +1,7 @@
 """What the commands do with an experiment: parts for `fit`, a model with its weights, evaluation, pictures, layers."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from topgap_jax.measure.results import Row
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.progress import say
-from topgap_jax.run import checkpoint
+from topgap_jax.run import checkpoint, manifest
 from topgap_jax.run.fit import Parts
 from topgap_jax.run.workdir import Data, learnt
 from topgap_jax.setup import checks, expressions, verify
@@ -151,12 +151,14 @@ def evaluate(
     batch: int | None = None,
     save: str | Path | None = None,
     model_info: str | Path | None = None,
+    again: bool = False,
 ) -> list[Row]:
     """Run evaluators over splits (the config's, unless given) and write evaluation.json where there is a workdir.
 
-    What the command line changed in a run's config, and a result depends on, are the row's overrides. save: a folder
-    for the adversarial images of every attack, or of a single one the .npz itself. model_info: the JSON of the model to
-    write, which `verify` measures again.
+    Rows that are there for the same weights, by their digest, and the same data are kept, with a line; again: they are
+    measured once more, as all are with `save` or `model_info`. What the command line changed in a run's config, and a
+    result depends on, are the row's overrides. save: a folder for the adversarial images of every attack, or of a
+    single one the .npz itself. model_info: the JSON of the model to write, which `verify` measures again.
     """
     chosen = loaded.experiment
     config = chosen.config
@@ -178,27 +180,50 @@ def evaluate(
     mesh = mesh if mesh.size > 1 else None
     training = functools.cache(lambda: sample(chosen))
     rows, columns = [], {}
+    digest = manifest.digests(loaded.workdir).get(loaded.weights, "") if loaded.workdir is not None else ""
+    keeps = digest and not again and save is None and model_info is None and jax.process_count() == 1
     for split in names:
-        rows += run_evaluators(
-            chosen.model,
-            loaded.variables,
-            open_split(chosen, split, width, mesh),
-            built,
-            split=split,
-            classes=len(chosen.classes),
-            training=training,
-            overrides=lambda text: _overrides(loaded, text),
-            workdir=loaded.workdir,
-            save=lambda text, split=split: files.get((split, text)),
-            examples=lambda text, each: columns.update({text: each}),
-            weights=loaded.weights,
-            source=config.source,
-            seed=config.seed,
-            mesh=mesh,
+        kept = _kept(loaded, split, built, digest) if keeps else {}
+        if kept:
+            say(f"{split}: kept from {results.FILE}, --again measures once more: {', '.join(kept)}")
+        wanted = {text: one for text, one in built.items() if text not in kept}
+        measured = (
+            []
+            if not wanted
+            else run_evaluators(
+                chosen.model,
+                loaded.variables,
+                open_split(chosen, split, width, mesh),
+                wanted,
+                split=split,
+                classes=len(chosen.classes),
+                training=training,
+                overrides=lambda text: _overrides(loaded, text),
+                workdir=loaded.workdir,
+                save=lambda text, split=split: files.get((split, text)),
+                examples=lambda text, each: columns.update({text: each}),
+                weights=loaded.weights,
+                digest=digest,
+                source=config.source,
+                seed=config.seed,
+                mesh=mesh,
+            )
         )
+        by_text = _kept(loaded, split, kept, digest) | {row.evaluator: row for row in measured}
+        rows += [by_text[text] for text in built]
     if model_info is not None:
         verify.write(Path(model_info), loaded, names[0], width, built, rows, columns)
     return rows
+
+
+def _kept(loaded: Loaded, split: str, texts: Iterable[str], digest: str) -> dict[str, Row]:
+    """{text: row} of those evaluators whose rows are there for these very weights and data."""
+    before = None if loaded.workdir is None else results.read(loaded.workdir / results.FILE)
+    if before is None or before[1:] != (loaded.weights, loaded.experiment.config.source, digest):
+        return {}
+    by_key = {row.key: row for row in before.rows}
+    keys = {text: (split, text, tuple(sorted(_overrides(loaded, text).items()))) for text in texts}
+    return {text: by_key[key] for text, key in keys.items() if key in by_key}
 
 
 def _files(save: str | Path | None, splits: Sequence[str], attacks: Sequence[str]) -> dict[tuple[str, str], Path]:
@@ -218,8 +243,9 @@ def _files(save: str | Path | None, splits: Sequence[str], attacks: Sequence[str
 def stored(loaded: Loaded) -> list[Row] | None:
     """The rows of evaluation.json that the config asks for; None unless all of them are there, for these weights."""
     config = loaded.experiment.config
-    rows, weights, _ = results.read(loaded.workdir / results.FILE)
-    by_key = {row.key: row for row in rows if weights == loaded.weights}
+    kept = results.read(loaded.workdir / results.FILE)
+    same = (kept.weights, kept.digest) == (loaded.weights, manifest.digests(loaded.workdir).get(loaded.weights, ""))
+    by_key = {row.key: row for row in kept.rows} if same else {}
     keys = [(s, e, ()) for s in expressions.split_list(config.test) for e in expressions.split_list(config.evaluators)]
     return [by_key[key] for key in keys] if all(key in by_key for key in keys) else None
 

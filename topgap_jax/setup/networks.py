@@ -7,7 +7,7 @@ from typing import Any
 
 from topgap_jax.errors import UserError
 from topgap_jax.measure.evaluate import check_finite, evaluation_variables
-from topgap_jax.run import checkpoint
+from topgap_jax.run import checkpoint, manifest
 from topgap_jax.run.workdir import Data, learnt
 from topgap_jax.setup import config as configs
 from topgap_jax.setup.assembly import Experiment, assemble, template
@@ -68,7 +68,7 @@ def of_run(chosen: Experiment, workdir: Path, which: str = "best") -> tuple[Vari
     there is only "last"."""
     which = which if checkpoint.latest_step(workdir, which) is not None else "last"
     trees, meta = checkpoint.restore(workdir, which, {"variables": template(chosen)})
-    return evaluation_variables(trees["variables"]), f"checkpoint {which}, step {meta['step']}"
+    return evaluation_variables(trees["variables"]), manifest.label(which, meta["step"])
 
 
 def _described(chosen: Experiment, source: Weights) -> Experiment:
