@@ -414,7 +414,7 @@ def test_errors():
         lambda: make("art(mean=mean)"): "art: missing a required argument: 'std'; usage: art(*, mean, std, weight=0.5,",
         lambda: make(
             "art(mean=mean, std=(1, 1))"
-        ): "art: mean and std need one number per channel each, every std above 0;",
+        ): "art: mean and std need one finite number per channel each, every std above 0;",
         lambda: make("art(mean=(0,), std=(1,))")(
             KEYS, MODEL, VARIABLES, BATCH, 0
         ): "the images have 3 channels, mean and std have 1; they must agree",

@@ -699,7 +699,7 @@ ERRORS = {
     "dtype must be 'float32' or 'bfloat16', got 'float16'": lambda: models.classifier(
         tiny(), models.map_head(gap()), classes=3, **RGB, dtype="float16"
     ),
-    "mean and std need one number per channel each, every std above 0; got mean=(0.0,), std=(0.0,)": lambda: (
+    "mean and std need one finite number per channel each, every std above 0; got mean=(0.0,), std=(0.0,)": lambda: (
         models.resnet4b(mean=(0,), std=(0,))
     ),
     "the images have 1 channels, mean and std have 3; they must agree": lambda: forward(tiny(), channels=1),

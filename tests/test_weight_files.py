@@ -371,7 +371,7 @@ def test_other_config_files(tmp_path):
     }
     for config, text in (
         ({"architecture": "a", "std": [0.5, 0, 0.5]}, "std is (0.5, 0.0, 0.5); expected finite numbers above 0"),
-        ('{"architecture": "a", "mean": [Infinity]}', "mean[0] is inf, not a text or a number"),
+        ('{"architecture": "a", "mean": [Infinity]}', "mean is (None,); expected finite numbers"),
         ({"architecture": "a", "crop_pct": 3}, "crop_pct is 3, which it cannot be"),
         ({"model_type": "a", "id2label": {"7": "cat"}}, "labels is (None,), which it cannot be"),
         ("{", "is not the JSON object of a model: "),

@@ -5,5 +5,10 @@ class UserError(ValueError):
     """A mistake in a config, an argument, a file or the data: one line that says what is wrong, where, and what would
     be right.
 
-    The command line prints it and exits with 2, without a traceback.
+    The command line prints it and exits with 2, without a traceback. command: a command to give next, whole, with which
+    the line ends.
     """
+
+    def __init__(self, text: str, command: str = ""):
+        super().__init__(f"{text}{command}")
+        self.command = command

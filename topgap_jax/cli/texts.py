@@ -44,11 +44,11 @@ examples:
 """
 
 EVALUATE = f"""\
-Of a run it takes the best checkpoint and adds to its evaluation.json; rows that are there for the same
-weights, split and evaluator are kept, and measured once more with --again. Of --weights (a file of PyTorch's names and layout or of the module's own, another run, or the
-name of a published network) it prints the table; a config that names them as config.init needs none. A keyword such as
-eps in an evaluator is a number of the config. An attack that was stopped goes on where it was, given the same command
-(of --weights with --save: its verdicts lie beside the images).
+Of a run it takes the best checkpoint and adds to its evaluation.json; rows that are there for the same weights, split
+and evaluator are kept, and measured once more with --again. Of --weights (a file of PyTorch's names and layout or of
+the module's own, another run, or the name of a published network) it prints the table; a config that names them as
+config.init needs none. A keyword such as eps in an evaluator is a number of the config. An attack that was stopped
+goes on where it was, given the same command (of --weights with --save: its verdicts lie beside the images).
 
 examples:
   topgap evaluate --workdir runs/gap
@@ -184,10 +184,13 @@ LONGEST = 500
 
 def line(error: object) -> str:
     """An error in one line of at most 500 characters, whatever a file or an argument put into it: control characters
-    and halves of characters are escaped.
+    and halves of characters are escaped. A command that it ends with is printed whole.
 
     >>> line("a name\\n with \\x1b[31m")
     'a name with \\\\x1b[31m'
     """
-    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(str(error).split()))
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
+    printed = lambda text: "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    command = getattr(error, "command", "")
+    text = printed(" ".join(str(error).removesuffix(command).split()))
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
+    return f"{text} {printed(command)}" if command else text

@@ -139,7 +139,7 @@ def _enlarging(s: int, cell: int) -> np.ndarray:
     centres; beyond the first and the last the values are mirrored about them.
 
     >>> 8 * _enlarging(3, 3)[:6] @ [1, 0, 1]  # an eighth of .625, .875, ...
-    array([5., 7., 7., 5., 3., 1.], dtype=float32)
+    array([5., 7., 7., 5., 3., 1.])
     """
     places = (np.arange((s + 1) * cell) + 0.5) * s / ((s + 1) * cell) - 0.5
     below = np.floor(places).astype(int)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from topgap_jax.errors import UserError
 from topgap_jax.progress import read_metrics
 from topgap_jax.run import checkpoint
 
@@ -22,14 +23,14 @@ def advice(
     finite: Sequence[bool],
     loss: float,
     window: Sequence[float],
-) -> str:
-    """The text of the error. step: the first whose loss, gradient or parameters are not `finite`; window: the losses of
+) -> UserError:
+    """The error to raise. step: the first whose loss, gradient or parameters are not `finite`; window: the losses of
     the steps before it that are in no row of metrics yet."""
     what = CHECKED[list(finite).index(False)]
     said = f"the {what} is not finite at step {step} (loss {loss:.4g}); "
     before = sound_step(workdir, step, window)
     if before is None:
-        return f"{said}no checkpoint is sound yet: lower the learning rate or clip, in another workdir"
+        return UserError(f"{said}no checkpoint is sound yet: lower the learning rate or clip, in another workdir")
     path, number = workdir / "checkpoints" / "last" / str(before), 2
     while Path(f"{workdir}_{number}").exists():
         number += 1
@@ -37,9 +38,8 @@ def advice(
     if "optimizer" in config:
         words.append(f"--config.optimizer={config['optimizer']}")
     words += ["--workdir", f"{workdir}_{number}"]
-    return (
-        f"{said}from the last sound checkpoint, with a lower learning rate or clipping: {shlex.join(map(str, words))}"
-    )
+    text = f"{said}from the last sound checkpoint, with a lower learning rate or clipping: "
+    return UserError(text, shlex.join(map(str, words)))
 
 
 def sound_step(workdir: Path, step: int, window: Sequence[float]) -> int | None:

@@ -139,7 +139,7 @@ def fit(
                 numbers = {name: float(value) for name, value in numbers.items()}
                 if not finite.all():
                     losses = [row["loss"] for row in window]
-                    raise UserError(advice(workdir, config, step, finite.tolist(), numbers["loss"], losses))
+                    raise advice(workdir, config, step, finite.tolist(), numbers["loss"], losses)
                 window.append(numbers)
                 if step % log_every == 0 or step == total:
                     means = {name: sum(row[name] for row in window) / len(window) for name in numbers}
