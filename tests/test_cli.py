@@ -476,6 +476,8 @@ MISTAKES = [
     ("explain --workdir {run} --images {data} --split test", "argument --split: not allowed with argument --images"),
     ("explain --workdir {run} --methods grad_cam('stage9')", "--methods: grad_cam('stage9'): no layer 'stage9'; layers: backbone/stem/conv, "),
     ("explain --workdir {run} --target dsic", "--target: 'dsic' is no class; did you mean 'disc'? give a number, a class's name or runner_up"),
+    ("train --config {config} --workdir {new} --config.batch=1000000000000", "a batch of 1000000000000 images of 32 x 32 pixels needs 12,288,000 GB, and this machine has "),
+    ("train --config {config} --workdir {new} --config.image_size=(100000,100000)", "a batch of "),
     ("explain --workdir {run} --target 6", "--target 6: there are 6 classes, 0 to 5"),
     ("explain --workdir {run} --channels", "--channels goes with --save FILE"),
     ("explain --workdir {run} --methods cam() --count 1 --save maps.txt --out {new}", "--save maps.txt: maps are kept in an .npz file; name one, such as maps.npz"),

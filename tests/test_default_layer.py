@@ -249,7 +249,7 @@ def channels_first(x):
 
 
 HINT = "topgap_jax.rewrite.name(value, 'features')"
-MIXED = "tokens are mixed after 'patches', the last named (b, h, w, c) value: name the tokens behind that"
+MIXED = "tokens are mixed after 'patches', the last named (b, h, w, c) value: give a later layer (b, n, c) as"
 ERRORS = {
     "ViT": (vit, MIXED),
     "ViT with one head": (lambda x: vit(x, heads=1), MIXED),

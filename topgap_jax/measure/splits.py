@@ -30,7 +30,7 @@ class Split(NamedTuple):
 
 def resident_split(arrays: Mapping[str, Array], *, classes: int, batch: int, mesh: Mesh | None = None) -> Split:
     """A split held on the device as `data.resident` decodes it, gathered in batches of `batch` rows."""
-    _check(batch, mesh)
+    check_width(batch, mesh)
     check_split("split", arrays, classes)
     held = jax.device_put(dict(arrays), None if mesh is None else replicated(mesh))
     make = jax.jit(
@@ -59,7 +59,7 @@ def streamed_split(
 ) -> Split:
     """A split too large to hold: decoded anew for every pass, by grain's threads; each process reads its share of a
     batch."""
-    _check(batch, mesh)
+    check_width(batch, mesh)
     process = (0, 1) if mesh is None else (jax.process_index(), jax.process_count())
     make = jax.jit(lambda rows: as_batch(rows, classes))
 
@@ -101,7 +101,8 @@ def rows_of(data: Split, rows: np.ndarray, *, narrow: bool = False) -> Split:
     return Split(len(rows), batches, width)
 
 
-def _check(batch, mesh):
+def check_width(batch: int, mesh: Mesh | None) -> None:
+    """Raise a UserError unless a batch has at least one example, and the devices divide it."""
     if mesh is not None:
         check_batch(batch, mesh)
     elif batch < 1:

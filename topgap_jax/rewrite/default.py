@@ -67,8 +67,9 @@ def last_features(closed: ClosedJaxpr, arrays: Sequence[Any]) -> str:
     after = depending(jaxpr, [last.value])
     if any(id(eqn) in reading.mixing & live and after.intersection(eqn.outvars) for eqn in jaxpr.eqns):
         raise UserError(
-            f"tokens are mixed after '{label}', the last named (b, h, w, c) value: name the tokens behind that, tokens"
-            f" = {NAME}(tokens.reshape(b, h, w, c), 'tokens'), and compute the rest from them; or give layer='{label}'"
+            f"tokens are mixed after '{label}', the last named (b, h, w, c) value: give a later layer (b, n, c) as"
+            f" tokens(LAYER, (rows, columns)); where none has a name, {NAME}(tokens, 'tokens') is one; or give"
+            f" layer='{label}'"
         )
     return label
 

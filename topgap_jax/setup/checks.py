@@ -1,5 +1,6 @@
 """What is checked of an experiment before anything is read or trained: shapes are traced, nothing is compiled."""
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -38,8 +39,10 @@ def unread(chosen: Experiment) -> None:
 
 
 def model(chosen: Experiment) -> None:
-    """The model can be evaluated and trained, and returns one logit a class; every layer it names is there."""
+    """The model can be evaluated and trained, and returns one logit a class; every layer it names is there. A batch of
+    images fits in this machine's memory."""
     config, classes = chosen.config, len(chosen.classes)
+    memory(config.batch, config.image_size)
     images = jax.ShapeDtypeStruct((EXAMPLES, *config.image_size, 3), jnp.float32)
     targets = jax.ShapeDtypeStruct((EXAMPLES, classes), jnp.float32)
 
@@ -67,6 +70,25 @@ def model(chosen: Experiment) -> None:
             f"config.model: '{config.model}' returns {logits.shape[1]} logits an image, and {config.source} has "
             f"{classes} classes; name `classes` in its text"
         )
+
+
+def memory(batch: int, image_size: Iterable[int]) -> None:
+    """A batch of float32 images fits in this machine's memory, or this process's share of it does."""
+    height, width = image_size
+    needed, here = batch / jax.process_count() * height * width * 3 * 4, physical_memory()
+    if here and needed > here:
+        raise UserError(
+            f"a batch of {batch} images of {height} x {width} pixels needs {needed / 1e9:,.0f} GB, and this machine"
+            f" has {here / 1e9:,.0f} GB: make config.batch or config.image_size smaller"
+        )
+
+
+def physical_memory() -> int:
+    """Bytes of this machine's memory, 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def optimizer(chosen: Experiment, built: optax.GradientTransformation) -> None:

@@ -14,6 +14,7 @@ from topgap_jax.measure import results
 from topgap_jax.measure.adversarial import slug
 from topgap_jax.measure.evaluate import evaluate as run_evaluators
 from topgap_jax.measure.results import Row
+from topgap_jax.measure.splits import check_width
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.progress import say
@@ -178,6 +179,7 @@ def evaluate(
         results.read(loaded.workdir / results.FILE)  # a damaged one is told before anything is read
     mesh = data_mesh()
     mesh = mesh if mesh.size > 1 else None
+    check_width(width, mesh)
     training = functools.cache(lambda: sample(chosen))
     rows, columns = [], {}
     digest = manifest.digests(loaded.workdir).get(loaded.weights, "") if loaded.workdir is not None else ""
@@ -187,10 +189,9 @@ def evaluate(
         if kept:
             say(f"{split}: kept from {results.FILE}, --again measures once more: {', '.join(kept)}")
         wanted = {text: one for text, one in built.items() if text not in kept}
-        measured = (
-            []
-            if not wanted
-            else run_evaluators(
+        measured = []
+        if wanted:
+            measured = run_evaluators(
                 chosen.model,
                 loaded.variables,
                 open_split(chosen, split, width, mesh),
@@ -208,7 +209,6 @@ def evaluate(
                 seed=config.seed,
                 mesh=mesh,
             )
-        )
         by_text = _kept(loaded, split, kept, digest) | {row.evaluator: row for row in measured}
         rows += [by_text[text] for text in built]
     if model_info is not None:
