@@ -435,7 +435,6 @@ def test_the_examples_of_the_help_are_commands():
 
 MISTAKES = [
     ("trian", "argument COMMAND: invalid choice: 'trian' (choose from "),
-    ("train --config {config}", "the following arguments are required: --workdir; see 'topgap train --help'"),
     ("train --config nowhere.py --workdir {new}", "there is no config file 'nowhere.py'"),
     ("train --config {config} --workdir {new} --config.epoch=3", "--config.epoch: there is no such key; did you mean 'epochs'?"),
     ("train --config {config} --workdir {new} --config.epochs=few", "--config.epochs: expected a whole number like 2, got 'few'"),
@@ -476,6 +475,8 @@ MISTAKES = [
     ("explain --workdir {run} --images {data} --split test", "argument --split: not allowed with argument --images"),
     ("explain --workdir {run} --methods grad_cam('stage9')", "--methods: grad_cam('stage9'): no layer 'stage9'; layers: backbone/stem/conv, "),
     ("explain --workdir {run} --target dsic", "--target: 'dsic' is no class; did you mean 'disc'? give a number, a class's name or runner_up"),
+    ("train --config {config}", "the following arguments are required: --workdir; see 'topgap train --help'"),
+    ("train --config {config} --plan 4y8", "--plan: HOSTSxDEVICES are two numbers such as 4x8, or one of devices, got '4y8'"),
     ("train --config {config} --workdir {new} --config.batch=1000000000000", "a batch of 1000000000000 images of 32 x 32 pixels needs 12,288,000 GB, and this machine has "),
     ("train --config {config} --workdir {new} --config.image_size=(100000,100000)", "a batch of "),
     ("explain --workdir {run} --target 6", "--target 6: there are 6 classes, 0 to 5"),

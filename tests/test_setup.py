@@ -20,6 +20,7 @@ from topgap_jax.report.read import read_runs
 from topgap_jax.run import fit as fit_module
 from topgap_jax.run import workdir as workdir_module
 from topgap_jax.run.fit import fit
+from topgap_jax.run.plan import plan
 from topgap_jax.setup import assembly, expressions, networks
 from topgap_jax.types import Model
 
@@ -577,3 +578,21 @@ def test_a_transfer_from_a_run_and_from_a_file(run, colours_run, tmp_path):
         begins(tmp_path / "infinite.safetensors") + f"{tmp_path / 'infinite.safetensors'}: "
     )
     assert error(networks.network, turned, str(path)).startswith(f"{path} does not fit the model: mis-shaped: ")
+
+
+def test_a_plan_is_what_the_training_then_has(trained):
+    """Parameters and bytes of a run's own checkpoint, its steps; half of the images a device halve what is temporary."""
+    chosen = setup.experiment(TINY, [("ema", ".5")])
+    parts, model = setup.parts(chosen, reads=False), assembly.plain_model(chosen)
+    made = plan(parts, model, resident=True)
+    variables = trained[1]
+    assert made.parameters == sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    assert made.checkpoint["best"] == size(dict(variables)) < made.checkpoint["last"]
+    assert made.steps == (parts.examples // parts.batch, parts.epochs * (parts.examples // parts.batch))
+    assert made.records == parts.examples and made.flops > 0 and made.memory["temporary"] > 0
+    halves = plan(parts, model, resident=False, hosts=2)
+    assert halves.records == -(-parts.examples // 2) and halves.flops == pytest.approx(made.flops, rel=0.2)
+    assert halves.memory_a_device < made.memory_a_device
+    text = error(plan, parts, model, resident=True, devices=7)
+    assert text == "a batch of 20 cannot be divided over 1 x 7 = 7 devices"

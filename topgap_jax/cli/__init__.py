@@ -173,9 +173,13 @@ def _train(arguments, overrides):
     from topgap_jax.run import workdir
     from topgap_jax.run.fit import Stopped, fit
 
+    if arguments.plan is None and not arguments.workdir:
+        raise UserError("the following arguments are required: --workdir; see 'topgap train --help'")
     about = _configure(arguments)
     if is_writer():
         print(about, engine.status(), sep="; ", file=sys.stderr)
+    if arguments.plan is not None:
+        return _plan(arguments, overrides)
     experiment = setup.experiment(arguments.config, overrides, arguments.arm, arguments.file)
     workdir.check(arguments.workdir, experiment.config, experiment.classes)
     evaluates = experiment.config.evaluators and experiment.config.test and not arguments.no_evaluate
@@ -192,6 +196,33 @@ def _train(arguments, overrides):
     if evaluates:
         loaded = setup.restored(experiment, arguments.workdir)
         _show(loaded, setup.stored(loaded) or setup.evaluate(loaded))
+    return 0
+
+
+def _plan(arguments, overrides):
+    import jax
+
+    from topgap_jax import setup
+    from topgap_jax.run.plan import plan, table
+    from topgap_jax.setup.assembly import is_resident, plain_model
+
+    hosts, x, devices = arguments.plan.partition("x")
+    if not (hosts.isdecimal() and (devices.isdecimal() or not x) and int(hosts) > 0 and (not x or int(devices) > 0)):
+        raise UserError(f"--plan: HOSTSxDEVICES are two numbers such as 4x8, or one of devices, got '{arguments.plan}'")
+    hosts, devices = (int(hosts), int(devices)) if x else (1, int(hosts))
+    experiment = setup.experiment(arguments.config, overrides, arguments.arm, arguments.file)
+    config, resident = experiment.config, is_resident(experiment)
+    parts, model = setup.parts(experiment, reads=False), plain_model(experiment)
+    made = plan(parts, model, resident=resident, hosts=hosts, devices=devices)
+    how = "held on every device" if resident else "streamed"
+    size = " x ".join(map(str, config.image_size))
+    about = {
+        "network": config.network if config.model == "network" else config.model,
+        "data": f"{config.source} {config.train}, {len(experiment.source(config.train)):,} images, {how} as {size}",
+        "devices": f"{hosts} x {devices}, a batch of {config.batch // (hosts * devices)} each; compiled for this "
+        f"{jax.devices()[0].platform}",
+    }
+    print(table(about, made))
     return 0
 
 

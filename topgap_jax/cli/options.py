@@ -34,9 +34,16 @@ def add_devices(parser):
 def add_train(parser):
     about = "a config file, e.g. configs/shapes.py; after the config.json of a run the Python file of its own methods"
     add_config(parser, about, required=True)
-    parser.add_argument("--workdir", type=_path, metavar="DIR", required=True, help="the folder of the run")
+    parser.add_argument("--workdir", type=_path, metavar="DIR", help="the folder of the run")
     parser.add_argument(
         "--arm", default="", metavar="NAME", help="one of the config's arms(): overrides that belong together"
+    )
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        const="1x1",
+        metavar="HOSTSxDEVICES",
+        help="say what the training will need, by default on one device, and train nothing",
     )
     parser.add_argument("--no-evaluate", action="store_true", help="leave out the config's evaluators at the end")
     add_devices(parser)

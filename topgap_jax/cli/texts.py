@@ -30,7 +30,7 @@ The Python file of a run with methods of its own is run only if it is named: --w
 
 TRAIN = f"""\
 The folder holds the config, checkpoints, metrics.jsonl (and the same for TensorBoard) and the results. The same
-command, given again, goes on where a run was stopped (SIGTERM and Ctrl-C save first) and ends with the same weights,
+command, given again, goes on where a run was stopped (SIGTERM, SIGHUP and Ctrl-C save first) and ends with the same weights,
 bit for bit.
 
 examples:
@@ -39,6 +39,7 @@ examples:
   topgap train --config configs/shapes.py --config.drop='sgdrop(rate=.1)' --workdir runs/sgdrop
   topgap train --config configs/sgdrop.py --arm random_matched --workdir runs/random
   topgap train --config runs/gap/config.json --workdir runs/again
+  topgap train --config configs/cifar10.py --plan 4x8
 
 {CONFIG}
 """

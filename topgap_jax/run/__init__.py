@@ -2,7 +2,7 @@
 
 import importlib
 
-ROOMS = ("checkpoint", "cpu", "fit", "manifest", "provenance", "workdir")
+ROOMS = ("checkpoint", "cpu", "fit", "manifest", "plan", "provenance", "workdir")
 
 
 def __getattr__(name: str):

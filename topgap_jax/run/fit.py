@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,21 +216,23 @@ def make_step(parts: Parts, mesh: Mesh) -> Callable[[State, Mapping[str, Array],
     return jax.jit(step, in_shardings=(whole, whole, split(mesh)), out_shardings=whole, donate_argnums=0)
 
 
+def fresh(parts: Parts, initial: Variables | None) -> State:
+    """The state before the first step: of these variables, or of those that the model draws from the seed."""
+    # Copies: a donated state must not hold one buffer twice.
+    variables = dict(initial or parts.model.init(jax.random.key(parts.seed), jnp.zeros((1, *parts.image_shape))))
+    if parts.ema:
+        variables["ema"] = jax.tree.map(jnp.copy, {key: variables[key] for key in ("params", "batch_stats")})
+    return State(jnp.int32(0), variables, parts.optimizer.init(variables["params"]))
+
+
 def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, Any]]:
     """Fresh variables from the seed, or the last checkpoint."""
-
-    def fresh(initial):
-        # Copies: a donated state must not hold one buffer twice.
-        variables = dict(initial or parts.model.init(jax.random.key(parts.seed), jnp.zeros((1, *parts.image_shape))))
-        if parts.ema:
-            variables["ema"] = jax.tree.map(jnp.copy, {key: variables[key] for key in ("params", "batch_stats")})
-        return State(jnp.int32(0), variables, parts.optimizer.init(variables["params"]))
-
     if checkpoint.latest_step(workdir) is None:
         # Drawing every parameter is a large program that runs once: at LLVM's level 1 it has the same bits, and
         # does not take longer to compile than the training step.
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-        return jax.jit(fresh, out_shardings=replicated(mesh), compiler_options=options)(parts.initial), {
+        begin = jax.jit(partial(fresh, parts), out_shardings=replicated(mesh), compiler_options=options)
+        return begin(parts.initial), {
             "step": 0,
             "best": None,
             "stream": None,
@@ -239,7 +242,7 @@ def _start(workdir: Path, parts: Parts, mesh: Mesh) -> tuple[State, dict[str, An
         }
     described = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
-        jax.eval_shape(fresh, None),
+        jax.eval_shape(partial(fresh, parts), None),
     )
     templates = {"variables": described.variables, "optimizer": described.optimizer}
     trees, meta = checkpoint.restore(workdir, "last", templates)

@@ -69,8 +69,14 @@ def assemble(loaded: configs.Loaded, learnt: Data | None = None) -> Experiment:
     source = functools.cache(lambda split: data.with_classes(splits()(split), classes))
     examples = learnt.examples if learnt else len(source(config.train)) if config.train else 0
     steps = total_steps(config, examples)
-    model = fast(expressions.choice(config, "model", methods, classes=len(classes), total_steps=steps))
-    return Experiment(config, methods, loaded.file, loaded.stated, source, classes, model, {}, steps)
+    chosen = Experiment(config, methods, loaded.file, loaded.stated, source, classes, None, {}, steps)
+    return chosen._replace(model=fast(plain_model(chosen)))
+
+
+def plain_model(chosen: Experiment) -> Model:
+    """The model as its config says it, before `models.fast`."""
+    words = {"classes": len(chosen.classes), "total_steps": chosen.total_steps}
+    return expressions.choice(chosen.config, "model", chosen.methods, **words)
 
 
 def context(chosen: Experiment) -> dict[str, Any]:
@@ -140,6 +146,11 @@ def template(chosen: Experiment) -> Any:
     """Shapes of the variables that a run of this experiment stores."""
     variables = dict(jax.eval_shape(lambda: init(chosen)))
     return {**variables, "ema": variables} if chosen.config.ema else variables
+
+
+def is_resident(chosen: Experiment) -> bool:
+    """Whether the training split is small enough to be held on every device; a larger one streams."""
+    return _is_small(chosen, chosen.source(chosen.config.train))
 
 
 def _is_small(chosen: Experiment, source: data.Source) -> bool:

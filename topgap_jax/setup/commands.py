@@ -54,12 +54,12 @@ class Loaded(NamedTuple):
     changes: tuple[tuple[str, str], ...] = ()
 
 
-def parts(chosen: Experiment, workdir: str | Path | None = None) -> Parts:
+def parts(chosen: Experiment, workdir: str | Path | None = None, *, reads: bool = True) -> Parts:
     """What `fit` needs: data read (small sets) or opened (large ones), objective, augmentation and optimiser built.
 
-    workdir: a run that goes on there has its variables, and config.init is not looked for again. Everything that the
-    config says is checked first, evaluators and explanations too, so that a mistake is told before anything is read,
-    and not after the training.
+    reads: False leaves data and first weights out, as `run.plan` does. workdir: a run that goes on there has its
+    variables, and config.init is not looked for again. Everything that the config says is checked first, evaluators and
+    explanations too, so that a mistake is told before anything is read, and not after the training.
     """
     config, methods = chosen.config, chosen.methods
     if not config.train:
@@ -81,9 +81,9 @@ def parts(chosen: Experiment, workdir: str | Path | None = None) -> Parts:
     return Parts(
         model=chosen.model,
         **build,
-        initial=None if goes_on else initial(config.init, chosen.model, image_shape, config.seed),
-        train=training(chosen),
-        validation=validation(chosen),
+        initial=initial(config.init, chosen.model, image_shape, config.seed) if reads and not goes_on else None,
+        train=training(chosen) if reads else {},
+        validation=validation(chosen) if reads else None,
         examples=len(chosen.source(config.train)),
         batch=config.batch,
         epochs=config.epochs,
