@@ -30,8 +30,8 @@ The Python file of a run with methods of its own is run only if it is named: --w
 
 TRAIN = f"""\
 The folder holds the config, checkpoints, metrics.jsonl (and the same for TensorBoard) and the results. The same
-command, given again, goes on where a run was stopped (SIGTERM, SIGHUP and Ctrl-C save first) and ends with the same weights,
-bit for bit.
+command, given again, goes on where a run was stopped (SIGTERM, SIGHUP and Ctrl-C save first) and ends with the same
+weights, bit for bit. --plan says what a training will need, on hosts and devices that need not be here.
 
 examples:
   topgap train --config configs/shapes.py --workdir runs/gap
