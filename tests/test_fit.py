@@ -25,6 +25,7 @@ from topgap_jax.mesh import data_mesh
 from topgap_jax.progress import read_metrics
 from topgap_jax.run import checkpoint, divergence
 from topgap_jax.run import fit as fit_module
+from topgap_jax.run import workdir as workdir_module
 from topgap_jax.run.fit import Stopped, fit
 from topgap_jax.run.workdir import claim, release
 from topgap_jax.training.objectives import standard
@@ -84,6 +85,23 @@ def plain_objective(keys, model, variables, batch, step):
     """Cross-entropy, with the same dropout in every step."""
     out = model.apply(variables, batch["image"], train=True, keys=KEYS)
     return optax.softmax_cross_entropy(out.logits, batch["targets"]), {}, out.batch_stats
+
+
+def test_every_start_is_recorded_and_other_conditions_are_said(tmp_path, capsys, monkeypatch):
+    mesh = data_mesh(jax.devices()[:1])
+    workdir_module.record_versions(tmp_path, mesh)
+    workdir_module.record_versions(tmp_path, mesh)
+    assert capsys.readouterr().err == ""
+    about = workdir_module.provenance()
+    other = about | {"processor": "another", "versions": about["versions"] | {"jax": "9.9"}}
+    monkeypatch.setattr(workdir_module, "provenance", lambda: other)
+    workdir_module.record_versions(tmp_path, mesh)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and f"versions jax {jax.__version__} -> 9.9" in line
+    assert f"processor {about['processor']} -> another" in line and "the bits may differ from here on" in line
+    stored = workdir_module.read_versions(tmp_path / "versions.json")
+    assert stored["processor"] == "another" and stored["threads"] >= 1
+    assert [start["processor"] for start in stored["earlier"]] == [about["processor"]] * 2
 
 
 def test_a_run_leaves_its_records(whole):

@@ -13,8 +13,8 @@ from topgap_jax.measure import results
 from topgap_jax.measure.results import Row
 from topgap_jax.progress import read_metrics
 from topgap_jax.run import manifest
-from topgap_jax.run.workdir import read_config
-from topgap_jax.stored import own_files, read_object
+from topgap_jax.run.workdir import VERSIONS, read_config, read_versions
+from topgap_jax.stored import own_files
 from topgap_jax.types import Measure
 
 BESIDE = ("accuracy", "regions")
@@ -62,7 +62,7 @@ def read_run(folder: Path, label: str) -> Run:
         folder=folder,
         config=flat(stored["config"]),
         file=stored.get("file"),
-        versions=flat(_versions(folder / "versions.json")),
+        versions=flat(_versions(folder / VERSIONS)),
         metrics=read_metrics(folder),
         rows=with_gaps(evaluation.rows, str(stored["config"].get("train", ""))),
         weights=evaluation.weights,
@@ -127,8 +127,8 @@ def fraction(text: str) -> str:
 
 
 def _versions(path: Path) -> dict[str, Any]:
-    """What a run was made with; {} if it does not say."""
-    return read_object(path, "the versions.json of a run", {str: "PLAIN"}) if path.is_file() else {}
+    """What a run was made with at its last start; {} if it does not say."""
+    return {key: each for key, each in read_versions(path).items() if key != "earlier"} if path.is_file() else {}
 
 
 def labels(folders: Sequence[Path]) -> list[str]:

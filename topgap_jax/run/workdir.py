@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from topgap_jax.errors import UserError
-from topgap_jax.progress import write_text
+from topgap_jax.progress import say, write_text
 from topgap_jax.run.provenance import provenance
 from topgap_jax.stored import read_object
 
@@ -26,6 +26,10 @@ CONFIG = {
     "data?": ({"classes": [str], "examples": int}, None),
 }
 """The schema of config.json."""
+VERSIONS = "versions.json"
+CONDITIONS = ("versions", "convolutions", "device", "processor", "mesh_devices", "processes", "threads")
+"""What of a start decides the bits of its results."""
+STARTS = 100  # earlier starts that versions.json keeps
 LOOKING = ("test", "evaluators", "explain", "log_every")
 """Keys that concern looking at a run and not its weights: they may differ when a folder is used again."""
 
@@ -125,10 +129,34 @@ def release(workdir: Path) -> None:
 
 
 def record_versions(workdir: Path, mesh: Mesh) -> None:
-    """Write versions.json: what this start of the run was made with (`provenance`), and on how many devices."""
-    if jax.process_index() == 0:
-        about = {**provenance(), "mesh_devices": mesh.size, "processes": jax.process_count()}
-        write_text(Path(workdir) / "versions.json", json.dumps(about, indent=1) + "\n")
+    """Write versions.json: what this start of the run was made with (`provenance`), on how many devices and threads,
+    and the same of the starts before it, as "earlier". A start under other conditions than the one before it is said in
+    a line: it goes on with the same arithmetic, but not to the same bits (docs/reproducibility.md)."""
+    if jax.process_index() != 0:
+        return
+    threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)
+    about = {**provenance(), "mesh_devices": mesh.size, "processes": jax.process_count(), "threads": threads}
+    path = Path(workdir) / VERSIONS
+    earlier = []
+    if path.is_file():
+        before = read_versions(path)
+        earlier = [*before.pop("earlier", []), before]
+        differ = [key for key in CONDITIONS if key in before and before[key] != json.loads(json.dumps(about[key]))]
+        if differ:
+            listed = ", ".join(f"{key} {_brief(before[key], about[key])}" for key in differ)
+            say(f"'{workdir}' was started under other conditions before ({listed}): the bits may differ from here on")
+    write_text(path, json.dumps({**about, "earlier": earlier[-STARTS:]}, indent=1) + "\n")
+
+
+def read_versions(path: Path) -> dict[str, Any]:
+    """What versions.json of a run holds."""
+    return read_object(path, "the versions.json of a run", {"earlier?": [{str: "PLAIN"}], "commit?": (str, None)})
+
+
+def _brief(before: Any, now: Any) -> str:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        return "; ".join(f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name])
+    return f"{before} -> {now}"
 
 
 def _lock(workdir: Path) -> None:
