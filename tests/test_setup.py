@@ -583,7 +583,7 @@ def test_a_transfer_from_a_run_and_from_a_file(run, colours_run, tmp_path):
 def test_a_plan_is_what_the_training_then_has(trained):
     """Parameters and bytes of a run's own checkpoint, its steps; half of the images a device halve what is temporary."""
     chosen = setup.experiment(TINY, [("ema", ".5")])
-    parts, model = setup.parts(chosen, reads=False), assembly.plain_model(chosen)
+    parts, model = setup.parts(chosen, reads=False), chosen.plain
     made = plan(parts, model, resident=True)
     variables = trained[1]
     assert made.parameters == sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))

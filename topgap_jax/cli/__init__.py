@@ -204,7 +204,7 @@ def _plan(arguments, overrides):
 
     from topgap_jax import setup
     from topgap_jax.run.plan import plan, table
-    from topgap_jax.setup.assembly import is_resident, plain_model
+    from topgap_jax.setup.assembly import is_resident
 
     hosts, x, devices = arguments.plan.partition("x")
     if not (hosts.isdecimal() and (devices.isdecimal() or not x) and int(hosts) > 0 and (not x or int(devices) > 0)):
@@ -212,8 +212,8 @@ def _plan(arguments, overrides):
     hosts, devices = (int(hosts), int(devices)) if x else (1, int(hosts))
     experiment = setup.experiment(arguments.config, overrides, arguments.arm, arguments.file)
     config, resident = experiment.config, is_resident(experiment)
-    parts, model = setup.parts(experiment, reads=False), plain_model(experiment)
-    made = plan(parts, model, resident=resident, hosts=hosts, devices=devices)
+    parts = setup.parts(experiment, reads=False)
+    made = plan(parts, experiment.plain, resident=resident, hosts=hosts, devices=devices)
     how = "held on every device" if resident else "streamed"
     size = " x ".join(map(str, config.image_size))
     about = {

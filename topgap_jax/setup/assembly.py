@@ -31,7 +31,8 @@ class Experiment(NamedTuple):
     """A config with its data set and its model: the names of the classes, `source(split)`, and the model itself.
 
     file: the Python file that config and methods are from; stated: the keys that are not left at their default; arrays:
-    the splits that `read` has decoded, by name.
+    the splits that `read` has decoded, by name; plain: the model as its text says it, `model` made fast for this
+    machine (`models.fast`): what is only traced, for shapes and names, takes the plain one.
     """
 
     config: ConfigDict
@@ -43,6 +44,7 @@ class Experiment(NamedTuple):
     model: Model
     arrays: dict[str, dict[str, np.ndarray]]
     total_steps: int
+    plain: Model
 
 
 def experiment(
@@ -69,14 +71,8 @@ def assemble(loaded: configs.Loaded, learnt: Data | None = None) -> Experiment:
     source = functools.cache(lambda split: data.with_classes(splits()(split), classes))
     examples = learnt.examples if learnt else len(source(config.train)) if config.train else 0
     steps = total_steps(config, examples)
-    chosen = Experiment(config, methods, loaded.file, loaded.stated, source, classes, None, {}, steps)
-    return chosen._replace(model=fast(plain_model(chosen)))
-
-
-def plain_model(chosen: Experiment) -> Model:
-    """The model as its config says it, before `models.fast`."""
-    words = {"classes": len(chosen.classes), "total_steps": chosen.total_steps}
-    return expressions.choice(chosen.config, "model", chosen.methods, **words)
+    plain = expressions.choice(config, "model", methods, classes=len(classes), total_steps=steps)
+    return Experiment(config, methods, loaded.file, loaded.stated, source, classes, fast(plain), {}, steps, plain)
 
 
 def context(chosen: Experiment) -> dict[str, Any]:

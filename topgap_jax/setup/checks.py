@@ -47,13 +47,13 @@ def model(chosen: Experiment) -> None:
     targets = jax.ShapeDtypeStruct((EXAMPLES, classes), jnp.float32)
 
     def train(variables, images, targets):
-        return chosen.model.apply(
+        return chosen.plain.apply(
             variables, images, train=True, keys=_keys(), targets=targets, step=jnp.int32(0)
         ).logits
 
     try:
         variables = template(chosen)
-        logits = jax.eval_shape(lambda v, x: bind(chosen.model, v)(x), evaluation_variables(variables), images)
+        logits = jax.eval_shape(lambda v, x: bind(chosen.plain, v)(x), evaluation_variables(variables), images)
         if logits.shape == targets.shape:
             jax.eval_shape(train, variables, images, targets)
     except UserError as error:
@@ -122,18 +122,18 @@ def explanations(chosen: Experiment, built: Mapping[str, Explain], where: str) -
     images = jax.ShapeDtypeStruct((EXAMPLES, *chosen.config.image_size, 3), jnp.float32)
     for text, explain in built.items():
         maps = lambda variables, images, explain=explain: explain(
-            _keys(), bind(chosen.model, variables), images, jnp.zeros(EXAMPLES, jnp.int32)
+            _keys(), bind(chosen.plain, variables), images, jnp.zeros(EXAMPLES, jnp.int32)
         )
         _trace(f"{where}: {text}", maps, variables, images)
 
 
 def _rows(evaluator: Evaluator, chosen: Experiment, variables, batch):
     prepared = evaluator.prepare(None, len(chosen.classes)) if evaluator.prepare else {}
-    return evaluator.rows(_keys(), chosen.model, variables, batch, prepared)
+    return evaluator.rows(_keys(), chosen.plain, variables, batch, prepared)
 
 
 def _step(attack: Attack, chosen: Experiment, variables, batch):
-    predict, images, labels = bind(chosen.model, variables), batch["image"], batch["label"]
+    predict, images, labels = bind(chosen.plain, variables), batch["image"], batch["label"]
     if attack.source is not None:
         attack = bound(attack, bind(attack.source.model, attack.source.variables))
     return attack.step(predict, attack.init(_keys(), predict, images, labels, predict(images)))

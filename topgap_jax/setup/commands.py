@@ -255,7 +255,7 @@ def layers(chosen: Experiment) -> tuple[list[rewrite.Layer], str | None]:
     found = []
 
     def look(variables, images):
-        predict = bind(chosen.model, variables)
+        predict = bind(chosen.plain, variables)
         found.extend(rewrite.layers(predict, images))
         try:
             found.append(rewrite.default_layer(predict, images))
