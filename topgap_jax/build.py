@@ -170,7 +170,7 @@ def _call(node: ast.Call, table: Mapping[str, Callable], values: Mapping[str, An
     try:
         return function(*bound.args, **bound.kwargs)
     except UserError as error:
-        text = str(error)
+        text = str(error).removeprefix(f"{name}: ")  # Python callers need the name in it
         raise UserError(text if where and text.startswith(where) else f"{_at(where)}{name}: {text}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, AssertionError) as error:
         # A mistyped argument whose annotation says too little shows itself as one of these inside the function.
