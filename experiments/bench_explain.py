@@ -4,11 +4,12 @@
 
 ResNet-20 at batch 128 of CIFAR-10's test images and EfficientNet-Lite0 at batch 8 of imagenet500, their published
 weights. Each row has a process of ours (one compiled program, compile time apart) and one of the package (its tensors
-channels_last, bound threads), asked in turn. Ratio = the package's time over ours: above 1 ours is faster. Memory is the peak above
-that after the imports, compilation and first call included. "family" is the eight class activation maps that share one
-pass: beside the package's eight calls, and beside eight calls of ours. A row that is done is kept in runs/, so that the
-same command at the same commit goes on where it was stopped; results/bench_explain.json is written where every row is
-there, on a tree without changes. Figures of a busy machine say little: `load_average` stands with each row.
+channels_last, bound threads), asked in turn. Ratio = the package's time over ours: above 1 ours is faster. Memory is
+the peak above that after the imports, compilation and first call included. "family" is the eight class activation maps
+that share one pass: beside the package's eight calls, and beside eight calls of ours. A row that is done is kept in
+runs/, so that the same command at the same commit goes on where it was stopped; results/bench_explain.json is written
+where every row is there, on a tree without changes. Figures of a busy machine say little: `load_average` stands with
+each row.
 """
 
 import argparse

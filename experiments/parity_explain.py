@@ -37,11 +37,11 @@ from topgap_jax.metrics.ranks import kendall_tau_b, pearson, spearman
 from topgap_jax.metrics.structure import ssim
 from topgap_jax.models import bind
 from topgap_jax.progress import write_text
-from topgap_jax.rules import guided_backprop
+from topgap_jax.rules import deconvnet, guided_backprop
 from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.run.provenance import provenance
 from topgap_jax.scores import logit
-from topgap_jax.types import Cost, Explain, Rule
+from topgap_jax.types import Cost, Explain
 
 HERE = Path(__file__).parent
 LIMIT = 1e-4
@@ -95,7 +95,6 @@ def rows(network: Network, shape, arrays) -> dict[str, Row]:
     (ours, theirs), (shallow, their_shallow) = network.layer, network.shallow
     segments = explain.masking.grid(7, shape[:2])
     layer, small = {"layer": theirs}, {"layer": their_shallow}
-    deconvnet = {"relu": Rule(backward=lambda relu, gradient, z: jax.nn.relu(gradient))}
     steps = network.steps
     plain = {"relu": False}
     of = lambda method: {"method": method, **layer}
