@@ -293,8 +293,8 @@ def explained(stored: Mapping[str, Any]) -> str:
 
     return (
         "Largest difference over the range of the package's map, median and worst over the images, float32. A single"
-        " map is off by more where rounding turns a ReLU: it is computed once more in float64. What the last column says"
-        " is a difference of definition that the script takes away.\n\n"
+        " map is off by more where rounding turns a ReLU: it is computed once more in float64. What the last column"
+        " says is a difference of definition that the script takes away.\n\n"
     ) + markdown(
         ["network, method", "package", "images", "median, worst", ""], [line(*row) for row in stored["rows"].items()]
     )
