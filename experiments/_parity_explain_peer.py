@@ -179,8 +179,8 @@ def cam(case, words):
 
 
 def field(case, words):
-    """openerf's pass of one image: the centre of the layer, mean over channels; absolute values and the sum over
-    colours instead of the positive part of their mean, and a map for each image instead of the sum of all."""
+    """openerf's pass of one image, from the centre of the layer: the sum over channels instead of their mean, and of
+    |.| over colours instead of the positive part of their mean; a map for each image instead of the sum of all."""
     values = []
     for x in case.x:
         points, features = x[None].clone().requires_grad_(), []
@@ -188,7 +188,7 @@ def field(case, words):
         case.model(points)
         hook.remove()
         centre = open_erf.center_activation(open_erf.extract_feature_tensor(features[0]), "layer", case.model)
-        values.append(torch.autograd.grad(centre, points)[0][0].abs().sum(0))
+        values.append(features[0].shape[1] * torch.autograd.grad(centre, points)[0][0].abs().sum(0))
     return torch.stack(values).numpy()
 
 
@@ -230,7 +230,8 @@ def of_network(case, words):
     from pytorch_grad_cam.metrics.cam_mult_image import DropInConfidence
 
     a = case.array("a")
-    step = 3 * a[0].size // words["steps"]
+    # Its steps count channels, all of the pixel one after another, and must divide the number of pixels.
+    step = a[0].size // words["steps"]
     flipping = quantus.PixelFlipping(
         features_in_step=step, perturb_baseline=0.0, abs=False, normalise=False, disable_warnings=True,
         display_progressbar=False,
@@ -241,7 +242,7 @@ def of_network(case, words):
     with torch.no_grad():
         before = case.model(case.x).softmax(1)[torch.arange(len(y)), case.y].numpy()
     drop = DropInConfidence()(case.x, a, targets, case.model)
-    return {"deletion": np.asarray(curve), "average_drop": 100 * drop / before}
+    return {"deletion": np.asarray(curve)[:, 2::3], "average_drop": 100 * drop / before}
 
 
 PEERS = {

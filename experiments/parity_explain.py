@@ -176,7 +176,7 @@ def rows(network: Network, shape, arrays) -> dict[str, Row]:
         ),
         "receptive field": Row(
             "openerf", "field", maps(explain.field(ours, channel="sum")), layer,
-            "sum of |.| over colours, an image at a time, instead of the positive part of the mean of all",
+            "sums over channels and of |.| over colours, image by image, instead of the positive part of means over all",
         ),
         "measures of maps": Row(
             "scipy, scikit-image, quantus", "of_maps", of_maps, given={"a": "a", "b": "b", "inside": "inside"}
