@@ -16,6 +16,7 @@ from _parity_networks_peer import efficientnet_pytorch, timm  # imports torchvis
 from captum import attr as captum
 from captum._utils.models.linear_model import SkLearnRidge
 from openerf import feature_ops as open_erf
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
@@ -55,7 +56,8 @@ def network(name, weights):
         for key, child in list(parent.named_children()):
             if isinstance(child, nn.ReLU6):
                 setattr(parent, key, ReLU6())
-    model.constants = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
+    with safe_open(weights, "pt") as file:
+        model.constants = {key: [float(x) for x in file.metadata()[key].split(",")] for key in ("mean", "std")}
     model.register_forward_pre_hook(lambda module, inputs: ((inputs[0] - module.mean) / module.std,))
     return model
 

@@ -397,16 +397,20 @@ def computed(loaded, row, keys, images, labels, given, indices, double):
 
 @contextlib.contextmanager
 def float64():
-    """JAX in float64, whose random numbers stay those of float32."""
+    """JAX in float64, the normalisation of images too, with the random numbers of float32."""
+    classifier = sys.modules["topgap_jax.models.classifier"]  # the module, not the function of that name
+    normalise = classifier.normalise
     draws = {"normal": jnp.float32, "uniform": jnp.float32, "randint": jnp.int32}
     before = {name: getattr(jax.random, name) for name in (*draws, "bernoulli")}
     try:
         for name, dtype in draws.items():
             setattr(jax.random, name, functools.partial(before[name], dtype=dtype))
         jax.random.bernoulli = lambda key, p, shape: before["bernoulli"](key, jnp.float32(p), shape)
+        classifier.normalise = lambda images, mean, std: (images - np.float64(mean)) / np.float64(std)
         with jax.enable_x64(True):
             yield
     finally:
+        classifier.normalise = normalise
         for name, function in before.items():
             setattr(jax.random, name, function)
 
