@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from _bench_explain_torch import captum, choose, lime, network, open_erf, pgc
-from captum.attr._core import integrated_gradients as captum_integrated
+from captum.attr._utils import batching
 
-APPROXIMATION = captum_integrated.approximation_parameters
+APPROXIMATION = batching.approximation_parameters
 
 
 def saliency(case, words):
@@ -31,9 +31,9 @@ def input_x_gradient(case, words):
 def integrated(case, words):
     if case.dtype == torch.float64:  # or nodes that are rounded otherwise turn ReLUs
         ours = lambda rule: (APPROXIMATION(rule)[0], lambda n: words["nodes"])
-        captum_integrated.approximation_parameters = ours
+        batching.approximation_parameters = ours
     else:
-        captum_integrated.approximation_parameters = APPROXIMATION
+        batching.approximation_parameters = APPROXIMATION
     return images(
         captum.IntegratedGradients(case.model).attribute(
             case.x, mean(case), case.y, n_steps=words["steps"], method=words["rule"], internal_batch_size=len(case.x)
