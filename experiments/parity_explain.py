@@ -254,7 +254,7 @@ def handed(network, predict, images, labels, keys):
         which.append(jax.vmap(lambda key: jax.random.randint(key, (), 0, len(references)))(first))
         where.append((m + jax.vmap(lambda key: jax.random.uniform(key, ()))(second)) / SAMPLES)
     few = keys[:8]
-    drawn = lambda i: jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (49,)))(fold_in(few, i)) | (i == 0)
+    drawn = jax.jit(lambda i: jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (49,)))(fold_in(few, i)) | (i == 0))
     mask = jax.jit(lambda i: _smooth_masks(*_grids(fold_in(few, i), 7, 0.5, shape[:2]), shape[:2]))
     # Maps to measure: of the layer's size enlarged, and of the pixels; in [0, 1] and without equal values.
     size = (32, 32)
