@@ -28,7 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topgap_jax import data, explain, metrics, rewrite, setup
+from topgap_jax import data, explain, metrics, models, pool, rewrite, setup
+from topgap_jax.build import build
 from topgap_jax.explain.cam import _first_component
 from topgap_jax.explain.gradient import quadrature as nodes_and_weights
 from topgap_jax.explain.masks import _grids, _smooth_masks
@@ -385,13 +386,16 @@ def pictures(loaded, split, count):
 
 
 def computed(loaded, row, keys, images, labels, given, indices, double):
-    """{name: array (n, ...)} and the logits; in float64 where it is asked for (sums and scores stay float32)."""
+    """{name: array (n, ...)} and the logits; in float64 where it is asked for (sums, scores and the last layer stay
+    float32)."""
     with float64() if double else contextlib.nullcontext():
         dtype = jnp.float64 if double else jnp.float32
         variables = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), loaded.variables)
 
+        model = float64_model(loaded.experiment) if double else loaded.experiment.model
+
         def call(variables, keys, images, labels, given):
-            predict = bind(loaded.experiment.model, variables)
+            predict = bind(model, variables)
             return row.ours(keys, predict, images, labels, *given), predict(images)
 
         program = jax.jit(call if double else rewrite.fused(call))
@@ -401,6 +405,19 @@ def computed(loaded, row, keys, images, labels, given, indices, double):
         values, logits = program(variables, keys[index], points, jnp.asarray(labels[index]), maps)
         values = values if isinstance(values, dict) else {"maps": values}
         return {key: np.asarray(value) for key, value in {**values, "logits": logits}.items()}
+
+
+def float64_model(experiment):
+    """The experiment's network that computes in float64, which no config can ask for."""
+    config = experiment.config
+    module = sys.modules["topgap_jax.models.classifier"]  # the module, not the function of that name
+    in_float64 = lambda part: part.clone(dtype=jnp.float64) if hasattr(part, "dtype") else part
+
+    def classifier(backbone, head, *, classes, mean, std):
+        return models.linen(module.Classifier(in_float64(backbone), in_float64(head.clone(classes=classes)), mean, std))
+
+    values = {"classes": len(experiment.classes), "pool": pool.gap(), "mean": config.mean, "std": config.std}
+    return build(config.model, {**models.TABLE, "classifier": classifier}, values)
 
 
 @contextlib.contextmanager
