@@ -75,8 +75,6 @@ def prepare(path, network_name, images, labels, weights, layer, shallow, steps, 
     import_mb = peak_megabytes()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     model = choose(network(network_name, weights), torch.float32).to(memory_format=torch.channels_last)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     x = (
         (torch.from_numpy(np.load(images)).float() / 255)
         .permute(0, 3, 1, 2)
@@ -99,7 +97,7 @@ def prepare(path, network_name, images, labels, weights, layer, shallow, steps, 
             model(points)
             hook.remove()
             centre = open_erf.center_activation(features[0], "layer", model)
-            maps.append(torch.autograd.grad(centre, points)[0][0].abs().sum(0))
+            maps.append(features[0].shape[1] * torch.autograd.grad(centre, points)[0][0].abs().sum(0))
         return torch.stack(maps)
 
     guided = captum.GuidedBackprop(model)

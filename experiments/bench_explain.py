@@ -27,7 +27,6 @@ from topgap_jax import setup
 from topgap_jax.progress import write_text
 
 HERE = Path(__file__).parent
-PEER = "PyTorch, bound threads"
 OURS = "oneDNN"
 NETWORKS = {
     "resnet20": {
@@ -57,6 +56,7 @@ FAMILY = 5  # eight calls of ours over the family
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", default=os.environ.get("TOPGAP_PEER_PYTHON"), help="or TOPGAP_PEER_PYTHON")
+    parser.add_argument("--peer", choices=PEERS, default="PyTorch, bound threads", help="one thread on a busy machine")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.3, help="length of one timed run (at least one call)")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
@@ -65,7 +65,7 @@ def main():
     if not os.environ.get("TOPGAP_DATA") or not options.peer_python:
         parser.error("TOPGAP_DATA is the folder with tfds/ and weights/, --peer-python the Python that has the peers")
     machine = driver.machine()
-    whole = options.rounds >= 7 and not machine["commit"].endswith("+")
+    whole = options.rounds >= 7 and options.peer == parser.get_default("peer") and not machine["commit"].endswith("+")
     kept = HERE.parent / "runs" / f"bench_explain_{machine['commit']}.json"
     rows = json.loads(kept.read_text()) if whole and kept.exists() else {}
     for name in options.networks:
@@ -101,9 +101,13 @@ def measure(name, path, options, files):
     both = {**files, "steps": STEPS, "window": network["window"], "stride": network["stride"]}
     sides = [{"layer": layer, "shallow": at} for layer, at in zip(network["layers"], network["shallow"])]
     config = str(HERE.parent / "configs" / network["config"])
-    processes = {PEER: driver.start("_bench_explain_torch.py", options.peer_python, driver.KEEP_MEMORY | PEERS[PEER])}
+    processes = {
+        options.peer: driver.start(
+            "_bench_explain_torch.py", options.peer_python, driver.KEEP_MEMORY | PEERS[options.peer]
+        )
+    }
     words = {"path": path, "network_name": name, "together": network["together"], **both, **sides[1]}
-    answers = {PEER: driver.ask(processes[PEER], "prepare", **words)}
+    answers = {options.peer: driver.ask(processes[options.peer], "prepare", **words)}
     for setting, what in {OURS: path, **({"eight calls": "eight calls"} if path == "family" else {})}.items():
         processes[setting] = driver.start("_bench_explain_ours.py", environment=driver.NO_CACHE)
         answers[setting] = driver.ask(processes[setting], "prepare", path=what, config=config, **both, **sides[0])
@@ -116,11 +120,12 @@ def measure(name, path, options, files):
         settings[setting] = said | driver.figures(times[setting])
         settings[setting] |= {"peak_mb": peak, "above_import_mb": peak - answers[setting]["import_mb"]}
     driver.stop(processes)
-    sums, expected = (np.asarray(answers[setting]["maps"]) for setting in (OURS, PEER))
+    sums, expected = (np.asarray(answers[setting]["maps"]) for setting in (OURS, options.peer))
     row = {
         "load_average": [before, driver.load_average()],
+        "peer": options.peer,
         "target": TARGETS[path],
-        "ratio": driver.ratios(times[PEER], times[OURS]),
+        "ratio": driver.ratios(times[options.peer], times[OURS]),
         "agreement": float(np.median(np.abs(sums - expected) / np.abs(expected).max())),
         "settings": settings,
     }
@@ -132,7 +137,7 @@ def measure(name, path, options, files):
 def line(key, row):
     """A row of the printed table: the package's time over ours, median [range]; of CPU time; what it should be."""
     said = lambda ratio: "{:.2f} [{:.2f}-{:.2f}]; {:.2f}".format(ratio["median"], *ratio["range"], ratio["cpu_median"])
-    ours, peer = row["settings"][OURS], row["settings"][PEER]
+    ours, peer = row["settings"][OURS], row["settings"][row["peer"]]
     return [
         f"{key:36}",
         said(row["ratio"]) + (f" (at least {row['target']})" if row["target"] else ""),
