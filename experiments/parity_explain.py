@@ -70,7 +70,7 @@ NETWORKS = {
         "cifar10.py", "resnet20_cifar10", "test", 64, ("stage2", "layer2"), ("stage2", "layer2"), 50, 8, 4
     ),
     "efficientnet_lite0": Network(
-        "imagenet.py", "efficientnet_lite0_imagenet", "test", 16, ("stage4", "blocks.4"), ("stage2", "blocks.2"),
+        "imagenet.py", "efficientnet_lite0_imagenet", "test", 16, ("stage3", "blocks.4"), ("stage2", "blocks.2"),
         10, 56, 28,
     ),
 }  # fmt: skip
