@@ -71,11 +71,14 @@ bench-env: ## an environment of its own for the peers (PyTorch, torchvision, tim
 bench: install bench-env ## speed against PyTorch: results/bench_*.json
 	$(BIN)/python experiments/bench_core.py --peer-python .venv-bench/bin/python
 	$(BIN)/python experiments/bench_networks.py --peer-python .venv-bench/bin/python
+	$(BIN)/python experiments/bench_explain.py --peer-python .venv-bench/bin/python
+	$(BIN)/python experiments/bench_explain_memory.py
 	$(BIN)/python experiments/bench_pool.py
 	$(BIN)/python experiments/bench_systems.py
 
 parity: install bench-env ## the same numbers as public packages: results/parity_*.json
 	$(BIN)/python experiments/parity_networks.py --peer-python .venv-bench/bin/python
+	$(BIN)/python experiments/parity_explain.py --peer-python .venv-bench/bin/python
 
 clean: ## remove runs and caches, keep environments
 	rm -rf runs build .pytest_cache .hypothesis .ruff_cache

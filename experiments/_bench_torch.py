@@ -27,6 +27,7 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()  # modules, or captum finds no ReLU to guide
         self.changes = stride != 1 or inputs != width
         self.width = width
         if self.changes and shortcut == "project":
@@ -35,13 +36,13 @@ class Block(nn.Module):
             self.downsample = None
 
     def forward(self, x):
-        y = functional.relu(self.bn1(self.conv1(x)))
+        y = self.relu1(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         if self.downsample is not None:
             x = self.downsample(x)
         elif self.changes:
             x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.width // 4, self.width // 4))
-        return functional.relu(y + x)
+        return self.relu2(y + x)
 
 
 class ResNet(nn.Module):
@@ -51,6 +52,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
+        self.relu = nn.ReLU()
         inputs, self.stages = widths[0], len(widths)
         for stage, width in enumerate(widths):
             layers = []
@@ -64,7 +66,7 @@ class ResNet(nn.Module):
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x):
-        x = functional.relu(self.bn1(self.conv1((x - self.mean) / self.std)))
+        x = self.relu(self.bn1(self.conv1((x - self.mean) / self.std)))
         for stage in range(self.stages):
             x = getattr(self, f"layer{stage + 1}")(x)
         dense = getattr(self, self.dense)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_checkpoint
+import bench_explain
 import bench_fit
 import bench_loops
 import bench_networks
@@ -273,6 +274,54 @@ def parity(stored: Mapping[str, Any]) -> str:
     ) + markdown(["network", "model", "difference (image)"], lines)
 
 
+def explained(stored: Mapping[str, Any]) -> str:
+    def line(name, row):
+        loose = row.get("loose")
+        more = (
+            f"; {loose['images']} above {stored['limit']:g}, in float64 {loose['worst_in_float64']:.0e}"
+            if loose
+            else ""
+        )
+        parts = ", ".join(f"{key} {value:.0e}" for key, value in row["measures"].items())
+        return [
+            name,
+            row["package"],
+            str(row["images"]),
+            f"{row['median']:.0e}, {row['worst']:.0e}{more}",
+            parts or row["note"],
+        ]
+
+    return (
+        "Largest difference over the range of the package's map, median and worst over the images, float32. A single"
+        " map is off by more where rounding turns a ReLU: it is computed once more in float64. What the last column"
+        " says is a difference of definition that the script takes away.\n\n"
+    ) + markdown(
+        ["network, method", "package", "images", "median, worst", ""], [line(*row) for row in stored["rows"].items()]
+    )
+
+
+def explaining(stored: Mapping[str, Any]) -> str:
+    head = [
+        "network, method",
+        "package / ours, median [range]; CPU time",
+        "eight calls of ours",
+        "package / ours",
+        "",
+        "peak",
+        "",
+    ]
+    return (
+        f"captum, pytorch-grad-cam and openerf's loop beside ours: ResNet-20 at batch 128, EfficientNet-Lite0 at batch"
+        f" 8; integrated gradients with {stored['steps']} steps.\n\n"
+    ) + markdown(head, [bench_explain.line(*row) for row in stored["rows"].items()])
+
+
+def explaining_memory(stored: Mapping[str, Any]) -> str:
+    cell = lambda one: ", ".join(f"{one[key]:.1f}" for key in ("planned_mb", "peak_mb") if key in one)
+    lines = [[name, *(f"{one['what']}: {cell(one)}" for one in pair)] for name, pair in stored["rows"].items()]
+    return "MB planned by XLA; peak of a process, where it ran.\n\n" + markdown(["", "few", "many"], lines)
+
+
 def foreign(stored: Mapping[str, Any]) -> str:
     columns = ("apply", "fast_convs", "with_rules", "grad_cam", "with_pool", "with_drop", "twenty_steps")
     lines, said = [], []
@@ -337,6 +386,9 @@ BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("What each system costs", "bench_systems", steps),
     ("Forms of convolutions", "bench_forms", forms),
     ("Networks of torchvision, timm, Hugging Face and RobustBench", "parity_networks", parity),
+    ("Explanations and measures of other packages", "parity_explain", explained),
+    ("Speed of explanations", "bench_explain", explaining),
+    ("Memory of explanations", "bench_explain_memory", explaining_memory),
     ("Networks of other people", "foreign_networks", foreign),
     ("Many devices on a CPU", "stress_devices", devices),
 )
