@@ -17,6 +17,7 @@ from topgap_jax.evaluators import (
     regions,
     robust,
     stability,
+    trust,
 )
 from topgap_jax.evaluators.regions import background_bank
 
@@ -35,5 +36,6 @@ TABLE = merged(
     regions.TABLE,
     robust.TABLE,
     stability.TABLE,
+    trust.TABLE,
 )
 globals().update(TABLE)  # the methods, also where a file has the name of one

@@ -10,6 +10,7 @@ from topgap_jax.explain import (
     layers,
     masks,
     perturbation,
+    rivals,
     surrogate,
     taylor,
 )
@@ -26,5 +27,6 @@ TABLE = merged(
     surrogate.TABLE,
     combine.TABLE,
     field.TABLE,
+    rivals.TABLE,
 )
 globals().update(TABLE)  # the methods, also where a file has the name of one

@@ -1,14 +1,18 @@
-"""The checks of an audit as a person reads them: in the terminal, and for the page."""
+"""The checks of an audit, or of an evaluator such as `trust`, as a person reads them: in the terminal, and for the page."""
 
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from topgap_jax.measure.criteria import CHECKS, REMINDER, WARN
+from topgap_jax.build import merged
+from topgap_jax.evaluators.trust import CHECKS as OF_TRUST
+from topgap_jax.measure.criteria import CHECKS as OF_AUDITS
+from topgap_jax.measure.criteria import REMINDER, WARN
 from topgap_jax.measure.results import Row
 from topgap_jax.report.read import Run
 from topgap_jax.types import Check
 
+CHECKS = merged(OF_AUDITS, OF_TRUST)
 COLUMNS = 120
 INDENT = 46  # of a check's sentence, behind its name and status
 
@@ -41,7 +45,7 @@ def reminder(checks: Sequence[Check]) -> str:
 
 
 def audits(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every audit of the runs, for the page."""
+    """Every row of the runs that has checks, for the page; an audit is one that was attacked in a norm."""
     return [
         {
             "run": i,

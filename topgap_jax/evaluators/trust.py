@@ -1,0 +1,317 @@
+"""`trust(explain)`: five checks of whether an explanation's maps show what the network looks at, with a verdict in a
+sentence."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from topgap_jax.build import check_number, table
+from topgap_jax.evaluators.agreement import shrunk
+from topgap_jax.evaluators.sanity import cascade, class_and_noise_maps, leak_behind_wall
+from topgap_jax.explain import edges, salience
+from topgap_jax.keys import fold_in
+from topgap_jax.metrics import deletion, pointing, single_deletion
+from topgap_jax.metrics.localisation import resized
+from topgap_jax.metrics.ranks import is_constant, spearman
+from topgap_jax.metrics.summaries import average, average_curve, mean_interval
+from topgap_jax.models import bind
+from topgap_jax.order import average_ranks
+from topgap_jax.rewrite.speed import map_over
+from topgap_jax.types import Array, Check, Cost, Curve, Evaluator, Explain, Gallery, Measure
+
+CHECKS = {
+    "T1": "parameters drawn anew",
+    "T2": "another class",
+    "T3": "an edge filter and salience as rivals",
+    "T4": "a wall that cannot be seen through",
+    "T5": "three substrates",
+}
+FAILED = {
+    "T1": "the maps are there with random parameters too, so they do not show what the network has learnt",
+    "T2": "the maps do not tell which class they are for",
+    "T3": "the image alone, without the network, gives maps as good",
+    "T4": "the maps mark what the network cannot see",
+    "T5": "what replaces the pixels decides which map is better",
+}
+PASS, WARN, FAIL, SKIPPED = "pass", "warn", "fail", "skipped"
+SIDE = 64  # positions of a side at most at which maps are compared
+SHIFTS = 8  # other images that each map is compared with
+QUANTILE = 0.95
+LEAK = 1e-6
+SUBSTRATES: dict[str, Any] = {"mean": "mean", "blur": "blur", "black": 0.0}
+ARMS = ("map", "edges", "salience")
+RIVALS = {"deletion": ("deletion", -1), "single_deletion": ("single deletion", 1), "pointing": ("the pointing game", 1)}
+SHOWN = 4  # images in the report
+MAPS = ("map", "parameters anew", "another class", "behind the wall")
+MEANS = {
+    "random_spearman": Measure(better="lower", label="Spearman of |map| with all parameters drawn anew"),
+    "class_spearman": Measure(better="lower", label="Spearman of the maps of the two likeliest classes"),
+    "noise_spearman": Measure(label="Spearman of the maps of one class under noise .02", main=False),
+    "edges_spearman": Measure(label="Spearman of |map| and an edge filter"),
+    "salience_spearman": Measure(label="Spearman of |map| and the image's salience", main=False),
+    "leak": Measure(better="lower", label="share of |map| behind the wall"),
+    "hidden": Measure(label="share of the area behind the wall", main=False),
+}
+
+
+def trust(explain: Explain, *, stages: int = 8, steps: int = 16) -> Evaluator:
+    """Five checks of whether the maps of the label are to be believed, "passes 4 of 5 checks: ...".
+
+    T1: with parameters drawn anew, layer by layer from the head down to the image in `stages` parts, the map must
+    become another one (Adebayo et al. 2018, arXiv 1810.03292): at the last stage Spearman's correlation of |map| with
+    itself may be no larger than the 95 % quantile of that with maps of other images. T2: maps of the two likeliest
+    classes must be less alike than two of one class under noise of sigma .02 (after arXiv 2506.07327). T3: the map must
+    beat the better of `edges` and `salience` (arXiv 2602.09238), paired over images, at deletion of `steps` steps, at
+    single deletion, and where the data have objects at the pointing game. T4: where a wall hides the features or pixels
+    from the network the map must be dark, 1e-6 of it at most (arXiv 2404.01964, `sanity.leak_behind_wall`). T5: the map
+    must stand at the same place among map, edges and salience whether deletion writes the mean colour, a blur or black.
+
+    Maps are compared as they are, of more than 64x64 positions by the means of 64x64 areas: enlarged ones are alike
+    anyway. A constant map has correlation 0. A check that passes does not say that a map is right.
+    """
+    Explain.single("trust", explain)
+    check_number("stages", stages, 1, whole=True)
+    check_number("steps", steps, 1, whole=True)
+    metrics = (single_deletion(), *(deletion(steps=steps, substrate=substrate) for substrate in SUBSTRATES.values()))
+
+    def rows(keys, model, variables, batch, prepared):
+        predict, images, labels = bind(model, variables), batch["image"], batch["label"]
+        clean, first, second, noisy = class_and_noise_maps(explain, keys, fold_in(keys, 1), predict, images, labels)
+        random = cascade(explain, keys, model, variables, images, labels, stages)
+        leak, hidden, behind = leak_behind_wall(explain, keys, predict, images, labels)
+        grid = tuple(min(side, SIDE) for side in clean.shape[1:])
+        size = lambda maps: shrunk(jnp.abs(maps), grid)
+        alike = lambda a, b: jnp.where(is_constant(a) | is_constant(b), 0, spearman(size(a), size(b)))
+        signed = lambda a, b: jnp.where(is_constant(a) | is_constant(b), 0, spearman(shrunk(a, grid), shrunk(b, grid)))
+        arms = {"map": clean} | {
+            name: shrunk(rival.maps(keys, predict, images, labels), clean.shape[1:])
+            for name, rival in (("edges", edges()), ("salience", salience()))
+        }
+        ranks = [average_ranks_of(size(clean))]
+        out = {
+            "ranks": jnp.where(is_constant(clean)[:, None], 0, ranks[0]),
+            "random": jnp.stack([alike(clean, maps) for maps in random], 1),
+            "random_spearman": alike(clean, random[-1]),
+            "dead": is_constant(random[-1]),
+            "class_spearman": jnp.where(is_constant(first) & is_constant(second), jnp.nan, signed(first, second)),
+            "noise_spearman": jnp.where(is_constant(first) & is_constant(noisy), jnp.nan, signed(first, noisy)),
+            "edges_spearman": alike(clean, arms["edges"]),
+            "salience_spearman": alike(clean, arms["salience"]),
+            "leak": leak,
+            "hidden": hidden,
+        }
+        if explain.signed:
+            out["random_signed"] = jnp.stack([signed(clean, maps) for maps in random], 1)
+        out |= rivalry(keys, predict, arms, batch, metrics)
+        finite = jnp.isfinite(clean).all((1, 2))
+        out = {
+            name: jnp.where(finite.reshape(-1, *(1,) * (row.ndim - 1)), row, jnp.nan if row.dtype == jnp.float32 else 0)
+            for name, row in out.items()
+        }
+        return out | {
+            "picture": jnp.round(255 * small(images, SIDE)).astype(jnp.uint8),
+            "maps": jnp.stack([tile(size(maps)) for maps in (clean, random[-1], second, behind)], 1),
+        }
+
+    def summary(rows):
+        measures = {name: average(rows[name], about, "no map is finite") for name, about in MEANS.items()}
+        checks = conclusions(rows)
+        made = [check for check in checks.values() if check.status != SKIPPED]
+        passed = (
+            Measure(
+                float(sum(check.status == PASS for check in made)),
+                n=len(rows["leak"]),
+                better="higher",
+                label=f"checks of trust passed, of {len(made)}",
+            )
+            if made
+            else Measure(n=0, better="higher", label="checks of trust passed", reason="no map is finite")
+        )
+        curves = {"random": "|map|", "random_signed": "the signed map"}
+        share = [(stage + 1) / stages for stage in range(stages)]
+        return (
+            {"checks_passed": passed}
+            | measures
+            | {
+                f"{name}_curve": average_curve(
+                    rows[name],
+                    Curve(share, axes=("share of layers drawn anew", "Spearman"), label=f"Spearman of {words}"),
+                )
+                for name, words in curves.items()
+                if name in rows
+            }
+            | {"pictures": _pictures(rows)}
+            | checks
+        )
+
+    def cost(predict, images):
+        curves = sum((metric.cost(predict, images) for metric in metrics), start=Cost())
+        return (stages + 5) * explain.cost(predict, images) + Cost(1, 0) + len(ARMS) * curves
+
+    return Evaluator(rows, summary, cost)
+
+
+def rivalry(keys, predict, arms: Mapping[str, Array], batch, metrics) -> dict[str, Array]:
+    """{measure: (b, arms)}: deletion with each substrate, single deletion, and where there are objects pointing."""
+    images = batch["image"]
+    stacked = jnp.stack([resized(maps, images.shape[1:3]) for maps in arms.values()])
+    found = {"region", "box"} & set(batch)
+
+    def one(maps):
+        single, *deletions = (metric(keys, predict, maps, batch) for metric in metrics)
+        out = {"single_deletion": single["single_deletion"]}
+        out |= {f"deletion_{name}": each["deletion"] for name, each in zip(SUBSTRATES, deletions)}
+        return out | ({"pointing": pointing()(keys, predict, maps, batch)["pointing"]} if found else {})
+
+    return {name: values.T for name, values in map_over(one, (stacked,)).items()}
+
+
+def average_ranks_of(maps: Array) -> Array:
+    """Twice the average ranks (b, positions) of maps (b, h, w), whole numbers: uint16."""
+    ranks = jnp.stack([average_ranks(values) for values in maps.reshape(len(maps), -1)])
+    return jnp.round(2 * ranks).astype(jnp.uint16)
+
+
+def conclusions(rows: Mapping[str, np.ndarray]) -> dict[str, Check]:
+    """{"T1": Check, ...} of the rows of a split."""
+    checks = (_parameters(rows), _classes(rows), _rivals(rows), _wall(rows), _substrates(rows))
+    return {check.id: check for check in checks}
+
+
+def verdict(checks: Sequence[Check]) -> str:
+    """The checks in a sentence: "passes 4 of 5 checks; fails a wall ...: the maps mark what the network cannot see"."""
+    made = [check for check in checks if check.status != SKIPPED]
+    passed = sum(check.status == PASS for check in made)
+    failed = [f"fails '{CHECKS[check.id]}': {FAILED[check.id]}" for check in made if check.status == FAIL]
+    unsure = [f"'{CHECKS[check.id]}'" for check in made if check.status == WARN]
+    words = [f"passes {passed} of {len(made)} checks", *failed]
+    return "; ".join([*words, f"undecided: {', '.join(unsure)}"] if unsure else words)
+
+
+def other_images(ranks: np.ndarray) -> np.ndarray:
+    """Spearman's correlations of each map with those of the next images, of ranks (n, positions); NaN of a constant
+    map."""
+    values = ranks.astype(np.float32)
+    values -= values.mean(1, keepdims=True)
+    length = np.linalg.norm(values, axis=1, keepdims=True)
+    values = np.divide(values, length, out=np.full_like(values, np.nan), where=length > 0)
+    shifts = range(1, min(SHIFTS, len(values) - 1) + 1)
+    return np.concatenate([np.zeros(0), *((values * np.roll(values, -shift, 0)).sum(1) for shift in shifts)])
+
+
+def _parameters(rows) -> Check:
+    similar, others = _defined(rows["random_spearman"]), _defined(other_images(rows["ranks"]))
+    if not len(similar) or not len(others):
+        return _skipped("T1", "fewer than two maps are finite and not constant")
+    statistic, bound = float(similar.mean()), float(np.quantile(others, QUANTILE))
+    evidence = (
+        f"with all parameters drawn anew |map| has Spearman {statistic:.2f} with itself, maps of other images have"
+        f" {float(others.mean()):.2f}, {QUANTILE:.0%} of them at most {bound:.2f}"
+    )
+    dead = int(rows["dead"].sum())
+    evidence += f"; {dead} maps are then constant and count as 0" if dead else ""
+    return _check("T1", statistic <= bound, statistic, bound, len(similar), evidence)
+
+
+def _classes(rows) -> Check:
+    pairs = np.stack([rows["class_spearman"], rows["noise_spearman"]], 1)
+    pairs = pairs[np.isfinite(pairs).all(1)]
+    if not len(pairs):
+        return _skipped("T2", "no map is finite and not constant")
+    other, same = pairs.mean(0, dtype=np.float64)
+    evidence = f"maps of the two likeliest classes have Spearman {other:.2f}, of one class under noise {same:.2f}"
+    _, low, _ = mean_interval(pairs[:, 1] - pairs[:, 0])
+    return _check("T2", low > 0, float(other), float(same), len(pairs), evidence)
+
+
+def _rivals(rows) -> Check:
+    wins, losses, words, n = [], [], [], 0
+    for name, (label, sign) in RIVALS.items():
+        values = rows.get("deletion_mean" if name == "deletion" else name)
+        values = None if values is None else values[np.isfinite(values).all(1)]
+        if values is None or not len(values):
+            continue
+        n = max(n, len(values))
+        means = values.mean(0, dtype=np.float64)
+        best = 1 + int(np.argmax(sign * means[1:]))
+        _, low, high = mean_interval(sign * (values[:, 0] - values[:, best]))
+        wins += [label] * (low > 0)
+        losses += [label] * (high < 0)
+        words.append(f"{label} {means[0]:.3f}, {ARMS[best]} {means[best]:.3f}")
+    if not words:
+        return _skipped("T3", "no map is finite")
+    evidence = (
+        f"{'; '.join(words)}: better, paired, at {', '.join(wins) or 'none'}, worse at {', '.join(losses) or 'none'}"
+    )
+    check = _check("T3", bool(wins) and not losses, len(wins), 1, n, evidence)
+    return check._replace(status=WARN) if wins and losses else check
+
+
+def _wall(rows) -> Check:
+    leak = _defined(rows["leak"])
+    if not len(leak):
+        return _skipped("T4", "every map behind the wall is 0 or not finite")
+    dark = int((leak <= LEAK).sum())
+    evidence = (
+        f"of |map| {leak.mean():.3g} lies behind a wall of {float(np.nanmean(rows['hidden'])):.0%} of the area,"
+        f" {float(leak.max()):.3g} at most; {dark} of {len(leak)} maps are dark there"
+    )
+    return _check("T4", dark == len(leak), float(leak.max()), LEAK, len(leak), evidence)
+
+
+def _substrates(rows) -> Check:
+    values = np.stack([rows[f"deletion_{name}"] for name in SUBSTRATES], 1)  # (n, substrates, arms)
+    values = values[np.isfinite(values).all((1, 2))]
+    if not len(values):
+        return _skipped("T5", "no map is finite")
+    means = values.mean(0, dtype=np.float64)
+    places = 1 + (means < means[:, :1]).sum(1)
+    sides = []  # of each substrate and rival: 1 where the map is better, -1 where worse, 0 where images do not decide
+    for substrate in range(len(SUBSTRATES)):
+        bounds = [mean_interval(values[:, substrate, arm] - values[:, substrate, 0])[1:] for arm in (1, 2)]
+        sides.append([int(low > 0) - int(high < 0) for low, high in bounds])
+    contrary = any({1, -1} <= set(side) for side in zip(*sides))
+    evidence = ", ".join(f"{name}: place {place} of {len(ARMS)}" for name, place in zip(SUBSTRATES, places))
+    evidence = f"by deletion the map has, with {evidence}"
+    spread = int(places.max() - places.min())
+    check = _check("T5", not spread, spread, 0, len(values), evidence)
+    return check._replace(status=WARN) if spread and not contrary else check
+
+
+def _check(check: str, passed: bool, statistic: float, threshold: float, n: int, evidence: str) -> Check:
+    words = evidence if passed else f"{evidence}: {FAILED[check]}"
+    return Check(check, PASS if passed else FAIL, statistic, threshold, n, words)
+
+
+def _skipped(check: str, why: str) -> Check:
+    return Check(check, SKIPPED, None, None, 0, why)
+
+
+def _defined(values):
+    return values[np.isfinite(values)]
+
+
+def small(images: Array, side: int) -> Array:
+    """Images (b, h, w, c) at most `side` pixels high and wide, by the mean over areas."""
+    size = tuple(min(length, side) for length in images.shape[1:3])
+    return jnp.stack([shrunk(images[..., c], size) for c in range(images.shape[3])], -1)
+
+
+def tile(maps: Array) -> Array:
+    """Maps (b, h, w) that are not negative as uint8, the .99 quantile and above 255."""
+    high = jnp.quantile(maps, 0.99, (1, 2), keepdims=True)
+    high = jnp.where(high > 0, high, maps.max((1, 2), keepdims=True))
+    return jnp.round(255 * jnp.clip(maps / jnp.where(high > 0, high, 1), 0, 1)).astype(jnp.uint8)
+
+
+def _pictures(rows) -> Gallery:
+    tiles, captions = [], []
+    for image, maps in list(zip(rows["picture"], rows["maps"]))[:SHOWN]:
+        tiles += [image if image.shape[-1] == 3 else image.mean(-1).astype(np.uint8), *maps]
+        captions += ["image", *MAPS]
+    return Gallery(tiles, captions, 1 + len(MAPS), "the map, and what becomes of it in the checks of trust")
+
+
+TABLE = table(trust)
