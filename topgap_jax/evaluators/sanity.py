@@ -1,5 +1,5 @@
-"""What `trust` asks of an explanation on the device: maps under parameters drawn anew, of another class, and behind a
-wall."""
+"""What `trust` asks of an explanation on the device: maps under parameters drawn anew, of another class, behind a wall;
+and pictures small enough for a report."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from topgap_jax.errors import UserError
+from topgap_jax.evaluators.agreement import shrunk
 from topgap_jax.metrics.localisation import resized
 from topgap_jax.metrics.substrates import substrate_images
 from topgap_jax.models import bind
@@ -145,6 +146,19 @@ def layer_on_grid(predict: Predict, images: Array, size: tuple[int, int]) -> str
     except UserError:
         default = ""
     return default if default in fitting else fitting[-1] if fitting else None
+
+
+def reduced(images: Array, side: int) -> Array:
+    """Images (b, h, w, c) at most `side` pixels high and wide, by the mean over areas."""
+    size = tuple(min(length, side) for length in images.shape[1:3])
+    return jnp.stack([shrunk(images[..., c], size) for c in range(images.shape[3])], -1)
+
+
+def tile(maps: Array) -> Array:
+    """Maps (b, h, w) that are not negative as uint8, the .99 quantile and above 255."""
+    high = jnp.quantile(maps, 0.99, (1, 2), keepdims=True)
+    high = jnp.where(high > 0, high, maps.max((1, 2), keepdims=True))
+    return jnp.round(255 * jnp.clip(maps / jnp.where(high > 0, high, 1), 0, 1)).astype(jnp.uint8)
 
 
 def _keys(key, leaves):

@@ -9,7 +9,7 @@ import numpy as np
 
 from topgap_jax.build import check_number, table
 from topgap_jax.evaluators.agreement import shrunk
-from topgap_jax.evaluators.sanity import cascade, class_and_noise_maps, leak_behind_wall
+from topgap_jax.evaluators.sanity import cascade, class_and_noise_maps, leak_behind_wall, reduced, tile
 from topgap_jax.explain import edges, salience
 from topgap_jax.keys import fold_in
 from topgap_jax.metrics import deletion, pointing, single_deletion
@@ -111,7 +111,7 @@ def trust(explain: Explain, *, stages: int = 8, steps: int = 16) -> Evaluator:
             for name, row in out.items()
         }
         return out | {
-            "picture": jnp.round(255 * small(images, SIDE)).astype(jnp.uint8),
+            "picture": jnp.round(255 * reduced(images, SIDE)).astype(jnp.uint8),
             "maps": jnp.stack([tile(size(maps)) for maps in (clean, random[-1], second, behind)], 1),
         }
 
@@ -291,19 +291,6 @@ def _skipped(check: str, why: str) -> Check:
 
 def _defined(values):
     return values[np.isfinite(values)]
-
-
-def small(images: Array, side: int) -> Array:
-    """Images (b, h, w, c) at most `side` pixels high and wide, by the mean over areas."""
-    size = tuple(min(length, side) for length in images.shape[1:3])
-    return jnp.stack([shrunk(images[..., c], size) for c in range(images.shape[3])], -1)
-
-
-def tile(maps: Array) -> Array:
-    """Maps (b, h, w) that are not negative as uint8, the .99 quantile and above 255."""
-    high = jnp.quantile(maps, 0.99, (1, 2), keepdims=True)
-    high = jnp.where(high > 0, high, maps.max((1, 2), keepdims=True))
-    return jnp.round(255 * jnp.clip(maps / jnp.where(high > 0, high, 1), 0, 1)).astype(jnp.uint8)
 
 
 def _pictures(rows) -> Gallery:

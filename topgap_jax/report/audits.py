@@ -1,4 +1,4 @@
-"""The checks of an audit, or of an evaluator such as `trust`, as a person reads them: in the terminal, and for the page."""
+"""The checks of an audit, and those of `trust`, as a person reads them: in the terminal, and for the page."""
 
 import textwrap
 from collections.abc import Sequence
