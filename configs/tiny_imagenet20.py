@@ -26,9 +26,9 @@ def get_config() -> ConfigDict:
     config.head = "pyramid_head(pool, width=256, levels=2)"
     config.model = "frozen_statistics(network, 'backbone')"
     config.batch = 50
-    config.epochs = 4
-    config.augment = "crop_flip(padding=16)"
-    config.optimizer = "slower(adamw(cosine(1e-3, 0, total_steps, warmup=.1), weight_decay=.02), .1, 'backbone')"
+    config.epochs = 6
+    config.augment = "crop_flip(padding=16), mixup(.2)"
+    config.optimizer = "slower(adamw(cosine(1e-3, 0, total_steps, warmup=.1), weight_decay=.02), .3, 'backbone')"
 
     config.eps = 1 / 255
     config.evaluators = "accuracy(), localisation(cam()), localisation(grad_cam('stage4')), receptive_field()"

@@ -328,7 +328,8 @@ def ordinary(counts):
 
         return Rule(forward, lambda operation, gradient, *operands: jax.vjp(operation, *operands)[1](gradient))
 
-    return {name: rule(name) for name in OPERATIONS}
+    # A layer holds the convolution or product that is an operation by itself.
+    return {name: rule(name) for name in OPERATIONS if not name.endswith("_layer")}
 
 
 def cross_entropy(logits, labels):

@@ -6,7 +6,7 @@ Valid files are damaged at random: bytes and bits changed, parts cut off, remove
 operations put in. `pretrained.describe` and `pretrained.tensors` must return or raise a UserError of one line, within a
 second and 500 MB of memory. Beside the FILEs given, small ones are damaged that are written as the tests write them.
 The minutes are of CPU time, so that other work beside it takes nothing away; SIGTERM ends it earlier. Writes
-results/fuzz_weight_files.json; the first file that fails is kept as fuzz_failure.
+results/fuzz_weight_files.json, where runs with other seeds add up; the first file that fails is kept as fuzz_failure.
 """
 
 import argparse
@@ -115,9 +115,14 @@ def main():
                 raise
     print(f"{count}, slowest {slowest:.3f} CPU seconds")
     minutes = round(time.process_time() / 60, 1)
-    result = {**provenance(), "cpu_minutes": minutes, "seed": options.seed, **count, "slowest": slowest}
     path = Path(__file__).parent.parent / "results" / "fuzz_weight_files.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    run = {**provenance(), "cpu_minutes": minutes, "seed": options.seed, **count, "slowest": slowest}
+    runs = [*(each for each in runs if each["seed"] != options.seed), run]
+    total = {key: round(sum(each[key] for each in runs), 1) for key in ("cpu_minutes", "read", "refused")}
+    path.write_text(
+        json.dumps({**total, "slowest": max(each["slowest"] for each in runs), "runs": runs}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

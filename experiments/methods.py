@@ -11,6 +11,7 @@ from typing import Any
 
 import topgap_jax
 from topgap_jax.build import signature
+from topgap_jax.rules import ABOUT as ABOUT_RULES
 from topgap_jax.setup.tables import NAMED, PYTHON, ROOMS
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +78,7 @@ def entry(name: str, method: Any, call: bool = True) -> str:
     shown = signature(name, method) if call else name
     if isinstance(method, Mapping):
         rules = [function for rule in method.values() for function in rule if function]
-        about = [f"{operation}: {inspect.getdoc(f)}" for operation, rule in method.items() for f in rule if f]
+        about = [ABOUT_RULES[name]]
     else:
         rules, about = [method], [inspect.getdoc(method) or ""]
     file = Path(inspect.getsourcefile(rules[0])).relative_to(Path(topgap_jax.__file__).parent.parent)

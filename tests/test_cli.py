@@ -22,11 +22,13 @@ from PIL import Image
 import topgap_jax
 from tests.test_setup import store
 from topgap_jax import cli, engine, setup
+from topgap_jax.errors import UserError
 from topgap_jax.measure import results
 from topgap_jax.mesh import data_mesh
 from topgap_jax.progress import read_metrics
 from topgap_jax.run import fit as fit_module
 from topgap_jax.run.provenance import provenance
+from topgap_jax.run.stopping import stop_requests
 from topgap_jax.setup import assembly
 
 ROOT = Path(__file__).parent.parent
@@ -522,6 +524,60 @@ def test_interruptions(monkeypatch):
 
     monkeypatch.setitem(cli.COMMANDS, "help", cli.COMMANDS["help"]._replace(run=stop))
     assert topgap("help") == (130, "", "topgap: stopped\n")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_ends_a_command_with_its_code_and_a_line(name, code, monkeypatch):
+    """Where nothing is there to be saved; one that was ignored at the start (nohup) stays ignored."""
+    number = getattr(signal, name)
+
+    def work(arguments, overrides):
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        print("done")
+
+    monkeypatch.setitem(cli.COMMANDS, "help", cli.COMMANDS["help"]._replace(run=work))
+    before = signal.getsignal(number)
+    try:
+        assert topgap("help") == (code, "", f"topgap: stopped by {name}\n")
+        assert signal.getsignal(number) == before
+        signal.signal(number, signal.SIG_IGN)
+        assert topgap("help") == (0, "done\n", "")
+        with stop_requests() as asked:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            assert asked(3) == 0 and signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+    with stop_requests() as asked:
+        assert asked(1) == 0
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        assert asked(2) == number
+    assert signal.getsignal(number) == before
+
+
+def test_a_reader_that_goes_away_ends_no_work(monkeypatch):
+    """`topgap train | head`: what it would say goes nowhere, and the work and its exit code are what they are."""
+    read, write = os.pipe()
+    os.close(read)
+    done = []
+
+    def work(arguments, overrides):
+        for _ in range(3):
+            print("x" * 100_000, flush=True)
+            print("y" * 100_000, file=sys.stderr, flush=True)
+        done.append(True)
+        raise UserError("a mistake")
+
+    monkeypatch.setitem(cli.COMMANDS, "help", cli.COMMANDS["help"]._replace(run=work))
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        monkeypatch.setattr(sys, "stderr", closed)
+        code = cli.main(["help"])
+        assert sys.stdout is closed
+        monkeypatch.undo()
+    assert code == 2 and done == [True]
 
 
 def test_as_a_program():

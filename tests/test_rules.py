@@ -551,7 +551,7 @@ def test_errors():
     )
     assert (
         message(with_rules, relu, pool=Rule())
-        == "with_rules: no operation 'pool'; there are relu, max_pool, conv, dense, add, mean, round, floor, sign, threshold, step"
+        == "with_rules: no operation 'pool'; there are relu, max_pool, conv, dense, add, mean, conv_layer, dense_layer, softmax, attention, matmul, mul, activation, deviation, round, floor, sign, threshold, step"
     )
     assert message(with_rules, relu) == "with_rules: no rule is given, e.g. with_rules(predict, **guided)"
     assert (
@@ -565,7 +565,8 @@ def test_errors():
     assert message(softplus, 0) == "beta must be a number of at least 1e-06, got 0"
     assert (
         message(explain.gradient, rules=5)
-        == "rules must be like guided or softplus(50), for relu, max_pool, conv, dense, add, mean, round, floor, sign, "
+        == "rules must be like guided or softplus(50), for relu, max_pool, conv, dense, add, mean, "
+        "conv_layer, dense_layer, softmax, attention, matmul, mul, activation, deviation, round, floor, sign, "
         "threshold, step; got 5"
     )
 
@@ -614,7 +615,8 @@ def identity(counts):
 
         return Rule(forward, lambda operation, gradient, *operands: jax.vjp(operation, *operands)[1](gradient))
 
-    return {name: rule(name) for name in OPERATIONS}
+    # A layer holds the convolution or product that is an operation by itself.
+    return {name: rule(name) for name in OPERATIONS if not name.endswith("_layer")}
 
 
 def value_and_gradients(f):

@@ -2,18 +2,21 @@
 
 import json
 import random
+import zipfile
 
+import numpy as np
 import pytest
 
+from topgap_jax import pretrained
 from topgap_jax.build import build
 from topgap_jax.cli import texts
 from topgap_jax.errors import UserError
 from topgap_jax.measure import results
 from topgap_jax.rewrite.normalisation import channels
-from topgap_jax.run import workdir
+from topgap_jax.run import manifest, workdir
 from topgap_jax.setup import config as configs
 from topgap_jax.setup import expressions
-from topgap_jax.stored import mismatch, read_object
+from topgap_jax.stored import mismatch, own_files, read_object
 
 CONFIG = {"config": {"seed": 0, "image_size": [8, 8], "pool": "gap()"}, "file": None,
           "data": {"classes": ["a", "b"], "examples": 9}}  # fmt: skip
@@ -126,3 +129,36 @@ def test_long_texts_and_infinite_numbers():
     for mean, std in [((0, 0, 0), (float("inf"), 1, 1)), ((float("nan"), 0, 0), (1, 1, 1)), ((0, 0), (1, 0))]:
         with pytest.raises(UserError, match="one finite number per channel each, every std above 0"):
             channels(mean, std)
+
+
+def test_a_link_out_of_the_run_is_refused(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "secret.png"
+    (run / "sheets").mkdir(parents=True)
+    other.write_text("x")
+    (run / "sheets" / "a.png").write_text("x")
+    (run / "sheets" / "b.png").symlink_to(run / "sheets" / "a.png")
+    assert [path.name for path in own_files(run, "sheets/*.png")] == ["a.png", "b.png"]
+    (run / "sheets" / "c.png").symlink_to(other)
+    with pytest.raises(UserError, match=r"c\.png is a link to .*secret\.png, outside the run"):
+        own_files(run, "sheets/*.png")
+
+
+def test_a_checkpoints_file_is_no_link(tmp_path):
+    folder = tmp_path / "3"
+    folder.mkdir()
+    (folder / "a").write_text("x")
+    manifest.write(folder)
+    assert manifest.damage(folder) == ""
+    (folder / "a").rename(tmp_path / "b")
+    (folder / "a").symlink_to(tmp_path / "b")
+    assert manifest.damage(folder) == "a is a link"
+
+
+def test_weights_that_unpack_to_gigabytes_are_refused(tmp_path):
+    path = tmp_path / "w.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": (2**27,)})
+        for _ in range(2**9):
+            member.write(bytes(2**20))
+    with pytest.raises(UserError, match=r"bytes become 536,\d+,\d+: no weights are packed so densely"):
+        pretrained.describe(path)

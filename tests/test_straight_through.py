@@ -212,7 +212,8 @@ def test_several_attacks():
         (lambda: attacks.bpda(attacks.fgsm(balls.linf(0.1)), None), "give rules such as straight_through"),
         (
             lambda: attacks.bpda(attacks.fgsm(balls.linf(0.1)), {"x": 1}),
-            "rules must be like guided or softplus(50), for relu, max_pool, conv, dense, add, mean, round, floor, sign, "
+            "rules must be like guided or softplus(50), for relu, max_pool, conv, dense, add, mean, "
+            "conv_layer, dense_layer, softmax, attention, matmul, mul, activation, deviation, round, floor, sign, "
             "threshold, step; got {'x': 1}",
         ),
         (

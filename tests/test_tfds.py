@@ -104,6 +104,49 @@ def test_tfds_reads_image_label_box_and_region(root):
     assert len(list(source)) == 4
 
 
+def changed_json(path, change):
+    tree = json.loads(path.read_text())
+    change(tree)
+    path.write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "text"),
+    [
+        (
+            "features.json",
+            lambda tree: tree["featuresDict"]["features"]["image"].update(pythonClassName="stranger.module.Image"),
+            "features.json names the class 'stranger.module.Image'; only those of TFDS, ",
+        ),
+        ("features.json", lambda tree: tree.update(type="stranger.Dict"), "names the class 'stranger.Dict'"),
+        (
+            "features.json",
+            lambda tree: tree["featuresDict"]["features"]["bbox"]["boundingBox"].update(bboxFormat="XYWH"),
+            "'bbox' holds boxes in the form XYWH; a box is (ymin, xmin, ymax, xmax) in [0, 1], TFDS's form REL_YXYX",
+        ),
+        (
+            "dataset_info.json",
+            lambda tree: tree["splits"][0].update(shardLengths=["7"]),
+            "00000-of-00001 holds 10 records, dataset_info.json says 7; prepare it again",
+        ),
+        (
+            "dataset_info.json",
+            lambda tree: tree["splits"][0].update(shardLengths=["12"]),
+            "00000-of-00001 holds 10 records, dataset_info.json says 12; prepare it again",
+        ),
+    ],
+)
+def test_what_a_strangers_set_says_of_itself_is_checked(file, change, text, root, tmp_path, monkeypatch):
+    """No module is imported that it names, no box is read in another form, no record is dropped in silence."""
+    module = tmp_path / "stranger.py"
+    module.write_text("raise SystemExit('it was run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    changed_json(root / "tfds" / "tiny" / "1.0.0" / file, change)
+    with pytest.raises(UserError) as raised:
+        data.tfds("tiny", box="bbox")("train[:5]")
+    assert text in str(raised.value) and "\n" not in str(raised.value)
+
+
 def test_tfds_finds_a_set_by_name_version_and_folder(root):
     folder = root / "tfds" / "tiny"
     for name in ("tiny", "tiny:1.0.0", str(folder), str(folder / "1.0.0")):

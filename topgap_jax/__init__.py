@@ -18,7 +18,8 @@ __version__ = "0.1.0"
 
 ROOMS = (
     "types", "edges", "build",
-    "engine", "norms", "order", "keys", "mesh", "pool", "scores", "balls", "penalties", "rewrite", "baselines", "targets",
+    "engine", "norms", "order", "keys", "mesh", "pool", "scores", "balls", "penalties", "rewrite", "baselines",
+    "targets",
     "metrics", "drops", "rules", "explain", "attacks", "models", "evaluators", "training",
     "stored", "progress", "data", "pretrained", "measure", "run", "setup", "report",
 )  # fmt: skip

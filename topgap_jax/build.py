@@ -83,10 +83,18 @@ def signature(name: str, function: Any) -> str:
         if p.kind is p.KEYWORD_ONLY and not star:
             parts.append("*")
             star = True
-        default = "" if p.default is p.empty else f"={getattr(p.default, '__name__', None) or repr(p.default)}"
+        default = "" if p.default is p.empty else f"={_name(p.default, function)}"
         parts.append({p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name + default)
         star = star or p.kind is p.VAR_POSITIONAL
     return f"{name}({', '.join(parts)})"
+
+
+def _name(default: Any, function: Any) -> str:
+    """A default by its name; rules have it where the function was written."""
+    if isinstance(default, Mapping):
+        around = getattr(function, "__globals__", {})
+        return next((name for name, value in around.items() if value is default), repr(default))
+    return getattr(default, "__name__", None) or repr(default)
 
 
 def _value(node: ast.AST, table: Mapping[str, Callable], values: Mapping[str, Any], where: str) -> Any:

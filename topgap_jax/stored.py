@@ -37,6 +37,16 @@ def read_object(path: Path, what: str, schema: Mapping) -> dict[str, Any]:
     return value
 
 
+def own_files(folder: Path, pattern: str) -> list[Path]:
+    """The files of a run's folder that match, by name; UserError for a link that leads out of the folder: what it
+    shows is not the run's."""
+    files = sorted(folder.glob(pattern))
+    for path in files:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path} is a link to {path.resolve()}, outside the run; put a copy there, or remove it")
+    return files
+
+
 def mismatch(value: Any, schema: Any, at: str = "") -> str:
     """Where and how a value does not fit a schema, "" if it does.
 

@@ -263,7 +263,18 @@ class Rule(NamedTuple):
     backward: Callable[..., Any] | None = None
 
 
-Rules: TypeAlias = Mapping[str, Rule]
+class ByLayer(NamedTuple):
+    """The rules of one operation, chosen by the layer it stands in: the first whose name fits, else `otherwise`.
+
+    layers                                               (name, its rule) each; the name None is the first layer
+    otherwise                                            anywhere else; None leaves the operation as it is
+    """
+
+    layers: tuple[tuple[str | None, Rule | None], ...]
+    otherwise: Rule | None = None
+
+
+Rules: TypeAlias = Mapping[str, "Rule | ByLayer"]
 """Operation ("relu", "conv", "round", ...: `rewrite.operations.OPERATIONS`) -> its rule: `with_rules(f, **rules)`."""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from topgap_jax import __version__
-from topgap_jax.cli import options, texts, together
+from topgap_jax.cli import endings, options, texts, together
 from topgap_jax.errors import UserError
 
 
@@ -23,7 +23,12 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when done, 1 where numbers are not confirmed or some pictures not readable, 2 for a user's
-    mistake, 130 or 143 when stopped by a signal."""
+    mistake, 129, 130 or 143 when stopped by SIGHUP, Ctrl-C or SIGTERM."""
+    with endings.told():
+        return _main(argv)
+
+
+def _main(argv):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal or pipe that cannot show a letter gets a ? in its place
             stream.reconfigure(errors="replace")
@@ -40,9 +45,6 @@ def main(argv: list[str] | None = None) -> int:
         more = " (--traceback shows where)" if error.__cause__ is not None and not shows_traceback else ""
         print(f"topgap: {texts.line(error)}{more}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `topgap help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         line = together.disk_full(error)
         if not line:
@@ -52,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("topgap: stopped", file=sys.stderr)
         return 130
+    except endings.Signalled as signalled:
+        print(f"topgap: stopped by {signalled}", file=sys.stderr)
+        return signalled.code
 
 
 def _parse(argv):
@@ -183,7 +188,7 @@ def _train(arguments, overrides):
     except Stopped as stopped:
         if is_writer():
             print(f"topgap: {stopped}", file=sys.stderr)
-        return 143
+        return stopped.code
     if evaluates:
         loaded = setup.restored(experiment, arguments.workdir)
         _show(loaded, setup.stored(loaded) or setup.evaluate(loaded))

@@ -65,13 +65,15 @@ written again.
 {METHODS}"""
 
 EXPLAIN = f"""\
-Each picture stands beside the maps of its predicted class; true boxes and regions are drawn where
-the data set has them. Your own pictures need no training data: a run knows the names of its classes.
+Each picture stands beside the maps of its predicted class, or of --target; true boxes and regions are drawn where
+the data set has them. Your own pictures need no training data: a run knows the names of its classes. A picture that
+cannot be read is said and left out, and the exit code is 1. Twelve pictures are a page; memory is that of one page.
 
 examples:
   topgap explain --workdir runs/gap
   topgap explain --config configs/imagenet.py --images holiday/
-  topgap explain --workdir runs/gap --images holiday/ --methods 'cam(), grad_cam("stage3")' --count 20
+  topgap explain --workdir runs/gap --images holiday/ --methods 'cam(), grad_cam("stage3")' --count all
+  topgap explain --workdir runs/gap --target runner_up --methods 'integrated(reduce="sum")' --save maps.npz
 
 {METHODS}"""
 
@@ -113,7 +115,7 @@ def about(name: str | None, commands: Sequence[str]) -> str:
         return _config()
     if name in functions or name in VALUES:
         shown = signature(name, functions[name]) if name in functions else name
-        text = f"{shown}\n\n{_doc(functions.get(name, VALUES.get(name)))}"
+        text = f"{shown}\n\n{_doc(name, functions.get(name, VALUES.get(name)))}"
         return text if name not in commands else f"\nIn Python:\n\n{text}"
     if name in commands:
         return ""
@@ -127,7 +129,7 @@ def _everything() -> str:
     named = {f"{room}, named without a call": table for room, table in NAMED.items()}
     python = {f"in Python, {room}": table for room, table in PYTHON.items()}
     rooms = [
-        f"\n{room}\n{_listing({key: _doc(value) for key, value in table.items()})}"
+        f"\n{room}\n{_listing({key: _doc(key, value) for key, value in table.items()})}"
         for room, table in {**ROOMS, **named, **python}.items()
         if table
     ]
@@ -149,16 +151,19 @@ or a plain text as it is, an expression as what it builds.
 {_listing({key: about(value) for key, value in KEYS.items()}, whole=True)}"""
 
 
-def _doc(value: Any) -> str:
-    """The docstring of a function; of a dict of rules, those of its functions."""
+def _doc(name: str, value: Any) -> str:
+    """The docstring of a function; of a dict of rules, what it is, and those of its functions that have one."""
+    from topgap_jax import rules
+
     if not isinstance(value, Mapping):
         return inspect.getdoc(value)
-    return "\n".join(
+    lines = [
         f"{operation} {when}: {inspect.getdoc(function)}"
         for operation, rule in value.items()
         for when, function in rule._asdict().items()
-        if function
-    )
+        if function and inspect.getdoc(function)
+    ]
+    return "\n\n".join([rules.ABOUT[name], *lines])
 
 
 def _listing(about: Mapping[str, str], whole: bool = False) -> str:

@@ -10,8 +10,10 @@ import numpy as np
 from topgap_jax.build import table
 from topgap_jax.data.source import Record, Source, Splits, choices
 from topgap_jax.errors import UserError
+from topgap_jax.stored import read_object
 
 FEATURES = "features.json"  # what TFDS writes into the folder of every prepared version
+KNOWN = "tensorflow_datasets.core.features."
 
 
 def tfds(
@@ -42,6 +44,8 @@ def tfds(
     if len(region_values) != 3:
         raise UserError(f"region_values are three (inside, outside, unsure), got {tuple(region_values)}")
     names = _classes(features[label], classes, shown)
+    if box is not None:
+        _check_box(features[box], box, shown)
     height, width = (features[image].shape or (None, None))[:2]
     unused = _skip(features, [key for key in keys.values() if key])
 
@@ -87,6 +91,7 @@ def data_folder() -> Path:
 
 
 def _builder(folder: Path, shown: str):
+    _check_classes(read_object(folder / FEATURES, "the features.json of a TFDS set", {str: "PLAIN"}), folder, shown)
     import tensorflow_datasets  # here, because it is slow to import and `shapes` and `folder` do not need it
 
     try:
@@ -99,6 +104,42 @@ def _builder(folder: Path, shown: str):
             f"{shown} is prepared as {', '.join(sorted(formats))}; prepare it with file_format='array_record'"
         )
     return builder
+
+
+def _check_classes(tree, folder: Path, shown: str) -> None:
+    """Refuse a features.json that names a class outside TFDS: TFDS would import its module, and so run it."""
+    if isinstance(tree, list):
+        for each in tree:
+            _check_classes(each, folder, shown)
+        return
+    if not isinstance(tree, dict):
+        return
+    for key, value in tree.items():
+        if key in ("pythonClassName", "python_class_name", "type") and isinstance(value, str) and "." in value:
+            if not value.startswith(KNOWN):
+                raise UserError(
+                    f"{shown}: {folder / FEATURES} names the class '{value}'; only those of TFDS, {KNOWN}*, are known"
+                )
+        _check_classes(value, folder, shown)
+
+
+def _check_shards(builder, split: str, shown: str) -> None:
+    """Refuse shards that hold other numbers of records than dataset_info.json says: what is more is dropped in silence,
+    what is less ends the reading somewhere."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    info = builder.info.splits[split]
+    for path, length in zip(info.filepaths, info.shard_lengths):
+        try:
+            reader = ArrayRecordReader(str(path))
+            records = reader.num_records()
+            reader.close()
+        except Exception as error:  # of C++, of many kinds
+            raise UserError(f"{shown}: {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        if records != length:
+            raise UserError(
+                f"{shown}: {path} holds {records} records, dataset_info.json says {length}; prepare it again"
+            )
 
 
 def _no_advice(entry: logging.LogRecord) -> bool:
@@ -114,6 +155,15 @@ def _classes(feature, classes, shown: str) -> tuple[str, ...]:
     if not hasattr(feature, "names"):
         raise UserError(f"{shown}: the label is a plain {type(feature).__name__}; give classes=<their number or names>")
     return tuple(feature.names)
+
+
+def _check_box(feature, key: str, shown: str) -> None:
+    form = getattr(getattr(feature, "bbox_format", None), "value", None)
+    if getattr(feature, "shape", None) != (4,) or form not in (None, "REL_YXYX"):
+        is_ = f"boxes in the form {form}" if form else f"a {type(feature).__name__} of shape {feature.shape}"
+        raise UserError(
+            f"{shown}: '{key}' holds {is_}; a box is (ymin, xmin, ymax, xmax) in [0, 1], TFDS's form REL_YXYX"
+        )
 
 
 def _skip(features, used: list[str]) -> dict:
@@ -136,9 +186,13 @@ def _length(builder, split: str, shown: str) -> int:
             f"{shown} has no split '{known}'; {choices(known, splits)}, or a part like '{next(iter(splits))}[:80%]'"
         )
     try:
-        return splits[split].num_examples
+        number = splits[split].num_examples
     except (ValueError, KeyError, AssertionError) as error:
         raise UserError(f"{shown} split '{split}': {' '.join(str(error).split())[:200]}") from None
+    for name in dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+")):
+        if name in splits:
+            _check_shards(builder, name, shown)
+    return number
 
 
 def _record(example, keys: dict[str, str | None], region_values) -> Record:

@@ -3,6 +3,7 @@
 from topgap_jax.build import merged
 from topgap_jax.explain import (
     ablation,
+    attention,
     cam,
     combine,
     field,
@@ -10,6 +11,7 @@ from topgap_jax.explain import (
     layers,
     masks,
     perturbation,
+    relevance,
     rivals,
     surrogate,
     taylor,
@@ -22,6 +24,8 @@ TABLE = merged(
     ablation.TABLE,
     gradient.TABLE,
     taylor.TABLE,
+    relevance.TABLE,
+    attention.TABLE,
     perturbation.TABLE,
     masks.TABLE,
     surrogate.TABLE,

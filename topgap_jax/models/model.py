@@ -289,7 +289,8 @@ def _named_call(module, images, **kwargs):
 @functools.cache  # every class is registered with JAX for good
 def _naming_class(original, label):
     def __call__(self, *args, **kwargs):
-        return name_tree(original.__call__(self, *args, **kwargs), label)
+        with jax.named_scope(label):  # as Linen has it of its own accord
+            return name_tree(original.__call__(self, *args, **kwargs), label)
 
     return type(original.__name__, (original,), {"__call__": __call__})
 

@@ -28,6 +28,10 @@ TRAINING = ("optim", "sched", "scaler", "amp", "args", "hyper_parameters", "call
 DEPTH, NUMBER, LENGTH = 8, 100_000, 1000  # of nested dictionaries, of tensors, of a name's letters
 
 
+LARGE, DENSEST = 2**28, 20
+"""Bytes up to which any .npz is unpacked, and how many times its own size a larger one may become."""
+
+
 class Description(NamedTuple):
     """A file's tensors by name, as shapes; its metadata; and what was changed in its names, in words."""
 
@@ -114,6 +118,9 @@ def _safetensors(path: Path) -> Iterator[_Opened]:
 def _npz(path: Path) -> Iterator[_Opened]:
     with zipfile.ZipFile(path) as archive:
         _once(archive.namelist())
+        size = sum(member.file_size for member in archive.infolist())
+        if size > max(LARGE, DENSEST * path.stat().st_size):
+            raise ValueError(f"{path.stat().st_size:,} bytes become {size:,}: no weights are packed so densely")
         names = {name.removesuffix(".npy"): name for name in archive.namelist()}
         found = {name: _npy_header(archive, member) for name, member in names.items()}
 

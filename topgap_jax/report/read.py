@@ -13,7 +13,7 @@ from topgap_jax.measure import results
 from topgap_jax.measure.results import Row
 from topgap_jax.progress import read_metrics
 from topgap_jax.run.workdir import read_config
-from topgap_jax.stored import read_object
+from topgap_jax.stored import own_files, read_object
 from topgap_jax.types import Measure
 
 BESIDE = ("accuracy", "regions")
@@ -64,9 +64,9 @@ def read_run(folder: Path, label: str) -> Run:
         rows=with_gaps(evaluation.rows, str(stored["config"].get("train", ""))),
         weights=evaluation.weights,
         data=evaluation.data,
-        sheets=sorted(folder.glob("sheets/*.png")),
+        sheets=own_files(folder, "sheets/*.png"),
         classes=tuple(map(str, (stored.get("data") or {}).get("classes", ()))),
-        adversarial=tuple(sorted(folder.glob("adversarial/*.npz"))),
+        adversarial=tuple(own_files(folder, "adversarial/*.npz")),
     )
 
 

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.extend.core.primitives import (
     broadcast_in_dim_p,
+    conv_general_dilated_p,
     convert_element_type_p,
     copy_p,
     custom_jvp_call_p,
     custom_vjp_call_p,
+    dot_general_p,
     name_p,
     reshape_p,
     slice_p,
@@ -19,7 +21,8 @@ from jax.extend.core.primitives import (
     transpose_p,
 )
 
-from topgap_jax.rewrite.interpreter import bind, depending, enters, needed
+from topgap_jax.engine import forward_p
+from topgap_jax.rewrite.interpreter import bind, depending, enters, needed, subjaxprs
 
 SAME = (name_p, copy_p, convert_element_type_p)  # up to the precision, the value they are given
 SHAPE = (reshape_p, squeeze_p, broadcast_in_dim_p, transpose_p)
@@ -32,10 +35,14 @@ SPREADING = ("broadcast_in_dim", "convert_element_type", *VARYING)
 
 
 class Operation(NamedTuple):
-    """What the network computes there: function(*operands), operands being variables of the jaxpr."""
+    """What the network computes there: function(*operands), operands being variables of the jaxpr.
+
+    inputs: what makes the operands of those variables' values where they are others, as a kernel with batch norm in it.
+    """
 
     function: Callable[..., Any]
     operands: tuple[Any, ...]
+    inputs: Callable[..., tuple[Any, ...]] | None = None
 
 
 def as_it_stands(eqn: JaxprEqn) -> Operation:
@@ -48,7 +55,7 @@ class Body(NamedTuple):
     zeros: its variables that are 0; made_by: the equation of each variable; varying: what depends on the arguments, not
     on constants alone; floating: what a gradient passes, from a result to floating-point arguments and not into
     `stop_gradient`; bare: whether a maximum(x, 0) or a sum is the network's own, not a part of a function with
-    derivatives of its own.
+    derivatives of its own; behind: what is computed from a convolution or a matrix product, whatever that is.
     """
 
     zeros: set
@@ -56,16 +63,34 @@ class Body(NamedTuple):
     varying: set
     floating: set
     bare: bool
+    behind: set
 
 
-def body_of(jaxpr: Jaxpr, bare: bool = True, floating: Iterable[Any] | None = None) -> Body:
-    """floating: the arguments that a gradient goes to; all floating-point numbers if not given."""
+def body_of(jaxpr: Jaxpr, bare: bool = True, floating: Iterable[Any] | None = None, behind: Iterable[Any] = ()) -> Body:
+    """floating: the arguments that a gradient goes to; all floating-point numbers if not given. behind: those that are
+    computed from a convolution or a matrix product."""
     made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     sources = filter(is_float, jaxpr.invars) if floating is None else floating
     passed = depending(jaxpr, sources, lambda eqn: eqn.primitive.name != "stop_gradient")
     result = needed(jaxpr)
     passed -= {v for eqn in jaxpr.eqns if id(eqn) not in result for v in eqn.outvars}
-    return Body(zeros_of(jaxpr), made_by, depending(jaxpr, jaxpr.invars), passed, bare)
+    layers = {v for eqn in jaxpr.eqns if _multiplies(eqn) for v in eqn.outvars}
+    varying = depending(jaxpr, jaxpr.invars)
+    return Body(zeros_of(jaxpr), made_by, varying, passed, bare, depending(jaxpr, {*layers, *behind}))
+
+
+def _multiplies(eqn: JaxprEqn) -> bool:
+    """Whether there is a convolution or a matrix product in the equation."""
+    return eqn.primitive in (conv_general_dilated_p, dot_general_p, forward_p) or any(
+        _multiplies(inner) for body in subjaxprs(eqn) for inner in body.eqns
+    )
+
+
+def behind_inside(eqn: JaxprEqn, jaxpr: Jaxpr, body: Body) -> list[Any]:
+    """Of a jaxpr inside the equation of the body, the arguments that are computed from a convolution or a product."""
+    if not enters(eqn) and eqn.primitive not in (custom_jvp_call_p, custom_vjp_call_p):
+        return list(jaxpr.invars)  # a loop's, the second time
+    return [v for v, outer in zip(jaxpr.invars, eqn.invars) if not isinstance(outer, Literal) and outer in body.behind]
 
 
 def floating_inside(eqn: JaxprEqn, jaxpr: Jaxpr, body: Body) -> list[Any] | None:
@@ -125,6 +150,18 @@ def sources_of(variable: Any, body: Body) -> set:
         else:
             sources.add(v)
     return sources
+
+
+def ancestors(variable: Any, body: Body, passed: Callable[[JaxprEqn], bool] = lambda eqn: True) -> set[Any]:
+    """The variable and all that it is computed from, by equations that are passed."""
+    waiting, found = [variable], set()
+    while waiting:
+        v = waiting.pop()
+        if not isinstance(v, Literal) and v not in found:
+            found.add(v)
+            made = body.made_by.get(v)
+            waiting += made.invars if made is not None and passed(made) else []
+    return found
 
 
 def zeros_of(jaxpr: Jaxpr) -> set:

@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.extend.core.primitives import (
-    add_p,
     div_p,
     mul_p,
     name_p,
     remat_p,
-    sub_p,
 )
 
+from topgap_jax.rewrite.affine import STEPS, convolution_axes
 from topgap_jax.rewrite.interpreter import (
     bind,
     channel_vector,
@@ -25,19 +24,6 @@ from topgap_jax.rewrite.interpreter import (
     users,
 )
 from topgap_jax.rewrite.names import NAMING
-from topgap_jax.rewrite.operations import convolution_axes
-
-# (equation, position of the convolution's values) -> (scale, shift) after it, of (scale, shift) before it and the other
-# operand.
-STEPS = {
-    (add_p, 0): lambda a, b, v: (a, b + v),
-    (add_p, 1): lambda a, b, v: (a, b + v),
-    (sub_p, 0): lambda a, b, v: (a, b - v),
-    (sub_p, 1): lambda a, b, v: (-a, v - b),
-    (mul_p, 0): lambda a, b, v: (a * v, b * v),
-    (mul_p, 1): lambda a, b, v: (a * v, b * v),
-    (div_p, 0): lambda a, b, v: (a / v, b / v),
-}
 
 
 class Chain(NamedTuple):

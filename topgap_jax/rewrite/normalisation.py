@@ -55,9 +55,46 @@ def zero_images(f: Callable, images: Array) -> Array:
     and divisions by values that do not depend on them. A function without any gives black, zeros. Nothing else of f is
     computed.
     """
-    closed, arrays, _ = trace(f, (images,), {})
+    flat, arrays, _, steps, _ = _steps(f, images)
+    depends = depending(flat.jaxpr, flat.jaxpr.invars)
+    first = [eqn for eqn in flat.jaxpr.eqns if not depends.intersection(eqn.outvars)]
+    others = [other for _, other in steps]
+    values = evaluate(flat.jaxpr.replace(eqns=first, outvars=others), flat.consts, arrays, lambda *_: None)
+    zero = jnp.zeros_like(images)
+    for (inverse, _), value in zip(reversed(steps), reversed(values)):
+        zero = inverse(zero, value)
+    return zero.astype(images.dtype)
+
+
+def normalisation(f: Callable, images: Array) -> tuple[Callable, Callable]:
+    """f as (normalise, rest): rest(normalise(images)) is f(images), and nothing but `zero_images`' normalisation is in
+    the first, which takes any images of this shape."""
+    flat, arrays, variable, _, restore = _steps(f, images)
+    is_first = variable is flat.jaxpr.invars[0]
+
+    def normalise(points):
+        wanted, eqns = {variable}, []
+        for eqn in reversed(flat.jaxpr.eqns):
+            if wanted.intersection(eqn.outvars):
+                eqns.insert(0, eqn)
+                wanted.update(v for v in eqn.invars if not isinstance(v, Literal))
+        part = flat.jaxpr.replace(eqns=eqns, outvars=[variable])
+        return evaluate(part, flat.consts, [points, *arrays[1:]], lambda *_: None)[0]
+
+    def rest(value):
+        given = lambda eqn, values, read: [value] if eqn.outvars[0] is variable else None
+        start = [value if is_first else arrays[0], *arrays[1:]]
+        return restore(evaluate(flat.jaxpr, flat.consts, start, given))
+
+    return normalise, rest
+
+
+def _steps(f: Callable, images: Array) -> tuple:
+    """f's program and arguments, the variable behind its normalisation, (inverse, other operand) of each of its steps,
+    and what puts results back into f's output tree."""
+    closed, arrays, restore = trace(f, (images,), {})
     flat = inline(closed, arrays)
-    variable, steps, others = flat.jaxpr.invars[0], [], []
+    variable, steps = flat.jaxpr.invars[0], []
     depends = depending(flat.jaxpr, flat.jaxpr.invars)
     while True:
         users = [eqn for eqn in flat.jaxpr.eqns if variable in [v for v in eqn.invars if not isinstance(v, Literal)]]
@@ -71,12 +108,6 @@ def zero_images(f: Callable, images: Array) -> Array:
         if eqn.primitive not in SAME and inverse is None:
             break
         if inverse:
-            steps.append(inverse)
-            others.append(other[0])
+            steps.append((inverse, other[0]))
         variable = eqn.outvars[0]
-    first = [eqn for eqn in flat.jaxpr.eqns if not depends.intersection(eqn.outvars)]
-    values = evaluate(flat.jaxpr.replace(eqns=first, outvars=others), flat.consts, arrays, lambda *_: None)
-    zero = jnp.zeros_like(images)
-    for inverse, value in zip(reversed(steps), reversed(values)):
-        zero = inverse(zero, value)
-    return zero.astype(images.dtype)
+    return flat, arrays, variable, steps, restore

@@ -14,7 +14,6 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.extend.core.primitives import (
     add_jaxvals_p,
     add_p,
-    conv_general_dilated_p,
     custom_jvp_call_p,
     div_p,
     dot_general_p,
@@ -28,23 +27,23 @@ from jax.extend.core.primitives import (
     reduce_window_sum_p,
     select_n_p,
 )
-from jax.lax import ConvDimensionNumbers
 
 from topgap_jax.engine import forward_p
+from topgap_jax.rewrite.affine import conv_layer, convolution, convolution_axes, dense_layer, product
+from topgap_jax.rewrite.attention import activation, attention, deviation, matmul, multiplication, softmax
 from topgap_jax.rewrite.body import (
     SPREADING,
     Body,
     Operation,
     as_it_stands,
     before,
+    behind_inside,
     body_of,
     floating_inside,
     is_elementwise,
-    is_view,
     is_zero,
     literal,
     reshapes,
-    sources_of,
     zeros_of,
 )
 from topgap_jax.rewrite.interpreter import bind, subjaxprs
@@ -61,27 +60,36 @@ SCALE = (mul_p, div_p, select_n_p)  # a select of the value or zero is dropout
 SUMS = (add_p, add_jaxvals_p)
 
 
-def operations(jaxpr: Jaxpr, bare: bool = True, floating: Iterable[Any] | None = None) -> set[str]:
-    """Names of the operations that occur in the jaxpr, at any depth; `bare` and `floating` as of `body_of`."""
-    body, names = body_of(jaxpr, bare, floating), set()
+def operations(jaxpr: Jaxpr, among: Iterable[str] | None = None) -> set[str]:
+    """Which of these operations, by default of all, occur in the jaxpr, at any depth."""
+    return _operations(body_of(jaxpr), jaxpr, tuple(OPERATIONS if among is None else among))
+
+
+def _operations(body: Body, jaxpr: Jaxpr, among: tuple[str, ...]) -> set[str]:
+    names = set()
     for eqn in jaxpr.eqns:
-        name, _ = match(eqn, body)
-        names |= {name} if name else operations_inside(eqn, body)
+        name, _ = match(eqn, body, among)
+        names |= {name} if name else operations_inside(eqn, body, among)
     return names
 
 
-def operations_inside(eqn: JaxprEqn, body: Body) -> set[str]:
+def operations_inside(eqn: JaxprEqn, body: Body, among: tuple[str, ...]) -> set[str]:
     """Names of the operations in the equation's bodies; in a function of `WHOLE` there are none."""
     if eqn.primitive is jit_p and eqn.params["name"] in WHOLE:
         return set()
+    return set().union(*(_operations(inside(eqn, inner, body), inner, among) for inner in subjaxprs(eqn)))
+
+
+def inside(eqn: JaxprEqn, jaxpr: Jaxpr, body: Body) -> Body:
+    """The body of a jaxpr inside the equation of this body."""
     bare = body.bare and eqn.primitive is not custom_jvp_call_p
-    return set().union(*(operations(inner, bare, floating_inside(eqn, inner, body)) for inner in subjaxprs(eqn)))
+    return body_of(jaxpr, bare, floating_inside(eqn, jaxpr, body), behind_inside(eqn, jaxpr, body))
 
 
-def match(eqn: JaxprEqn, body: Body) -> tuple[str | None, Operation | None]:
-    """Which operation of `OPERATIONS` the equation is; (None, None) for any other."""
-    for name, (recognise, _) in OPERATIONS.items():
-        if operation := recognise(eqn, body):
+def match(eqn: JaxprEqn, body: Body, among: Iterable[str]) -> tuple[str | None, Operation | None]:
+    """Which of these operations the equation is; (None, None) for any other."""
+    for name in among:
+        if operation := OPERATIONS[name][0](eqn, body):
             return name, operation
     return None, None
 
@@ -100,39 +108,6 @@ def _relu(eqn: JaxprEqn, zeros: set, bare: bool) -> Operation | None:
 
 def _max_pool(eqn: JaxprEqn, body: Body) -> Operation | None:
     return as_it_stands(eqn) if eqn.primitive is reduce_window_max_p else None
-
-
-def _conv(eqn: JaxprEqn, body: Body) -> Operation | None:
-    """Of images and kernel."""
-    return as_it_stands(eqn) if eqn.primitive in (conv_general_dilated_p, forward_p) else None
-
-
-def _dense(eqn: JaxprEqn, body: Body) -> Operation | None:
-    """A product of a value and a kernel, in this order whatever that of the equation.
-
-    The kernel is what no argument changes, else what depends on fewer arguments than the value and on none of its own
-    (x @ W and W @ x). A product of two values that depend on the same, as queries and keys, is no dense layer, unless
-    one of them is an argument as it stands (a kernel that is used twice).
-    """
-    if eqn.primitive is not dot_general_p or eqn.params["dimension_numbers"][1][0]:
-        return None
-    left, right = eqn.invars
-    varying = [v for v in eqn.invars if v in body.varying]
-    if len(varying) == 2:
-        sources = {v: sources_of(v, body) & body.varying for v in varying}
-        matrices = [v for v in (right, left) if v.aval.ndim > 1]
-        given = [v for v in matrices if before(v, body, is_view) not in body.made_by]
-        if sources[left] & sources[right]:
-            kernel = given[0] if len(given) == 1 else None
-        else:
-            kernel = min(matrices, key=lambda v: (len(sources[v]), v not in given))
-    else:
-        kernel = left if varying == [right] else right
-    if kernel is None:
-        return None
-    if kernel is right:
-        return as_it_stands(eqn)
-    return Operation(lambda value, kernel: bind(eqn, [kernel, value])[0], (right, left))
 
 
 def _add(eqn: JaxprEqn, body: Body) -> Operation | None:
@@ -204,10 +179,18 @@ def _counts(eqn: JaxprEqn | None, summing: JaxprEqn, body: Body) -> bool:
 OPERATIONS: dict[str, tuple[Callable[[JaxprEqn, Body], Operation | None], str]] = {
     "relu": (lambda eqn, body: _relu(eqn, body.zeros, body.bare), "functions named relu or relu6 and maximum(x, 0)"),
     "max_pool": (_max_pool, "max pooling (reduce_window_max)"),
-    "conv": (_conv, "convolution"),
-    "dense": (_dense, "dense layer (a product with a kernel)"),
+    "conv": (convolution, "convolution"),
+    "dense": (product, "dense layer (a product with a kernel)"),
     "add": (_add, "sum of two of its values"),
     "mean": (_mean, "mean over positions"),
+    "conv_layer": (conv_layer, "convolution"),
+    "dense_layer": (dense_layer, "dense layer (a product with a kernel)"),
+    "softmax": (softmax, "softmax"),
+    "attention": (attention, "product of a softmax and values"),
+    "matmul": (matmul, "matrix product of two of its values"),
+    "mul": (multiplication, "elementwise product of two of its values"),
+    "activation": (activation, "x times a function of x, such as SiLU or GELU"),
+    "deviation": (deviation, "root of a variance that a normalisation divides by"),
     "round": (rounding, "round"),
     "floor": (floor, "floor, ceil or conversion to whole numbers"),
     "sign": (sign, "sign"),
@@ -231,17 +214,6 @@ def relu_of(eqn: JaxprEqn, zeros: set) -> Callable | None:
     """`jax.nn.relu` or `jax.nn.relu6` where the equation is one, or a bare maximum(x, 0); None for any other."""
     operation = _relu(eqn, zeros, bare=True)
     return None if operation is None else operation.function
-
-
-def convolution_axes(eqn: JaxprEqn) -> ConvDimensionNumbers | None:
-    """Which axes of images, kernel and result are which, of a convolution by JAX or by the engine; None for another
-    equation.
-
-    (batch, channels, *space) of images and result, (channels out, channels in, *space) of the kernel.
-    """
-    if eqn.primitive is conv_general_dilated_p:
-        return eqn.params["dimension_numbers"]
-    return ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)) if eqn.primitive is forward_p else None
 
 
 class Dense(NamedTuple):

@@ -5,19 +5,21 @@ Rules are given to the function before it is differentiated: `jax.grad(with_rule
 been differentiated already, the backward pass stands beside the operation and no longer belongs to it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr
-from jax.extend.core.primitives import custom_jvp_call_p
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core.primitives import name_p
 
 from topgap_jax.errors import UserError
-from topgap_jax.rewrite.body import body_of, floating_inside
-from topgap_jax.rewrite.interpreter import evaluate, reaches, rebuild, trace
-from topgap_jax.rewrite.operations import OPERATIONS, match, operations, operations_inside
-from topgap_jax.types import Rule, Rules
+from topgap_jax.rewrite.body import Body, Operation, body_of
+from topgap_jax.rewrite.interpreter import depending, evaluate, reaches, rebuild, subjaxprs, trace
+from topgap_jax.rewrite.names import naming
+from topgap_jax.rewrite.operations import OPERATIONS, inside, match, operations, operations_inside
+from topgap_jax.types import ByLayer, Rule, Rules
 
 
 def with_rules(f: Callable, **rules: Rule | None) -> Callable:
@@ -41,6 +43,19 @@ def with_rules(f: Callable, **rules: Rule | None) -> Callable:
     The last five are found where their value depends on a floating-point argument, not in random masks; not in a table
     look-up (`jnp.digitize`, argmin), nor in x - x % c.
 
+    conv_layer, dense_layer: of value, kernel and bias, a convolution or product with all that is done to its channels
+    afterwards: bias, and batch norm in eval mode, which is in the kernel and the bias given.
+    softmax: of the logits, up to a shift.
+    attention: of probabilities and values, the product of a softmax and what is no kernel.
+    matmul: of two values, any other product of them, as of queries and keys.
+    mul: of a signal and a gate, an elementwise product of two values that are computed from layers.
+    activation: of x, x times a function of x: GELU, SiLU, hard swish, written in any way.
+    deviation: of a variance, the root that a layer norm, RMS norm or group norm divides by, or one over it.
+
+    A rule is a `Rule`, or a `ByLayer` of them, as `rules.by_layer` makes. An operation stands in the layers that are
+    open where it is computed: Flax's modules, whose path is their names, and any `jax.named_scope`; outside all of
+    them, in the layer that the next name of a value derived from it says.
+
     f may be jitted, and is entered through jit, remat, scan, cond, while, `shard_map`, and custom_jvp and custom_vjp
     functions that hold a match (whose own derivatives are then lost). What f names keeps its name: `tap` and `read`
     work on the result. Forward rules have derivatives of any order. Of backward rules there is no second derivative,
@@ -53,17 +68,21 @@ def with_rules(f: Callable, **rules: Rule | None) -> Callable:
     for name, rule in rules.items():
         if name not in OPERATIONS:
             raise UserError(f"with_rules: no operation '{name}'; there are {', '.join(OPERATIONS)}")
-        if not isinstance(rule, Rule):
+        if not isinstance(rule, Rule | ByLayer):
             raise UserError(f"with_rules: {name} must be a Rule(forward, backward), got {rule!r}")
     if not rules:
         raise UserError("with_rules: no rule is given, e.g. with_rules(predict, **guided)")
+    labels = {label for rule in rules.values() if isinstance(rule, ByLayer) for label, _ in rule.layers if label}
 
     def ruled(*args, **kwargs):
-        closed, arrays, restore = trace(f, args, kwargs)
-        if not operations(closed.jaxpr) & set(rules):
+        with naming() if labels else contextlib.nullcontext():
+            closed, arrays, restore = trace(f, args, kwargs)
+        if not operations(closed.jaxpr, rules):
             absent = ", nor ".join(OPERATIONS[name][1] for name in rules)
             raise UserError(f"with_rules: the function has no {absent}")
-        return restore(_evaluate(closed.jaxpr, closed.consts, arrays, rules))
+        if labels:
+            _check(labels, sorted(set(_paths(closed.jaxpr, ""))))
+        return restore(_evaluate(closed.jaxpr, closed.consts, arrays, rules, body_of(closed.jaxpr), ""))
 
     return ruled
 
@@ -75,34 +94,99 @@ def checked(rules: Any) -> Rules | None:
     raise UserError(f"rules must be like guided or softplus(50), for {', '.join(OPERATIONS)}; got {rules!r}")
 
 
-def _evaluate(
-    jaxpr: Jaxpr,
-    consts: Sequence[Any],
-    args: Sequence[Any],
-    rules: Rules,
-    bare: bool = True,
-    floating: Iterable[Any] | None = None,
-) -> list:
-    """Results of the jaxpr under the rules; `bare` and `floating` as of `body_of`."""
-    around = body_of(jaxpr, bare, floating)
+def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: Rules, around: Body, scope: str) -> list:
+    """Results of the jaxpr under the rules; scope: the layers that are open around it."""
+    ruled = {}
+    for eqn in jaxpr.eqns:
+        name, operation = match(eqn, around, rules)
+        if name:
+            layer = _path(eqn, jaxpr, scope) if isinstance(rules[name], ByLayer) else ""
+            ruled[id(eqn)] = _rule_of(rules[name], operation, layer, around), operation
+    live = _live(jaxpr, ruled)
 
     def rule(eqn, values, read):
-        name, operation = match(eqn, around)
-        if name in rules:
+        if id(eqn) not in live:
+            return [None for _ in eqn.outvars]  # a layer's convolution, say, which its last step computes again
+        if id(eqn) in ruled:
+            chosen, operation = ruled[id(eqn)]
+            if chosen is None:
+                return None
             operands = [jnp.asarray(read(v)) for v in operation.operands]
-            out = _ruled(rules[name], operation.function)(*operands)
+            operands = operation.inputs(*operands) if operation.inputs else operands
+            out = _ruled(chosen, operation.function)(*operands)
             return [jnp.asarray(out, eqn.outvars[0].aval.dtype)]
-        inside = set() if name else operations_inside(eqn, around)
-        if not inside & set(rules):
+        within = operations_inside(eqn, around, tuple(rules))
+        if not within:
             return None
         if not reaches(eqn):
-            listed = " and ".join(sorted(inside & set(rules)))
+            listed = " and ".join(sorted(within))
             raise UserError(f"with_rules: {listed} inside '{eqn.primitive.name}', which cannot be entered")
-        inner = bare and eqn.primitive is not custom_jvp_call_p
-        within = lambda body, *given: _evaluate(body, *given, rules, inner, floating_inside(eqn, body, around))
-        return rebuild(eqn, values, within)
+        deeper = "/".join(filter(None, (scope, _scope(eqn))))
+        run = lambda body, *given: _evaluate(body, *given, rules, inside(eqn, body, around), deeper)
+        return rebuild(eqn, values, run)
 
     return evaluate(jaxpr, consts, args, rule)
+
+
+def _live(jaxpr: Jaxpr, ruled: Mapping[int, tuple[Any, Operation]]) -> set[int]:
+    """The equations, by `id`, that are needed under the rules; whatever has a name is."""
+    wanted, live = set(filter(_is_variable, jaxpr.outvars)), set()
+    for eqn in reversed(jaxpr.eqns):
+        if wanted.intersection(eqn.outvars) or eqn.primitive is name_p or eqn.effects:
+            rule, operation = ruled.get(id(eqn), (None, None))
+            live.add(id(eqn))
+            wanted.update(filter(_is_variable, operation.operands if rule else eqn.invars))
+    return live
+
+
+def _is_variable(v: Any) -> bool:
+    return not isinstance(v, Literal)
+
+
+def _rule_of(rule: Rule | ByLayer, operation: Operation, layer: str, body: Body) -> Rule | None:
+    """The rule for the operation that stands in this layer."""
+    if isinstance(rule, Rule):
+        return rule
+    is_first = operation.operands[0] not in body.behind
+    return next(
+        (each for label, each in rule.layers if (is_first if label is None else _stands(layer, label))), rule.otherwise
+    )
+
+
+def _stands(path: str, label: str) -> bool:
+    return f"/{label}/" in f"/{path}/"
+
+
+def _scope(eqn: JaxprEqn) -> str:
+    """The layers that are open where the equation was traced, a path."""
+    return "/".join(part.name for part in eqn.source_info.name_stack.stack if type(part).__name__ == "Scope")
+
+
+def _path(eqn: JaxprEqn, jaxpr: Jaxpr, scope: str) -> str:
+    """Where the equation stands: the layers open around it, or the next name that is given to what it computes."""
+    path = "/".join(filter(None, (scope, _scope(eqn))))
+    if path:
+        return path
+    derived = depending(jaxpr, eqn.outvars)
+    return next((e.params["name"] for e in jaxpr.eqns if e.primitive is name_p and e.invars[0] in derived), "")
+
+
+def _paths(jaxpr: Jaxpr, scope: str) -> Iterator[str]:
+    """Where the equations stand, at any depth."""
+    for eqn in jaxpr.eqns:
+        path = "/".join(filter(None, (scope, _scope(eqn))))
+        yield from (path, eqn.params["name"] if eqn.primitive is name_p else path)
+        for body in subjaxprs(eqn):
+            yield from _paths(body, path)
+
+
+def _check(labels: set[str], paths: Sequence[str]) -> None:
+    for label in sorted(labels):
+        if not any(_stands(path, label) for path in paths):
+            listed = ", ".join(path for path in paths if path and "->" not in path)
+            raise UserError(
+                f"by_layer: nothing stands in a layer '{label}'; layers: {listed or 'the function has none'}"
+            )
 
 
 def _ruled(rule: Rule, operation: Callable) -> Callable:

@@ -3,7 +3,7 @@
 Recognised only where their value depends on a floating-point argument: not in random masks, nor behind `stop_gradient`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from topgap_jax.rewrite.body import (
     SPREADING,
     Body,
     Operation,
+    ancestors,
     as_it_stands,
     before,
     is_float,
@@ -112,9 +113,9 @@ def _is_gated(x: Any, constant: Any, mask: Any, eqn: JaxprEqn, body: Body) -> bo
     if isinstance(x, Literal) or not {x, eqn.outvars[0]} <= body.floating or x.aval.shape != eqn.outvars[0].aval.shape:
         return False
     compared = [v for comparison in _comparisons(mask, body) for v in _variables(comparison)]
-    if not any(_is_same(x, source, body) for v in compared for source in _ancestors(v, body)):
+    if not any(_is_same(x, source, body) for v in compared for source in ancestors(v, body)):
         return False
-    if _is_full(constant, x, body) and x in _ancestors(constant, body):
+    if _is_full(constant, x, body) and x in ancestors(constant, body):
         return False
     comparison = _comparison(mask, body)
     return comparison is None or not _is_limit(comparison, x, constant, body)
@@ -197,23 +198,11 @@ def _variables(eqn: JaxprEqn) -> list[Any]:
     return [v for v in eqn.invars if not isinstance(v, Literal)]
 
 
-def _ancestors(variable: Any, body: Body, passed: Callable[[JaxprEqn], bool] = lambda eqn: True) -> set[Any]:
-    """The variable and all that it is computed from, by equations that are passed."""
-    waiting, ancestors = [variable], set()
-    while waiting:
-        v = waiting.pop()
-        if not isinstance(v, Literal) and v not in ancestors:
-            ancestors.add(v)
-            made = body.made_by.get(v)
-            waiting += made.invars if made is not None and passed(made) else []
-    return ancestors
-
-
 def _share(compared: Any, value: Any, body: Body) -> bool:
     """Whether the value is computed from what is compared, or both element by element from the same."""
     each = lambda eqn: eqn.primitive.name in ELEMENTWISE or reshapes(eqn)
-    both = _ancestors(compared, body, each) & _ancestors(value, body, each) & body.floating
-    return bool(both) or compared in _ancestors(value, body)
+    both = ancestors(compared, body, each) & ancestors(value, body, each) & body.floating
+    return bool(both) or compared in ancestors(value, body)
 
 
 def _is_same(a: Any, b: Any, body: Body) -> bool:

@@ -54,6 +54,25 @@ def upsampled_mask(operation: Callable, gradient: Array, z: Array) -> Array:
     return jnp.where(mask, back, 0)
 
 
+def deconvolve(operation: Callable, gradient: Array, z: Array) -> Array:
+    """[g]_+, whatever z is (Zeiler & Fergus 2014, arXiv 1311.2901)."""
+    return jax.nn.relu(gradient)
+
+
+def rect_grad(q: float = 98) -> Rules:
+    """RectGrad: g passes a ReLU where a g > the q-th percentile of a g in that image and layer, a = relu(z) (Kim et al.
+    2019, arXiv 1902.04893)."""
+    check_number("q", q, 0)
+
+    def backward(operation, gradient, z):
+        importance = (operation(z) * gradient).astype(jnp.float32)
+        threshold = jnp.percentile(importance.reshape(len(z), -1), q, axis=1).reshape(-1, *(1,) * (z.ndim - 1))
+        return jnp.where(importance > threshold, gradient, 0)
+
+    return {"relu": Rule(backward=backward)}
+
+
+deconvnet: Rules = {"relu": Rule(backward=deconvolve)}
 guided_backprop: Rules = {"relu": Rule(backward=clip)}
 guided: Rules = {"relu": Rule(backward=clip), "max_pool": Rule(backward=route)}
 guided_upsampled: Rules = {"relu": Rule(backward=clip), "max_pool": Rule(backward=upsampled_mask)}

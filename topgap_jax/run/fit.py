@@ -77,7 +77,12 @@ class State(NamedTuple):
 
 
 class Stopped(Exception):
-    """The run was asked to stop (SIGTERM, Ctrl-C) and has saved; the text says how to go on."""
+    """The run was asked to stop (SIGTERM, SIGHUP, Ctrl-C) and has saved; the text says how to go on, `code` is the exit
+    code that a shell gives the signal."""
+
+    def __init__(self, text: str, number: int):
+        super().__init__(text)
+        self.code = 128 + number
 
 
 def fit(
@@ -92,8 +97,8 @@ def fit(
 
     config: stored in the folder, which is refused to any other; `log_every` (steps) and `checkpoint_every` (epochs) are
     read from it. mesh: all devices by default; they must divide the batch. Writes metrics.jsonl, TensorBoard files, and
-    checkpoints: last, and best by validation accuracy. Raises Stopped after SIGTERM or Ctrl-C, UserError when the loss
-    is not finite.
+    checkpoints: last, and best by validation accuracy. Raises Stopped after SIGTERM, SIGHUP or Ctrl-C, UserError when
+    the loss is not finite.
     """
     workdir = Path(workdir)
     start = time.perf_counter(), time.process_time()
@@ -166,10 +171,11 @@ def fit(
                         save("best", step)
                 if epoch % checkpoint_every == 0 or step == total:
                     save("last", step)
-            if asked_to_stop(step) and step < total:
+            if (number := asked_to_stop(step)) and step < total:
                 book(0)
                 save("last", step)
-                raise Stopped(f"stopped and saved at step {step} of {total}; to go on, give the same command again")
+                text = f"stopped and saved at step {step} of {total}; to go on, give the same command again"
+                raise Stopped(text, number)
     return state.variables
 
 

@@ -32,6 +32,8 @@ def damage(folder: Path) -> str:
         listed = {str(name): (int(size), int(checksum)) for name, (size, checksum) in listed.items()}
         files = _files(folder)
         for name in sorted(listed.keys() | files.keys()):
+            if name in files and files[name].is_symlink():
+                return f"{name} is a link"
             if name not in files:
                 return f"{name} is missing"
             if name not in listed:
@@ -49,7 +51,7 @@ def damage(folder: Path) -> str:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """All files below the folder but the manifest. A link is damage: its file could change unseen."""
+    """All files below the folder but the manifest."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     return {name: path for name, path in paths.items() if name not in (FILE, f"{FILE}.part") and not path.is_dir()}
 

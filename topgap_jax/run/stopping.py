@@ -10,18 +10,18 @@ from jax.experimental import multihost_utils
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Gives `asked(step)`: has somebody asked the run to stop, by SIGTERM or Ctrl-C? A second Ctrl-C ends it at once.
+def stop_requests() -> Iterator[Callable[[int], int]]:
+    """Gives `asked(step)`: the number of the signal that asked the run to stop, SIGTERM, SIGHUP or Ctrl-C, 0 if none
+    did. A second one ends it at once; one that was ignored when the program began (nohup, `&`) stays ignored.
 
     With many processes all of them get the same answer at the same step, also if the signal reached one (JAX's
-    preemption service, which listens to SIGTERM). Outside the main thread Python delivers no signals, and the answer is
-    no.
+    preemption service, which listens to SIGTERM). Outside the main thread Python delivers no signals.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        yield lambda step: signal.SIGTERM * multihost_utils.reached_preemption_sync_point(step)
         return
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
+        yield lambda step: 0
         return
     asked = []
 
@@ -29,9 +29,12 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
         asked.append(number)
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handle)
     try:
-        yield lambda step: bool(asked)
+        yield lambda step: asked[0] if asked else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
