@@ -414,7 +414,7 @@ class Check(NamedTuple):
     """One check of an audit, or of an evaluator that concludes something.
 
     id                                                   "A1" to "A18", as `measure.criteria` numbers them, or "T1" to
-                                                         "T5" of `evaluators.trust`
+                                                         "T6" of `evaluators.trust`
     status                                               "pass", "warn", "fail", or "skipped"
     statistic, threshold                                 what decided, and the bound that it crossed or, where the check
                                                          passes, that it would have to cross; None where skipped

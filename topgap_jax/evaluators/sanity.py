@@ -1,7 +1,7 @@
 """What `trust` asks of an explanation on the device: maps under parameters drawn anew, of another class, behind a wall;
 and pictures small enough for a report."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,10 +23,17 @@ NOISE = 0.02  # standard deviation, the level of the same label
 
 
 def cascade(
-    explain: Explain, keys: Keys, model: Model, variables: Variables, images: Array, labels: Array, stages: int
-) -> Array:
-    """Maps (stages, b, h', w') of the same labels while the parameters are drawn anew from the head down to the image,
-    all of them in the last stage (Adebayo et al. 2018, arXiv 1810.03292).
+    explain: Explain,
+    keys: Keys,
+    model: Model,
+    variables: Variables,
+    images: Array,
+    labels: Array,
+    stages: int,
+    of: Callable[[Array], Any],
+) -> Any:
+    """of(maps (b, h', w')) of the same labels, stacked over stages: the parameters are drawn anew from the head down to
+    the image, all of them in the last stage (Adebayo et al. 2018, arXiv 1810.03292).
 
     The layers are divided into `stages` parts of equal number. New parameters are those of `model.init`; of a model
     whose `init` returns learnt weights, its values in a random order, array by array. Batch statistics stay.
@@ -38,7 +45,7 @@ def cascade(
 
     def one(last):
         mixed = jax.tree.map(lambda old, new, place: jnp.where(place <= last, new, old), params, fresh, places)
-        return explain.maps(keys, bind(model, {**variables, "params": mixed}), images, labels)
+        return of(explain.maps(keys, bind(model, {**variables, "params": mixed}), images, labels))
 
     return map_over(one, (jnp.arange(stages),))
 
@@ -86,16 +93,17 @@ def stage_of_leaves(numbers: Sequence[int], stages: int) -> list[int]:
     return [(count - 1 - number) * stages // count for number in numbers]
 
 
-def class_and_noise_maps(
+def other_maps(
     explain: Explain, keys: Keys, noise_keys: Keys, predict: Predict, images: Array, labels: Array
-) -> tuple[Array, Array, Array, Array]:
-    """Maps (b, h', w') of the labels, of the two classes of the largest logits, and of the first of these when the
-    image has normal noise of sigma .02."""
+) -> tuple[Array, ...]:
+    """Maps (b, h', w') of the labels, of the labels in the image mirrored left to right, of the two classes of the
+    largest logits, and of the first of these when the image has normal noise of sigma .02."""
     logits = predict(images)
     first, second = jax.lax.top_k(logits, min(2, logits.shape[-1]))[1][:, [0, -1]].T.astype(jnp.int32)
     normal = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:], images.dtype))(noise_keys)
     noisy = jnp.clip(images + NOISE * normal, 0, 1)
-    rows = (jnp.stack([images, images, images, noisy]), jnp.stack([labels, first, second, first]))
+    points = jnp.stack([images, images[:, :, ::-1], images, images, noisy])
+    rows = (points, jnp.stack([labels, labels, first, second, first]))
     return tuple(map_over(lambda x, y: explain.maps(keys, predict, x, y), rows))
 
 

@@ -1,15 +1,16 @@
-"""`trust(explain)`: five checks of whether an explanation's maps show what the network looks at, with a verdict in a
+"""`trust(explain)`: six checks of whether an explanation's maps show what the network looks at, with a verdict in a
 sentence."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.build import check_number, table
 from topgap_jax.evaluators.agreement import shrunk
-from topgap_jax.evaluators.sanity import cascade, class_and_noise_maps, leak_behind_wall, reduced, tile
+from topgap_jax.evaluators.sanity import cascade, leak_behind_wall, other_maps, reduced, tile
 from topgap_jax.explain import edges, salience
 from topgap_jax.keys import fold_in
 from topgap_jax.metrics import deletion, pointing, single_deletion
@@ -27,13 +28,15 @@ CHECKS = {
     "T3": "an edge filter and salience as rivals",
     "T4": "a wall that cannot be seen through",
     "T5": "three substrates",
+    "T6": "the image mirrored",
 }
 FAILED = {
-    "T1": "the maps are there with random parameters too, so they do not show what the network has learnt",
+    "T1": "the maps stay when layers are random, so they do not show what the network has learnt",
     "T2": "the maps do not tell which class they are for",
     "T3": "the image alone, without the network, gives maps as good",
     "T4": "the maps mark what the network cannot see",
     "T5": "what replaces the pixels decides which map is better",
+    "T6": "the maps do not follow the image",
 }
 PASS, WARN, FAIL, SKIPPED = "pass", "warn", "fail", "skipped"
 SIDE = 64  # positions of a side at most at which maps are compared
@@ -46,8 +49,11 @@ RIVALS = {"deletion": ("deletion", -1), "single_deletion": ("single deletion", 1
 SHOWN = 4  # images in the report
 MAPS = ("map", "parameters anew", "another class", "behind the wall")
 MEANS = {
+    "upper_spearman": Measure(better="lower", label="Spearman of |map| with the upper layers drawn anew"),
     "random_spearman": Measure(better="lower", label="Spearman of |map| with all parameters drawn anew"),
     "class_spearman": Measure(better="lower", label="Spearman of the maps of the two likeliest classes"),
+    "mirrored_spearman": Measure(label="Spearman of |map| and that of the mirrored image, mirrored back", main=False),
+    "unmoved_spearman": Measure(label="Spearman of |map| and that of the mirrored image", main=False),
     "noise_spearman": Measure(label="Spearman of the maps of one class under noise .02", main=False),
     "edges_spearman": Measure(label="Spearman of |map| and an edge filter"),
     "salience_spearman": Measure(label="Spearman of |map| and the image's salience", main=False),
@@ -57,19 +63,24 @@ MEANS = {
 
 
 def trust(explain: Explain, *, stages: int = 8, steps: int = 16) -> Evaluator:
-    """Five checks of whether the maps of the label are to be believed, "passes 4 of 5 checks: ...".
+    """Six checks of whether the maps of the label are to be believed: "passes 5 of 6 checks; fails ...".
 
     T1: with parameters drawn anew, layer by layer from the head down to the image in `stages` parts, the map must
-    become another one (Adebayo et al. 2018, arXiv 1810.03292): at the last stage Spearman's correlation of |map| with
-    itself may be no larger than the 95 % quantile of that with maps of other images. T2: maps of the two likeliest
-    classes must be less alike than two of one class under noise of sigma .02 (after arXiv 2506.07327). T3: the map must
-    beat the better of `edges` and `salience` (arXiv 2602.09238), paired over images, at deletion of `steps` steps, at
-    single deletion, and where the data have objects at the pointing game. T4: where a wall hides the features or pixels
-    from the network the map must be dark, 1e-6 of it at most (arXiv 2404.01964, `sanity.leak_behind_wall`). T5: the map
-    must stand at the same place among map, edges and salience whether deletion writes the mean colour, a blur or black.
+    become another one (Adebayo et al. 2018, arXiv 1810.03292). Spearman's correlation of |map| with itself may be no
+    larger than the 95 % quantile of that with maps of other images, at the last stage and in the mean of the first
+    half: guided backprop passes through upper layers as if they were not there (Sixt et al. 2020, arXiv 1912.09818),
+    and loses its map only with the lower ones. T2: maps of the two likeliest classes must be less alike than two of one
+    class under noise of sigma .02 (after arXiv 2506.07327). T3: the map must beat the better of `edges` and `salience`
+    (arXiv 2602.09238), paired over images, at deletion of `steps` steps, at single deletion, or where the data have
+    objects at the pointing game, and lose at none. T4: where a wall hides the features or pixels from the network the
+    map must be dark, 1e-6 of it at most (arXiv 2404.01964, `sanity.leak_behind_wall`). T5: the map must stand at the
+    same place among map, edges and salience whether deletion writes the mean colour, a blur or black. T6: the map of
+    the mirrored image must be the mirrored map rather than the map; deconvnet's on a network without max pooling is the
+    same for every image.
 
     Maps are compared as they are, of more than 64x64 positions by the means of 64x64 areas: enlarged ones are alike
-    anyway. A constant map has correlation 0. A check that passes does not say that a map is right.
+    anyway. A constant map has correlation 0. T3 and T5 warn where images do not decide. A check that passes does not
+    say that a map is right.
     """
     Explain.single("trust", explain)
     check_number("stages", stages, 1, whole=True)
@@ -78,32 +89,36 @@ def trust(explain: Explain, *, stages: int = 8, steps: int = 16) -> Evaluator:
 
     def rows(keys, model, variables, batch, prepared):
         predict, images, labels = bind(model, variables), batch["image"], batch["label"]
-        clean, first, second, noisy = class_and_noise_maps(explain, keys, fold_in(keys, 1), predict, images, labels)
-        random = cascade(explain, keys, model, variables, images, labels, stages)
+        clean, mirrored, first, second, noisy = other_maps(explain, keys, fold_in(keys, 1), predict, images, labels)
         leak, hidden, behind = leak_behind_wall(explain, keys, predict, images, labels)
         grid = tuple(min(side, SIDE) for side in clean.shape[1:])
-        size = lambda maps: shrunk(jnp.abs(maps), grid)
-        alike = lambda a, b: jnp.where(is_constant(a) | is_constant(b), 0, spearman(size(a), size(b)))
-        signed = lambda a, b: jnp.where(is_constant(a) | is_constant(b), 0, spearman(shrunk(a, grid), shrunk(b, grid)))
+        small = lambda maps: shrunk(jnp.abs(maps), grid)
+
+        def of_random(maps):
+            out = {"random": alike(small(clean), small(maps), clean, maps), "dead": is_constant(maps)}
+            signed = {"random_signed": alike(shrunk(clean, grid), shrunk(maps, grid), clean, maps)}
+            return out | (signed if explain.signed else {}), tile(small(maps))
+
+        random, tiles = cascade(explain, keys, model, variables, images, labels, stages, of_random)
         arms = {"map": clean} | {
             name: shrunk(rival.maps(keys, predict, images, labels), clean.shape[1:])
             for name, rival in (("edges", edges()), ("salience", salience()))
         }
-        ranks = [average_ranks_of(size(clean))]
-        out = {
-            "ranks": jnp.where(is_constant(clean)[:, None], 0, ranks[0]),
-            "random": jnp.stack([alike(clean, maps) for maps in random], 1),
-            "random_spearman": alike(clean, random[-1]),
-            "dead": is_constant(random[-1]),
-            "class_spearman": jnp.where(is_constant(first) & is_constant(second), jnp.nan, signed(first, second)),
-            "noise_spearman": jnp.where(is_constant(first) & is_constant(noisy), jnp.nan, signed(first, noisy)),
-            "edges_spearman": alike(clean, arms["edges"]),
-            "salience_spearman": alike(clean, arms["salience"]),
-            "leak": leak,
-            "hidden": hidden,
-        }
-        if explain.signed:
-            out["random_signed"] = jnp.stack([signed(clean, maps) for maps in random], 1)
+        size, of_mirrored = jnp.abs(clean), jnp.abs(mirrored)
+        pairs = [(first, second), (first, noisy), (size, of_mirrored), (size, of_mirrored[:, :, ::-1])]
+        pairs += [(size, arms[name]) for name in ARMS[1:]]
+        a, b = (jnp.stack(side) for side in zip(*pairs))
+        names = ("class", "noise", "unmoved", "mirrored", "edges", "salience")
+        values = jax.vmap(lambda a, b: alike(shrunk(a, grid), shrunk(b, grid), a, b))(a, b)
+        out = {f"{name}_spearman": value for name, value in zip(names, values)}
+        blank = is_constant(first)  # of a map that shows nothing for the first class there is nothing to compare
+        out |= {f"{name}_spearman": jnp.where(blank, jnp.nan, out[f"{name}_spearman"]) for name in names[:2]}
+        out |= {name: row.T for name, row in random.items()}
+        out["upper_spearman"] = out["random"][:, : -(-stages // 2)].mean(1)
+        out["random_spearman"], out["dead"] = out["random"][:, -1], out["dead"][:, -1]
+        ranks = jax.vmap(average_ranks)(small(clean).reshape(len(clean), -1))
+        whole = jnp.round(2 * ranks).astype(jnp.uint16)  # average ranks are halves
+        out |= {"ranks": jnp.where(is_constant(clean)[:, None], 0, whole), "leak": leak, "hidden": hidden}
         out |= rivalry(keys, predict, arms, batch, metrics)
         finite = jnp.isfinite(clean).all((1, 2))
         out = {
@@ -112,7 +127,7 @@ def trust(explain: Explain, *, stages: int = 8, steps: int = 16) -> Evaluator:
         }
         return out | {
             "picture": jnp.round(255 * reduced(images, SIDE)).astype(jnp.uint8),
-            "maps": jnp.stack([tile(size(maps)) for maps in (clean, random[-1], second, behind)], 1),
+            "maps": jnp.stack([tile(small(clean)), tiles[-1], tile(small(second)), tile(small(behind))], 1),
         }
 
     def summary(rows):
@@ -148,7 +163,7 @@ def trust(explain: Explain, *, stages: int = 8, steps: int = 16) -> Evaluator:
 
     def cost(predict, images):
         curves = sum((metric.cost(predict, images) for metric in metrics), start=Cost())
-        return (stages + 5) * explain.cost(predict, images) + Cost(1, 0) + len(ARMS) * curves
+        return (stages + 6) * explain.cost(predict, images) + Cost(1, 0) + len(ARMS) * curves
 
     return Evaluator(rows, summary, cost)
 
@@ -168,15 +183,15 @@ def rivalry(keys, predict, arms: Mapping[str, Array], batch, metrics) -> dict[st
     return {name: values.T for name, values in map_over(one, (stacked,)).items()}
 
 
-def average_ranks_of(maps: Array) -> Array:
-    """Twice the average ranks (b, positions) of maps (b, h, w), whole numbers: uint16."""
-    ranks = jnp.stack([average_ranks(values) for values in maps.reshape(len(maps), -1)])
-    return jnp.round(2 * ranks).astype(jnp.uint16)
+def alike(a: Array, b: Array, *whole: Array) -> Array:
+    """Spearman's correlation (b,) of maps a and b; 0 where one of those of which they are averages is constant."""
+    constant = is_constant(whole[0]) | is_constant(whole[1])
+    return jnp.where(constant, 0, spearman(a, b))
 
 
 def conclusions(rows: Mapping[str, np.ndarray]) -> dict[str, Check]:
     """{"T1": Check, ...} of the rows of a split."""
-    checks = (_parameters(rows), _classes(rows), _rivals(rows), _wall(rows), _substrates(rows))
+    checks = (_parameters(rows), _classes(rows), _rivals(rows), _wall(rows), _substrates(rows), _image(rows))
     return {check.id: check for check in checks}
 
 
@@ -202,28 +217,40 @@ def other_images(ranks: np.ndarray) -> np.ndarray:
 
 
 def _parameters(rows) -> Check:
-    similar, others = _defined(rows["random_spearman"]), _defined(other_images(rows["ranks"]))
-    if not len(similar) or not len(others):
+    others = _defined(other_images(rows["ranks"]))
+    upper, every = (_defined(rows[f"{name}_spearman"]) for name in ("upper", "random"))
+    if not len(every) or not len(others):
         return _skipped("T1", "fewer than two maps are finite and not constant")
-    statistic, bound = float(similar.mean()), float(np.quantile(others, QUANTILE))
+    means, bound = (float(upper.mean()), float(every.mean())), float(np.quantile(others, QUANTILE))
     evidence = (
-        f"with all parameters drawn anew |map| has Spearman {statistic:.2f} with itself, maps of other images have"
-        f" {float(others.mean()):.2f}, {QUANTILE:.0%} of them at most {bound:.2f}"
+        f"|map| has Spearman {means[0]:.2f} with itself while the upper half of the layers is drawn anew,"
+        f" {means[1]:.2f} with all parameters; maps of other images have {float(others.mean()):.2f}, {QUANTILE:.0%} of them at most"
+        f" {bound:.2f}"
     )
     dead = int(rows["dead"].sum())
-    evidence += f"; {dead} maps are then constant and count as 0" if dead else ""
-    return _check("T1", statistic <= bound, statistic, bound, len(similar), evidence)
+    evidence += f"; {dead} maps are constant with all drawn anew, and count as 0" if dead else ""
+    return _check("T1", max(means) <= bound, max(means), bound, len(every), evidence)
 
 
 def _classes(rows) -> Check:
-    pairs = np.stack([rows["class_spearman"], rows["noise_spearman"]], 1)
+    evidence = "maps of the two likeliest classes have Spearman {:.2f}, of one class under noise {:.2f}"
+    return _less_alike("T2", rows["class_spearman"], rows["noise_spearman"], evidence)
+
+
+def _image(rows) -> Check:
+    evidence = "|map| has Spearman {:.2f} with that of the mirrored image, and {:.2f} when that is mirrored back"
+    return _less_alike("T6", rows["unmoved_spearman"], rows["mirrored_spearman"], evidence)
+
+
+def _less_alike(check, different, same, evidence: str) -> Check:
+    """Whether the correlations `different` (n,) are below those of `same` (n,) in the mean, by its 95 % interval."""
+    pairs = np.stack([different, same], 1)
     pairs = pairs[np.isfinite(pairs).all(1)]
     if not len(pairs):
-        return _skipped("T2", "no map is finite and not constant")
-    other, same = pairs.mean(0, dtype=np.float64)
-    evidence = f"maps of the two likeliest classes have Spearman {other:.2f}, of one class under noise {same:.2f}"
-    _, low, _ = mean_interval(pairs[:, 1] - pairs[:, 0])
-    return _check("T2", low > 0, float(other), float(same), len(pairs), evidence)
+        return _skipped(check, "no map is finite and not constant")
+    lower, higher = map(float, pairs.mean(0, dtype=np.float64))
+    _, low, _ = mean_interval(pairs[:, 1].astype(np.float64) - pairs[:, 0])
+    return _check(check, low > 0, lower, higher, len(pairs), evidence.format(lower, higher))
 
 
 def _rivals(rows) -> Check:

@@ -44,8 +44,8 @@ def reminder(checks: Sequence[Check]) -> str:
     return REMINDER if any((check.id, check.status) == ("A17", WARN) for check in checks) else ""
 
 
-def audits(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every row of the runs that has checks, for the page; an audit is one that was attacked in a norm."""
+def checked(runs: Sequence[Run], *, attacks: bool) -> list[dict[str, Any]]:
+    """Every row of the runs that has checks, for the page: the audits, whose attacks have a norm, or those of `trust`."""
     return [
         {
             "run": i,
@@ -57,5 +57,5 @@ def audits(runs: Sequence[Run]) -> list[dict[str, Any]]:
         }
         for i, run in enumerate(runs)
         for row in run.rows
-        if row.checks
+        if row.checks and bool(row.norms) == attacks
     ]
