@@ -222,9 +222,10 @@ def _parameters(rows) -> Check:
     if not len(every) or not len(others):
         return _skipped("T1", "fewer than two maps are finite and not constant")
     means, bound = (float(upper.mean()), float(every.mean())), float(np.quantile(others, QUANTILE))
+    other = float(others.mean())
     evidence = (
         f"|map| has Spearman {means[0]:.2f} with itself while the upper half of the layers is drawn anew,"
-        f" {means[1]:.2f} with all parameters; maps of other images have {float(others.mean()):.2f}, {QUANTILE:.0%} of them at most"
+        f" {means[1]:.2f} with all parameters; maps of other images have {other:.2f}, {QUANTILE:.0%} of them at most"
         f" {bound:.2f}"
     )
     dead = int(rows["dead"].sum())

@@ -7,6 +7,7 @@ from scipy.spatial.distance import cdist
 
 NEIGHBOURS = 10
 MOST = 8  # groups
+JOINED = 0.1  # the largest eigenvalue of a group: with more, too many edges lead out of it
 
 
 def spectral_clusters(points: np.ndarray, neighbours: int = NEIGHBOURS, most: int = MOST) -> np.ndarray:
@@ -14,8 +15,10 @@ def spectral_clusters(points: np.ndarray, neighbours: int = NEIGHBOURS, most: in
 
     The graph joins each point with its `neighbours` nearest (Euclidean) and where one is a neighbour of the other; of
     its normalised Laplacian I - D^-1/2 W D^-1/2 with eigenvalues l_1 <= l_2 <= ... the number of groups is the k of the
-    largest gap l_{k+1} - l_k, k at most `most`; k-means in the rows of D^-1/2 U, U the first k eigenvectors (Ng et al.
-    2002; von Luxburg 2007, arXiv 0711.0189), from the points farthest from each other: the same groups every time.
+    largest gap l_{k+1} - l_k, k at most `most`, among those with l_k <= .1: what varies smoothly, such as where objects
+    stand, has gaps too, but no groups that few edges join (l_2 / 2 is a lower bound of the conductance). k-means in the
+    rows of D^-1/2 U, U the first k eigenvectors (Ng et al. 2002; von Luxburg 2007, arXiv 0711.0189), from the points
+    farthest from each other: the same groups every time.
     """
     points = np.asarray(points, np.float64)
     if len(points) < 3:
@@ -50,11 +53,12 @@ def spectrum(points: np.ndarray, neighbours: int = NEIGHBOURS) -> tuple[np.ndarr
 
 
 def eigengap(values: np.ndarray, most: int = MOST) -> int:
-    """The number k of eigenvalues, at most `most`, before the largest gap; of equal gaps the first.
+    """The number k of eigenvalues, at most `most` and none above .1, before the largest gap; of equal gaps the first.
 
-    >>> eigengap(np.array([0, 0, 1.5, 1.5]))
-    2
+    >>> eigengap(np.array([0, 0, 1.5, 1.5])), eigengap(np.array([0, 0.3, 0.4, 1.5]))
+    (2, 1)
     """
+    most = min(most, len(values) - 1, int((values <= JOINED).sum()))
     gaps = np.diff(values[: most + 1])
     return 1 + int(np.argmax(np.round(gaps, 9)))
 

@@ -45,7 +45,7 @@ def reminder(checks: Sequence[Check]) -> str:
 
 
 def checked(runs: Sequence[Run], *, attacks: bool) -> list[dict[str, Any]]:
-    """Every row of the runs that has checks, for the page: the audits, whose attacks have a norm, or those of `trust`."""
+    """Every row of the runs that has checks, for the page: audits, whose attacks have a norm, or those of `trust`."""
     return [
         {
             "run": i,
