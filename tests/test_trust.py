@@ -123,9 +123,10 @@ def test_weights_that_no_init_draws_are_put_in_a_random_order():
 
 
 def pooled(images, keys=None):
-    """Means of 2 x 2 pixels as features, of which the logit is the sum."""
+    """Means of 2 x 2 pixels as features, which have two names, and of which the logit is the sum."""
     b, h, w, c = images.shape
     features = name(images.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4)), "features")
+    features = name(features, "backbone['features']")  # as Flax names the results of a dict once more
     return features.sum((1, 2)) @ jnp.ones((c, 2))
 
 

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
+from jax.extend.core.primitives import name_p
 
 from topgap_jax.errors import UserError
 from topgap_jax.evaluators.agreement import shrunk
 from topgap_jax.metrics.localisation import resized
 from topgap_jax.metrics.substrates import substrate_images
 from topgap_jax.models import bind
-from topgap_jax.rewrite import default_layer, features_and_head, layers
+from topgap_jax.rewrite import default_layer, features_and_head, layers, naming
 from topgap_jax.rewrite.interpreter import inline, trace
 from topgap_jax.rewrite.speed import map_over
 from topgap_jax.types import Array, Explain, Keys, Model, Predict, Variables
@@ -144,16 +145,27 @@ def leak_behind_wall(explain: Explain, keys: Keys, predict: Predict, images: Arr
 
 def layer_on_grid(predict: Predict, images: Array, size: tuple[int, int]) -> str | None:
     """The layer whose features (b, *size, c) a map of this size stands for: the default one, or the last such; None
-    where the size is the image's or no layer's."""
+    where the size is the image's or no layer's. Of several names of one value the last, behind which none is left."""
     if tuple(size) == tuple(images.shape[1:3]):
         return None
     fitting = [x for x in layers(predict, images) if len(x.shape) == 4 and x.shape[1:3] == tuple(size)]
     fitting = [x.name for x in fitting if x.reachable and x.calls == 1]
+    if not fitting:
+        return None
     try:
         default = default_layer(predict, images)
     except UserError:
         default = ""
-    return default if default in fitting else fitting[-1] if fitting else None
+    label = default if default in fitting else fitting[-1]
+    with naming():
+        closed, arrays, _ = trace(predict, (images,), {})
+        named = [eqn for eqn in inline(closed, arrays, remat=True).jaxpr.eqns if eqn.primitive is name_p]
+    same = {eqn.outvars[0] for eqn in named if eqn.params["name"] == label}
+    for eqn in named:
+        if eqn.invars[0] in same:
+            same.add(eqn.outvars[0])
+            label = eqn.params["name"] if eqn.params["name"] in fitting else label
+    return label
 
 
 def reduced(images: Array, side: int) -> Array:
