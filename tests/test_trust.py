@@ -1,5 +1,7 @@
 """`trust`: what it measures on networks whose exact answer can be written down, and what it concludes from that."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,14 @@ from scipy.ndimage import gaussian_filter
 
 from tests import laws
 from tests.laws import IMAGES, KEYS, PREDICT, parameters
-from topgap_jax import explain
+from topgap_jax import evaluators, explain
 from topgap_jax.evaluators.sanity import cascade, drawn_anew, layer_of_leaves, layer_on_grid, leak_behind_wall
 from topgap_jax.evaluators.trust import conclusions, other_images, verdict
 from topgap_jax.explain.rivals import luminance
+from topgap_jax.measure import results
+from topgap_jax.measure.evaluate import evaluate
+from topgap_jax.measure.splits import resident_split
+from topgap_jax.report import compare, report, table
 from topgap_jax.rewrite import name
 
 LABELS = jnp.arange(len(IMAGES), dtype=jnp.int32) % laws.CLASSES
@@ -234,3 +240,38 @@ def test_other_images_by_hand():
     values = other_images(ranks)
     np.testing.assert_allclose(values[:3], [-1, -1, np.nan], atol=1e-6)
     assert np.isnan(values).sum() == 6, "of a constant map there is none"
+
+
+# In a run.
+
+
+def canned(keys, model, variables, batch, prepared):
+    """The rows of guided backprop on eight images, whatever the network is."""
+    n = len(batch["id"])
+    values = rows(n) | {"upper_spearman": np.full(n, 0.9), "random": np.full((n, 2), 0.9)}
+    values |= {"edges_spearman": np.zeros(n), "salience_spearman": np.zeros(n)}
+    values |= {"picture": np.zeros((n, 6, 6, 3), np.uint8), "maps": np.zeros((n, 4, 6, 6), np.uint8)}
+    return {key: jnp.asarray(value)[batch["id"]] for key, value in values.items()}
+
+
+def test_checks_are_stored_and_stand_in_the_report(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"config": {"source": "shapes()", "train": "train"}}))
+    images = np.zeros((8, laws.SIZE, laws.SIZE, 3), np.uint8)
+    split = resident_split({"image": images, "label": np.arange(8) % 4}, classes=laws.CLASSES, batch=8)
+    evaluator = evaluators.trust(explain.gradient(), stages=2)._replace(rows=canned)
+    options = {"split": "test", "classes": laws.CLASSES, "progress": False, "workdir": folder, "weights": "w"}
+    (row,) = evaluate(laws.MODEL, laws.VARIABLES, split, {"trust(gradient())": evaluator}, **options)
+    assert results.read(folder / "evaluation.json").rows[0].checks == row.checks and len(row.checks) == 6
+    words = "passes 5 of 6 checks; fails 'parameters drawn anew': the maps stay when layers are random"
+    assert row.audit.startswith(f"checks: {words}") and row.norms == () and "T1" not in row.measures
+    assert row.measures["checks_passed"].value == 5 and row.measures["random_curve"].x == [0.5, 1.0]
+    page = report([folder], tmp_path / "page.html").read_text()
+    assert page.count("Are these maps to be believed?") == 1 and "<h3>Audit" not in page
+    assert "It passes 5 of 6 checks; fails &#39;parameters drawn anew&#39;" in page
+    assert "what becomes of it in the checks of trust" in page
+    text = table([row])
+    assert "T1   fail     parameters drawn anew" in text and "T6   pass     the image mirrored" in text
+    assert all(len(line) <= 120 for line in text.splitlines()[-20:])
+    assert f"a: trust(gradient()) on test: {words}" in compare([folder])
