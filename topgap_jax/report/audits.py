@@ -19,7 +19,7 @@ INDENT = 46  # of a check's sentence, behind its name and status
 
 def checks_table(row: Row) -> str:
     """Every check of an audit with its evidence, those that failed first; plain ASCII."""
-    lines = [f"{row.text} on {row.split}: {headline(row)}", "-" * COLUMNS]
+    lines = [*textwrap.wrap(f"{row.text} on {row.split}: {headline(row)}", COLUMNS), "-" * COLUMNS]
     for check in ordered(row.checks):
         name = f"{check.id:4} {check.status:8} {CHECKS.get(check.id, '')}"
         sentence = textwrap.wrap(check.sentence, COLUMNS - INDENT) or [""]
