@@ -1,6 +1,7 @@
 """`trust`: what it measures on networks whose exact answer can be written down, and what it concludes from that."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from topgap_jax.measure.evaluate import evaluate
 from topgap_jax.measure.splits import resident_split
 from topgap_jax.report import compare, report, table
 from topgap_jax.rewrite import name
+from topgap_jax.setup import config
+from topgap_jax.setup.assembly import assemble
+from topgap_jax.setup.weights import weights
 
 LABELS = jnp.arange(len(IMAGES), dtype=jnp.int32) % laws.CLASSES
 
@@ -275,3 +279,28 @@ def test_checks_are_stored_and_stand_in_the_report(tmp_path):
     assert "T1   fail     parameters drawn anew" in text and "T6   pass     the image mirrored" in text
     assert all(len(line) <= 120 for line in text.splitlines()[-20:])
     assert f"a: trust(gradient()) on test: {words}" in compare([folder])
+
+
+@pytest.mark.slow
+def test_a_published_network_and_what_is_known_of_the_methods(topgap_data):
+    """ResNet-20: guided backprop, deconvnet and an edge filter are called what they are, the others pass T1, T2, T6."""
+    loaded = config.load(Path(__file__).parents[1] / "configs" / "cifar10.py")
+    source = weights(str(topgap_data / "weights" / "resnet20_cifar10.safetensors"))
+    for key, value in source.settings.items():
+        loaded.config[key] = value
+    chosen = assemble(loaded)
+    variables = source.load(chosen.model, image_shape=(32, 32, 3))
+    records = [chosen.source("test[:32]")[i] for i in range(32)]
+    images = np.stack([np.asarray(record["image"]) for record in records])
+    split = resident_split({"image": images, "label": np.int32([r["label"] for r in records])}, classes=10, batch=32)
+    fails = {
+        "gradient()": (),
+        "grad_cam()": ("T4",),
+        "gradient(rules=guided_backprop)": ("T1", "T2"),
+        "gradient(rules=deconvnet)": ("T6",),
+        "edges()": ("T1", "T2", "T3", "T4"),
+    }
+    options = {"split": "test", "classes": 10, "progress": False}
+    texts = {text: laws.make(f"trust({text}, steps=4)") for text in fails}
+    for row in evaluate(chosen.model, variables, split, texts, **options):
+        assert tuple(check.id for check in row.checks if check.status == "fail") == fails[row.evaluator], row.audit
