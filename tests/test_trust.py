@@ -225,6 +225,9 @@ def test_rivals_and_substrates():
     assert statuses(values | both) == dict.fromkeys(("T1", "T2", "T4", "T6"), "pass") | {"T3": "fail", "T5": "fail"}
     same = {key: np.repeat(values[key][:, :1], 3, 1) for key in ("single_deletion", "deletion_mean")}
     assert statuses(values | same)["T3"] == "fail", "as good as an edge filter is not better"
+    draw = np.random.default_rng(1)
+    noise = {key: np.float32(0.3 + draw.normal(size=(40, 3))) for key in ("single_deletion", "deletion_mean")}
+    assert statuses(values | noise)["T3"] == "warn", "the images do not decide"
     # Even with the edge filter on blur, and last there by chance alone: the images do not decide.
     near = values["deletion_blur"][:, 0] + np.float32(1e-3) * np.resize([1, -1.01], len(values["leak"]))
     undecided = {"deletion_blur": np.stack([values["deletion_blur"][:, 0], near, near], 1).astype(np.float32)}

@@ -259,7 +259,7 @@ def _rivals(rows) -> Check:
         best = 1 + int(np.argmax(sign * means[1:]))
         _, low, high = mean_interval(sign * (values[:, 0] - values[:, best]))
         wins += [label] * (low > 0)
-        losses += [label] * (high < 0)
+        losses += [label] * (high <= 0)  # as good as a rival is not better
         words.append(f"{label} {means[0]:.3f}, {ARMS[best]} {means[best]:.3f}")
     if not words:
         return _skipped("T3", "no map is finite")
@@ -267,7 +267,7 @@ def _rivals(rows) -> Check:
         f"{'; '.join(words)}: better, paired, at {', '.join(wins) or 'none'}, worse at {', '.join(losses) or 'none'}"
     )
     check = _check("T3", bool(wins) and not losses, len(wins), 1, n, evidence)
-    return check._replace(status=WARN) if wins and losses else check
+    return check._replace(status=WARN, sentence=evidence) if bool(wins) == bool(losses) else check
 
 
 def _wall(rows) -> Check:
@@ -298,7 +298,7 @@ def _substrates(rows) -> Check:
     evidence = f"by deletion the map has, with {evidence}"
     spread = int(places.max() - places.min())
     check = _check("T5", not spread, spread, 0, len(values), evidence)
-    return check._replace(status=WARN) if spread and not contrary else check
+    return check._replace(status=WARN, sentence=evidence) if spread and not contrary else check
 
 
 def _check(check: str, passed: bool, statistic: float, threshold: float, n: int, evidence: str) -> Check:
