@@ -286,8 +286,8 @@ def test_checks_are_stored_and_stand_in_the_report(tmp_path):
 
 @pytest.mark.slow
 def test_a_published_network_and_what_is_known_of_the_methods(topgap_data):
-    """ResNet-20: guided backprop, deconvnet and an edge filter are called what they are by what is asked of the network: T1, T2, T4
-    and T6. The others pass, but for the wall that Grad-CAM looks through."""
+    """ResNet-20: guided backprop, deconvnet and an edge filter are called what they are by T1, T2, T4 and T6, which ask
+    the network; gradients and Grad-CAM pass these, but for the wall that Grad-CAM looks through."""
     loaded = config.load(Path(__file__).parents[1] / "configs" / "cifar10.py")
     source = weights(str(topgap_data / "weights" / "resnet20_cifar10.safetensors"))
     for key, value in source.settings.items():
