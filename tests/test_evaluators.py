@@ -19,7 +19,7 @@ from topgap_jax.evaluators.localisation import random_boxes
 from topgap_jax.explain import cam, gradient
 from topgap_jax.metrics import deletion, energy, extent, gini, iou_curve
 from topgap_jax.rewrite import name
-from topgap_jax.types import Cost, Curve, Explain, Gallery, Measure, Model, Output, Robustness
+from topgap_jax.types import Check, Cost, Curve, Explain, Gallery, Measure, Model, Output, Robustness
 
 N = 10
 RNG = np.random.default_rng(0)
@@ -47,6 +47,7 @@ MADE = {
         gradient(), topk_attack(cam(), linf(0.1), steps=2, restarts=1)
     ),
     "background_reliance": evaluators.background_reliance(cam()),
+    "cluster": evaluators.cluster(cam(), least=3),
     "completeness": evaluators.completeness(gradient(reduce="sum")),
     "coverage": evaluators.coverage("maps"),
     "localisation": evaluators.localisation(cam()),
@@ -54,6 +55,7 @@ MADE = {
     "receptive_field": evaluators.receptive_field(k=2),
     "regions": evaluators.regions(),
     "stability": evaluators.stability(cam(), samples=3),
+    "trust": evaluators.trust(cam(), stages=2, steps=2),
 }
 
 
@@ -99,6 +101,8 @@ def flat(summary):
     def numbers(one):
         if isinstance(one, Gallery):
             return np.concatenate([np.ravel(tile) for tile in one.tiles]) / 1e6  # to 10 of 255
+        if isinstance(one, Check):
+            return [one.statistic, one.threshold, one.n]
         return [one.value, one.low, one.high, one.n] if isinstance(one, Measure) else [*one.x, *one.y]
 
     return np.array([number for one in summary.values() for number in numbers(one) if number is not None], np.float64)
@@ -119,6 +123,9 @@ def test_every_evaluator(kind):
     assert list(again) == list(split)
     np.testing.assert_allclose(flat(again), flat(split), rtol=1e-4, atol=1e-5)
     for measure, one in split.items():
+        if isinstance(one, Check):
+            assert one.id == measure and one.sentence and (one.statistic is None) == (one.status == "skipped")
+            continue
         assert isinstance(one, Measure | Curve | Gallery) and one.label, measure
         if isinstance(one, Measure):
             assert (one.value is None) == bool(one.reason) and one.n is not None and one.n <= N

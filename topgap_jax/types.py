@@ -367,7 +367,7 @@ class Evaluator(NamedTuple):
     """A measure of a model over a split.
 
     rows(keys, model, variables, batch, prepared) -> {name: (b, ...)}          pure, on the device
-    summary({name: (n, ...)} of the whole split, NumPy) -> {name: Measure, Curve or Gallery}
+    summary({name: (n, ...)} of the whole split, NumPy) -> {name: Measure, Curve, Gallery or Check}
     cost(predict, images) -> Cost
     host({name: (b, ...)}, NumPy) -> {name: (b, ...)}    optional, work that is not arithmetic on arrays
     prepare(training, classes) -> prepared               optional: what the rows need of the training split
@@ -378,7 +378,7 @@ class Evaluator(NamedTuple):
     """
 
     rows: Callable[..., Mapping[str, Array]]
-    summary: Callable[[Mapping[str, Any]], Mapping[str, "Measure | Curve | Gallery"]]
+    summary: Callable[[Mapping[str, Any]], Mapping[str, "Measure | Curve | Gallery | Check"]]
     cost: Costs
     host: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     prepare: Callable[..., Any] | None = None
@@ -411,9 +411,10 @@ class Audit(NamedTuple):
 
 
 class Check(NamedTuple):
-    """One check of an audit.
+    """One check of an audit, or of an evaluator that concludes something.
 
-    id                                                   "A1" to "A18", as `measure.criteria` numbers them
+    id                                                   "A1" to "A18", as `measure.criteria` numbers them, or "T1" to
+                                                         "T6" of `evaluators.trust`
     status                                               "pass", "warn", "fail", or "skipped"
     statistic, threshold                                 what decided, and the bound that it crossed or, where the check
                                                          passes, that it would have to cross; None where skipped

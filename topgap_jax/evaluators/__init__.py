@@ -8,6 +8,7 @@ from topgap_jax.evaluators import (
     attributional,
     audit,
     background,
+    cluster,
     combined,
     completeness,
     coverage,
@@ -17,6 +18,7 @@ from topgap_jax.evaluators import (
     regions,
     robust,
     stability,
+    trust,
 )
 from topgap_jax.evaluators.regions import background_bank
 
@@ -26,6 +28,7 @@ TABLE = merged(
     attributional.TABLE,
     audit.TABLE,
     background.TABLE,
+    cluster.TABLE,
     combined.TABLE,
     completeness.TABLE,
     coverage.TABLE,
@@ -35,5 +38,6 @@ TABLE = merged(
     regions.TABLE,
     robust.TABLE,
     stability.TABLE,
+    trust.TABLE,
 )
 globals().update(TABLE)  # the methods, also where a file has the name of one

@@ -12,6 +12,7 @@ from topgap_jax.explain import (
     masks,
     perturbation,
     relevance,
+    rivals,
     surrogate,
     taylor,
 )
@@ -30,5 +31,6 @@ TABLE = merged(
     surrogate.TABLE,
     combine.TABLE,
     field.TABLE,
+    rivals.TABLE,
 )
 globals().update(TABLE)  # the methods, also where a file has the name of one

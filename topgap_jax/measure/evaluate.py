@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from topgap_jax.errors import UserError
+from topgap_jax.evaluators.trust import verdict
 from topgap_jax.measure import adversarial, results
 from topgap_jax.measure.audit import audit_split
 from topgap_jax.measure.criteria import headline
@@ -22,7 +23,7 @@ from topgap_jax.measure.verdicts import Log, fingerprint
 from topgap_jax.models import bind
 from topgap_jax.progress import say
 from topgap_jax.rewrite.finite import first_not_finite
-from topgap_jax.types import Audit, Evaluator, Model, Robustness, Variables
+from topgap_jax.types import Audit, Check, Evaluator, Model, Robustness, Variables
 
 
 def evaluate(
@@ -98,6 +99,9 @@ def evaluate(
             whole = evaluator._replace(summary=_themselves)
             values, cost, seconds = measure_split(model, variables, data, whole, prepared=prepared, **options)
             measures = dict(evaluator.summary(values))
+            checks = tuple(measures.pop(name) for name, one in list(measures.items()) if isinstance(one, Check))
+            if checks:
+                about = {"audit": f"checks: {verdict(checks)}", "checks": checks}
             examples(text, values)
         rows.append(
             results.Row(

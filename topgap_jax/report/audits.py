@@ -1,21 +1,25 @@
-"""The checks of an audit as a person reads them: in the terminal, and for the page."""
+"""The checks of an audit, and those of `trust`, as a person reads them: in the terminal, and for the page."""
 
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from topgap_jax.measure.criteria import CHECKS, REMINDER, WARN
+from topgap_jax.build import merged
+from topgap_jax.evaluators.trust import CHECKS as OF_TRUST
+from topgap_jax.measure.criteria import CHECKS as OF_AUDITS
+from topgap_jax.measure.criteria import REMINDER, WARN
 from topgap_jax.measure.results import Row
 from topgap_jax.report.read import Run
 from topgap_jax.types import Check
 
+CHECKS = merged(OF_AUDITS, OF_TRUST)
 COLUMNS = 120
 INDENT = 46  # of a check's sentence, behind its name and status
 
 
 def checks_table(row: Row) -> str:
     """Every check of an audit with its evidence, those that failed first; plain ASCII."""
-    lines = [f"{row.text} on {row.split}: {headline(row)}", "-" * COLUMNS]
+    lines = [*textwrap.wrap(f"{row.text} on {row.split}: {headline(row)}", COLUMNS), "-" * COLUMNS]
     for check in ordered(row.checks):
         name = f"{check.id:4} {check.status:8} {CHECKS.get(check.id, '')}"
         sentence = textwrap.wrap(check.sentence, COLUMNS - INDENT) or [""]
@@ -40,8 +44,8 @@ def reminder(checks: Sequence[Check]) -> str:
     return REMINDER if any((check.id, check.status) == ("A17", WARN) for check in checks) else ""
 
 
-def audits(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every audit of the runs, for the page."""
+def checked(runs: Sequence[Run], *, attacks: bool) -> list[dict[str, Any]]:
+    """Every row of the runs that has checks, for the page: audits, whose attacks have a norm, or those of `trust`."""
     return [
         {
             "run": i,
@@ -53,5 +57,5 @@ def audits(runs: Sequence[Run]) -> list[dict[str, Any]]:
         }
         for i, run in enumerate(runs)
         for row in run.rows
-        if row.checks
+        if row.checks and bool(row.norms) == attacks
     ]

@@ -23,7 +23,7 @@ from topgap_jax.errors import UserError
 from topgap_jax.measure.results import to_json
 from topgap_jax.progress import write_text
 from topgap_jax.report import attacked, galleries
-from topgap_jax.report.audits import audits
+from topgap_jax.report.audits import checked
 from topgap_jax.report.figures import SERIES, Series, line_chart
 from topgap_jax.report.lines import amount, comparison, fewer, has_interval, number, reason
 from topgap_jax.report.read import Run, beside, differing, finite, read_runs
@@ -63,7 +63,8 @@ def report(workdirs: Sequence[Path | str], out: Path, *, title: str = "Top-GAP r
             facts=[facts(run) for run in runs],
             lines=comparison([run.rows for run in runs]),
             robust=robust_rows(runs),
-            audits=audits(runs),
+            audits=checked(runs, attacks=True),
+            trusts=checked(runs, attacks=False),
             cascades=cascades(runs),
             adversarial=adversarial(runs),
             training=training(runs, ids),
