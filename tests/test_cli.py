@@ -263,7 +263,8 @@ def test_help(monkeypatch):
     )
     assert topgap("help", "margin")[1].startswith("margin\n\nmax over k != y")
     rules = topgap("help", "guided")[1]
-    assert rules.startswith("guided\n\nrelu backward: [phi'(z) g]_+") and "\nmax_pool backward: [g]_+ sent to" in rules
+    assert rules.startswith("guided\n\nGuided non-linearity of ReLU and max pooling")
+    assert "\nrelu backward: [phi'(z) g]_+" in rules and "\nmax_pool backward: [g]_+ sent to" in rules
     code, out, _ = topgap("help", "config")
     assert code == 0 and re.search(
         r"^  epochs  +a whole number of at least 1: passes over the training split; must be stated$", out, re.M
@@ -540,24 +541,25 @@ def test_a_signal_ends_a_command_with_its_code_and_a_line(name, code, monkeypatc
         print("done")
 
     monkeypatch.setitem(cli.COMMANDS, "help", cli.COMMANDS["help"]._replace(run=work))
-    before = signal.getsignal(number)
+    before = signal.signal(number, signal.SIG_DFL)  # as of a program that nobody started by nohup
     try:
         assert topgap("help") == (code, "", f"topgap: stopped by {name}\n")
-        assert signal.getsignal(number) == before
+        assert signal.getsignal(number) == signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN)
         assert topgap("help") == (0, "done\n", "")
         with stop_requests() as asked:
             os.kill(os.getpid(), number)
             time.sleep(0.01)
             assert asked(3) == 0 and signal.getsignal(number) == signal.SIG_IGN
+        signal.signal(number, signal.SIG_DFL)
+        with stop_requests() as asked:
+            assert asked(1) == 0
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            assert asked(2) == number
+        assert signal.getsignal(number) == signal.SIG_DFL
     finally:
         signal.signal(number, before)
-    with stop_requests() as asked:
-        assert asked(1) == 0
-        os.kill(os.getpid(), number)
-        time.sleep(0.01)
-        assert asked(2) == number
-    assert signal.getsignal(number) == before
 
 
 def test_a_reader_that_goes_away_ends_no_work(monkeypatch):

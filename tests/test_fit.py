@@ -199,8 +199,12 @@ def test_a_stream_trains_like_resident_arrays_and_resumes(whole, tmp_path, monke
     batches = lambda: stream(source, (6, 6), seed=3, batch=8, threads=2)
     monkeypatch.setattr(fit_module, "_placed", fit_module._placed)  # so that it is restored
     tiny_fit.send_signal_at(7, signal.SIGINT)
-    with pytest.raises(Stopped):
-        train(tmp_path, train=batches())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started by `&`
+    try:
+        with pytest.raises(Stopped):
+            train(tmp_path, train=batches())
+    finally:
+        signal.signal(signal.SIGINT, before)
     found = flat(train(tmp_path, train=batches()))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 

@@ -4,15 +4,11 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from topgap_jax.build import merged
-from topgap_jax.evaluators.trust import CHECKS as OF_TRUST
-from topgap_jax.measure.criteria import CHECKS as OF_AUDITS
-from topgap_jax.measure.criteria import REMINDER, WARN
+from topgap_jax.measure.criteria import CHECKS, REMINDER, WARN
 from topgap_jax.measure.results import Row
 from topgap_jax.report.read import Run
 from topgap_jax.types import Check
 
-CHECKS = merged(OF_AUDITS, OF_TRUST)
 COLUMNS = 120
 INDENT = 46  # of a check's sentence, behind its name and status
 
@@ -21,11 +17,21 @@ def checks_table(row: Row) -> str:
     """Every check of an audit with its evidence, those that failed first; plain ASCII."""
     lines = [*textwrap.wrap(f"{row.text} on {row.split}: {headline(row)}", COLUMNS), "-" * COLUMNS]
     for check in ordered(row.checks):
-        name = f"{check.id:4} {check.status:8} {CHECKS.get(check.id, '')}"
+        name = f"{check.id:4} {check.status:8} {name_of(check)}"
         sentence = textwrap.wrap(check.sentence, COLUMNS - INDENT) or [""]
         lines.append(f"{name:{INDENT}}{sentence[0]}".rstrip())
         lines += [" " * INDENT + words for words in sentence[1:]]
     return "\n".join([*lines, *textwrap.wrap(reminder(row.checks), COLUMNS)])
+
+
+def name_of(check: Check) -> str:
+    """What a check of an audit or of `trust` looks at, in words."""
+    if check.id in CHECKS:
+        return CHECKS[check.id]
+    # Here, because evaluators bring Flax, for which a table of runs need not wait.
+    from topgap_jax.evaluators.trust import CHECKS as OF_TRUST
+
+    return OF_TRUST.get(check.id, "")
 
 
 def headline(row: Row) -> str:
@@ -51,7 +57,7 @@ def checked(runs: Sequence[Run], *, attacks: bool) -> list[dict[str, Any]]:
             "run": i,
             "row": row,
             "headline": headline(row),
-            "checks": [(check, CHECKS.get(check.id, "")) for check in ordered(row.checks)],
+            "checks": [(check, name_of(check)) for check in ordered(row.checks)],
             "reminder": reminder(row.checks),
             "norms": [measure for name, measure in row.numbers.items() if name.startswith("stands_")],
         }
