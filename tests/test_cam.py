@@ -97,6 +97,7 @@ def test_smooth_grad_cam_plus_plus():
     np.testing.assert_allclose(one_map(method(samples=3, sigma=0.2), curved, A), expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_first_component():
     """13.4; centred as pytorch-grad-cam does it; of fewer positions than channels; and its sign."""
     centred = _first_component(jnp.asarray(A - A.mean((1, 2), keepdims=True)))[0]

@@ -59,6 +59,10 @@ MADE = {
 }
 
 
+# Ten seconds of compilation: the laws of `trust` take them in `make test-all`, its own tests (test_trust.py) are quick.
+KINDS = [pytest.param(kind, marks=pytest.mark.slow) if kind == "trust" else kind for kind in MADE]
+
+
 def batch_of(rows, width=None):
     """The examples `rows`, padded with zeros to a width."""
     width = width or len(rows)
@@ -112,7 +116,7 @@ def test_every_row_of_the_table_is_made_here():
     assert set(evaluators.TABLE) == set(MADE) | {"audit", "robust", "curve"}
 
 
-@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_evaluator(kind):
     """Batches and padding change no sum; every measure says what it is; it has a cost."""
     evaluator = MADE[kind]
@@ -141,7 +145,7 @@ def test_every_evaluator(kind):
     assert isinstance(cost, Cost) and sum(cost) > 0
 
 
-@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_its_neighbours(kind):
     evaluator = MADE[kind]
     batch = batch_of(np.arange(4))

@@ -118,7 +118,9 @@ def test_other_parameters_give_another_map(row):
     assert np.abs(maps - others).max() > 0.05 * np.abs(maps).max() and np.median(np.abs(correlations)) < 0.95
 
 
-@rows
+@pytest.mark.parametrize(
+    "row", [row if i % 4 == 0 else pytest.param(row, marks=pytest.mark.slow) for i, row in enumerate(ROWS)]
+)
 def test_no_later_call_is_changed(row):
     text = str(jax.make_jaxpr(PREDICT)(IMAGES))
     jax.eval_shape(lambda: make(row)(KEYS, PREDICT, IMAGES, LABELS))

@@ -106,6 +106,7 @@ class Nnx(nnx.Module):
         return self.head((x + self.attention(x)).mean(1))
 
 
+@pytest.mark.slow
 def test_an_nnx_transformer_and_errors():
     model = models.nnx(Nnx(nnx.Rngs(0)))
     predict = models.bind(model, model.init(jax.random.key(0), IMAGES))

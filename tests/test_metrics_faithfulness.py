@@ -204,6 +204,7 @@ def scale_free():
     return jax.jit(lambda maps: [metric(KEYS, affine, maps, batch) for metric in measured])
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10**6), st.sampled_from([jnp.exp, lambda x: x**3 - 2, lambda x: 7 * x + 3]))
 def test_strictly_increasing_changes_of_a_map_change_no_order(seed, increasing):
     maps = jnp.asarray(np.random.default_rng(seed).permutation(128).reshape(2, 8, 8) / 64 - 1, jnp.float32)

@@ -106,6 +106,7 @@ def test_inputs_of_both_signs_and_a_bias(rule):
     np.testing.assert_allclose(found[0], naive(a, w, b, upper, rule), rtol=2e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_norm_is_part_of_its_convolution():
     """The rules see the kernel and bias that batch norm leaves: the same relevance as of a network folded by hand."""
     kernel, bias, scale, shift, mean, var = draw(3, 3, 3, 5), draw(5), draw(5), draw(5), draw(5), draw(5) ** 2 + 0.5
@@ -197,6 +198,7 @@ def test_excitation_of_one_layer():
         np.testing.assert_allclose((rows * back(1 / value)[0]).ravel(), due, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_contrastive_excitation():
     """T9: hidden units 1, 2, 1 of the classifier (1, -1, 2), and one layer further down."""
     lower = jnp.array([[1.0, 0], [1, 1], [-1, 2]])
@@ -270,6 +272,7 @@ def test_a_layer_norm_in_numbers():
         np.testing.assert_allclose(found.sum(), (y * seed).sum(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_activation_keeps_relevance():
     """GELU and SiLU, written in any way: g phi(x) / x, and phi'(0) at 0."""
     x, seed = jnp.array([[-2.0, -0.1, 0, 1.5]]), jnp.array([[1.0, 2, 3, 4]])
@@ -298,6 +301,7 @@ class Gate(nn.Module):
         return nn.Dense(3, use_bias=False, name="head")((x * gate).mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_a_gate_has_no_relevance():
     """With squeeze and excitation and SiLU, as EfficientNet has them, the logit is conserved."""
     model = models.linen(Gate())

@@ -415,7 +415,15 @@ def test_layers_are_found_without_compiling_anything(caplog):
     assert default == "backbone/stage1", "not the class maps"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+# Of each kind one: a drawn set, a small real one, a fine-tuned network. The others take their seconds in `make test-all`.
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=() if path.stem in ("shapes", "cifar10", "pets3") else pytest.mark.slow)
+        for path in sorted(CONFIGS.glob("*.py"))
+    ],
+    ids=lambda path: path.stem,
+)
 def test_the_configs_of_the_repository_are_whole(path, request, monkeypatch):
     if path.stem != "shapes":
         request.getfixturevalue("topgap_data")
