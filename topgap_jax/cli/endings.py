@@ -35,7 +35,9 @@ class Lasting:
             return call()
         except BrokenPipeError:
             # The stream keeps what it could not write, and Python flushes it at the end: into nothing.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
             return otherwise
 
     def __getattr__(self, name: str) -> Any:
