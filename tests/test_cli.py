@@ -208,8 +208,9 @@ def test_explain_keeps_maps_names_what_it_cannot_read_and_overwrites_nothing(run
     before = sheets[0].read_bytes()
     code, out, _ = topgap("explain", *words[:8], "--methods", "cam()", "--out", tmp_path / "out")
     assert sheets[0].read_bytes() == before and out.splitlines()[0].startswith(f"{tmp_path}/out/bilder_001-2.png")
-    code, _, err = topgap("explain", *words[:8], "--methods", "cam()", "--out", sheets[0])
-    assert code == 2 and "is there already" in err
+    for again in (("--out", sheets[0]), ("--out", tmp_path / "out", "--save", tmp_path / "maps.npz")):
+        code, _, err = topgap("explain", *words[:8], "--methods", "cam()", *again)
+        assert code == 2 and "is there already" in err
 
 
 def test_layers_have_the_shapes_of_the_configs_image_size(run):

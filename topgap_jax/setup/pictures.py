@@ -227,6 +227,8 @@ def saved(path: str | Path, explained: Explained) -> Iterator[Page]:
     path = Path(path)
     if path.suffix != ".npz":
         raise UserError(f"--save {path}: maps are kept in an .npz file; name one, such as {path.stem}.npz")
+    if path.exists():
+        raise UserError(f"--save {path}: the file is there already; name another one, or move it away")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}") as folder:
