@@ -316,6 +316,27 @@ def explaining(stored: Mapping[str, Any]) -> str:
     ) + markdown(head, [bench_explain.line(*row) for row in stored["rows"].items()])
 
 
+def claims_of_maps(stored: Mapping[str, Any]) -> str:
+    of = lambda three: f"{three[0]:.3f} [{three[1]:.3f}, {three[2]:.3f}]"
+    names = {"deletion": "deletion, mean colour", "deletion_2": "deletion, blur", "insertion": "insertion"}
+
+    def cell(measured):
+        if "ours_minus_this" not in measured:
+            return of(measured["mean"])
+        mean, low, high = measured["ours_minus_this"]
+        text = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        return f"{measured['mean'][0]:.3f}; {f'**{text}**' if low > 0 or high < 0 else text}"
+
+    parts = [
+        "Means with 95 % bootstrap intervals over the images; behind the semicolon guided non-linearity minus this"
+        " method, paired, bold where the interval leaves out 0. Deletion: lower is better; insertion: higher is."
+    ]
+    for network, methods in stored["networks"].items():
+        lines = [[f"`{name}`", *(cell(each[key]) for key in names)] for name, each in methods.items()]
+        parts.append(f"{network}, {stored['images'][network]}:\n\n" + markdown(["", *names.values()], lines))
+    return "\n\n".join(parts)
+
+
 def explaining_memory(stored: Mapping[str, Any]) -> str:
     cell = lambda one: ", ".join(f"{one[key]:.1f}" for key in ("planned_mb", "peak_mb") if key in one)
     lines = [[name, *(f"{one['what']}: {cell(one)}" for one in pair)] for name, pair in stored["rows"].items()]
@@ -388,6 +409,7 @@ BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("Networks of torchvision, timm, Hugging Face and RobustBench", "parity_networks", parity),
     ("Explanations and measures of other packages", "parity_explain", explained),
     ("Speed of explanations", "bench_explain", explaining),
+    ("Guided non-linearity beside its rivals, on real networks", "explain_claims", claims_of_maps),
     ("Memory of explanations", "bench_explain_memory", explaining_memory),
     ("Networks of other people", "foreign_networks", foreign),
     ("Many devices on a CPU", "stress_devices", devices),

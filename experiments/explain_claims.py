@@ -6,9 +6,9 @@ Kwon et al. (ICPR 2020) claim a lower deletion score than other methods on five 
 EfficientNet-Lite0 on 100 pictures of imagenet500, and ResNet-20, 32 and 44 on 1,000 test images of CIFAR-10, maps of
 the predicted class, deletion (mean colour and blur, 32 steps, lower is better) and insertion into the blur (higher is
 better). Every method sees the same images, so that a difference is paired: 95 % interval of 10,000 bootstrap resamples
-of the images. Areas of different networks are not compared (arXiv 2408.08137). A method that is done is kept in runs/,
-so that the same command at the same commit goes on where it was stopped. Writes results/explain_claims.json where all
-is run, on a tree without changes.
+of the images. Areas of different networks are not compared (arXiv 2408.08137). A method that is done is kept in runs/ with
+its commit, so that the same command goes on where it was stopped. Writes results/explain_claims.json with the networks
+of which all methods are done, on a tree without changes.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main():
     print(configure_cpu(), file=sys.stderr)
     about = provenance()
     whole = options.images is None and not (about["commit"] or "+").endswith("+")
-    kept = HERE.parent / "runs" / f"explain_claims_{about['commit']}.json"
+    kept = HERE.parent / "runs" / "explain_claims.json"
     rows = json.loads(kept.read_text()) if whole and kept.exists() else {}
     for network in options.networks:
         config, weights, split, batch = NETWORKS[network]
@@ -70,7 +70,7 @@ def main():
             if method not in done:
                 start = time.process_time()
                 done[method] = columns(loaded, method, split, batch)
-                done[method]["cpu_seconds"] = round(time.process_time() - start, 1)
+                done[method] |= {"cpu_seconds": round(time.process_time() - start, 1), "commit": about["commit"]}
                 if whole:
                     kept.parent.mkdir(exist_ok=True)
                     write_text(kept, json.dumps(rows))
@@ -79,14 +79,13 @@ def main():
         for method, measured in summary.items():
             numbers = "  ".join(f"{label} {words(measured[name])}" for name, label in MEASURES.items())
             print(f"{METHODS[method]:22}{numbers}  {done[method]['cpu_seconds']:.0f} CPU s")
-    if whole and set(rows) == set(NETWORKS) and all(set(done) == set(METHODS) for done in rows.values()):
-        stored = {network: summarised(done) for network, done in rows.items()}
-        text = json.dumps(
-            {**about, "images": {name: each[2] for name, each in NETWORKS.items()}, "networks": stored}, indent=1
-        )
+    complete = {network: summarised(done) for network, done in rows.items() if set(done) == set(METHODS)}
+    if whole and complete:
+        images = {name: NETWORKS[name][2] for name in complete}
+        text = json.dumps({**about, "images": images, "networks": complete}, indent=1)
         write_text(HERE.parent / "results/explain_claims.json", text + "\n")
     else:
-        print("not written: that is for all networks and images, on a tree without changes", file=sys.stderr)
+        print("not written: that is for whole networks, on a tree without changes", file=sys.stderr)
 
 
 def columns(loaded, method, split, batch):
@@ -118,7 +117,7 @@ def summarised(done):
         if method != OURS:
             for name, each in values.items():
                 out[method][name]["ours_minus_this"] = interval(np.asarray(done[OURS][name]) - each)
-        out[method] |= {key: column[key] for key in ("forward_passes", "gradient_evaluations", "cpu_seconds")}
+        out[method] |= {key: column[key] for key in ("forward_passes", "gradient_evaluations", "cpu_seconds", "commit")}
     return out
 
 
