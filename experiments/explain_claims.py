@@ -2,13 +2,13 @@
 
     TOPGAP_DATA=FOLDER python experiments/explain_claims.py [NETWORK ...]
 
-Kwon et al. (ICPR 2020) claim a lower deletion score than other methods on five ImageNet networks. Here:
-EfficientNet-Lite0 on 100 pictures of imagenet500, and ResNet-20, 32 and 44 on 1,000 test images of CIFAR-10, maps of
-the predicted class, deletion (mean colour and blur, 32 steps, lower is better) and insertion into the blur (higher is
-better). Every method sees the same images, so that a difference is paired: 95 % interval of 10,000 bootstrap resamples
-of the images. Areas of different networks are not compared (arXiv 2408.08137). A method that is done is kept in runs/ with
-its commit, so that the same command goes on where it was stopped. Writes results/explain_claims.json with the networks
-of which all methods are done, on a tree without changes.
+Kwon et al. (ICPR 2020) claim a lower deletion score than other methods on five ImageNet networks. Here: EfficientNet-
+Lite0 on 100 pictures of imagenet500, and ResNet-20, 32 and 44 on 1,000 test images of CIFAR-10, maps of the predicted
+class, deletion (mean colour and blur, 32 steps, lower is better) and insertion into the blur (higher is better). Every
+method sees the same images, so that a difference is paired: 95 % interval of 10,000 bootstrap resamples of the images.
+Areas of different networks are not compared (arXiv 2408.08137). A method that is done is kept in runs/ with its commit,
+so that the same command goes on where it was stopped. Writes results/explain_claims.json with the networks of which all
+methods are done, on a tree without changes.
 """
 
 import argparse
