@@ -12,8 +12,8 @@ from _bench_worker import peak_megabytes, serve
 import topgap_jax as tg
 from topgap_jax import setup
 from topgap_jax.explain.cam import FAMILY
+from topgap_jax.grids import scaled
 from topgap_jax.keys import example_keys
-from topgap_jax.metrics.localisation import scaled
 from topgap_jax.rewrite import fused
 from topgap_jax.rules import guided_backprop
 from topgap_jax.run.cpu import configure_cpu

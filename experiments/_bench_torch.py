@@ -81,15 +81,9 @@ def build(network, k):
         return ResNet((16, 32, 64), 3, "pad", "linear", k)
     if network == "resnet18":
         return ResNet((64, 128, 256, 512), 2, "project", "fc")
-    # torchvision's published wheel is a CUDA build: without CUDA only the shape rules of its own operators complain at
-    # import.
-    register = torch.library.register_fake
-    torch.library.register_fake = lambda op, *rest, **words: (
-        (lambda f: f) if str(op).startswith("torchvision::") else register(op, *rest, **words)
-    )
+    import _torchvision_cpu  # noqa: F401, before timm
     import timm
 
-    torch.library.register_fake = register
     model, (mean, std) = timm.create_model(network), (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
     model.register_forward_pre_hook(lambda module, inputs: ((inputs[0] - mean) / std,))
     return model

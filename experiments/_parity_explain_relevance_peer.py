@@ -7,19 +7,15 @@ the file of weights. Writes <composite>.npy (n, 3, 32, 32), the relevance where 
 import sys
 from pathlib import Path
 
+import _torchvision_cpu  # noqa: F401, before zennit
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
-
-register = torch.library.register_fake  # torchvision's wheel is a CUDA build, which zennit imports
-torch.library.register_fake = lambda op, *rest, **words: (
-    (lambda f: f) if str(op).startswith("torchvision::") else register(op, *rest, **words)
-)
-from zennit import composites  # noqa: E402
-from zennit.attribution import Gradient  # noqa: E402
-from zennit.layer import Sum  # noqa: E402
+from zennit import composites
+from zennit.attribution import Gradient
+from zennit.layer import Sum
 
 
 def folded(tensors, conv, norm):

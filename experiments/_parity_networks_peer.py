@@ -8,20 +8,13 @@ import re
 import sys
 from pathlib import Path
 
+import _torchvision_cpu  # noqa: F401, before timm and torchvision
 import numpy as np
+import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 
-# torchvision's published wheel is a CUDA build: without CUDA only the shape rules of its own operators complain at
-# import.
-register = torch.library.register_fake
-torch.library.register_fake = lambda op, *rest, **words: (
-    (lambda f: f) if str(op).startswith("torchvision::") else register(op, *rest, **words)
-)
-import timm  # noqa: E402
-import torchvision  # noqa: E402
-
-torch.library.register_fake = register
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 PLAIN = ((0.0,) * 3, (1.0,) * 3)
 

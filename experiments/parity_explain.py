@@ -33,6 +33,7 @@ from topgap_jax.build import build
 from topgap_jax.explain.cam import _first_component
 from topgap_jax.explain.gradient import quadrature as nodes_and_weights
 from topgap_jax.explain.masks import _grids, _smooth_masks
+from topgap_jax.grids import cell_numbers
 from topgap_jax.keys import example_keys, fold_in, split
 from topgap_jax.metrics.ranks import kendall_tau_b, pearson, spearman
 from topgap_jax.metrics.structure import ssim
@@ -94,7 +95,7 @@ class Row(NamedTuple):
 def rows(network: Network, shape, arrays) -> dict[str, Row]:
     """arrays: the handed ones, {name: array}."""
     (ours, theirs), (shallow, their_shallow) = network.layer, network.shallow
-    segments = explain.masking.grid(7, shape[:2])
+    segments = cell_numbers("", 7, shape[:2])
     layer, small = {"layer": theirs}, {"layer": their_shallow}
     steps = network.steps
     plain = {"relu": False}
@@ -266,7 +267,7 @@ def handed(network, predict, images, labels, keys):
     inside = np.zeros((n, *size), np.float32)
     inside[:, 8:24, 4:20] = 1
     return {
-        "segments": explain.masking.grid(7, shape[:2]),
+        "segments": cell_numbers("", 7, shape[:2]),
         "noise": noise,
         "references": references,
         "which": np.stack(which, 1),

@@ -9,11 +9,13 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from topgap_jax import pool
 from topgap_jax.build import build
+from topgap_jax.errors import UserError
 from topgap_jax.mesh import data_mesh, split
 from topgap_jax.rewrite import name
 from topgap_jax.setup.tables import TABLE, VALUES
@@ -72,6 +74,14 @@ BATCH = {
 def make(call):
     """The value of a text, with every name that a config has."""
     return build(call, TABLE, VALUES | {"references": OTHERS})
+
+
+def message(f, *args, **kwargs):
+    """The one line of the UserError that the call ends in."""
+    with pytest.raises(UserError) as raised:
+        f(*args, **kwargs)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
 def transformed(f):

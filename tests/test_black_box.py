@@ -13,7 +13,8 @@ from topgap_jax import explain
 from topgap_jax.data.segments import slic
 from topgap_jax.errors import UserError
 from topgap_jax.explain import masks, surrogate
-from topgap_jax.explain.masking import grid, mixed
+from topgap_jax.explain.masking import mixed
+from topgap_jax.grids import cell_numbers
 from topgap_jax.rewrite import normalisation
 from topgap_jax.types import Cost
 
@@ -82,14 +83,14 @@ def test_ablation_of_segments_is_what_they_add():
     method = explain.feature_ablation(segments, baseline=0.0)
     np.testing.assert_allclose(one(method)[0], expected, rtol=1e-6)
     assert method.cost(total, COUNT) == Cost(6, 0)
-    both = explain.feature_ablation(np.stack([segments, grid(2, (4, 4))]), baseline=0.0)
+    both = explain.feature_ablation(np.stack([segments, cell_numbers("", 2, (4, 4))]), baseline=0.0)
     maps = one(both, jnp.concatenate([COUNT, COUNT]))
     np.testing.assert_allclose(maps[0], expected, rtol=1e-6)
     np.testing.assert_allclose(maps[1], [[14, 14, 22, 22]] * 2 + [[46, 46, 54, 54]] * 2, rtol=1e-6)
 
 
 def test_cells_of_a_grid_differ_by_a_pixel():
-    cells = grid(7, (32, 30))
+    cells = cell_numbers("", 7, (32, 30))
     counts = np.bincount(cells.ravel())
     assert len(counts) == 49 and {*counts} <= {16, 20, 25} and (np.diff(cells, axis=1) >= 0).all()
 
@@ -159,7 +160,7 @@ def test_rise_and_mfpp_are_means_over_the_masks_of_the_keys():
     counted, expected = np.zeros((2, 6, 6)), np.zeros((2, 6, 6))
     for index in range(4):
         drawn = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, index), 0.5, (9,)))(keys)
-        mask = np.asarray(drawn)[:, grid(2 + index % 2, (6, 6))]
+        mask = np.asarray(drawn)[:, cell_numbers("", 2 + index % 2, (6, 6))]
         expected, counted = expected + np.asarray(asked(np.float32(mask)))[:, None, None] * mask, counted + mask
     found = run(explain.mfpp(2, 3, masks=4, chunk=2), keys, smooth, IMAGES[:2], LABELS[:2])
     np.testing.assert_allclose(found, expected / np.maximum(counted, 1), rtol=1e-5)
@@ -199,7 +200,7 @@ def test_lime_is_the_regression_on_its_samples():
         1,
     ).astype(float)
     maps = run(method, KEYS, smooth, IMAGES, LABELS)
-    cells = grid(2, (6, 6))
+    cells = cell_numbers("", 2, (6, 6))
     for i in range(8):
         copies = IMAGES[i] * jnp.float32(z[i][:, cells])[..., None]
         y = np.float64(jax.nn.softmax(smooth(copies))[:, LABELS[i]])
@@ -210,7 +211,7 @@ def test_lime_is_the_regression_on_its_samples():
 
 
 def test_a_hidden_segment_of_lime_shows_its_mean_colour():
-    ids = jnp.asarray(grid(2, (6, 6)))[None]
+    ids = jnp.asarray(cell_numbers("", 2, (6, 6)))[None]
     means = surrogate._means(IMAGES, ids, 4)
     np.testing.assert_allclose(means[3, :3, 3:], jnp.broadcast_to(IMAGES[3, :3, 3:].mean((0, 1)), (3, 3, 3)), rtol=1e-5)
 
@@ -270,7 +271,7 @@ def test_memory_does_not_grow_with_the_masks(text):
         (lambda: explain.rise(masks=0), "masks must be a whole number of at least 1, got 0"),
         (lambda: explain.rise(p=1), "rise: p must lie between 0 and 1, got 1: masks that are all alike tell nothing"),
         (lambda: explain.rise(chunk=0), "chunk must be a whole number of at least 1, got 0"),
-        (lambda: explain.lime(9), "lime: a grid of 9 x 9 cells is finer than images of 6 x 6"),
+        (lambda: explain.lime(9), "lime: a grid of 9 x 9 cells is finer than images of 6 x 6 pixels"),
         (
             lambda: explain.feature_ablation(np.zeros((6, 6))),
             "feature_ablation: segments must be a number n (n x n cells) or an int array (h, w) or (b, h, w), got an"

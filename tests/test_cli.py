@@ -45,7 +45,7 @@ def one_device(monkeypatch):
 def patch(monkeypatch):
     for module in (fit_module, assembly, setup.commands):
         monkeypatch.setattr(module, "data_mesh", lambda: data_mesh(jax.devices()[:1]))
-    monkeypatch.setattr(cli, "_configure", lambda arguments: "CPU: as it is")
+    monkeypatch.setattr(cli.commands, "configure", lambda arguments: "CPU: as it is")
 
 
 def topgap(*words) -> tuple[int, str, str]:

@@ -67,7 +67,7 @@ def test_taylor_has_the_worked_values(monkeypatch):
     noise = np.float32([[1, 0, 0], [-1, 0, 0], [0, 1, -1]])
     drawn = iter(noise)
     monkeypatch.setattr(taylor, "sum_over", lambda f, rows, like: sum(f(i) for i in range(3)))
-    monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.asarray(next(drawn)).reshape(shape))
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape, dtype: jnp.asarray(next(drawn), dtype).reshape(shape))
     images = flat([[1, 2, -1]])
     with jax.disable_jit():
         maps = explain.smooth_taylor(samples=3, sigma=0.5 / 3).maps(KEYS[:1], f, images, LABELS[:1] * 0)

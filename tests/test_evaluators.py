@@ -59,7 +59,7 @@ MADE = {
 }
 
 
-# Ten seconds of compilation: the laws of `trust` take them in `make test-all`, its own tests (test_trust.py) are quick.
+# The laws of `trust`, many programs to compile, run in `make test-all`; its own tests (test_trust.py) are quick.
 KINDS = [pytest.param(kind, marks=pytest.mark.slow) if kind == "trust" else kind for kind in MADE]
 
 

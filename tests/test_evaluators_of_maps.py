@@ -8,11 +8,11 @@ import scipy.special
 
 from topgap_jax import evaluators
 from topgap_jax.errors import UserError
-from topgap_jax.evaluators.agreement import shrunk
 from topgap_jax.evaluators.background import excess
 from topgap_jax.evaluators.combined import coherency, harmonic_mean
 from topgap_jax.evaluators.stability import changes as eager
 from topgap_jax.explain import gradient, integrated
+from topgap_jax.grids import shrunk
 from topgap_jax.types import Cost, Explain, Measure, Model, Output
 
 changes = jax.jit(eager)

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from tests.laws import message
 from topgap_jax import explain, models, pool
-from topgap_jax.errors import UserError
 from topgap_jax.explain.gradient import quadrature
 from topgap_jax.rewrite import canonical_convs, zero_images
 from topgap_jax.rules import guided, softplus
@@ -38,13 +38,6 @@ def smooth_predict(images, keys=None):
 
 WEIGHTS = draw(108, 5) / 4
 label_logit = lambda f, images: np.take_along_axis(np.asarray(f(images)), np.asarray(LABELS)[:, None], 1)[:, 0]
-
-
-def message(f, *args, **kwargs):
-    with pytest.raises(UserError) as raised:
-        f(*args, **kwargs)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 @pytest.mark.parametrize(

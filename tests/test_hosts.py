@@ -37,7 +37,7 @@ def test_mistakes(words, monkeypatch):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(hosts.jax.distributed, "initialize", nothing_found)
-    monkeypatch.setattr(cli, "_configured", lambda devices, place: hosts.join(*place))
+    monkeypatch.setattr(cli.commands, "_configured", lambda devices, place: hosts.join(*place))
     for command in (f"train --config {TINY} --workdir new", "evaluate --workdir run"):
         code, out, err = topgap(*command.split(), *words.split())
         assert (code, out) == (2, "") and err.startswith(f"topgap: {MISTAKES[words]}") and err.count("\n") == 1

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from topgap_jax import metrics
 from topgap_jax.errors import UserError
-from topgap_jax.metrics.correlation import cell_indices
+from topgap_jax.grids import cell_numbers
 from topgap_jax.metrics.masking import changes
 from topgap_jax.metrics.ranks import spearman
 from topgap_jax.metrics.road import impute
@@ -86,9 +86,9 @@ def test_a_constant_map_has_single_deletion_0_and_is_counted():
     rows = metrics.single_deletion(grid=2)(KEYS, affine, maps, BATCH)
     assert rows["single_deletion"][0] == 0 and rows["single_deletion"][1] != 0
     np.testing.assert_array_equal(rows["single_deletion_constant"], [1, 0])
-    np.testing.assert_array_equal(np.bincount(cell_indices(4, (6, 9)).ravel()).reshape(4, 4).sum(1), [18, 9, 18, 9])
-    with pytest.raises(UserError, match="4 x 4 cells do not fit images of 3 x 8 pixels"):
-        cell_indices(4, (3, 8))
+    np.testing.assert_array_equal(np.bincount(cell_numbers("", 4, (6, 9)).ravel()).reshape(4, 4).sum(1), [18, 9, 18, 9])
+    with pytest.raises(UserError, match="a grid of 4 x 4 cells is finer than images of 3 x 8 pixels"):
+        cell_numbers("single_deletion", 4, (3, 8))
 
 
 # Sensitivity-n: baselines 13.21.

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from tests.laws import message
 from topgap_jax import explain, models, rules
-from topgap_jax.errors import UserError
 from topgap_jax.rewrite import name, with_rules
 from topgap_jax.rules import by_layer, epsilon, gamma
 from topgap_jax.scores import logit
@@ -30,13 +30,6 @@ def relevance(f, x, upper, **rules):
     """R of the input, where `upper` is that of the result."""
     result, back = jax.vjp(with_rules(f, **rules), x)
     return np.asarray(x * back(upper / result)[0])
-
-
-def message(f, *args, **kwargs):
-    with pytest.raises(UserError) as raised:
-        f(*args, **kwargs)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 @pytest.mark.parametrize(

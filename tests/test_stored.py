@@ -16,7 +16,7 @@ from topgap_jax.rewrite.normalisation import channels
 from topgap_jax.run import manifest, workdir
 from topgap_jax.setup import config as configs
 from topgap_jax.setup import expressions
-from topgap_jax.stored import mismatch, own_files, read_object
+from topgap_jax.stored import files_inside, mismatch, read_object
 
 CONFIG = {"config": {"seed": 0, "image_size": [8, 8], "pool": "gap()"}, "file": None,
           "data": {"classes": ["a", "b"], "examples": 9}}  # fmt: skip
@@ -137,10 +137,10 @@ def test_a_link_out_of_the_run_is_refused(tmp_path):
     other.write_text("x")
     (run / "sheets" / "a.png").write_text("x")
     (run / "sheets" / "b.png").symlink_to(run / "sheets" / "a.png")
-    assert [path.name for path in own_files(run, "sheets/*.png")] == ["a.png", "b.png"]
+    assert [path.name for path in files_inside(run, "sheets/*.png")] == ["a.png", "b.png"]
     (run / "sheets" / "c.png").symlink_to(other)
     with pytest.raises(UserError, match=r"c\.png is a link to .*secret\.png, outside the run"):
-        own_files(run, "sheets/*.png")
+        files_inside(run, "sheets/*.png")
 
 
 def test_a_checkpoints_file_is_no_link(tmp_path):

@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 ROOMS = (
     "types", "edges", "build",
-    "engine", "norms", "order", "keys", "mesh", "pool", "scores", "balls", "penalties", "rewrite", "baselines",
+    "engine", "norms", "order", "keys", "mesh", "pool", "scores", "balls", "penalties", "rewrite", "grids", "baselines",
     "targets",
     "metrics", "drops", "rules", "explain", "attacks", "models", "evaluators", "training",
     "stored", "progress", "data", "pretrained", "measure", "run", "setup", "report",

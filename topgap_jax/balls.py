@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from topgap_jax.build import check_number, table
+from topgap_jax.keys import normal
 from topgap_jax.norms import direction_and_length
 from topgap_jax.order import kth_largest, largest_float
 from topgap_jax.types import Array, Ball
@@ -90,8 +91,7 @@ def l1(eps: float) -> Ball:
     check_number("eps", eps, 0)
 
     def start(keys, images, eps):
-        noise = jax.vmap(lambda key, image: jax.random.normal(key, image.shape, image.dtype))(keys, images)
-        return project_l1(images, noise, eps)
+        return project_l1(images, normal(keys, images), eps)
 
     def ascent(gradient):
         size = jnp.abs(_flat(gradient))

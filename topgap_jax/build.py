@@ -27,7 +27,7 @@ OPERATORS = {
 }
 
 
-LONGEST = 100_000  # characters of a text: the parser takes seconds and gigabytes for what is longer
+LONGEST = 100_000  # characters of a text: of what is longer Python's parser makes a tree of any size
 
 
 def build(text: str, table: Mapping[str, Callable], values: Mapping[str, Any] | None = None, where: str = "") -> Any:

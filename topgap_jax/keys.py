@@ -10,6 +10,11 @@ def example_keys(key: Array, ids: Array) -> Keys:
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(ids)
 
 
+def normal(keys: Keys, like: Array) -> Array:
+    """Standard normal numbers of the shape and type of `like` (b, ...), each example's from its own key."""
+    return jax.vmap(lambda key: jax.random.normal(key, like.shape[1:], like.dtype))(keys)
+
+
 def split(keys: Keys, n: int = 2) -> Array:
     """n keys from each example's: (b,) -> (n, b), so that `a, b = split(keys)`."""
     return jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(keys)

@@ -9,7 +9,7 @@ from typing import Any
 
 from topgap_jax.errors import UserError
 
-LARGEST = 64 * 2**20  # bytes; evaluation.json of a hundred rows with curves has some 200 kB
+LARGEST = 64 * 2**20  # bytes, far more than a run's files have
 NUMBER = (int, float)
 PLAIN = (str, int, float, bool, None, ["PLAIN"], {str: "PLAIN"})
 """What a config may hold: texts, numbers, and lists and tables of these."""
@@ -37,7 +37,7 @@ def read_object(path: Path, what: str, schema: Mapping) -> dict[str, Any]:
     return value
 
 
-def own_files(folder: Path, pattern: str) -> list[Path]:
+def files_inside(folder: Path, pattern: str) -> list[Path]:
     """The files of a run's folder that match, by name; UserError for a link that leads out of the folder: what it
     shows is not the run's."""
     files = sorted(folder.glob(pattern))

@@ -11,6 +11,7 @@ from topgap_jax.attacks import state as states
 from topgap_jax.attacks.state import FINISHED, RUNNING, State, aim, evaluate, move, named, run_keys, runs_of, where
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
+from topgap_jax.keys import normal
 from topgap_jax.scores import cross_entropy
 from topgap_jax.types import Array, Attack, Ball, Cost, Score
 
@@ -122,7 +123,7 @@ def r_fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
 
     def init(keys, predict, images, labels, logits, *, run=None, eps=None):
         state = states.start(keys, images, labels, logits, eps=ball.eps if eps is None else eps, run=run)
-        noise = jax.vmap(lambda key, image: jax.random.normal(key, image.shape, image.dtype))(run_keys(state), images)
+        noise = normal(run_keys(state), images)
         return state._replace(delta=ball.project(images, half(state) * ball.ascent(noise), state.eps))
 
     def step(predict, state):

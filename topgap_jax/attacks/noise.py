@@ -1,10 +1,9 @@
 """`noise`: what no gradient is needed for, random points of the ball and its corners."""
 
-import jax
-
 from topgap_jax.attacks import state as states
 from topgap_jax.attacks.state import book, move, run_keys, step_keys, where
 from topgap_jax.build import check_number, table
+from topgap_jax.keys import normal
 from topgap_jax.scores import margin
 from topgap_jax.types import Attack, Ball, Cost
 
@@ -26,8 +25,7 @@ def noise(ball: Ball, *, draws: int = 1000) -> Attack:
     def step(predict, state):
         logits = predict(state.images + state.delta)
         state, keys = book(state, margin(logits, state.labels), logits), step_keys(state)
-        normal = jax.vmap(lambda key, image: jax.random.normal(key, image.shape, image.dtype))(keys, state.images)
-        corner = state.eps[:, None, None, None] * ball.ascent(normal)
+        corner = state.eps[:, None, None, None] * ball.ascent(normal(keys, state.images))
         point = where(state.count % 2 == 0, corner, ball.start(keys, state.images, state.eps))
         return move(state, ball.project(state.images, point, state.eps))
 

@@ -45,7 +45,7 @@ class Lasting:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def by_signal() -> Iterator[None]:
     """SIGTERM and SIGHUP end the program by `Signalled`, a second one at once; one that is ignored (nohup) stays so.
 
     A training that can save takes the signals over while it runs. Streams outlive their readers. Outside the main

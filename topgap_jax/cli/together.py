@@ -7,6 +7,7 @@ import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
+from topgap_jax.cli import texts
 from topgap_jax.errors import UserError
 
 STOPPED = 143
@@ -62,7 +63,7 @@ def run(configure: Callable[[], object], command: Callable[[], int | None]) -> i
         code = command() or 0
     except UserError as error:
         here = f"process {jax.process_index()}: " if jax.distributed.is_initialized() else ""
-        print(f"topgap: {here}{' '.join(str(error).split())}", file=sys.stderr)
+        print(f"topgap: {here}{texts.line(error)}", file=sys.stderr)
         code = 2
     except jax.errors.JaxRuntimeError as error:
         print(f"topgap: {hosts.lost(error)}", file=sys.stderr)

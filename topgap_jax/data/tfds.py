@@ -13,7 +13,7 @@ from topgap_jax.errors import UserError
 from topgap_jax.stored import read_object
 
 FEATURES = "features.json"  # what TFDS writes into the folder of every prepared version
-KNOWN = "tensorflow_datasets.core.features."
+CLASSES = "tensorflow_datasets.core.features."
 
 
 def tfds(
@@ -116,9 +116,9 @@ def _check_classes(tree, folder: Path, shown: str) -> None:
         return
     for key, value in tree.items():
         if key in ("pythonClassName", "python_class_name", "type") and isinstance(value, str) and "." in value:
-            if not value.startswith(KNOWN):
+            if not value.startswith(CLASSES):
                 raise UserError(
-                    f"{shown}: {folder / FEATURES} names the class '{value}'; only those of TFDS, {KNOWN}*, are known"
+                    f"{shown}: {folder / FEATURES} names the class '{value}'; only those of TFDS, {CLASSES}*, are known"
                 )
         _check_classes(value, folder, shown)
 

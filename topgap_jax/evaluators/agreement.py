@@ -1,17 +1,16 @@
 """`agreement(a, b)`: do two explanations of one network show the same?"""
 
-import jax
 import jax.numpy as jnp
 
 from topgap_jax.build import check_number, table
+from topgap_jax.grids import scaled, shrunk
 from topgap_jax.keys import split
-from topgap_jax.metrics.localisation import scaled
 from topgap_jax.metrics.ranks import is_constant, kendall_tau_b, spearman, topk_intersection
 from topgap_jax.metrics.structure import WINDOW, ssim
 from topgap_jax.metrics.summaries import average, share
 from topgap_jax.models import bind
 from topgap_jax.order import top_count
-from topgap_jax.types import Array, Evaluator, Explain, Measure
+from topgap_jax.types import Evaluator, Explain, Measure
 
 MEASURES = {
     "spearman": "Spearman's correlation of the two maps",
@@ -71,11 +70,6 @@ def agreement(a: Explain, b: Explain, *, k: int | None = None) -> Evaluator:
         return measures | {"chance": chance}
 
     return Evaluator(rows, summary, lambda predict, images: a.cost(predict, images) + b.cost(predict, images))
-
-
-def shrunk(maps: Array, size: tuple[int, int]) -> Array:
-    """Maps (b, h', w') on a grid that is not finer, averaged over what a cell covers: (b, *size)."""
-    return jax.image.resize(maps.astype(jnp.float32), (len(maps), *size), "linear", antialias=True)
 
 
 TABLE = table(agreement)

@@ -8,7 +8,8 @@ import scipy  # scipy.stats is imported when it is first used
 
 from topgap_jax.attacks import misclassified
 from topgap_jax.build import table
-from topgap_jax.metrics.localisation import object_masks, resized
+from topgap_jax.grids import resized
+from topgap_jax.metrics.localisation import object_masks
 from topgap_jax.metrics.summaries import average, share
 from topgap_jax.models import bind
 from topgap_jax.types import Array, Cost, Evaluator, Explain, Measure

@@ -6,10 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.build import check_number, table
-from topgap_jax.evaluators.agreement import shrunk
 from topgap_jax.evaluators.sanity import reduced, tile
-from topgap_jax.metrics.correlation import cell_indices
-from topgap_jax.metrics.localisation import object_masks, resized
+from topgap_jax.grids import cell_numbers, resized, shrunk
+from topgap_jax.metrics.localisation import object_masks
 from topgap_jax.metrics.spectral import adjusted_rand_index, spectral_clusters
 from topgap_jax.metrics.substrates import substrate_images
 from topgap_jax.metrics.summaries import average, mean_interval
@@ -67,7 +66,7 @@ def cluster(explain: Explain, *, least: int = LEAST) -> Evaluator:
         total = small.sum((1, 2), keepdims=True)
         defined = (jnp.isfinite(maps).all((1, 2)) & (total[:, 0, 0] > 0))[:, None, None]
         small = jnp.where(defined, small / jnp.where(total > 0, total, 1), jnp.nan)
-        cells = cell_indices(CELLS, images.shape[1:3])
+        cells = cell_numbers("cluster", CELLS, images.shape[1:3])
         sums = jnp.stack([(resized(maps, cells.shape) * (cells == cell)).sum((1, 2)) for cell in range(CELLS**2)], 1)
         hottest = (cells == jnp.argmax(sums, 1)[:, None, None])[..., None]
         blanked = jnp.where(hottest, substrate_images("cluster", "mean", predict, images), images)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 
 from topgap_jax.build import table
+from topgap_jax.grids import scaled
 from topgap_jax.metrics import average_drop, road
-from topgap_jax.metrics.localisation import scaled
 from topgap_jax.metrics.ranks import is_constant, pearson
 from topgap_jax.metrics.summaries import average
 from topgap_jax.models import bind

@@ -1,11 +1,11 @@
 """`receptive_field()`: which pixels the class map listens to, at its centre, its corners and where it decides."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.build import check_number, table
 from topgap_jax.explain.field import fields, pixel, theoretical_fields
+from topgap_jax.grids import shrunk
 from topgap_jax.metrics import field as measures
 from topgap_jax.metrics.localisation import object_masks
 from topgap_jax.metrics.summaries import average
@@ -108,10 +108,9 @@ def receptive_field(layer: str = "maps", *, channel: str | int = "label", k: int
 
 def _small(maps):
     """Maps (b, h, w) at most SIDE pixels high and wide, by the mean over areas."""
-    b, h, w = maps.shape
+    h, w = maps.shape[1:]
     shrink = max(1, max(h, w) / SIDE)
-    shape = (b, max(1, round(h / shrink)), max(1, round(w / shrink)))
-    return jax.image.resize(maps.astype(jnp.float32), shape, "linear", antialias=True)
+    return shrunk(maps, (max(1, round(h / shrink)), max(1, round(w / shrink))))
 
 
 def _pictures(rows, finite):

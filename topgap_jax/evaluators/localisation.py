@@ -61,12 +61,11 @@ def localisation(
     chosen on this very split, as are all thresholds here). Box accuracy (Choe et al. 2020, arXiv 2001.07437; MaxBoxAcc)
     is the largest share, over tau, of images whose largest component has a box of IoU >= .5; MaxBoxAccV2 takes the best
     box of all contours, at IoU .3, .5 and .7 each with its own best tau, and their mean. `boxes=False` leaves both out:
-    finding components at 255 levels takes 70 ms of CPU an image of 64x64 and .2 to .4 s of 224x224, more than all else
-    here. PxAP is the area under precision over recall of the pixels of all images together, beside that of a map
-    without information, and of the centred box; it needs regions. The pointing game is without tolerance. `centre` is
-    the centred box's (height, width) as shares of the image; by default the mean of the boxes of the training split,
-    without which the baseline is absent. The random box has two uniform corners. An image whose map is not finite
-    counts in no measure.
+    finding components at 255 levels is on the host, and takes longer than all else here. PxAP is the area under
+    precision over recall of the pixels of all images together, beside that of a map without information, and of the
+    centred box; it needs regions. The pointing game is without tolerance. `centre` is the centred box's (height, width)
+    as shares of the image; by default the mean of the boxes of the training split, without which the baseline is
+    absent. The random box has two uniform corners. An image whose map is not finite counts in no measure.
     """
     Explain.single("localisation", explain)
     if labels not in ("true", "predicted"):

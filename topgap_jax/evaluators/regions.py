@@ -8,7 +8,7 @@ import numpy as np
 from topgap_jax.attacks import misclassified
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
-from topgap_jax.keys import split
+from topgap_jax.keys import normal, split
 from topgap_jax.metrics.summaries import share
 from topgap_jax.models import bind
 from topgap_jax.types import Cost, Curve, Evaluator, Measure
@@ -49,7 +49,7 @@ def regions(*, fill: float | tuple[float, ...] = 0.5) -> Evaluator:
         right = lambda changed: ~misclassified(predict(changed), labels)
         inside, outside = ((batch["region"] == side)[..., None] for side in (1, 0))
         noise_keys, place_keys = split(keys)
-        noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(noise_keys)
+        noise = normal(noise_keys, images)
         out = {
             "used": inside.any((1, 2, 3)) & outside.any((1, 2, 3)),
             "foreground": right(jnp.where(inside, images, colour)),

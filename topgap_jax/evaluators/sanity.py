@@ -11,8 +11,8 @@ from jax.extend.core import Literal
 from jax.extend.core.primitives import name_p
 
 from topgap_jax.errors import UserError
-from topgap_jax.evaluators.agreement import shrunk
-from topgap_jax.metrics.localisation import resized
+from topgap_jax.grids import resized, shrunk
+from topgap_jax.keys import normal
 from topgap_jax.metrics.substrates import substrate_images
 from topgap_jax.models import bind
 from topgap_jax.rewrite import default_layer, features_and_head, layers, naming
@@ -101,8 +101,7 @@ def other_maps(
     largest logits, and of the first of these when the image has normal noise of sigma .02."""
     logits = predict(images)
     first, second = jax.lax.top_k(logits, min(2, logits.shape[-1]))[1][:, [0, -1]].T.astype(jnp.int32)
-    normal = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:], images.dtype))(noise_keys)
-    noisy = jnp.clip(images + NOISE * normal, 0, 1)
+    noisy = jnp.clip(images + NOISE * normal(noise_keys, images), 0, 1)
     points = jnp.stack([images, images[:, :, ::-1], images, images, noisy])
     rows = (points, jnp.stack([labels, labels, first, second, first]))
     return tuple(map_over(lambda x, y: explain.maps(keys, predict, x, y), rows))

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.build import check_number, table
-from topgap_jax.evaluators.agreement import shrunk
 from topgap_jax.evaluators.sanity import cascade, leak_behind_wall, other_maps, reduced, tile
 from topgap_jax.explain import edges, salience
+from topgap_jax.grids import resized, shrunk
 from topgap_jax.keys import fold_in
 from topgap_jax.metrics import deletion, pointing, single_deletion
-from topgap_jax.metrics.localisation import resized
 from topgap_jax.metrics.ranks import is_constant, spearman
 from topgap_jax.metrics.summaries import average, average_curve, mean_interval
 from topgap_jax.models import bind

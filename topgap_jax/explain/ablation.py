@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.build import table
+from topgap_jax.explain.pixels import rectified
+from topgap_jax.grids import scaled
 from topgap_jax.rewrite import Tokens, features_and_head
 from topgap_jax.rewrite.speed import map_over
 from topgap_jax.scores import logit, probability
@@ -34,10 +36,10 @@ def score_cam(
     def maps(keys, predict, images, labels):
         features = features_and_head(predict, layer, images)[0].astype(jnp.float32)
         low, high = features.min((1, 2)), features.max((1, 2))
-        masked = lambda channel: score(predict(images * _mask(channel, images.shape[1:3])[..., None]), labels)
+        masked = lambda channel: score(predict(images * scaled(channel, images.shape[1:3])[..., None]), labels)
         scores = map_over(masked, (jnp.moveaxis(features, -1, 0),), chunk=_chunk(IMAGES, images)).T
-        weights = _softmax(scores, high > low) if softmax else jnp.where(high > low, scores, 0)
-        return _rectified(jnp.einsum("bhwc,bc->bhw", features, weights), relu)
+        weights = jax.nn.softmax(scores, where=high > low) if softmax else jnp.where(high > low, scores, 0)
+        return rectified(jnp.einsum("bhwc,bc->bhw", features, weights), relu)
 
     cost = lambda predict, images: Cost(1 + _shape(predict, layer, images)[-1], 0)
     return Explain(maps, cost, signed=None if relu else "speaks against the class")
@@ -58,7 +60,7 @@ def ablation_cam(layer: str | Tokens | None = None, *, score: Score = logit, rel
         scores = map_over(without, (channels,), chunk=_chunk(FEATURES, images)).T
         whole = score(head(features), labels)[:, None]
         weights = (whole - scores) / jnp.where(whole == 0, 1, jnp.abs(whole))
-        return _rectified(jnp.einsum("bhwc,bc->bhw", features.astype(jnp.float32), weights), relu)
+        return rectified(jnp.einsum("bhwc,bc->bhw", features.astype(jnp.float32), weights), relu)
 
     cost = lambda predict, images: Cost(1 + _shape(predict, layer, images)[-1], 0)
     return Explain(maps, cost, signed=None if relu else "speaks against the class")
@@ -92,25 +94,6 @@ def _chunk(at_a_time: int, images: Array) -> int:
 def _shape(predict, layer, images) -> tuple[int, ...]:
     """(b, h', w', c) of the layer, from shapes alone."""
     return jax.eval_shape(lambda images: features_and_head(predict, layer, images)[0], images).shape
-
-
-def _mask(channel: Array, size: tuple[int, int]) -> Array:
-    """A channel (b, h', w') enlarged to (b, h, w) and scaled to [0, 1]; 0 where it is constant."""
-    enlarged = jax.image.resize(channel, (channel.shape[0], *size), "linear")
-    low, high = enlarged.min((1, 2), keepdims=True), enlarged.max((1, 2), keepdims=True)
-    return jnp.where(high > low, (enlarged - low) / jnp.where(high > low, high - low, 1), 0)
-
-
-def _softmax(scores: Array, takes_part: Array) -> Array:
-    """Softmax over the last axis of those that take part, 0 for the others, and where none does."""
-    largest = jnp.where(takes_part, scores, -jnp.inf).max(-1, keepdims=True)
-    powers = jnp.where(takes_part, jnp.exp(jnp.where(takes_part, scores - largest, 0)), 0)
-    total = powers.sum(-1, keepdims=True)
-    return powers / jnp.where(total == 0, 1, total)
-
-
-def _rectified(maps: Array, relu: bool) -> Array:
-    return jax.nn.relu(maps) if relu else maps
 
 
 TABLE = table(score_cam, ablation_cam, recipro_cam)

@@ -15,7 +15,8 @@ import numpy as np
 
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
-from topgap_jax.keys import fold_in
+from topgap_jax.explain.pixels import rectified
+from topgap_jax.keys import fold_in, normal
 from topgap_jax.rewrite import Tokens, feature_layer, features_and_head, read
 from topgap_jax.rewrite.speed import loop, sum_over
 from topgap_jax.scores import finer, logit, residual_softmax
@@ -91,14 +92,15 @@ def smooth_grad_cam_plus_plus(
 
     def maps(keys, predict, images, labels):
         features, _ = features_and_head(predict, layer, images)
+        spread = jnp.ptp(images, (1, 2, 3), keepdims=True)
 
         def powers(sample):
-            noisy = images + _noise(keys, sample, images, sigma)
+            noisy = images + sigma * spread * normal(fold_in(keys, sample), images)
             _, gradients = _features_and_gradients(predict, layer, score, noisy, labels)
             return gradients / samples, gradients**2 / samples, gradients**3 / samples
 
         first, second, third = sum_over(powers, (np.arange(samples),), images)
-        return _rectified(_plus_plus(features.astype(jnp.float32), first, _ratio(third, second, 0.0)), relu)
+        return rectified(_plus_plus(features.astype(jnp.float32), first, _ratio(third, second, 0.0)), relu)
 
     return Explain(maps, lambda predict, images: Cost(1, samples), signed=None if relu else AGAINST)
 
@@ -144,7 +146,7 @@ def eigen_cam(layer: str | Tokens | None = None, *, relu: bool = True) -> Explai
 
     def maps(keys, predict, images, labels):
         features, _ = features_and_head(predict, layer, images)
-        return _rectified(_first_component(features.astype(jnp.float32)), relu)
+        return rectified(_first_component(features.astype(jnp.float32)), relu)
 
     signed = None if relu else "opposes the features' sum"
     return Explain(maps, lambda predict, images: Cost(1, 0), signed=signed)
@@ -168,7 +170,7 @@ def shapley_cam(layer: str | Tokens | None = None, *, score: Score = residual_so
         gradient = jax.grad(lambda z: score(head(z), labels).sum())
         gradients, curvature = jax.jvp(gradient, (features,), (features,))
         weights = (gradients.astype(jnp.float32) - curvature.astype(jnp.float32) / 2).mean((1, 2))
-        return _rectified(_weighted(features.astype(jnp.float32), weights), relu)
+        return rectified(_weighted(features.astype(jnp.float32), weights), relu)
 
     return Explain(maps, lambda predict, images: Cost(0, 2), signed=None if relu else AGAINST)
 
@@ -209,7 +211,7 @@ def family(*methods: str, layer: str | Tokens | None = None, score: Score = logi
 
     def maps(keys, predict, images, labels):
         features, gradients = _features_and_gradients(predict, layer, score, images, labels)
-        return tuple(_rectified(FAMILY[method](features, gradients), relu) for method in methods)
+        return tuple(rectified(FAMILY[method](features, gradients), relu) for method in methods)
 
     return Explain(maps, lambda predict, images: Cost(0, 1), signed=None if relu else AGAINST, names=methods)
 
@@ -218,13 +220,9 @@ def _of_gradient(weigh: Callable, layer, score: Score, relu: bool) -> Explain:
     """The explanation relu(weigh(A, g)), weigh(features, gradients (b, h', w', c), float32) -> (b, h', w')."""
 
     def maps(keys, predict, images, labels):
-        return _rectified(weigh(*_features_and_gradients(predict, layer, score, images, labels)), relu)
+        return rectified(weigh(*_features_and_gradients(predict, layer, score, images, labels)), relu)
 
     return Explain(maps, lambda predict, images: Cost(0, 1), signed=None if relu else AGAINST)
-
-
-def _rectified(maps: Array, relu: bool) -> Array:
-    return jax.nn.relu(maps) if relu else maps
 
 
 def _features_and_gradients(predict, layer, score, images, labels) -> tuple[Array, Array]:
@@ -298,12 +296,6 @@ def _first_component(values: Array) -> Array:
     total = m.sum(-1)
     covariance = (projected * (total - total.mean(1, keepdims=True))).sum(1, keepdims=True)
     return jnp.where(covariance < 0, -projected, projected).reshape(b, h, w)
-
-
-def _noise(keys, sample, images: Array, sigma: float) -> Array:
-    """Gaussian noise (b, h, w, 3) of one sample, in units of each image's range."""
-    noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(fold_in(keys, sample))
-    return sigma * jnp.ptp(images, (1, 2, 3), keepdims=True) * noise
 
 
 def _ratio(numerator: Array, denominator: Array, least: float = 1e-12) -> Array:

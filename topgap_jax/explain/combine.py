@@ -9,10 +9,11 @@ import numpy as np
 
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
-from topgap_jax.keys import fold_in, split
+from topgap_jax.grids import same_size
+from topgap_jax.keys import fold_in, normal, split
 from topgap_jax.rewrite.speed import sum_over
 from topgap_jax.scores import class_of_rank
-from topgap_jax.types import Array, Cost, Explain
+from topgap_jax.types import Cost, Explain
 
 AVERAGES = ("mean", "square", "variance")
 
@@ -41,8 +42,7 @@ def smooth(explain: Explain, *, samples: int = 32, sigma: float = 0.15, average:
 
         def at(sample):
             noise_keys, map_keys = split(fold_in(keys, sample))
-            noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(noise_keys)
-            value = one(map_keys, predict, images + spread * noise, labels) - centre
+            value = one(map_keys, predict, images + spread * normal(noise_keys, images), labels) - centre
             return {"mean": value, "square": value**2, "variance": (value, value**2)}[average]
 
         total = jax.tree.map(lambda x: x / samples, sum_over(at, (np.arange(samples),), images))
@@ -81,7 +81,7 @@ def ensemble(*explains: Explain) -> Explain:
     each = [normalise(Explain.single("ensemble", one)) for one in explains]
 
     def maps(keys, predict, images, labels):
-        values = _same_size([one.maps(fold_in(keys, i), predict, images, labels) for i, one in enumerate(each)])
+        values = same_size([one.maps(fold_in(keys, i), predict, images, labels) for i, one in enumerate(each)])
         return sum(values) / len(values)
 
     signed = next((one.signed for one in each if one.signed), None)
@@ -99,7 +99,7 @@ def contrast(a: Explain, b: Explain) -> Explain:
 
     def maps(keys, predict, images, labels):
         # One key for both: where a method draws, the difference is not one of the draws.
-        first, second = _same_size([one.maps(keys, predict, images, labels) for one in both])
+        first, second = same_size([one.maps(keys, predict, images, labels) for one in both])
         return first - second
 
     return _several(maps, both, "more in the second explanation")
@@ -160,13 +160,6 @@ def _checked(predict, images, target):
     if target >= classes:
         raise UserError(f"targeted: class {target} is none of a network with {classes} logits")
     return predict
-
-
-def _same_size(maps: list[Array]) -> list[Array]:
-    """Maps (b, h', w') of several sizes at the largest of them."""
-    size = max((value.shape[1:] for value in maps), key=lambda shape: shape[0] * shape[1])
-    shaped = lambda value: jax.image.resize(value, (len(value), *size), "bilinear", antialias=False)
-    return [value if value.shape[1:] == size else shaped(value) for value in maps]
 
 
 def _several(maps, explains, signed) -> Explain:

@@ -1,7 +1,5 @@
 """Explanations from the gradient with respect to the pixels: at the image, and along paths from baselines."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,22 +7,13 @@ import numpy as np
 from topgap_jax.baselines import Baseline, baseline_images, check_baseline
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
+from topgap_jax.explain.pixels import input_gradient, pixel_explanation
 from topgap_jax.keys import fold_in, split
 from topgap_jax.rewrite import with_rules
 from topgap_jax.rewrite.rules import checked
 from topgap_jax.rewrite.speed import sum_over
 from topgap_jax.scores import logit
 from topgap_jax.types import Array, Cost, Explain, Rules, Score
-
-REDUCTIONS: dict[str, tuple[Callable[[Array], Array], str | None]] = {
-    "max_abs": (lambda values: jnp.abs(values).max(-1), None),
-    "sum": (lambda values: values.sum(-1), "lowers the class's logit"),
-    "sum_abs": (lambda values: jnp.abs(values.sum(-1)), None),
-    "abs_sum": (lambda values: jnp.abs(values).sum(-1), None),
-    "sum_relu": (lambda values: jax.nn.relu(values.sum(-1)), None),
-}
-"""(b, h, w, c) -> (b, h, w), and what a negative value means; named in the order of the operations: "sum_abs" is
-|sum|."""
 
 
 def gradient(*, score: Score = logit, rules: Rules | None = None, reduce: str = "max_abs") -> Explain:
@@ -162,26 +151,6 @@ def quadrature(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
             f"rule must be 'gausslegendre', 'riemann_right', 'riemann_middle' or 'riemann_trapezoid', got {rule!r}"
         )
     return np.float32(nodes), np.float32(weights)
-
-
-def pixel_explanation(pixels: Callable, reduce: str, cost: Cost, rules: Rules | None = None) -> Explain:
-    """The explanation whose maps are the reduced values (b, h, w, c) of `pixels`."""
-    if reduce not in REDUCTIONS:
-        raise UserError(f"reduce must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduce!r}")
-    to_map, signed = REDUCTIONS[reduce]
-    return Explain(
-        maps=lambda *arguments: to_map(pixels(*arguments)),
-        cost=lambda predict, images: cost,
-        pixels=pixels,
-        reduce=to_map,
-        signed=signed,
-        rules=tuple((rules or {}).items()),
-    )
-
-
-def input_gradient(f: Callable, images: Array, labels: Array, score: Score = logit) -> Array:
-    """d s / d x, (b, h, w, c). The sum over the batch is of examples that do not see each other."""
-    return jax.grad(lambda points: score(f(points), labels).sum())(images)
 
 
 def _ruled(predict, rules):

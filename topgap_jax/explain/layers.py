@@ -1,13 +1,13 @@
 """Class activation maps of several layers in one map: the detail of the shallow, what the deep ones are sure of."""
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from topgap_jax.build import table
 from topgap_jax.errors import UserError
+from topgap_jax.grids import same_size, scaled
 from topgap_jax.rewrite import Tokens, feature_layer, read, tap
 from topgap_jax.scores import logit
 from topgap_jax.types import Array, Cost, Explain, Score
@@ -47,7 +47,7 @@ def zoom_cam(*layers: str | Tokens, score: Score = logit) -> Explain:
             zeros.insert(0, jnp.zeros(value.shape, value.dtype))
         gradients, values = jax.grad(with_changes, has_aux=True)(tuple(zeros))
         products = [(g.astype(jnp.float32) * value.astype(jnp.float32)).sum(-1) for g, value in zip(gradients, values)]
-        return functools.reduce(jnp.maximum, _enlarged([_scaled(jax.nn.relu(product)) for product in products]))
+        return functools.reduce(jnp.maximum, same_size([_unit(jax.nn.relu(product)) for product in products]))
 
     return Explain(maps, lambda predict, images: Cost(0, 1))
 
@@ -71,26 +71,19 @@ def refine(*explains: Explain, size: str = "largest") -> Explain:
         raise UserError(f"refine: size must be one of {', '.join(map(repr, SIZES))}, got {size!r}")
 
     def maps(keys, predict, images, labels):
-        values = [_scaled(jax.nn.relu(explain.maps(keys, predict, images, labels))) for explain in explains]
-        return _scaled(functools.reduce(jnp.multiply, _enlarged(values, images.shape[1:3] if size == "image" else ())))
+        values = [_unit(jax.nn.relu(explain.maps(keys, predict, images, labels))) for explain in explains]
+        return _unit(functools.reduce(jnp.multiply, same_size(values, images.shape[1:3] if size == "image" else ())))
 
     return Explain(
         maps,
-        lambda predict, images: functools.reduce(lambda a, b: a + b, (e.cost(predict, images) for e in explains)),
+        lambda predict, images: sum((e.cost(predict, images) for e in explains), start=Cost()),
         rules=tuple(rule for explain in explains for rule in explain.rules),
     )
 
 
-def _scaled(maps: Array) -> Array:
-    """Maps (b, h, w) in [0, 1] each, (map - min) / (max - min), 0 where it is constant."""
-    low, high = maps.min((1, 2), keepdims=True), maps.max((1, 2), keepdims=True)
-    return jnp.where(high > low, (maps - low) / jnp.where(high > low, high - low, 1), 0)
-
-
-def _enlarged(maps: Sequence[Array], size: tuple[int, ...] = ()) -> list[Array]:
-    """The maps at one size (h, w), that of the largest by default: bilinear, half-pixel centres."""
-    size = size or max((m.shape[1:] for m in maps), key=lambda shape: shape[0] * shape[1])
-    return [jax.image.resize(m, (m.shape[0], *size), "linear") for m in maps]
+def _unit(maps: Array) -> Array:
+    """Maps (b, h, w) in [0, 1] each, 0 where one is constant."""
+    return scaled(maps, maps.shape[1:])
 
 
 TABLE = table(zoom_cam, refine)

@@ -12,6 +12,7 @@ import numpy as np
 
 from topgap_jax.build import check_number
 from topgap_jax.errors import UserError
+from topgap_jax.grids import cell_numbers
 from topgap_jax.rewrite.speed import map_over, sum_over
 from topgap_jax.types import Array, Predict, Score
 
@@ -91,26 +92,13 @@ def segment_ids(where: str, segments: int | np.ndarray, images: Array) -> Array:
     """Number of each pixel's segment, int32 (1, h, w) or (b, h, w), of checked segments."""
     b, h, w = images.shape[:3]
     if isinstance(segments, int):
-        if segments > min(h, w):
-            raise UserError(f"{where}: a grid of {segments} x {segments} cells is finer than images of {h} x {w}")
-        return jnp.asarray(grid(segments, (h, w)))[None]
+        return jnp.asarray(cell_numbers(where, segments, (h, w)))[None]
     ids = segments if segments.ndim == 3 else segments[None]
     if ids.shape[1:] != (h, w) or len(ids) not in (1, b):
         raise UserError(
             f"{where}: segments of shape {segments.shape} do not fit {b} images of {h} x {w}; give (h, w) or (b, h, w)"
         )
     return jnp.asarray(ids)
-
-
-def grid(n: int, size: tuple[int, int]) -> np.ndarray:
-    """Number of the cell of each pixel, int32 (h, w), row by row, of n x n cells that differ by at most one pixel.
-
-    >>> grid(2, (2, 5))
-    array([[0, 0, 0, 1, 1],
-           [2, 2, 2, 3, 3]], dtype=int32)
-    """
-    rows, columns = (np.arange(length) * n // length for length in size)
-    return (rows[:, None] * n + columns).astype(np.int32)
 
 
 def paint(values: Array, ids: Array) -> Array:

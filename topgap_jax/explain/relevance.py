@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from topgap_jax.build import table
+from topgap_jax.explain.pixels import pixel_explanation
 from topgap_jax.rewrite import feature_layer, read, tap, with_rules
 from topgap_jax.rewrite.normalisation import normalisation
 from topgap_jax.rewrite.rules import checked
@@ -40,15 +41,7 @@ def lrp(composite: Rules | Callable[..., Rules] = epsilon_plus, *, score: Score 
         gradient = jax.grad(lambda x: score(rest(x), labels).sum())(x)
         return (nonzero(x) * gradient).astype(jnp.float32)
 
-    to_map = lambda values: values.sum(-1)
-    return Explain(
-        maps=lambda *arguments: to_map(pixels(*arguments)),
-        cost=lambda predict, images: Cost(0, 1),
-        pixels=pixels,
-        reduce=to_map,
-        signed="speaks against the class",
-        rules=tuple(rules.items()),
-    )
+    return pixel_explanation(pixels, "sum", Cost(0, 1), rules)
 
 
 def excitation_backprop(layer: str | None = None, *, contrastive: bool = False) -> Explain:

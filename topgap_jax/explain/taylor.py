@@ -7,8 +7,8 @@ import scipy  # scipy.integrate is imported when it is first used
 from jax import lax
 
 from topgap_jax.build import check_number, table
-from topgap_jax.explain.gradient import input_gradient, pixel_explanation
-from topgap_jax.keys import fold_in
+from topgap_jax.explain.pixels import input_gradient, pixel_explanation
+from topgap_jax.keys import fold_in, normal
 from topgap_jax.rewrite.speed import sum_over
 from topgap_jax.scores import logit
 from topgap_jax.types import Array, Cost, Explain, Score
@@ -42,7 +42,7 @@ def smooth_taylor(
             scale = (level * spread)[:, None, None, None]
 
             def one(sample):
-                noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(fold_in(keys, sample))
+                noise = normal(fold_in(keys, sample), images)
                 return -scale * noise * input_gradient(predict, images + scale * noise, labels, score) / samples
 
             return sum_over(one, (np.arange(samples),), images)

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.build import check_number, table
-from topgap_jax.errors import UserError
+from topgap_jax.grids import cell_numbers, resized
 from topgap_jax.keys import fold_in
-from topgap_jax.metrics.localisation import resized
 from topgap_jax.metrics.ranks import is_constant, pearson, spearman
 from topgap_jax.metrics.substrates import Substrate, checked, substrate_images
 from topgap_jax.rewrite.speed import map_over
@@ -32,7 +31,7 @@ def single_deletion(*, grid: int = 4, substrate: Substrate = "mean", score: Scor
 
     def rows(keys, predict, maps, batch):
         images, labels = batch["image"], batch["label"]
-        cells = cell_indices(grid, images.shape[1:3])
+        cells = cell_numbers("single_deletion", grid, images.shape[1:3])
         members = jax.nn.one_hot(cells, grid**2)
         sums = jnp.einsum("bhw,hwg->bg", resized(maps, cells.shape), members)
         other = substrate_images("single_deletion", substrate, predict, images)
@@ -95,18 +94,6 @@ def sensitivity_n(
         ),
     }
     return Metric(rows, about, lambda predict, images: Cost(len(shares) * subsets + 1, 0))
-
-
-def cell_indices(grid: int, size: tuple[int, int]) -> np.ndarray:
-    """Which of grid x grid cells a pixel lies in, in reading order: (h, w).
-
-    >>> cell_indices(2, (2, 4)).tolist()
-    [[0, 0, 1, 1], [2, 2, 3, 3]]
-    """
-    if min(size) < grid:
-        raise UserError(f"single_deletion: {grid} x {grid} cells do not fit images of {size[0]} x {size[1]} pixels")
-    rows, columns = (np.arange(n) * grid // n for n in size)
-    return rows[:, None] * grid + columns
 
 
 def _random_set(keys: Array, count: Array, size: tuple[int, int]) -> Array:

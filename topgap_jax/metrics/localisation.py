@@ -14,23 +14,10 @@ from jax import lax
 
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
+from topgap_jax.grids import resized, scaled
 from topgap_jax.types import Array, Batch, Cost, Curve, Measure, Metric
 
 LEVELS = 1001  # bins of PxAP as published: a thousand of .001, and one for the largest value, 1
-
-
-def resized(maps: Array, size: tuple[int, int]) -> Array:
-    """Maps at the image's size, values as they are: (b, h', w') -> (b, h, w) float32."""
-    return jax.image.resize(maps.astype(jnp.float32), (maps.shape[0], *size), "bilinear", antialias=False)
-
-
-def scaled(maps: Array, size: tuple[int, int]) -> Array:
-    """Maps at the image's size, in [0, 1]: (b, h', w') -> (b, h, w). A constant map is 0."""
-    full = resized(maps, size)
-    low, high = full.min((1, 2), keepdims=True), full.max((1, 2), keepdims=True)
-    # Of the map itself: interpolated between equal values, a constant map may differ by rounding.
-    varies = (high > low) & (maps.max((1, 2), keepdims=True) > maps.min((1, 2), keepdims=True))
-    return jnp.where(varies, (full - low) / jnp.where(varies, high - low, 1), 0)
 
 
 def box_mask(box: Array, size: tuple[int, int]) -> Array:

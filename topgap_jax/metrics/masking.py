@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from topgap_jax.build import table
-from topgap_jax.metrics.localisation import scaled
+from topgap_jax.grids import scaled
 from topgap_jax.scores import probability
 from topgap_jax.types import Array, Cost, Measure, Metric
 

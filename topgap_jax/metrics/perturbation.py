@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from topgap_jax.build import check_number, table
-from topgap_jax.metrics.localisation import resized
+from topgap_jax.grids import resized
 from topgap_jax.metrics.substrates import Substrate, checked, substrate_images
 from topgap_jax.rewrite.speed import map_over
 from topgap_jax.scores import probability

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from topgap_jax.build import check_number, table
-from topgap_jax.keys import fold_in, split
+from topgap_jax.keys import fold_in, normal, split
 from topgap_jax.metrics.perturbation import pixel_ranks
 from topgap_jax.rewrite.speed import map_over
 from topgap_jax.scores import probability
@@ -43,7 +43,7 @@ def road(*, shares: Sequence[float] = SHARES, noise: float = 0.01) -> Metric:
         def one(index, least, count):
             removed = jnp.where(least, ranks >= size - count, ranks < count)
             filled, solved = impute(images, removed)
-            drawn = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(fold_in(noise_keys, index))
+            drawn = normal(fold_in(noise_keys, index), images)
             return probability(predict(filled + noise * removed[..., None] * drawn), labels), solved
 
         least = jnp.arange(2 * m) >= m

@@ -48,10 +48,14 @@ def length(text: str, points: int, bold: bool = False) -> float:
     return sum(face.getlength(part) for part, face in _runs(text, points, bold))
 
 
-@cache
 def font(points: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib carries: the same letters on every machine."""
-    return ImageFont.truetype(_dejavu(bold), points)
+    return _face(_dejavu(bold), points)
+
+
+@cache
+def _face(path, points):
+    return ImageFont.truetype(path, points)
 
 
 def _dejavu(bold):
@@ -69,9 +73,7 @@ def _runs(text, points, bold):
             runs[-1][0] += shown
         else:
             runs.append([shown, path])
-    return [
-        (part, ImageFont.truetype(path, points) if path != _dejavu(bold) else font(points, bold)) for part, path in runs
-    ]
+    return [(part, _face(path, points)) for part, path in runs]
 
 
 @cache

@@ -14,7 +14,7 @@ from topgap_jax.measure.results import Row
 from topgap_jax.progress import read_metrics
 from topgap_jax.run import manifest
 from topgap_jax.run.workdir import VERSIONS, read_config, read_versions
-from topgap_jax.stored import own_files
+from topgap_jax.stored import files_inside
 from topgap_jax.types import Measure
 
 BESIDE = ("accuracy", "regions")
@@ -68,9 +68,9 @@ def read_run(folder: Path, label: str) -> Run:
         weights=evaluation.weights,
         stale=_stale(folder, evaluation),
         data=evaluation.data,
-        sheets=own_files(folder, "sheets/*.png"),
+        sheets=files_inside(folder, "sheets/*.png"),
         classes=tuple(map(str, (stored.get("data") or {}).get("classes", ()))),
-        adversarial=tuple(own_files(folder, "adversarial/*.npz")),
+        adversarial=tuple(files_inside(folder, "adversarial/*.npz")),
     )
 
 
