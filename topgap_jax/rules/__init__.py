@@ -37,7 +37,7 @@ ABOUT = {
     "guided_upsampled": "Guided non-linearity as its official code has it (Kwon et al., ICPR 2020).",
     "straight_through": "Rounding, floors, signs and thresholds have gradients (Bengio et al. 2013, arXiv 1308.3432).",
     "attn_lrp": "LRP through attention: softmax by its gradient, products half each (AttnLRP 2024, arXiv 2402.05602).",
-    "cp_lrp": "LRP through attention whose probabilities are constants (CP-LRP, as of arXiv 2402.05602).",
+    "cp_lrp": "LRP through attention whose probabilities are constants (Ali et al. 2022, arXiv 2202.07304).",
     "epsilon_alpha2_beta1": "LRP: alpha 2, beta 1 in convolutions, epsilon in dense layers (Bach et al. 2015).",
     "epsilon_alpha2_beta1_flat": "`epsilon_alpha2_beta1` with the flat rule in the first layer.",
     "epsilon_gamma_box": "LRP: box in the first layer, gamma .25 in convolutions, epsilon in dense layers (Montavon et "
