@@ -10,7 +10,8 @@ from jax import lax
 from tests.laws import CLASSES, IMAGES, KEYS, LABELS, PREDICT, B
 from topgap_jax import explain, scores
 from topgap_jax.errors import UserError
-from topgap_jax.explain.cam import _first_component, _noise
+from topgap_jax.explain.cam import _first_component
+from topgap_jax.keys import fold_in, normal
 from topgap_jax.rewrite import features_and_head, name, read, tap, tokens
 from topgap_jax.types import Cost, Explain
 
@@ -88,7 +89,7 @@ def test_smooth_grad_cam_plus_plus():
     method = lambda **options: explain.smooth_grad_cam_plus_plus("features", relu=False, **options)
     plain = one_map(explain.grad_cam_plus_plus("features", relu=False), curved, A)
     np.testing.assert_allclose(one_map(method(samples=2, sigma=0), curved, A), plain, rtol=1e-5)
-    noise = [np.asarray(_noise(KEYS[:1], i, jnp.asarray(A), 0.2)) for i in range(3)]
+    noise = [0.2 * np.ptp(A) * np.asarray(normal(fold_in(KEYS[:1], i), jnp.asarray(A, jnp.float32))) for i in range(3)]
     assert 0.3 < np.std(noise) < 1.0 and (noise[0] != noise[1]).all()  # 0.2 of a range of 3
     g = np.stack([3 * (A + e) ** 2 * G for e in noise])
     d1, d2, d3 = g.mean(0), (g**2).mean(0), (g**3).mean(0)
