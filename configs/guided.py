@@ -4,7 +4,9 @@ topgap train --config configs/guided.py --workdir runs/guided
 topgap explain --workdir runs/guided
 topgap explain --workdir runs/guided --methods 'integrated(rules=guided_upsampled)'
 
-The control is the same map without the rules: `integrated()`.
+The control is the same map without the rules: `integrated()`. The arm `vgg11` is a VGG-11 on 20,000 images, where every
+max pooling follows a ReLU and does not overlap, so that guided non-linearity is guided backprop
+(experiments/explain_claims.py).
 
 Measured on 10,000 test images, three seeds (results/guided.json): accuracy .653 ± .001; 100 CPU seconds a run.
 """
@@ -37,3 +39,7 @@ def get_config() -> ConfigDict:
     config.explain = "gradient(), integrated(), integrated(rules=guided)"
     config.checkpoint_every = 5
     return config
+
+
+def arms():
+    return {"vgg11": {"backbone": "vgg11()", "train": "train[:20000]", "epochs": "8"}}

@@ -89,17 +89,17 @@ def build(network, k):
     return model
 
 
-def pgd(model, images, labels, steps):
+def pgd(model, images, labels, steps, eps=EPS):
     """PGD in the linf ball from a random start; gradients of the input alone; the last iterate."""
-    size = 2.5 * EPS / steps
-    delta = torch.empty_like(images).uniform_(-EPS, EPS)
+    size = 2.5 * eps / steps
+    delta = torch.empty_like(images).uniform_(-eps, eps)
     x = (images + delta).clamp_(0, 1)
     for _ in range(steps):
         x.requires_grad_()
         gradient = torch.autograd.grad(functional.cross_entropy(model(x), labels, reduction="sum"), x)[0]
         with torch.no_grad():
             x = x + size * gradient.sign_()
-            x = torch.minimum(torch.maximum(x, images - EPS), images + EPS).clamp_(0, 1)
+            x = torch.minimum(torch.maximum(x, images - eps), images + eps).clamp_(0, 1)
     return x
 
 

@@ -1,9 +1,9 @@
 """PyTorch's half of parity_attacks.py: reads lines of JSON, runs one attack of a public package on each, and answers
 with a line: which images are right when clean and stay so, and the seconds.
 
-{"weights": a file of ResNet-20, "images": .npy (n, 32, 32, 3) float32 in [0, 1], "labels": .npy (n,), "package",
-"attack", "norm": "Linf", "L2" or "L1", "eps", "steps", "batch"}. An example is broken if a forward pass on what the
-attack returns says so.
+{"network": "resnet20" or "efficientnet_lite0", "weights": its file, "images": .npy (n, h, w, 3) float32 in [0, 1],
+"labels": .npy (n,), "package", "attack", "norm": "Linf", "L2" or "L1", "eps", "steps", "batch"}. An example is broken
+if a forward pass on what the attack returns says so.
 """
 
 import json
@@ -13,8 +13,8 @@ import time
 
 import numpy as np
 import torch
-from _bench_torch import build
-from safetensors.torch import load_file
+from _bench_explain_torch import choose, network
+from _bench_torch import pgd
 
 
 def auto_attack(model, words):
@@ -71,7 +71,13 @@ def fool_box(model, words):
     return lambda x, y: attack(wrapped, x, y, epsilons=eps)[1]
 
 
-PACKAGES = {"auto-attack": auto_attack, "torchattacks": torch_attacks, "foolbox": fool_box}
+def loop(model, words):
+    """PGD in linf as PyTorch users write it (_bench_torch.py), channels_last."""
+    model.to(memory_format=torch.channels_last)
+    return lambda x, y: pgd(model, x.to(memory_format=torch.channels_last), y, words["steps"], words["eps"])
+
+
+PACKAGES = {"auto-attack": auto_attack, "torchattacks": torch_attacks, "foolbox": fool_box, "loop": loop}
 
 
 def survivors(model, attack, images, labels, batch):
@@ -92,11 +98,9 @@ def survivors(model, attack, images, labels, batch):
 
 def main():
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    model = build("resnet20", None)
     for line in sys.stdin:
         words = json.loads(line)
-        model.load_state_dict(load_file(words["weights"]), strict=False)  # the file has no num_batches_tracked
-        model.eval()
+        model = choose(network(words["network"], words["weights"]), torch.float32)
         images = torch.from_numpy(np.load(words["images"])).permute(0, 3, 1, 2).contiguous()
         labels = torch.from_numpy(np.load(words["labels"])).long()
         torch.manual_seed(0)

@@ -3,12 +3,13 @@
     TOPGAP_DATA=FOLDER python experiments/explain_claims.py [NETWORK ...]
 
 Kwon et al. (ICPR 2020) claim a lower deletion score than other methods on five ImageNet networks. Here: EfficientNet-
-Lite0 on 100 pictures of imagenet500, and ResNet-20, 32 and 44 on 1,000 test images of CIFAR-10, maps of the predicted
-class, deletion (mean colour and blur, 32 steps, lower is better) and insertion into the blur (higher is better). Every
-method sees the same images, so that a difference is paired: 95 % interval of 10,000 bootstrap resamples of the images.
-Areas of different networks are not compared (arXiv 2408.08137). A method that is done is kept in runs/ with its commit,
-so that the same command goes on where it was stopped. Writes results/explain_claims.json with the networks of which all
-methods are done, on a tree without changes.
+Lite0 on 100 pictures of imagenet500; ResNet-20, 32 and 44, and a VGG-11 that is trained here on 20,000 images (arm
+`vgg11` of configs/guided.py, in runs/), on 1,000 test images of CIFAR-10; maps of the predicted class, deletion (mean
+colour and blur, 32 steps, lower is better) and insertion into the blur (higher is better). Every method sees the same
+images, so that a difference is paired: 95 % interval of 10,000 bootstrap resamples of the images. Areas of different
+networks are not compared (arXiv 2408.08137). A method that is done is kept in runs/ with its commit, so that the same
+command goes on where it was stopped. Writes results/explain_claims.json with the networks of which all methods are
+done, on a tree without changes.
 """
 
 import argparse
@@ -24,7 +25,9 @@ from topgap_jax import setup
 from topgap_jax.measure.evaluate import evaluate
 from topgap_jax.progress import write_text
 from topgap_jax.run.cpu import configure_cpu
+from topgap_jax.run.fit import fit
 from topgap_jax.run.provenance import provenance
+from topgap_jax.setup import config as configs
 from topgap_jax.setup import expressions
 from topgap_jax.setup.assembly import context, open_split
 
@@ -34,6 +37,7 @@ NETWORKS = {
     "ResNet-20": ("cifar10.py", "resnet20_cifar10", "test[:1000]", 100),
     "ResNet-32": ("cifar10.py", "resnet32_cifar10", "test[:1000]", 100),
     "ResNet-44": ("cifar10.py", "resnet44_cifar10", "test[:1000]", 100),
+    "VGG-11": ("guided.py", "vgg11", "test[:1000]", 100),  # an arm, which is trained
 }
 OURS = "integrated(rules=guided)"
 METHODS = {
@@ -61,10 +65,9 @@ def main():
     kept = HERE.parent / "runs" / "explain_claims.json"
     rows = json.loads(kept.read_text()) if whole and kept.exists() else {}
     for network in options.networks:
-        config, weights, split, batch = NETWORKS[network]
+        split, batch = NETWORKS[network][2:]
         split = split if options.images is None else f"test[:{options.images}]"
-        file = Path(os.environ["TOPGAP_DATA"], "weights", f"{weights}.safetensors")
-        loaded = setup.from_config(HERE.parent / "configs" / config, [("init", str(file))])
+        loaded = load(network)
         done = rows.setdefault(network, {})
         for method in METHODS:
             if method not in done:
@@ -86,6 +89,18 @@ def main():
         write_text(HERE.parent / "results/explain_claims.json", text + "\n")
     else:
         print("not written: that is for whole networks, on a tree without changes", file=sys.stderr)
+
+
+def load(network):
+    """The network with its published weights, or trained."""
+    config, weights, *_ = NETWORKS[network]
+    config, runs = HERE.parent / "configs" / config, HERE.parent / "runs"
+    if weights not in configs.load(config).arms:
+        file = Path(os.environ["TOPGAP_DATA"], "weights", f"{weights}.safetensors")
+        return setup.from_config(config, [("init", str(file))])
+    experiment = setup.experiment(config, [], weights)
+    fit(experiment.config, runs / weights, parts=setup.parts(experiment), file=config)
+    return setup.restored(experiment, runs / weights, "last")
 
 
 def columns(loaded, method, split, batch):

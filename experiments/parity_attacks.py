@@ -3,13 +3,15 @@
     TOPGAP_DATA=FOLDER python experiments/parity_attacks.py --peer-python PYTHON [PART OF A NAME ...] [--images N]
 
 PYTHON has torch, pyautoattack, torchattacks and foolbox (a process of its own). ResNet-20 on the first test images of
-CIFAR-10, at radii where 10 to 70 % survive, which were looked for on other images (5,000 and after). Ours may leave at
-most .5 points more at 1,000 images and one image more below. Seconds are of whole attacks, compilation included.
+CIFAR-10, at radii where 10 to 70 % survive, which were looked for on other images (5,000 and after), and EfficientNet-
+Lite0 on the first pictures of imagenet500. Ours may leave at most .5 points more at 1,000 images and one image more
+below. Seconds are of whole attacks, compilation included.
 Writes results/parity_attacks.json where all is run, on a tree without changes; --images runs fewer images. A row that
 is done is kept in runs/, so that the same command at the same commit goes on where it was stopped.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -21,8 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from topgap_jax import setup
-from topgap_jax.data import tfds
+from topgap_jax import data, setup
 from topgap_jax.progress import write_text
 from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.run.provenance import provenance
@@ -32,7 +33,7 @@ NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
 class Row(NamedTuple):
-    """One comparison: ours as a config writes it, and the peer's words."""
+    """One comparison: ours as a config writes it, and the peer's words; of the network that `NETWORKS` names."""
 
     attack: str
     ball: str
@@ -41,6 +42,7 @@ class Row(NamedTuple):
     ours: str
     steps: int
     peers: tuple[str, ...]
+    network: str = "resnet20"
 
 
 BOTH, ONE = ("auto-attack", "torchattacks"), ("auto-attack",)
@@ -62,7 +64,13 @@ ROWS = (
     Row("apgd-t", "l1", "1.5", 100, "apgd_t({}, targets=5, larger_radii=True)", 100, ONE),
     Row("fab-t", "l1", "1.5", 100, "fab_t({})", 100, ONE),
     Row("square", "l1", "1.5", 100, "square({})", 5000, ONE),
+    Row("pgd", "linf", ".5/255", 50, "pgd({})", 20, ("torchattacks", "foolbox"), "efficientnet_lite0"),
+    Row("apgd-ce", "linf", ".5/255", 50, "apgd({})", 100, BOTH, "efficientnet_lite0"),
 )
+NETWORKS = {  # config, weights, images at a time
+    "resnet20": ("cifar10.py", "resnet20_cifar10", 250),
+    "efficientnet_lite0": ("imagenet.py", "efficientnet_lite0_imagenet", 25),
+}
 
 
 def main():
@@ -76,9 +84,7 @@ def main():
     if not os.environ.get("TOPGAP_DATA") or not options.peer_python:
         parser.error("TOPGAP_DATA is the folder with tfds/ and weights/, --peer-python the Python that has the peers")
     print(configure_cpu(), file=sys.stderr)
-    weights = Path(os.environ["TOPGAP_DATA"], "weights/resnet20_cifar10.safetensors")
-    loaded = setup.from_config(HERE.parent / "configs/cifar10.py", [("init", str(weights))])
-    names = {row: f"{row.ball} {row.attack}" for row in ROWS}
+    names = {row: f"{row.ball} {row.attack}" + f" {row.network}" * (row.network != "resnet20") for row in ROWS}
     rows = [row for row in ROWS if not options.names or any(part in names[row] for part in options.names)]
     about = provenance()
     whole = not (options.images or options.first or options.radius or (about["commit"] or "+").endswith("+"))
@@ -90,11 +96,18 @@ def main():
                 continue
             n = min(row.images, options.images or row.images)
             row = row._replace(eps=options.radius or row.eps)
-            files = written(Path(folder), options.first, n)
-            result = {"eps": row.eps, "n": n, "ours": ours(loaded, row, options.first, n)}
+            loaded, weights, batch = network(row.network)
+            files = written(Path(folder), row.network, loaded, f"test[{options.first}:{options.first + n}]")
+            result = {"eps": row.eps, "n": n, "ours": ours(loaded, row, options.first, n, batch)}
             for package in row.peers:
-                words = {**files, "weights": str(weights), "package": package, "attack": row.attack, "batch": 250}
-                words |= {"norm": NORMS[row.ball], "eps": number(row.eps), "steps": row.steps}
+                words = {**files, "network": row.network, "weights": weights, "package": package}
+                words |= {
+                    "attack": row.attack,
+                    "batch": batch,
+                    "norm": NORMS[row.ball],
+                    "eps": number(row.eps),
+                    "steps": row.steps,
+                }
                 print(json.dumps(words), file=process.stdin, flush=True)
                 answer = json.loads(process.stdout.readline() or "null")
                 if answer is None:
@@ -122,21 +135,29 @@ def main():
     return 0 if all(row["agree"] for row in results.values()) else 1
 
 
-def ours(loaded, row, first, n):
+@functools.cache
+def network(name):
+    """(the network with its weights, their file, images at a time)."""
+    config, weights, batch = NETWORKS[name]
+    file = str(Path(os.environ["TOPGAP_DATA"], f"weights/{weights}.safetensors"))
+    return setup.from_config(HERE.parent / "configs" / config, [("init", file)]), file, batch
+
+
+def ours(loaded, row, first, n, batch):
     """Images left by our attack, as `topgap evaluate` measures them."""
     start = time.perf_counter()
     text = f"robust({row.ours.format(f'{row.ball}({row.eps})')})"
-    (measured,) = setup.evaluate(loaded, splits=f"test[{first}:{first + n}]", evaluators=text)
+    (measured,) = setup.evaluate(loaded, splits=f"test[{first}:{first + n}]", evaluators=text, batch=batch)
     robust = measured.measures["robust_accuracy"].value
     return {"evaluator": text, "robust": round(robust * n), "seconds": round(time.perf_counter() - start, 1)}
 
 
-def written(folder, first, n):
+def written(folder, name, loaded, split):
     """The files with the images (n, h, w, 3) and labels (n,) for the peer."""
-    files = {"images": str(folder / f"images{n}.npy"), "labels": str(folder / f"labels{n}.npy")}
+    files = {kind: str(folder / f"{name} {split} {kind}.npy") for kind in ("images", "labels")}
     if not Path(files["images"]).exists():
-        records = tfds("cifar10")(f"test[{first}:{first + n}]")
-        rows = [records[index] for index in range(n)]
+        source, config = loaded.experiment.source(split), loaded.experiment.config
+        rows = [data.decode(source, index, config.image_size, config.resize) for index in range(len(source))]
         np.save(files["images"], np.stack([row["image"] for row in rows]).astype(np.float32) / 255)
         np.save(files["labels"], np.array([row["label"] for row in rows]))
     return files

@@ -81,6 +81,14 @@ def folder(name: str, arm_name: str, seed: int, runs: Path) -> Path:
     return runs / f"{name}_{trained_as}_seed{seed}".replace(" ", "_")
 
 
+def train(name: str, arm_name: str, seed: int, runs: Path) -> None:
+    """Train one seed of one arm; returns at once where that is done, refuses a folder that another config has made."""
+    study = STUDIES[name]
+    trained = experiment(study, study.arms[arm_name], seed)
+    file = ROOT / "configs" / study.config
+    fit(trained.config, folder(name, arm_name, seed, runs), parts=setup.parts(trained), file=file)
+
+
 def load(name: str, arm_name: str, seed: int, runs: Path) -> setup.Loaded:
     """The trained model of a run."""
     study = STUDIES[name]
@@ -90,10 +98,8 @@ def load(name: str, arm_name: str, seed: int, runs: Path) -> setup.Loaded:
 def make(name: str, arm_name: str, seed: int, runs: Path) -> dict[str, Any]:
     """Train (or continue, or take) and evaluate one seed of one arm; what `evaluation.json` holds of it stays."""
     study = STUDIES[name]
-    arm, file = study.arms[arm_name], ROOT / "configs" / study.config
-    workdir, chosen = folder(name, arm_name, seed, runs), experiment(study, arm, seed)
-    # Returns at once where the run is complete, and refuses a folder that another config has made.
-    fit(chosen.config, workdir, parts=setup.parts(chosen), file=file)
+    arm, workdir = study.arms[arm_name], folder(name, arm_name, seed, runs)
+    train(name, arm_name, seed, runs)
     before = cpu_seconds()
     loaded = load(name, arm_name, seed, runs)
     evaluation = results.read(workdir / results.FILE)

@@ -7,10 +7,14 @@ import pytest
 
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
+from topgap_jax.grids import cell_numbers
 from topgap_jax.training import augment
 from topgap_jax.training.augment import TABLE, partners
 
-SHOWN = {"cutout": lambda: augment.cutout(5)}  # the one whose argument has no default
+SHOWN = {  # whose arguments have no default, or one that asks the network
+    "cutout": lambda: augment.cutout(5),
+    "delete_cell": lambda: augment.delete_cell(baseline="black"),
+}
 ROWS = {name: SHOWN.get(name, make)() for name, make in TABLE.items()}
 MIXING = ("mixup", "cutmix")
 B, H, W, K = 64, 12, 10, 64  # as many classes as rows, so that targets can be the identity
@@ -236,3 +240,17 @@ def test_a_resized_crop_of_a_ramp_is_a_part_of_the_ramp():
 def test_wrong_arguments_are_one_line(text, said):
     with pytest.raises(UserError, match=said):
         build(text, TABLE, {}, "config.augment")
+
+
+def test_delete_cell_replaces_one_cell_of_half_of_the_images():
+    batch = make_batch()
+    out = np.asarray(augment.delete_cell(grid=3, baseline="black")(keys(), batch, None)["image"])
+    changed = (out != np.asarray(batch["image"])).any(-1)
+    cells = cell_numbers("", 3, (H, W))
+    removed = {tuple(np.unique(cells[each])) for each in changed[changed.any((1, 2))]}
+    assert removed == {(cell,) for cell in range(9)} and (out[changed] == 0).all()
+    for each in changed[changed.any((1, 2))]:
+        np.testing.assert_array_equal(each, cells == cells[each][0])  # the whole cell
+    assert REAL / 3 < changed.any((1, 2)).sum() < 2 * REAL / 3
+    with pytest.raises(UserError, match="delete_cell: a grid of 11 x 11 cells is finer"):
+        augment.delete_cell(grid=11)(keys(), batch, None)

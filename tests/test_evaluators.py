@@ -50,6 +50,7 @@ MADE = {
     "cluster": evaluators.cluster(cam(), least=3),
     "completeness": evaluators.completeness(gradient(reduce="sum")),
     "coverage": evaluators.coverage("maps"),
+    "infidelity": evaluators.infidelity(cam(), samples=3),
     "localisation": evaluators.localisation(cam()),
     "measures": evaluators.measures(cam(), gini(), energy(), deletion(steps=4), iou_curve((0.3, 0.5))),
     "receptive_field": evaluators.receptive_field(k=2),

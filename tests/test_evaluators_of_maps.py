@@ -1,5 +1,7 @@
 """Agreement, stability, completeness, ADCC, ARCC and background reliance: worked values and cases done by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from topgap_jax import evaluators
 from topgap_jax.errors import UserError
 from topgap_jax.evaluators.background import excess
 from topgap_jax.evaluators.combined import coherency, harmonic_mean
+from topgap_jax.evaluators.infidelity import random_squares
 from topgap_jax.evaluators.stability import changes as eager
 from topgap_jax.explain import gradient, integrated
 from topgap_jax.grids import shrunk
@@ -115,6 +118,29 @@ def test_path_methods_are_complete_and_others_are_not():
     assert values(evaluators.completeness(negative), batch)["completeness_error"] == pytest.approx(2, rel=1e-4)
     with pytest.raises(UserError, match=r"completeness: the map has no sign, .* integrated\(reduce='sum'\)"):
         evaluators.completeness(gradient())
+
+
+# Infidelity: baselines 13.17.
+
+
+def test_infidelity_is_that_of_a_linear_model():
+    """The gradient of an affine score predicts every change, in any unit once scaled; twice it misses by the change."""
+    exact = values(evaluators.infidelity(gradient(reduce="sum"), samples=8))
+    assert exact == pytest.approx(dict.fromkeys(exact, 0), abs=1e-9)
+    twice = dataclasses.replace(gradient(), pixels=lambda *arguments: 2 * gradient().pixels(*arguments))
+    doubled = values(evaluators.infidelity(twice, samples=8))
+    assert max(doubled["infidelity_noise"], doubled["infidelity_square"]) < 1e-9
+    assert min(doubled["unscaled_infidelity_noise"], doubled["unscaled_infidelity_square"]) > 1e-4
+    nothing = values(evaluators.infidelity(shown(lambda images: 0 * images[..., 0]), samples=8))
+    assert nothing["infidelity_noise"] == nothing["unscaled_infidelity_noise"]  # the mean of the squared changes
+    assert nothing["infidelity_noise"] == pytest.approx(doubled["unscaled_infidelity_noise"], rel=1e-4)
+
+
+def test_random_squares_lie_inside_the_image():
+    squares = np.asarray(random_squares(jax.random.split(jax.random.key(0), 200), (9, 12)))
+    sides = np.sqrt(squares.sum((1, 2)))
+    assert set(sides) == {1, 2, 3} and (squares.any(1).sum(1) == sides).all() and (squares.any(2).sum(1) == sides).all()
+    assert squares.any(0).all()
 
 
 # ADCC and ARCC: baselines 13.15, breadth_explanations 1.

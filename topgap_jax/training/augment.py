@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from topgap_jax.baselines import Baseline, baseline_images, check_baseline
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
+from topgap_jax.grids import cell_numbers
 from topgap_jax.keys import split
 from topgap_jax.types import Array, Augment, Batch, Keys
 
@@ -145,6 +147,28 @@ def cutmix(alpha: float = 1.0) -> Augment:
     return augment
 
 
+def delete_cell(grid: int = 4, baseline: Baseline = "mean") -> Augment:
+    """With probability 1/2, one of grid x grid cells, drawn uniformly, replaced by `baseline` ("mean", "blur", "noise",
+    "black", "white", a colour; `topgap_jax.baselines`).
+
+    Training for IDSDS (Hesse et al. 2024, arXiv 2407.11910): images with a cell removed are then what the network
+    knows, and `single_deletion` with the same grid and substrate may be compared between networks.
+    """
+    check_number("grid", grid, 2, whole=True)
+    check_baseline("delete_cell: baseline", baseline)
+
+    def augment(keys, batch, predict):
+        image = batch["image"]
+        chance_keys, cell_keys, baseline_keys = split(keys, 3)
+        cells = cell_numbers("delete_cell", grid, image.shape[1:3])
+        drawn = jax.vmap(lambda key: jax.random.randint(key, (), 0, grid**2))(cell_keys)
+        removed = jax.vmap(jax.random.bernoulli)(chance_keys)[:, None, None] & (cells == drawn[:, None, None])
+        other = baseline_images("delete_cell: baseline", baseline, predict, image, baseline_keys)
+        return {**batch, "image": jnp.where(_unmasked(batch) & removed[..., None], other, image)}
+
+    return augment
+
+
 def partners(keys: Keys, mask: Array) -> Array:
     """For every unmasked row another one (b,): the next in the order of per-example uniforms, the last one's is the
     first.
@@ -200,4 +224,4 @@ def _check_range(name: str, bounds, low: float, high: float) -> None:
         raise UserError(f"{name} must be two numbers (smallest, largest) in [{low:g}, {high:g}], got {bounds}")
 
 
-TABLE = table(flip, crop_flip, random_resized_crop, cutout, colour_jitter, mixup, cutmix)
+TABLE = table(flip, crop_flip, random_resized_crop, cutout, colour_jitter, mixup, cutmix, delete_cell)
