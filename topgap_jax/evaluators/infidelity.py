@@ -58,7 +58,7 @@ def infidelity(explain: Explain, *, samples: int = 256, sigma: float = 0.1, scor
     def summary(rows):
         about = {
             f"{prefix}infidelity_{name}": Measure(
-                better="lower", label=f"{words}infidelity, {change}", main=not prefix and name == "square"
+                better="lower", label=f"{words}infidelity, {change}", main=not prefix, across=False
             )
             for prefix, words in (("", ""), ("unscaled_", "unscaled "))
             for name, change in CHANGES.items()
