@@ -369,6 +369,21 @@ def claims_of_places(stored: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def claims_of_trust(stored: Mapping[str, Any]) -> str:
+    lines = []
+    for network, methods in stored["networks"].items():
+        for name, each in methods.items():
+            of = lambda status, each=each: ", ".join(one["id"] for one in each["checks"] if one["status"] == status)
+            said = "the network" if each["said_to_show_the_network"] else "the image"
+            cells = [said, of("pass"), of("fail"), ", ".join(filter(None, (of("warn"), of("skipped"))))]
+            lines.append([network, f"`{name}`", *cells])
+    head = ["network", "method", "said to show", "passes", "fails", "undecided or skipped"]
+    checks = (
+        "T1 parameters drawn anew, T2 another class, T3 rivals, T4 a wall, T5 three substrates, T6 the image mirrored."
+    )
+    return f"{checks}\n\n" + markdown(head, lines)
+
+
 def explaining_memory(stored: Mapping[str, Any]) -> str:
     cell = lambda one: ", ".join(f"{one[key]:.1f}" for key in ("planned_mb", "peak_mb") if key in one)
     lines = [[name, *(f"{one['what']}: {cell(one)}" for one in pair)] for name, pair in stored["rows"].items()]
@@ -443,6 +458,7 @@ BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("Speed of explanations", "bench_explain", explaining),
     ("Guided non-linearity beside its rivals, on real networks", "explain_claims", claims_of_maps),
     ("Where maps of fine-tuned networks lie", "localisation_claims", claims_of_places),
+    ("What `trust` says of methods", "trust_claims", claims_of_trust),
     ("Memory of explanations", "bench_explain_memory", explaining_memory),
     ("Networks of other people", "foreign_networks", foreign),
     ("Many devices on a CPU", "stress_devices", devices),
