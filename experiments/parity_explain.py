@@ -14,6 +14,7 @@ that the same command at the same commit goes on where it was stopped. Relevance
 import argparse
 import contextlib
 import functools
+import inspect
 import json
 import os
 import subprocess
@@ -430,7 +431,7 @@ def float64():
     before = {name: getattr(jax.random, name) for name in (*draws, "bernoulli")}
     try:
         for name, dtype in draws.items():
-            setattr(jax.random, name, functools.partial(before[name], dtype=dtype))
+            setattr(jax.random, name, of_type(before[name], dtype))
         jax.random.bernoulli = lambda key, p, shape: before["bernoulli"](key, jnp.float32(p), shape)
         classifier.normalise = lambda images, mean, std: (images - np.float64(mean)) / np.float64(std)
         with jax.enable_x64(True):
@@ -439,6 +440,18 @@ def float64():
         classifier.normalise = normalise
         for name, function in before.items():
             setattr(jax.random, name, function)
+
+
+def of_type(draw, dtype):
+    """The function of `jax.random` with this dtype, whatever it is asked for."""
+    signature = inspect.signature(draw)
+
+    def typed(*arguments, **options):
+        bound = signature.bind(*arguments, **options)
+        bound.arguments["dtype"] = dtype
+        return draw(*bound.args, **bound.kwargs)
+
+    return typed
 
 
 def asked(process, request, indices, double):
