@@ -13,7 +13,6 @@ that the same command at the same commit goes on where it was stopped. Relevance
 
 import argparse
 import contextlib
-import functools
 import inspect
 import json
 import os
