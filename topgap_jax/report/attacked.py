@@ -55,7 +55,8 @@ def picture(examples: Examples, classes: Sequence[str]) -> Image.Image:
     for row in range(shown):
         y, change = MARGIN + 20 + row * line, examples.adversarial[row] - examples.clean[row]
         write(draw, (left[0], y + 3), name(int(examples.label[row])), width, bold=True, colour=RIGHT)
-        write(draw, (left[1], y + 3), f"after {int(examples.step[row])} steps", width, points=13, colour=MUTED)
+        steps = int(examples.step[row])
+        write(draw, (left[1], y + 3), f"after {steps} step{'s' * (steps != 1)}", width, points=13, colour=MUTED)
         write(draw, (left[2], y + 3), name(int(examples.predicted[row])), width, bold=True, colour=WRONG)
         for x, image in zip(left, (examples.clean[row], 0.5 + MAGNIFIED * change, examples.adversarial[row])):
             canvas.paste(enlarge(image, size), (x, y + 24))
