@@ -110,7 +110,7 @@ def prepare(path, network_name, images, labels, weights, layer, shallow, steps, 
         "guided_backprop": lambda: guided.attribute(x, y),
         "occlusion": lambda: captum.Occlusion(model).attribute(
             x, (3, window, window), (3, stride, stride), zero, y, perturbations_per_eval=together
-        ),
+        )[:, :1],  # the same in every channel
         "grad_cam": lambda: cam(pgc.GradCAM, layer),
         "score_cam": lambda: cam(pgc.ScoreCAM, shallow),
         "family": lambda: [cam(method, layer) for method in FAMILY],

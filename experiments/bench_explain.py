@@ -7,7 +7,7 @@ weights. Each row has a process of ours (one compiled program, compile time apar
 channels_last, bound threads), asked in turn. Ratio = the package's time over ours: above 1 ours is faster. Memory is
 the peak above that after the imports, compilation and first call included. "family" is the eight class activation maps
 that share one pass: beside the package's eight calls, and beside eight calls of ours. A row that is done is kept in
-runs/, so that the same command at the same commit goes on where it was stopped; results/bench_explain.json is written
+runs/ with its commit, so that the same command goes on where it was stopped; results/bench_explain.json is written
 where every row is there, on a tree without changes. Figures of a busy machine say little: `load_average` stands with
 each row.
 """
@@ -66,7 +66,7 @@ def main():
         parser.error("TOPGAP_DATA is the folder with tfds/ and weights/, --peer-python the Python that has the peers")
     machine = driver.machine()
     whole = options.rounds >= 7 and options.peer == parser.get_default("peer") and not machine["commit"].endswith("+")
-    kept = HERE.parent / "runs" / f"bench_explain_{machine['commit']}.json"
+    kept = HERE.parent / "runs" / "bench_explain.json"
     rows = json.loads(kept.read_text()) if whole and kept.exists() else {}
     for name in options.networks:
         with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +74,7 @@ def main():
             for path in options.paths:
                 key = f"{name} {path}"
                 if key not in rows:
-                    rows[key] = measure(name, path, options, files)
+                    rows[key] = {"commit": machine["commit"], **measure(name, path, options, files)}
                     if whole:
                         kept.parent.mkdir(exist_ok=True)
                         write_text(kept, json.dumps(rows, indent=1))
