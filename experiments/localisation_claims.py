@@ -66,20 +66,29 @@ def main():
     for name in options.studies:
         split, arms, batch = NETWORKS[name]
         for arm in arms:
-            folder = RUNS / "localisation_claims" / f"{name}_{arm}".replace(" ", "_")
+            folder = kept(name, arm)
             folder.mkdir(parents=True, exist_ok=True)
             study.train(name, arm, 0, RUNS)
             loaded = study.load(name, arm, 0, RUNS)
             for number, method in enumerate(METHODS):
                 if not (folder / f"{number}.json").exists():
                     measure(loaded, method, split, batch, folder / str(number), about["commit"])
-            networks[f"{name}, {arm}"] = {"split": split, **summarised(folder)}
-            print(f"\n{name}, {arm}, {split}\n{table(networks[f'{name}, {arm}'])}")
-    if clean and set(options.studies) == set(NETWORKS):
+    for name, (split, arms, _) in NETWORKS.items():
+        for arm in arms:
+            folder = kept(name, arm)
+            if all((folder / f"{number}.json").exists() for number in range(len(METHODS))):
+                networks[f"{name}, {arm}"] = {"split": split, **summarised(folder)}
+                print(f"\n{name}, {arm}, {split}\n{table(networks[f'{name}, {arm}'])}")
+    if clean and networks:
         text = json.dumps({**about, "resamples": RESAMPLES, "networks": networks}, indent=1)
         write_text(ROOT / "results/localisation_claims.json", text + "\n")
     else:
-        print("not written: that is for all networks, on a tree without changes", file=sys.stderr)
+        print("not written: that is for whole networks, on a tree without changes", file=sys.stderr)
+
+
+def kept(name, arm):
+    """The folder of what was measured of a network."""
+    return RUNS / "localisation_claims" / f"{name}_{arm}".replace(" ", "_")
 
 
 def measure(loaded, method, split, batch, path, commit):
