@@ -55,16 +55,23 @@ def save(manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], me
     """Write a checkpoint; returns when it is whole on the disk. A step that is there already is left as it is.
 
     A resumed run may come by a step again: its arithmetic is exact, so the checkpoint would be the same. Raises
-    UserError where the disk has no room for it; the checkpoints that were there are whole.
+    UserError where the disk has no room for it, or it cannot be written; the checkpoints that were there are whole.
     """
     if step in manager.all_steps():
         return
     _check_room(manager.directory, step, trees)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta))), force=True)
-    manager.wait_until_finished()
-    if is_writer():
-        manifest.write(Path(manager.directory) / str(step))
+    try:
+        manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta))), force=True)
+        manager.wait_until_finished()
+        if is_writer():
+            manifest.write(Path(manager.directory) / str(step))
+    except Exception as error:  # Orbax and TensorStore raise of every kind, of many lines
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the checkpoint of step {step} cannot be written in {manager.directory}: {reason}; mend that, then give "
+            "the same command again: it goes on from the checkpoint before"
+        ) from error
 
 
 def set_aside(workdir: Path) -> bool:
