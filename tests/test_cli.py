@@ -103,7 +103,8 @@ def test_train_tells_what_it_does_and_shows_the_results(run):
     )
     assert re.search(r"^test: accuracy\(\)\n  accuracy  +\d\.?\d* \[.*\]  +20 +1 +0 ", out, re.M)
     assert {path.name for path in workdir.iterdir()} == {
-        "checkpoints", "config.json", "evaluation.json", "lock", "metrics.jsonl", "tensorboard", "versions.json"
+        "checkpoints", "config.json", "evaluation.json", "evaluation.lock", "lock", "metrics.jsonl", "tensorboard",
+        "versions.json",
     }  # fmt: skip
     assert json.loads((workdir / "config.json").read_text())["file"] == TINY
 
