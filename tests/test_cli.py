@@ -606,6 +606,7 @@ MISTAKES = [
     ("evaluate --workdir {run} --split test[:0]", "shapes() split 'test[:0]' is empty; give a split with examples"),
     ("evaluate --workdir {run} --evaluators accurasy()", "--evaluators: 'accurasy' is not an evaluator; did you mean 'accuracy'?"),
     ("evaluate --workdir {run} --batch 0", "batch=0 must be at least 1"),
+    ("evaluate --workdir {run} --batch 1000000000000", "a batch of 1000000000000 images of 32 x 32 pixels needs 12,288,000 GB, and this machine has "),
     ("evaluate --workdir {run} --config {config} --config {config}", "--config is given once; a second one is the Python file of a run's own methods"),
     ("evaluate --workdir {run} --config nowhere.py", "there is no config file 'nowhere.py'"),
     ("train --config {config} --config {config} --workdir {new}", "of two config files the first is the config.json of a run, the second a Python file; got "),

@@ -106,7 +106,8 @@ def by_signal() -> Iterator[None]:
     that cannot be written is one line. Outside the main thread Python delivers no signals.
     """
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(Lasting, streams)
+    # Of a stream that is closed (`>&-`) Python has None; the next file that is opened would be in its place.
+    sys.stdout, sys.stderr = (Lasting(stream or open(os.devnull, "w")) for stream in streams)
     before = {}
 
     def end(number, frame):
