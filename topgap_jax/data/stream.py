@@ -8,6 +8,7 @@ processes, about three batches in each of them.
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -176,9 +177,13 @@ def _joined(parts) -> dict[str, np.ndarray]:
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-@functools.lru_cache(maxsize=2)  # at the end of an epoch threads read the next one too
 def _epoch(seed: int, epoch: int, n: int, batch: int) -> np.ndarray:
-    return epoch_ids(seed, epoch, n, batch)
+    with _one_at_a_time:  # or every thread would draw the same permutation when an epoch begins
+        return _kept_epoch(seed, epoch, n, batch)
+
+
+_one_at_a_time = threading.Lock()
+_kept_epoch = functools.lru_cache(maxsize=2)(epoch_ids)  # two: at the end of one threads read the next already
 
 
 def _training_ids(seed: int, n: int, batch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
