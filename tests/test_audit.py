@@ -20,9 +20,9 @@ from topgap_jax.measure import evaluate as evaluation
 from topgap_jax.measure.audit import Audited, audit_split, slopes
 from topgap_jax.measure.audit_attacks import Ask
 from topgap_jax.measure.criteria import CHECKS, conclude, headline, sign_test
+from topgap_jax.measure.log import Log
 from topgap_jax.measure.robust import NONE, Attacked, Examples
 from topgap_jax.measure.splits import resident_split, rows_of
-from topgap_jax.measure.verdicts import Log
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.report import compare, report, table
@@ -548,7 +548,7 @@ def test_an_audit_stands_beside_the_robust_numbers_of_the_same_command(tmp_path,
         for name in ("A1", "A2"):
             log(name).append({"phase": 0})
         log("A1")
-        left.extend(tmp_path.glob("attack-*.jsonl"))
+        left.extend(tmp_path.glob("unfinished-*.jsonl"))
         return Audited(of({"broken_gradients": 1, "operations": "round"}), a_row().measures, Cost(3, 4), 5.0, [])
 
     monkeypatch.setattr(evaluation, "audit_split", canned)
@@ -563,7 +563,7 @@ def test_an_audit_stands_beside_the_robust_numbers_of_the_same_command(tmp_path,
     (audited,) = make(("audit(linf(.05))", audit(BALL)))
     assert audited.audit == words and audited.norms == ("linf",) and len(audited.checks) == 18
     assert (audited.cost["forward_passes"], audited.cost["gradient_evaluations"], audited.cost["seconds"]) == (3, 4, 5)
-    assert len(left) == 2 and not list(tmp_path.glob("attack-*"))
+    assert len(left) == 2 and not list(tmp_path.glob("unfinished-*"))
     assert [row.audit for row in results.read(tmp_path / "evaluation.json").rows] == [words, words]
     assert [row.audit for row in make(attack)] == [words]
 

@@ -87,6 +87,26 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkey
     assert checkpoint.latest_step(tmp_path) == 2
 
 
+def test_a_save_that_the_disk_refuses_is_one_line_and_leaves_the_one_before(tmp_path, monkeypatch):
+    """A quota, say, which nothing tells beforehand."""
+    write(tmp_path, (1,))
+
+    def refused(*arguments, **options):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing 'a'\n: Disk quota exceeded")
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", refused)
+    with pytest.raises(UserError) as error:
+        write(tmp_path, (2,))
+    assert str(error.value) == (
+        f"the checkpoint of step 2 cannot be written in {tmp_path / 'checkpoints' / 'last'}: RESOURCE_EXHAUSTED: Error "
+        "writing 'a' : Disk quota exceeded; mend that, then give the same command again: it goes on from the checkpoint "
+        "before"
+    )
+    monkeypatch.undo()
+    assert checkpoint.latest_step(tmp_path) == 1
+    write(tmp_path, (2,))
+
+
 def test_errors_are_one_line(tmp_path, capsys):
     with pytest.raises(UserError, match=r"^there is no checkpoint in .*/checkpoints/last; train first: topgap train"):
         checkpoint.restore(tmp_path, "last", trees())

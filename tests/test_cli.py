@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -26,6 +27,7 @@ from topgap_jax.errors import UserError
 from topgap_jax.measure import results
 from topgap_jax.mesh import data_mesh
 from topgap_jax.progress import read_metrics
+from topgap_jax.run import checkpoint
 from topgap_jax.run import fit as fit_module
 from topgap_jax.run.provenance import provenance
 from topgap_jax.run.stopping import stop_requests
@@ -101,7 +103,8 @@ def test_train_tells_what_it_does_and_shows_the_results(run):
     )
     assert re.search(r"^test: accuracy\(\)\n  accuracy  +\d\.?\d* \[.*\]  +20 +1 +0 ", out, re.M)
     assert {path.name for path in workdir.iterdir()} == {
-        "checkpoints", "config.json", "evaluation.json", "lock", "metrics.jsonl", "tensorboard", "versions.json"
+        "checkpoints", "config.json", "evaluation.json", "evaluation.lock", "lock", "metrics.jsonl", "tensorboard",
+        "versions.json",
     }  # fmt: skip
     assert json.loads((workdir / "config.json").read_text())["file"] == TINY
 
@@ -350,13 +353,153 @@ def test_a_platform_that_is_not_there(monkeypatch):
     assert err.startswith("topgap: JAX_PLATFORMS=cuda: JAX cannot use it here (") and err.count("\n") == 1
 
 
-def test_a_full_disk_is_one_line(monkeypatch):
-    def full(arguments, overrides):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+FAULTS = {
+    (errno.ENOSPC, "metrics.jsonl"): "No space left on device, writing 'metrics.jsonl'; make room, then give the same ",
+    (errno.EDQUOT, None): "Disk quota exceeded; make room, then give the same command again",
+    (errno.EROFS, "runs/a"): "Read-only file system: 'runs/a'",
+    (errno.ENAMETOOLONG, "a" * 300): f"File name too long: '{'a' * 300}'",
+    (errno.EIO, "checkpoint"): "Input/output error: 'checkpoint'",
+    (errno.ESTALE, "config.json"): "Stale file handle: 'config.json'",
+}
 
-    monkeypatch.setitem(cli.COMMANDS, "help", cli.COMMANDS["help"]._replace(run=full))
-    words = "topgap: No space left on device, writing 'metrics.jsonl'; make room, then give the same command again\n"
-    assert topgap("help") == (2, "", words)
+
+@pytest.mark.parametrize(("number", "name"), FAULTS)
+def test_what_the_system_refuses_is_one_line(number, name, monkeypatch):
+    def work(arguments, overrides):
+        raise OSError(number, os.strerror(number), *([name] if name else []))
+
+    monkeypatch.setitem(cli.COMMANDS, "help", cli.COMMANDS["help"]._replace(run=work))
+    code, out, err = topgap("help")
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"topgap: {FAULTS[number, name]}")
+    with pytest.raises(OSError):
+        topgap("help", "--traceback")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """(folder on a disk of its own, options -> its size or mode changed); skipped where nothing may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = lambda options: subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False
+    )
+    if mount("size=64k").returncode:
+        pytest.skip("this user may not mount a tmpfs")
+    try:
+        yield folder, lambda options: mount(f"remount,{options}").check_returncode()
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [4, 8, 12, 16, 64, 1024, 16600, 17200, 18000])
+def test_a_disk_that_fills_loses_nothing(kilobytes, trained, disk):
+    """At whatever place: one line, exit code 2, and with room the same command ends with the same weights."""
+    folder, change = disk
+    change(f"size={kilobytes}k")
+    words = ("train", "--config", TINY, "--workdir", folder / "run")
+    code, out, err = topgap(*words)
+    said = [
+        line
+        for line in err.splitlines()
+        if not re.match("CPU: |reading |training: |test |topgap: .* read uncheck", line)
+    ]
+    assert (code, len(said)) == (2, 1), err
+    assert re.search("No space left|are free on that disk", said[0]), err
+    change("size=100m")
+    assert topgap(*words)[0] == 0
+    expected, found = (checkpoint.stored(path, "last", "variables") for path in (trained[0], folder / "run"))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    change("ro")
+    for line in (
+        words,
+        ("evaluate", "--workdir", folder / "run", "--again"),
+        ("explain", "--workdir", folder / "run", "--count", 1),
+        ("report", folder / "run"),
+    ):
+        code, _, err = topgap(*line)
+        said = [text for text in err.splitlines() if not re.match("CPU: |reading ", text)]
+        assert (code, len(said)) == (2, 1) and said[0].endswith(": Read-only file system"), err
+    assert topgap("evaluate", "--workdir", folder / "run")[0] == topgap("compare", folder / "run")[0] == 0
+
+
+def test_paths_that_no_system_has(run, tmp_path):
+    """Too long, or with a NUL: one line, and nothing written."""
+    long = "a" * 5000
+    for words in (
+        ("train", "--config", TINY, "--workdir", tmp_path / long),
+        ("train", "--config", long, "--workdir", tmp_path / "new"),
+        ("train", "--config", TINY, f"--config.init={long}.npz", "--workdir", tmp_path / "new"),
+        ("train", "--config", TINY, f"--config.source=folder('{long}')", "--workdir", tmp_path / "new"),
+        ("evaluate", "--workdir", long),
+        ("evaluate", "--config", TINY, "--weights", long),
+        ("explain", "--workdir", run[0], "--images", long),
+        ("explain", "--workdir", run[0], "--count", 1, "--out", tmp_path / long),
+        ("report", run[0], "--out", tmp_path / long),
+        ("compare", long),
+        ("verify", long),
+    ):
+        code, _, err = topgap(*words)
+        lines = [line for line in err.splitlines() if not re.match("CPU: |reading ", line)]
+        assert code == 2 and len(lines) == 1 and "File name too long" in lines[0] and len(lines[0]) < 550, (words, err)
+    code, out, err = topgap("train", "--config", TINY, "--workdir", "a\0b")
+    assert (code, out) == (2, "")
+    assert err == "topgap: the argument 'a\\x00b' holds a character NUL, which no path and no text may\n"
+    code, _, err = topgap("train", "--config", TINY, r"--config.source=folder('a\0b')", "--workdir", tmp_path / "new")
+    line = "topgap: config.source: 'a\\x00b' holds a character NUL, which no path and no name may"
+    assert code == 2 and err.splitlines()[1:] == [line]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_printed_is_said_when_the_work_is_done(monkeypatch):
+    """`topgap compare > /dev/full`, or a disk that is full: the work is done, and the exit code is not 0."""
+    done = []
+
+    def work(arguments, overrides):
+        print("x" * 100_000, flush=True)
+        done.append(True)
+
+    monkeypatch.setitem(cli.COMMANDS, "help", cli.COMMANDS["help"]._replace(run=work))
+    err = io.StringIO()
+    with open("/dev/full", "w") as full, contextlib.redirect_stdout(full), contextlib.redirect_stderr(err):
+        code = cli.main(["help"])
+    line = "topgap: what was to be printed could not be written: No space left on device\n"
+    assert (code, err.getvalue(), done) == (2, line, [True])
+
+
+def test_a_device_is_written_to_and_stays_one(run):
+    code, out, err = topgap("report", run[0], "--out", "/dev/full")
+    assert (code, out) == (2, "") and err == "topgap: cannot write the report '/dev/full': No space left on device\n"
+    assert Path("/dev/full").is_char_device() and not Path("/dev/full.part").exists()
+    assert topgap("report", run[0], "--out", "/dev/null")[0] == 0 and Path("/dev/null").is_char_device()
+
+
+def test_a_compilation_cache_that_is_full_or_damaged_is_one_line(tmp_path, monkeypatch):
+    """And what it has of that program goes: an entry that was cut short would be met again each time."""
+    for name in ("jit_a-1-cache", "jit_a-2-cache", "jit_b-1-cache"):
+        (tmp_path / name).touch()
+    before = jax.config.jax_compilation_cache_dir
+
+    def work(arguments, overrides):
+        warnings.simplefilter("always")
+        for name in ("jit_a", "jit_c"):
+            text = f"Error writing persistent compilation cache entry for '{name}': OSError: [Errno 28] No space left"
+            warnings.warn(text, stacklevel=1)
+        warnings.warn("Error reading persistent compilation cache entry for 'jit_d': EOFError: \n", stacklevel=1)
+
+    monkeypatch.setitem(cli.COMMANDS, "help", cli.COMMANDS["help"]._replace(run=work))
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        answer = topgap("help")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert answer == (
+        0,
+        "",
+        f"topgap: writing the compilation cache {tmp_path}: OSError: [Errno 28] No space left; what it cannot take is "
+        f"compiled anew each time\ntopgap: reading the compilation cache {tmp_path}: EOFError:; compiled anew\n",
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["jit_b-1-cache"]
 
 
 def test_the_command_is_stored_as_a_shell_takes_it(monkeypatch):
@@ -463,6 +606,7 @@ MISTAKES = [
     ("evaluate --workdir {run} --split test[:0]", "shapes() split 'test[:0]' is empty; give a split with examples"),
     ("evaluate --workdir {run} --evaluators accurasy()", "--evaluators: 'accurasy' is not an evaluator; did you mean 'accuracy'?"),
     ("evaluate --workdir {run} --batch 0", "batch=0 must be at least 1"),
+    ("evaluate --workdir {run} --batch 1000000000000", "a batch of 1000000000000 images of 32 x 32 pixels needs 12,288,000 GB, and this machine has "),
     ("evaluate --workdir {run} --config {config} --config {config}", "--config is given once; a second one is the Python file of a run's own methods"),
     ("evaluate --workdir {run} --config nowhere.py", "there is no config file 'nowhere.py'"),
     ("train --config {config} --config {config} --workdir {new}", "of two config files the first is the config.json of a run, the second a Python file; got "),

@@ -1,5 +1,6 @@
 """`evaluate` and `attack_split` over whole splits: resident, streamed, on one device and on eight."""
 
+import itertools
 import json
 
 import jax
@@ -15,10 +16,11 @@ from topgap_jax.evaluators import accuracy, attributional_robustness, coverage, 
 from topgap_jax.explain import cam
 from topgap_jax.measure import results
 from topgap_jax.measure.evaluate import evaluate, evaluation_variables
+from topgap_jax.measure.log import Log, packed, unpacked
 from topgap_jax.measure.robust import attack_split
 from topgap_jax.measure.rows import measure_split
 from topgap_jax.measure.splits import Split, resident_split, streamed_split
-from topgap_jax.measure.verdicts import Log, fingerprint
+from topgap_jax.measure.verdicts import fingerprint
 from topgap_jax.mesh import data_mesh
 from topgap_jax.metrics import deletion, gini
 from topgap_jax.metrics.summaries import share
@@ -351,10 +353,12 @@ def test_a_stopped_attack_goes_on(tmp_path):
     asked = []
 
     def watched(stop):
+        taken = itertools.count(1)
+
         def batches(ids):
             asked.append(ids)
-            for number, pair in enumerate(data.batches(ids)):
-                if ids is not None and number == stop:
+            for pair in data.batches(ids):
+                if ids is not None and next(taken) == stop:
                     raise KeyboardInterrupt
                 yield pair
 
@@ -362,8 +366,8 @@ def test_a_stopped_attack_goes_on(tmp_path):
 
     (whole,) = go(data, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        go(watched(2), tmp_path / "cut")
-    (log,) = (tmp_path / "cut").glob("attack-*.jsonl")
+        go(watched(6), tmp_path / "cut")  # of the 11 images three batches for pictures, then two to be attacked
+    (log,) = (tmp_path / "cut").glob("unfinished-*.jsonl")
     with log.open("a") as file:
         file.write('{"phase": 0, "ids": [')
     (resumed,) = go(watched(None), tmp_path / "cut")
@@ -371,9 +375,73 @@ def test_a_stopped_attack_goes_on(tmp_path):
         row.cost.pop("seconds")
         row.measures.pop("utilisation")  # what the killed process had in flight is done again
     assert resumed == whole
-    _, attacked, _, left, *_ = [len(ids) for ids in asked if ids is not None]  # each time after a few for pictures
-    assert attacked == RIGHT.sum() and 0 < left <= RIGHT.sum() - 4
-    assert not list((tmp_path / "cut").glob("attack-*"))
+    # Each time after a few for pictures; the second time no clean image is left, and one says what shape they have.
+    _, attacked, clean, one, _, left, *_ = [len(ids) for ids in asked if ids is not None]
+    assert attacked == RIGHT.sum() == 11 and 0 < left <= 11 - 4 and (clean, one) == (0, 1)
+    assert not list((tmp_path / "cut").glob("unfinished-*"))
+
+
+@pytest.mark.parametrize("stop", range(3))
+def test_a_killed_evaluator_goes_on(stop, data, tmp_path):
+    """Also one that prepares, and one with rows that the host makes: what is kept is not measured again, and the row is
+    the same, bit for bit."""
+    evaluators = {"accuracy()": accuracy(), "localisation(cam())": localisation(cam())}
+    options = {"training": lambda: ARRAYS, "seed": 4}
+
+    class Killed(BaseException):
+        pass
+
+    def watched(stop):
+        calls = itertools.count()
+
+        def batches(ids):
+            measured = next(calls) > 0  # the first look is at the logits of one batch
+            for number, (some, batch) in enumerate(data.batches(ids)):
+                if measured and number == stop:
+                    raise Killed
+                asked.extend(some.tolist() if measured else [])
+                yield some, batch
+
+        return Split(N, batches, BATCH)
+
+    for text, evaluator in evaluators.items():
+        asked, folder = [], tmp_path / text
+        (whole,) = run(data, {text: evaluator}, workdir=tmp_path / "whole", **options)
+        with pytest.raises(Killed):
+            run(watched(stop), {text: evaluator}, workdir=folder, **options)
+        assert asked == list(range(stop * BATCH))
+        (resumed,) = run(watched(None), {text: evaluator}, workdir=folder, **options)
+        assert asked == list(range(N))
+        assert resumed._replace(cost={}) == whole._replace(cost={})
+        assert [path.name for path in folder.iterdir()] == ["evaluation.json"]
+
+
+def test_what_stands_in_a_log_is_every_bit_and_what_is_damaged_is_left_out(tmp_path):
+    generator = np.random.default_rng(0)
+    rows = {
+        "a": generator.normal(size=(3, 2)).astype(np.float32),
+        "b": np.array([True, False, True]),
+        "c": np.float32([np.nan, np.inf, -0.0]),
+        "d": jnp.bfloat16([1, 2, 3]),
+        "e": np.zeros((3, 0), np.int64),
+    }
+    path = tmp_path / "log.jsonl"
+    log = Log(path, {"of": "this"})
+    for number in range(3):
+        log.append({"rows": packed(rows), "number": number})
+    (first, *_) = Log(path, {"of": "this"}).entries
+    for key, values in unpacked(first["rows"]).items():
+        assert values.dtype == rows[key].dtype and values.shape == rows[key].shape
+        assert values.tobytes() == np.asarray(rows[key]).tobytes()
+    good = path.read_bytes()
+    starts = np.cumsum([0, *map(len, good.splitlines(keepends=True))])
+    for place in generator.integers(starts[1], len(good), 40):
+        data = bytearray(good)
+        data[place] ^= 1 << generator.integers(8)
+        path.write_bytes(data)
+        left = np.searchsorted(starts, place, side="right") - 2
+        assert [entry["number"] for entry in Log(path, {"of": "this"}).entries] == list(range(left))
+        assert path.read_bytes() == good[: starts[left + 1]], "what follows is cut off, and can be appended anew"
 
 
 def test_a_log_of_other_weights_is_not_used(tmp_path):

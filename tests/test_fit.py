@@ -1,5 +1,6 @@
 """The training loop: equal to a loop written out, exact after a kill or a stop, and clear about what went wrong."""
 
+import errno
 import fcntl
 import json
 import os
@@ -23,11 +24,11 @@ from topgap_jax.data import Source, epoch_ids, stream
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import data_mesh
 from topgap_jax.progress import read_metrics
-from topgap_jax.run import checkpoint, divergence
+from topgap_jax.run import checkpoint, divergence, locks
 from topgap_jax.run import fit as fit_module
 from topgap_jax.run import workdir as workdir_module
 from topgap_jax.run.fit import Stopped, fit
-from topgap_jax.run.workdir import claim, release
+from topgap_jax.run.workdir import claim
 from topgap_jax.training.objectives import standard
 from topgap_jax.training.optimizers import sgd
 
@@ -287,42 +288,64 @@ def test_a_finished_run_is_left_as_it_is(whole):
 HOLD = """
 import os, sys, time, warnings
 from pathlib import Path
-from topgap_jax.run.workdir import claim
-claim(Path(sys.argv[1]), {"seed": 3})
+from topgap_jax.run import locks
+locks.take(Path(sys.argv[1]), locks.TRAINING)
+locks.take(Path(sys.argv[1]), locks.EVALUATION)
 warnings.simplefilter("ignore")
-child = os.fork()
-if child:
-    print(child, flush=True)
+if not os.fork():
+    print(os.getpid(), flush=True)
 time.sleep(600)
 """
 
 
-def test_two_trainings_in_one_folder(tmp_path):
+def test_two_trainings_or_two_evaluations_in_one_folder(tmp_path):
     """The second is told whose the folder is; a lock dies with its process, however it ends, also where children that
     it forked live on, and with its training."""
+    config = {"seed": 3}
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         child = int(other.stdout.readline())
-        with pytest.raises(UserError) as error:
-            claim(tmp_path, {"seed": 3})
-        assert str(error.value) == (
-            f"another training writes in '{tmp_path}' (process {other.pid} on {socket.gethostname()}); wait for its end, "
-            "or take another workdir"
-        )
+        for what, start in (("training", lambda: claim(tmp_path, config)), ("evaluation", evaluates(tmp_path))):
+            with pytest.raises(UserError) as error:
+                start()
+            assert str(error.value) == (
+                f"another {what} writes in '{tmp_path}' (process {other.pid} on {socket.gethostname()}); wait for its "
+                "end, or take another workdir"
+            )
     finally:
         other.kill()
         other.wait()
     try:
         os.kill(child, 0)  # it is there
-        claim(tmp_path, {"seed": 3})
+        claim(tmp_path, config)
+        evaluates(tmp_path)()
     finally:
         os.kill(child, signal.SIGKILL)
         other.communicate()
-    claim(tmp_path, {"seed": 3})  # the same process may: a training that is taken up again in a notebook
-    assert (tmp_path / "lock").read_text() == f"{os.getpid()} on {socket.gethostname()}\n"
-    release(tmp_path)
-    with (tmp_path / "lock").open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    claim(tmp_path, config)  # the same process may: a training that is taken up again in a notebook
+    assert (tmp_path / locks.TRAINING).read_text() == f"{os.getpid()} on {socket.gethostname()}\n"
+    locks.release(tmp_path, locks.TRAINING)
+    for name in (locks.TRAINING, locks.EVALUATION):
+        with (tmp_path / name).open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def evaluates(workdir):
+    def evaluate():
+        with locks.evaluating(workdir):
+            pass
+
+    return evaluate
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, capsys):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    claim(tmp_path, {"seed": 3})
+    line = f"topgap: the file system of '{tmp_path}' has no locks (No locks available): start no second process there"
+    assert capsys.readouterr().err == f"{line} yourself\n"
 
 
 def test_a_training_lets_its_folder_go(trained):

@@ -17,9 +17,9 @@ from topgap_jax.balls import linf
 from topgap_jax.evaluators import curve, robust
 from topgap_jax.keys import example_keys, fold_in, split
 from topgap_jax.measure import evaluate, queue
+from topgap_jax.measure.log import Log
 from topgap_jax.measure.robust import attack_split
 from topgap_jax.measure.splits import Split, resident_split, rows_of
-from topgap_jax.measure.verdicts import Log
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.rewrite.interpreter import subjaxprs

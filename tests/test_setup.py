@@ -339,6 +339,12 @@ def test_a_model_that_cannot_be_applied():
     )
 
 
+def test_a_batch_above_the_split_is_said(capsys):
+    assert setup.parts(setup.experiment(TINY, [("batch", "64")]), reads=False).batch == 64
+    text = "topgap: config.batch = 64 of only 60 examples of 'train': each step repeats some\n"
+    assert capsys.readouterr().err == text
+
+
 def test_what_is_set_and_not_read_is_said(capsys, monkeypatch):
     monkeypatch.setattr(setup.commands, "training", lambda chosen: None)
     monkeypatch.setattr(setup.commands, "validation", lambda chosen: None)

@@ -31,7 +31,8 @@ from topgap_jax.errors import UserError
 from topgap_jax.evaluators import curve, robust
 from topgap_jax.keys import example_keys
 from topgap_jax.measure import evaluate, queue
-from topgap_jax.measure.verdicts import Log, fingerprint
+from topgap_jax.measure.log import Log
+from topgap_jax.measure.verdicts import fingerprint
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.types import Cost, Network

@@ -8,10 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from tests.test_cli import TINY, patch, topgap
-from topgap_jax import setup
+from topgap_jax import pretrained, setup
 from topgap_jax.attacks import apgd, autoattack, pgd
 from topgap_jax.balls import l2, linf
 from topgap_jax.build import build
@@ -37,8 +36,7 @@ def made(tmp_path_factory):
     """A folder with weights, and the file that an evaluation of them wrote."""
     folder = tmp_path_factory.mktemp("verify")
     variables = init(setup.experiment(TINY))
-    leaves = jax.tree.flatten_with_path(variables)[0]
-    save_file({"/".join(k.key for k in keys): np.asarray(leaf) for keys, leaf in leaves}, folder / WEIGHTS)
+    pretrained.save(folder / WEIGHTS, variables)
     (folder / "model.json").write_text('{"name": "A tiny one", "venue": "N/A", "clean_acc": "99.99"}')
     with pytest.MonkeyPatch.context() as monkeypatch:
         patch(monkeypatch)

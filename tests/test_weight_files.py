@@ -6,6 +6,7 @@ tests/test_pretrained.py has names and networks; experiments/parity_weight_files
 import io
 import json
 import pickle
+import re
 import struct
 import zipfile
 from collections import OrderedDict
@@ -20,7 +21,7 @@ from safetensors.numpy import save_file
 
 from topgap_jax import pretrained
 from topgap_jax.errors import UserError
-from topgap_jax.pretrained import pth
+from topgap_jax.pretrained import pth, saved
 
 TYPES = {
     "FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
@@ -274,6 +275,39 @@ def test_damaged_files_give_one_line(tmp_path_factory, suffix):
                 assert "\n" not in str(error)
 
     damaged()
+
+
+def test_every_flipped_bit_of_a_file_of_ours_is_noticed(tmp_path):
+    """Or it changes no number: those of the checksum's own name in the metadata. The order of the tensors is kept."""
+    path = tmp_path / "w.safetensors"
+    arrays = {"params": {"b": {"kernel": np.float32([[1, 2], [3, 4]]).T}, "a": np.float32(5)}}
+    pretrained.save(path, arrays, metadata={"mean": "0.5,0.5,0.5"})
+    assert pretrained.read(path).shapes == {"params/a": (), "params/b/kernel": (2, 2)}
+    expected, good, silent = pretrained.tensors(path), path.read_bytes(), set()
+    np.testing.assert_array_equal(expected["params/b/kernel"], arrays["params"]["b"]["kernel"])
+    for bit in range(8 * len(good)):
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            values = pretrained.tensors(path)
+        except UserError as caught:
+            assert "\n" not in str(caught)
+            continue
+        assert {name: value.tolist() for name, value in values.items()} == {
+            name: value.tolist() for name, value in expected.items()
+        }
+        silent.add(bit // 8)
+    place = good.index(saved.KEY.encode())
+    assert silent <= set(range(place, place + len(saved.KEY)))
+    path.write_bytes(good[:-1] + b"\0")
+    assert "w.safetensors is damaged: its checksum is " in error(path)
+    save_file({"a": np.zeros(1, np.float32)}, path)  # of others
+    assert list(pretrained.tensors(path)) == ["a"]
+    for wrong, text in (("w.npz", "w.npz: weights are written to a .safetensors file, not to '.npz'"),
+                        ("no/w.safetensors", "no/w.safetensors': No such file or directory")):  # fmt: skip
+        with pytest.raises(UserError, match=re.escape(text)):
+            pretrained.save(tmp_path / wrong, arrays)
 
 
 def test_npz_of_bfloat16_and_claims(tmp_path):

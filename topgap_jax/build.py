@@ -100,6 +100,8 @@ def _name(default: Any, function: Any) -> str:
 def _value(node: ast.AST, table: Mapping[str, Callable], values: Mapping[str, Any], where: str) -> Any:
     read = lambda child: _value(child, table, values, where)
     if isinstance(node, ast.Constant):
+        if isinstance(node.value, str) and "\0" in node.value:
+            raise UserError(f"{_at(where)}{_short(node.value)} holds a character NUL, which no path and no name may")
         if node.value is None or isinstance(node.value, (bool, int, float, str)):
             return node.value
         raise UserError(f"{_at(where)}{_short(node.value)} is not a number, text, True, False or None")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from tqdm import tqdm
 
@@ -111,22 +111,19 @@ class Metrics:
         self.file = self.board = None
         if not is_writer():
             return
-        from tensorboardX import SummaryWriter  # here, since it takes 2 s that `topgap compare` need not wait
-
-        path = Path(folder) / METRICS
-        cut(path, step)
-        self.file = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1, flush_secs=30)
+        self.path = Path(folder) / METRICS
+        cut(self.path, step)
+        self.file = self.path.open("ab", buffering=0)  # a buffer would be written once more when a full disk closes it
+        self.board = _Board(Path(folder) / "tensorboard", step)
 
     def write(self, step: int, kind: str, numbers: Mapping[str, float], **more: float) -> None:
         """One row: {"step", "kind", **more, **numbers}; `numbers` are drawn by TensorBoard as kind/name."""
         if self.file is None:
             return
         row = {"step": step, "kind": kind, **more, **{name: float(value) for name, value in numbers.items()}}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        for name, value in numbers.items():
-            self.board.add_scalar(f"{kind}/{name}", float(value), step)
+        with writing(self.path):
+            append(self.file, json.dumps(row).encode() + b"\n")
+        self.board.write(step, {f"{kind}/{name}": float(value) for name, value in numbers.items()})
 
     def close(self) -> None:
         if self.file is not None:
@@ -138,6 +135,39 @@ class Metrics:
 
     def __exit__(self, *error):
         self.close()
+
+
+class _Board:
+    """The same for TensorBoard, written by this thread: tensorboardX's own dies of a full disk in pages of traceback,
+    and with it everyone who waits for its queue."""
+
+    def __init__(self, folder: Path, step: int):
+        # here, since it takes 2 s that `topgap compare` need not wait
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        self.folder, self.event, self.scalar = folder, Event, scalar
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.events = EventsWriter(str(folder / "events"))
+            # What a killed process wrote of later steps is not shown.
+            self.events.write_event(
+                Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START))
+            )
+        self.flushed = time.monotonic()
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        with writing(self.folder):
+            for name, value in numbers.items():
+                self.events.write_event(self.event(wall_time=time.time(), step=step, summary=self.scalar(name, value)))
+            if time.monotonic() - self.flushed >= QUIET_SECONDS:  # waits for the disk
+                self.events.flush()
+                self.flushed = time.monotonic()
+
+    def close(self) -> None:
+        with writing(self.folder):
+            self.events.close()
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -176,13 +206,41 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def write_text(path: Path, text: str | bytes) -> None:
-    """Write a file whole or not at all: a process killed in the middle, or a full disk, leaves the old one."""
-    part = Path(f"{path}.part")
+    """Write a file whole or not at all: a process killed in the middle, or a full disk, leaves the old one. A device or
+    a pipe (/dev/stdout) is written to, and not replaced by a file."""
+    content = text if isinstance(text, bytes) else text.encode()
+    with writing(path):
+        if path.absolute().parent == Path("/dev") or (path.exists() and not path.is_file()):
+            path.write_bytes(content)
+            return
+        part = Path(f"{path}.part")
+        try:
+            part.write_bytes(content)
+            os.replace(part, path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def append(file: IO[bytes], content: bytes) -> None:
+    """Add to a file without a buffer: all of it, or nothing and an OSError."""
+    start = file.tell()
     try:
-        part.write_bytes(text if isinstance(text, bytes) else text.encode())
-        os.replace(part, path)
+        while content:
+            content = content[file.write(content) :]
     except OSError:
-        part.unlink(missing_ok=True)
+        file.truncate(start)
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError from inside names the path, which Python leaves out where a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
         raise
 
 

@@ -19,9 +19,13 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when done, 1 where numbers are not confirmed or some pictures not readable, 2 for a user's
-    mistake, 129, 130 or 143 when stopped by SIGHUP, Ctrl-C or SIGTERM."""
+    mistake and for what could not be read or written, 129, 130 or 143 when stopped by SIGHUP, Ctrl-C or SIGTERM."""
     with endings.by_signal():
-        return _main(argv)
+        try:
+            code = _main(argv)
+        except SystemExit as end:  # of argparse, after --help
+            raise SystemExit(endings.after_output(end.code or 0)) from None
+        return endings.after_output(code)
 
 
 def _main(argv):
@@ -42,10 +46,10 @@ def _main(argv):
         print(f"topgap: {texts.line(error)}{more}", file=sys.stderr)
         return 2
     except OSError as error:
-        line = together.disk_full(error)
-        if not line:
+        line = endings.line(error)
+        if not line or shows_traceback:
             raise
-        print(f"topgap: {line}", file=sys.stderr)
+        print(f"topgap: {texts.line(line)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("topgap: stopped", file=sys.stderr)
@@ -57,6 +61,9 @@ def _main(argv):
 
 def _parse(argv):
     """(arguments, the --config.key=value among them as pairs)."""
+    for word in argv:
+        if "\0" in word:
+            raise UserError(f"the argument '{word}' holds a character NUL, which no path and no text may")
     arguments, rest = _parser().parse_known_args(argv)
     if hasattr(arguments, "config"):
         _divide_configs(arguments)

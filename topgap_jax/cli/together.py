@@ -1,13 +1,12 @@
 """`topgap train` and `topgap evaluate` as one of many processes: its arguments, who prints, and how it ends."""
 
-import errno
 import os
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
-from topgap_jax.cli import texts
+from topgap_jax.cli import endings, texts
 from topgap_jax.errors import UserError
 
 STOPPED = 143
@@ -34,14 +33,6 @@ def place(arguments: Namespace) -> tuple[str | None, int | None, int | None] | N
     return numbers if given or found else None
 
 
-def disk_full(error: OSError) -> str:
-    """What to say of a full disk, "" of any other error."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return ""
-    where = f", writing '{error.filename}'" if error.filename else ""
-    return f"{error.strerror}{where}; make room, then give the same command again"
-
-
 def run(configure: Callable[[], object], command: Callable[[], int | None]) -> int:
     """The exit code of the command in one process of many. Process 0 prints; a mistake is told by whom it meets.
 
@@ -58,7 +49,7 @@ def run(configure: Callable[[], object], command: Callable[[], int | None]) -> i
         # Gloo and others write lines of their own on the descriptor of stdout, in C: those go where errors go.
         results = os.dup(1) if jax.process_index() == 0 else os.open(os.devnull, os.O_WRONLY)
         sys.stdout.flush()
-        sys.stdout = os.fdopen(results, "w", encoding=sys.stdout.encoding, errors="replace")
+        sys.stdout = endings.Lasting(os.fdopen(results, "w", encoding=sys.stdout.encoding, errors="replace"))
         os.dup2(2, 1)
         code = command() or 0
     except UserError as error:
@@ -72,7 +63,7 @@ def run(configure: Callable[[], object], command: Callable[[], int | None]) -> i
         print("topgap: stopped", file=sys.stderr)
         code = 130
     except OSError as error:
-        line = disk_full(error)
+        line = endings.line(error)
         if line:
             print(f"topgap: process {jax.process_index()}: {line}", file=sys.stderr)
         else:

@@ -11,6 +11,7 @@ import numpy as np
 from topgap_jax.data.source import Source, decode
 from topgap_jax.types import Array, Batch
 
+ALIGNMENT = 64  # bytes, XLA's on a CPU
 CHUNK = 64  # records a thread decodes before it reports
 
 
@@ -29,7 +30,7 @@ def resident(
     then.
     """
     n = len(source)
-    arrays = {key: np.zeros((n, *shape), kind) for key, shape, kind in layout(source, image_size, extras)}
+    arrays = {key: _aligned((n, *shape), kind) for key, shape, kind in layout(source, image_size, extras)}
 
     def read(start: int) -> int:
         stop = min(start + CHUNK, n)
@@ -46,6 +47,14 @@ def resident(
             if progress is not None:
                 progress(done, n)
     return arrays
+
+
+def _aligned(shape: tuple[int, ...], kind: type) -> np.ndarray:
+    """Zeros at an address that a CPU device takes over as it is: else JAX makes a copy, and a set is held twice."""
+    size = int(np.prod(shape)) * np.dtype(kind).itemsize
+    memory = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(kind).reshape(shape)
 
 
 def layout(source: Source, image_size: tuple[int, int], extras: bool = True) -> list[tuple[str, tuple[int, ...], type]]:

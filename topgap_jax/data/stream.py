@@ -1,12 +1,14 @@
 """Large sets: read through grain, a few batches ahead, with bounded memory, in the same order as resident ones.
 
 The order is a pure function of the step, so the state of a stream is the number of its next step: a resumed run reads
-what the uninterrupted one would have read, with any number of threads or workers. Two batches of decoded records wait
-at most, beside the one being put together and the one handed out; with worker processes, about three batches in each of
-them.
+what the uninterrupted one would have read, with any number of threads or workers. A thread decodes a part of a batch at
+a time: of small records one by one, grain's bookkeeping and threads that wait for each other take as long as decoding.
+Two batches of decoded records wait at most, beside the one being put together and the one handed out; with worker
+processes, about three batches in each of them.
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ from topgap_jax.data.source import Source, decode
 from topgap_jax.errors import UserError
 
 ENDLESS = 2**40  # steps
+PART = 16  # records at most that a thread decodes at a time
 
 
 def stream(
@@ -65,7 +68,10 @@ class Stream:
             raise UserError(
                 f"batch {batch} does not divide among {process[1]} processes; give a multiple of {process[1]}"
             )
-        self._rows = _Rows(order, steps, batch, process)
+        share = batch // process[1]
+        # Of a small batch less: the parts of the two batches that are read ahead give every thread its work.
+        part = max(1, min(PART, 2 * share // max(threads, 1)))
+        self._parts = _Parts(order, steps, share, process[0], share if workers else part)
         self._decode = functools.partial(_decode, source, tuple(image_size), resize, extras)
         self._threads, self._workers = threads, workers
         self._step, self._iterator = 0, None
@@ -74,7 +80,7 @@ class Stream:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._step >= self._rows.steps:
+        if self._step >= self._parts.steps:
             raise StopIteration
         if self._iterator is None:
             self._iterator = self._start()
@@ -114,53 +120,70 @@ class Stream:
     def _start(self):
         import grain  # here, because it is slow to import and only large sets need it
 
-        share = self._rows.share
-        records = grain.MapDataset.source(self._rows).slice(slice(self._step * share, None)).map(self._decode)
+        parts = grain.MapDataset.source(self._parts).slice(slice(self._step * self._parts.of_a_step, None))
+        decoded = parts.map(self._decode)
         if not self._workers:
-            # Reading ahead by records, not by batches: grain's default buffer of 500 elements would be 500 batches.
-            read = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=max(2 * share, self._threads))
-            return iter(records.to_iter_dataset(read).batch(share))
+            # Reading ahead by parts, not by batches: grain's default buffer of 500 elements would be 500 batches.
+            ahead = 2 * self._parts.of_a_step
+            read = grain.ReadOptions(num_threads=min(self._threads, ahead), prefetch_buffer_size=ahead)
+            return iter(decoded.to_iter_dataset(read).batch(self._parts.of_a_step, batch_fn=_joined))
         from absl import flags
 
         flags.FLAGS.is_parsed() or flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags
-        # Workers take whole batches in turn; batching afterwards, within each, would put other records together.
-        batches = records.batch(share).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        # Workers take whole batches in turn.
+        batches = decoded.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         return iter(batches.mp_prefetch(grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=1)))
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """All rows this process reads, one after the other, as grain's random-access source: [position] -> (id, mask)."""
+class _Parts:
+    """All rows that a process reads, one part of a step after the other, as grain's random-access source: [position] ->
+    (ids (m,), mask (m,)), m <= part."""
 
     order: Callable[[int], tuple[np.ndarray, np.ndarray]]
     steps: int
-    batch: int
-    process: tuple[int, int]
+    share: int  # rows of a batch that are this process's
+    process: int
+    part: int
 
     @property
-    def share(self) -> int:
-        return self.batch // self.process[1]
+    def of_a_step(self) -> int:
+        return -(-self.share // self.part)
 
     def __len__(self) -> int:
-        return self.steps * self.share
+        return self.steps * self.of_a_step
 
-    def __getitem__(self, position: int) -> tuple[int, bool]:
-        step, row = divmod(position, self.share)
+    def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        step, number = divmod(position, self.of_a_step)
         ids, mask = self.order(step)
-        row += self.process[0] * self.share
-        return int(ids[row]), bool(mask[row])
+        start, end = self.process * self.share + number * self.part, (self.process + 1) * self.share
+        rows = slice(start, min(start + self.part, end))
+        return ids[rows], mask[rows]
 
 
-def _decode(source: Source, image_size, resize: str, extras: bool, row: tuple[int, bool]) -> dict[str, np.ndarray]:
-    index, mask = row
-    record = decode(source, index, image_size, resize, extras)
-    rows = {key: np.asarray(record[key], kind) for key, _, kind in layout(source, image_size, extras)}
-    return {**rows, "id": np.int32(index), "mask": np.bool_(mask)}
+def _decode(source: Source, image_size, resize: str, extras: bool, rows) -> dict[str, np.ndarray]:
+    """The records of a part as arrays (m, ...)."""
+    ids, mask = rows
+    arrays = {key: np.empty((len(ids), *shape), kind) for key, shape, kind in layout(source, image_size, extras)}
+    for row, index in enumerate(ids.tolist()):
+        record = decode(source, index, image_size, resize, extras)
+        for key, array in arrays.items():
+            array[row] = record[key]
+    return {**arrays, "id": np.asarray(ids, np.int32), "mask": np.asarray(mask, bool)}
 
 
-@functools.lru_cache(maxsize=4)
+def _joined(parts) -> dict[str, np.ndarray]:
+    """A batch of its parts."""
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
 def _epoch(seed: int, epoch: int, n: int, batch: int) -> np.ndarray:
-    return epoch_ids(seed, epoch, n, batch)
+    with _one_at_a_time:  # or every thread would draw the same permutation when an epoch begins
+        return _kept_epoch(seed, epoch, n, batch)
+
+
+_one_at_a_time = threading.Lock()
+_kept_epoch = functools.lru_cache(maxsize=2)(epoch_ids)  # two: at the end of one threads read the next already
 
 
 def _training_ids(seed: int, n: int, batch: int, step: int) -> tuple[np.ndarray, np.ndarray]:

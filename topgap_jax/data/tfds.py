@@ -1,11 +1,12 @@
 """Any TensorFlow Datasets set that lies prepared as ArrayRecord on the disk, read without TensorFlow."""
 
-import logging
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from topgap_jax.build import table
 from topgap_jax.data.source import Record, Source, Splits, choices
@@ -47,14 +48,12 @@ def tfds(
     if box is not None:
         _check_box(features[box], box, shown)
     height, width = (features[image].shape or (None, None))[:2]
-    unused = _skip(features, [key for key in keys.values() if key])
 
     def source(split: str) -> Source:
         length = _length(builder, split, shown)
-        records = builder.as_data_source(split, decoders=unused) if length else []
+        records = builder.as_data_source(split, decoders=_encoded(features)) if length else []
 
         def read(index: int) -> Record:
-            logging.getLogger("absl").addFilter(_no_advice)  # here, so that it holds in worker processes too
             return _record(records[index], keys, region_values)
 
         size = None if height is None or width is None else (height, width)
@@ -142,11 +141,6 @@ def _check_shards(builder, split: str, shown: str) -> None:
             )
 
 
-def _no_advice(entry: logging.LogRecord) -> bool:
-    # TFDS warns once that OpenCV would decode faster than Pillow; the user can do nothing about it here.
-    return not str(entry.msg).startswith("OpenCV is not installed")
-
-
 def _classes(feature, classes, shown: str) -> tuple[str, ...]:
     if isinstance(classes, int):
         return tuple(str(k) for k in range(classes))
@@ -166,15 +160,16 @@ def _check_box(feature, key: str, shown: str) -> None:
         )
 
 
-def _skip(features, used: list[str]) -> dict:
-    """Decoders that leave the images nobody asked for (masks while training, say) undecoded."""
+def _encoded(features) -> dict:
+    """Decoders that leave images as they are stored: those that nobody asked for (masks while training, say) stay so,
+    and TFDS decodes with whatever library it finds, which says so for each of them."""
     import tensorflow_datasets
 
     image = tensorflow_datasets.features.Image
     return {
         key: tensorflow_datasets.decode.SkipDecoding()
         for key, feature in features.items()
-        if key not in used and isinstance(feature, image)
+        if isinstance(feature, image)
     }
 
 
@@ -196,7 +191,7 @@ def _length(builder, split: str, shown: str) -> int:
 
 
 def _record(example, keys: dict[str, str | None], region_values) -> Record:
-    pixels = example[keys["image"]]
+    pixels = _pixels(example[keys["image"]])
     record = {
         "image": np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels,
         "label": int(example[keys["label"]]),
@@ -204,10 +199,19 @@ def _record(example, keys: dict[str, str | None], region_values) -> Record:
     if keys["box"]:
         record["box"] = np.asarray(example[keys["box"]], np.float32)
     if keys["region"]:
-        record["region"] = _region(example[keys["region"]], region_values)
+        record["region"] = _region(_pixels(example[keys["region"]]), region_values)
     if isinstance(example.get("id"), bytes):
         record["name"] = example["id"].decode(errors="replace")
     return record
+
+
+def _pixels(value) -> np.ndarray:
+    """An image (h, w, c) of its file's bytes; of a feature that holds pixels, these."""
+    if not isinstance(value, bytes):
+        return value
+    with Image.open(io.BytesIO(value)) as image:
+        pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _region(mask, region_values) -> np.ndarray:

@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -126,6 +127,7 @@ def _start() -> str:
 def _finish() -> None:
     """Wait for what is being computed. When Python ends, JAX waits for its threads, and they would wait for ever to
     enter Python."""
+    warnings.simplefilter("ignore")  # a compilation cache that is full has been told
     for array in jax.live_arrays("cpu"):
         with contextlib.suppress(Exception):  # its computation failed, or it is deleted
             array.block_until_ready()

@@ -1,5 +1,6 @@
 """Adversarial images that stay: all of them in one file (`--save`), and a few in a run's folder for the report."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from topgap_jax.errors import UserError
+from topgap_jax.progress import writing
 
 FOLDER = "adversarial"
 """In the folder of a run, with a file for each robust evaluator and split."""
@@ -28,6 +30,7 @@ class Kept:
             self.images = np.lib.format.open_memmap(path, mode="r+")
         elif path is not None:
             self.images = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+            _reserve(path)
         else:
             self.images = np.zeros(shape, np.float32)
 
@@ -43,6 +46,18 @@ class Kept:
         if self.path is not None:
             self.images = None
             self.path.unlink(missing_ok=True)
+
+
+def _reserve(path: Path) -> None:
+    """Take a file's bytes on the disk now: of one that is full when a page of it is written the system kills us."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with path.open("r+b") as file, writing(path):
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError:
+        path.unlink()
+        raise
 
 
 def slug(split: str, evaluator: str) -> str:

@@ -18,10 +18,11 @@ from topgap_jax.measure import audit_attacks, criteria
 from topgap_jax.measure.adversarial import Kept
 from topgap_jax.measure.audit_attacks import Ask
 from topgap_jax.measure.criteria import FAIL, GATES, conclude, skipped
+from topgap_jax.measure.log import Log
 from topgap_jax.measure.robust import attack_split
 from topgap_jax.measure.rows import measure_split
 from topgap_jax.measure.splits import Split, rows_of
-from topgap_jax.measure.verdicts import Log, seen
+from topgap_jax.measure.verdicts import seen
 from topgap_jax.models import bind
 from topgap_jax.rewrite import speed
 from topgap_jax.rewrite.broken import broken_gradients
@@ -59,7 +60,7 @@ def audit_split(
     """All checks on at most `audit.points` images that are right when clean, evenly spaced in the split.
 
     A network that returns probabilities, draws at random or judges images by their neighbours fails at once, and what
-    attacks would find in it is not asked. log(name): where each of the attacks notes its verdicts.
+    attacks would find in it is not asked. log(name): where each part of it notes what it has.
     """
     spent: list[tuple[Cost, float]] = []
     kept: list[Kept] = []
@@ -74,7 +75,13 @@ def audit_split(
 
         evaluator = Evaluator(rows, lambda rows: rows, lambda predict, images: cost)
         values, cost, seconds = measure_split(
-            model, variables, rows_of(data, points, narrow=mesh is None), evaluator, prepared=arrays, **options(name)
+            model,
+            variables,
+            rows_of(data, points, narrow=mesh is None),
+            evaluator,
+            prepared=arrays,
+            log=log(f"{name} of {len(points)}"),
+            **options(name),
         )
         done(points, cost, seconds)
         return values

@@ -1,5 +1,6 @@
 """`evaluate`: every evaluator over a split, with what it cost, into `evaluation.json`."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -10,16 +11,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from topgap_jax import __version__
 from topgap_jax.errors import UserError
 from topgap_jax.evaluators.trust import verdict
 from topgap_jax.measure import adversarial, results
 from topgap_jax.measure.audit import audit_split
 from topgap_jax.measure.criteria import headline
+from topgap_jax.measure.log import Log
 from topgap_jax.measure.queue import clean_logits, placed
 from topgap_jax.measure.robust import attack_split, for_classes
 from topgap_jax.measure.rows import measure_split
 from topgap_jax.measure.splits import Split
-from topgap_jax.measure.verdicts import Log, fingerprint
+from topgap_jax.measure.verdicts import fingerprint
 from topgap_jax.models import bind
 from topgap_jax.progress import say
 from topgap_jax.rewrite.finite import first_not_finite
@@ -51,7 +54,7 @@ def evaluate(
 
     With a workdir each row is written as soon as it is there; a row of the same split, evaluator and overrides is
     replaced, rows of other `weights` (which `digest` stands for) or another `source` are dropped. Examples draw from
-    fold_in(key(seed), id). The seconds hold no compilation. An attack that was stopped goes on where it was.
+    fold_in(key(seed), id). The seconds hold no compilation. With a workdir what was stopped goes on where it was.
     save(text): the .npz to write all images to that the attacks of an evaluator end with; a few are kept in the workdir
     for its report. examples(text, columns): is given what each example of the split contributes, {name: (n, ...)} by
     row: of attacks those of `measure.robust.Examples`, of an evaluator its rows.
@@ -69,27 +72,31 @@ def evaluate(
     fitted = {text: for_classes(one, classes) for text, one in evaluators.items() if isinstance(one, Robustness)}
     for line in dict.fromkeys(line for _, lines in fitted.values() for line in lines):
         say(line)
-    rows = []
+    rows, weights_hash = [], functools.cache(lambda: fingerprint(variables))
     for text, evaluator in {**evaluators, **{text: one for text, (one, _) in fitted.items()}}.items():
         options = {"seed": seed, "mesh": mesh, "text": f"{split} {text}", "progress": progress}
         header = {"source": source, "split": split, "evaluator": text, "overrides": dict(overrides(text)), "seed": seed}
         header |= {} if isinstance(evaluator, Evaluator) else _sources(evaluator)
         about: dict[str, Any] = {"audit": None}
+        logs: dict[str, Log | None] = {}
+
+        def log_of(part="", folder=workdir, header=header, logs=logs, **more):
+            if part not in logs:
+                more |= header | {"batch": data.batch} | ({"part": part} if part else {})
+                logs[part] = _log(folder, weights_hash, mesh, **more)
+            return logs[part]
+
         if isinstance(evaluator, Robustness):
             file = save(text)
             keep = "all" if file else "few" if workdir else None
             folder = workdir or (file.parent if file else None)
-            log = _log(folder, variables, mesh, **header, batch=data.batch, keep=keep)
+            log = log_of(folder=folder, keep=keep)
             attacked = attack_split(model, variables, data, evaluator, log=log, keep=keep, **options)
             measures, cost, seconds = attacked[:3]
             examples(text, attacked.examples._asdict())
             norms = dict.fromkeys(attack.norm for attack in evaluator.runs)
             about = {"audit": results.NOT_AUDITED, "norms": tuple(filter(None, norms))}
         elif isinstance(evaluator, Audit):
-            logs: dict[str, Log | None] = {}
-            log_of = lambda part, header=header, logs=logs: logs.setdefault(
-                part, _log(workdir, variables, mesh, **header, batch=data.batch, part=part)
-            )
             audited = audit_split(model, variables, data, evaluator, log=log_of, **options)
             measures, cost, seconds = audited.measures, audited.cost, audited.seconds
             words = f"audit at {evaluator.ball.name}: {headline(audited.checks)}"
@@ -97,7 +104,8 @@ def evaluate(
         else:
             prepared = evaluator.prepare(training(), classes) if evaluator.prepare else {}
             whole = evaluator._replace(summary=_themselves)
-            values, cost, seconds = measure_split(model, variables, data, whole, prepared=prepared, **options)
+            kept = {"prepared": prepared, "log": log_of()}
+            values, cost, seconds = measure_split(model, variables, data, whole, **kept, **options)
             measures = dict(evaluator.summary(values))
             checks = tuple(measures.pop(name) for name, one in list(measures.items()) if isinstance(one, Check))
             if checks:
@@ -118,11 +126,8 @@ def evaluate(
             results.write(path, rows[-1], weights, source, digest)
         if isinstance(evaluator, Robustness):
             _store(attacked, evaluator, file, workdir, weights=weights, split=split, evaluator=rows[-1].text)
-            if log is not None:
-                log.remove()
-        if isinstance(evaluator, Audit):
-            for left in (*audited.kept, *filter(None, logs.values())):
-                left.remove()
+        for left in (*(audited.kept if isinstance(evaluator, Audit) else ()), *filter(None, logs.values())):
+            left.remove()
     stored = [] if path is None else [row for row in results.read(path).rows if row.key not in {r.key for r in rows}]
     return results.with_audits([*rows, *stored])[: len(rows)]
 
@@ -189,18 +194,18 @@ def _sources(evaluator: Robustness | Audit) -> dict[str, Any]:
     return {"sources": {source.name: fingerprint(source.variables) for source in networks}} if networks else {}
 
 
-def _log(folder, variables, mesh, **header):
-    """Where an attack notes its verdicts. Processes of a larger run do not: they need not see the same disk.
+def _log(folder, weights_hash, mesh, **header):
+    """Where an evaluator notes what it has. Processes of a larger run do not: they need not see the same disk.
 
     At another width per device floating point may decide otherwise, so that the header says it too.
     """
     if folder is None or jax.process_count() > 1:
         return None
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.ravel())
-    header |= {"weights": fingerprint(variables), "devices": [device.device_kind for device in devices]}
-    header |= {"jax": jax.__version__}
+    header |= {"weights": weights_hash(), "devices": [device.device_kind for device in devices]}
+    header |= {"version": __version__, "jax": jax.__version__}
     name = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:12]
-    return Log(Path(folder) / f"attack-{name}.jsonl", header)
+    return Log(Path(folder) / f"unfinished-{name}.jsonl", header)
 
 
 def _costs(cost, seconds, mesh):

@@ -5,7 +5,6 @@ Verdicts of a split depend neither on its order nor on a stop in between.
 """
 
 import functools
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +17,10 @@ from topgap_jax.balls import radius_text
 from topgap_jax.errors import UserError
 from topgap_jax.measure import adversarial, queue
 from topgap_jax.measure.costs import cost_of
+from topgap_jax.measure.log import Log
+from topgap_jax.measure.rows import by_batches
 from topgap_jax.measure.splits import Split
-from topgap_jax.measure.verdicts import Log, seen
+from topgap_jax.measure.verdicts import seen
 from topgap_jax.mesh import replicated
 from topgap_jax.metrics.summaries import share
 from topgap_jax.models import bind
@@ -120,18 +121,20 @@ def attack_split(
     at every larger one, and is not attacked there again. What a `log` holds is not attacked again. keep: the images of
     "all" examples, or of a "few" that are right when clean; None: of none.
     """
-    logits, labels, images, seconds = _clean(model, variables, data, mesh, f"{text}: clean", progress)
-    n, log, cost = len(labels), log or Log(None, {}), Cost(1, 0)
+    log = log or Log(None, {})
+    logits, labels, images, seconds = _clean(model, variables, data, mesh, log, f"{text}: clean", progress)
+    n, cost = len(labels), Cost(1, 0)
     clean = seen(logits, labels)
     none = lambda: np.full(n, NONE, np.int32)
     radius = np.where(clean.wrong, 0, np.inf).astype(np.float32)
     examples = Examples(labels, radius, none(), none(), none(), clean.margin, clean.predicted, clean.fragile)
     kept = _kept(keep, data, log, clean.wrong, mesh)
     entries, after = [], []
+    logged = [entry for entry in log.entries if "phase" in entry]
     for number, phase in enumerate(_phases(robustness)):
         stands = examples.radius > phase.limit
         runs = np.where(stands, 0, phase.attack.runs)
-        done = [entry for entry in log.entries if entry["phase"] == number]
+        done = [entry for entry in logged if entry["phase"] == number]
         for entry in done:
             _enter(examples, entry, phase.index)
             runs[entry["ids"]] = np.where(entry["ended"], phase.attack.runs, np.array(entry["run"]) + 1)
@@ -189,7 +192,7 @@ def _kept(keep, data, log, wrong, mesh):
     few_clean = np.stack([by_id[int(index)] for index in few])
     ids = np.arange(len(wrong), dtype=np.int32) if keep == "all" else few
     path = None if log.path is None else log.path.with_suffix(".npy")
-    kept = adversarial.Kept(path, ids, few, few_clean, resumes=bool(log.entries))
+    kept = adversarial.Kept(path, ids, few, few_clean, resumes=any("phase" in entry for entry in log.entries))
     if not kept.complete:
         for part, images in clean(ids) if keep == "all" else [(few, few_clean)]:
             kept.put(part, images)
@@ -276,21 +279,17 @@ def _details(entries: Sequence[dict[str, Any]], examples: Examples, clean_wrong:
     return measures | ({"utilisation": used} if slots else {})
 
 
-def _clean(model, variables, data, mesh, text, progress):
-    """Logits (n, k) and labels (n,) of the split, by row, the shape of its images, and the seconds."""
-    predict, start, parts = queue.clean_logits(model, mesh), 0.0, []
-    with bar(data.examples, text, enabled=progress) as shown:
-        for ids, batch in data.batches(None):
-            if not parts:
-                predict.lower(variables, batch["image"]).compile()
-                start = time.perf_counter()
-            values = jax.device_get((predict(variables, batch["image"]), whole(mesh)(batch["label"])))
-            parts.append((ids, *(value[: len(ids)] for value in values)))
-            shown.update(len(ids))
-    ids, logits, labels = (np.concatenate(column) for column in zip(*parts))
-    order = np.argsort(ids)
-    shape = jax.ShapeDtypeStruct(batch["image"].shape, batch["image"].dtype)
-    return logits[order], labels[order], shape, time.perf_counter() - start
+def _clean(model, variables, data, mesh, log, text, progress):
+    """Logits (n, k) and labels (n,) of the split, by row, the shape of a batch's images, and the seconds."""
+    predict = queue.clean_logits(model, mesh)
+
+    def compute(batch, count):
+        pair = jax.device_get((predict(variables, batch["image"]), whole(mesh)(batch["label"])))
+        return {name: value[:count] for name, value in zip(("logits", "label"), pair)}
+
+    compile = lambda batch: predict.lower(variables, batch["image"]).compile()
+    rows, images, seconds = by_batches(data, compile, compute, log, text, progress)
+    return rows["logits"], rows["label"], images, seconds
 
 
 @functools.lru_cache(maxsize=32)

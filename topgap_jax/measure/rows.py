@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,12 +11,13 @@ from jax.sharding import Mesh
 
 from topgap_jax.keys import example_keys
 from topgap_jax.measure.costs import cost_of
+from topgap_jax.measure.log import Log, packed, unpacked
 from topgap_jax.measure.splits import Split
 from topgap_jax.mesh import replicated
 from topgap_jax.mesh import split as divided
 from topgap_jax.progress import bar
 from topgap_jax.rewrite import fused
-from topgap_jax.types import Cost, Curve, Evaluator, Measure, Model, Variables
+from topgap_jax.types import Batch, Cost, Curve, Evaluator, Measure, Model, Variables
 
 
 def measure_split(
@@ -29,27 +31,63 @@ def measure_split(
     mesh: Mesh | None = None,
     text: str = "",
     progress: bool | None = None,
+    log: Log | None = None,
 ) -> tuple[dict[str, Measure | Curve], Cost, float]:
     """(summary, cost per image, seconds) of one evaluator. Called again with the same evaluator and model, it compiles
     nothing.
 
-    prepared: what `evaluator.prepare` made of the training split, {} where that is nothing.
+    prepared: what `evaluator.prepare` made of the training split, {} where that is nothing. What a `log` holds is not
+    measured again.
     """
     rows, key, prepared = _rows(evaluator, model, mesh), jax.random.key(seed), prepared or {}
-    parts, start, cost = [], 0.0, Cost()
-    with bar(data.examples, text, enabled=progress) as shown:
-        for ids, batch in data.batches(None):
-            if not parts:
-                cost = cost_of(evaluator.cost, model, variables, batch["image"])
-                rows.lower(key, variables, batch, prepared).compile()
+
+    def compute(batch, count):
+        # Padding stands behind the examples and ends here: no summary ever sees it.
+        values = jax.device_get(rows(key, variables, batch, prepared))
+        part = {name: value[:count] for name, value in values.items()}
+        return part if evaluator.host is None else evaluator.host(part)
+
+    compile = lambda batch: rows.lower(key, variables, batch, prepared).compile()
+    whole, images, seconds = by_batches(data, compile, compute, log, text, progress)
+    return dict(evaluator.summary(whole)), cost_of(evaluator.cost, model, variables, images), seconds
+
+
+def by_batches(
+    data: Split,
+    compile: Callable[[Batch], Any],
+    compute: Callable[[Batch, int], Mapping[str, np.ndarray]],
+    log: Log | None,
+    text: str,
+    progress: bool | None,
+) -> tuple[dict[str, np.ndarray], jax.ShapeDtypeStruct, float]:
+    """({name: (n, ...)} by row of the split, the shape of a batch's images, seconds without compilation).
+
+    compute(batch, m) -> {name: (m, ...)} of the first m examples of a batch, which go to the log as soon as they are
+    there; batches that it holds already are not computed. compile(batch): called before the first that is.
+    """
+    log = log or Log(None, {})
+    kept = [entry for entry in log.entries if "rows" in entry]
+    parts, ids = [unpacked(entry["rows"]) for entry in kept], [entry["ids"] for entry in kept]
+    seconds, done, images, start = sum(entry["seconds"] for entry in kept), sum(map(len, ids)), None, 0.0
+    left = np.setdiff1d(np.arange(data.examples), np.concatenate(ids)).astype(np.int32) if ids else None
+    with bar(data.examples, text, enabled=progress, done=done) as shown:
+        for some, batch in data.batches(left):
+            if images is None:
+                images = jax.ShapeDtypeStruct(batch["image"].shape, batch["image"].dtype)
+                compile(batch)
                 start = time.perf_counter()
-            # Padding stands behind the examples and ends here: no summary ever sees it.
-            values = jax.device_get(rows(key, variables, batch, prepared))
-            part = {name: value[: len(ids)] for name, value in values.items()}
-            parts.append(part if evaluator.host is None else evaluator.host(part))
-            shown.update(len(ids))
+            parts.append(compute(batch, len(some)))
+            ids.append(some.tolist())
+            now = time.perf_counter()
+            log.append({"rows": packed(parts[-1]), "ids": ids[-1], "seconds": now - start})
+            seconds, start = seconds + now - start, now
+            shown.update(len(some))
+    if images is None:
+        batch = next(iter(data.batches(np.arange(1, dtype=np.int32))))[1]
+        images = jax.ShapeDtypeStruct(batch["image"].shape, batch["image"].dtype)
+    order = np.argsort(np.concatenate(ids), kind="stable")
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return dict(evaluator.summary(whole)), cost, time.perf_counter() - start
+    return {name: values[order] for name, values in whole.items()}, images, seconds
 
 
 @functools.lru_cache(maxsize=32)

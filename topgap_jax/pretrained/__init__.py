@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from topgap_jax import models, pool
 from topgap_jax.build import build, did_you_mean
@@ -19,6 +20,7 @@ from topgap_jax.pretrained.fitting import filled
 from topgap_jax.pretrained.names import to_torch, torch_names
 from topgap_jax.pretrained.networks import describe
 from topgap_jax.pretrained.published import NETWORKS, imagenet_classes, weights_of
+from topgap_jax.pretrained.saved import write
 from topgap_jax.types import Array, Model, Variables
 
 
@@ -58,6 +60,21 @@ def load_tree(
     check_values(where, arrays)
     shapes = {name: tuple(leaf.shape) for name, leaf in arrays.items()}
     return filled(where, shapes, lambda: arrays, model, image_shape, head, _key(key))
+
+
+def save(
+    path: str | Path, variables: Variables, naming: str | None = None, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write variables to a .safetensors file that `load` reads, and any other reader; whole or not at all.
+
+    naming: that of PyTorch's authors, as `to_torch`; None: the module's own paths and layout. metadata: texts such as
+    "mean" and "std", "0.49, 0.48, 0.45". A checksum of the file stands among them, with which `load` compares it: one
+    flipped bit is a UserError. UserError for a path that cannot be written.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise UserError(f"{path}: weights are written to a .safetensors file, not to '{Path(path).suffix}'")
+    arrays = to_torch(variables, naming) if naming else flatten_dict(variables, sep="/")
+    write(Path(path), arrays, metadata or {})
 
 
 def network(name: str) -> tuple[Model, Variables]:

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 
 from topgap_jax.errors import UserError
-from topgap_jax.pretrained import pth
+from topgap_jax.pretrained import pth, saved
 
 PYTORCH = (".pth", ".pt", ".bin", ".th", ".tar", ".ckpt")
 SUFFIXES = (".safetensors", ".npz", *PYTORCH)
@@ -63,8 +63,10 @@ def read(path: str | Path) -> Description:
 
 
 def tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """The file's tensors by the names that `read` gives, all of them finite; no variance is negative (UserError)."""
+    """The file's tensors by the names that `read` gives, all of them finite; no variance is negative (UserError). A
+    file that `save` wrote is compared with its checksum first."""
     with _opened(path) as file:
+        saved.check(Path(path), file.metadata)
         arrays = {name: file.read(origin) for name, origin in _plain(path, file)[0].items()}
     check_values(path, arrays)
     return arrays

@@ -1,5 +1,6 @@
 """Contact sheets: what the network saw, what it said and where it looked, as PNG files."""
 
+import io
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from topgap_jax.errors import UserError
+from topgap_jax.progress import write_text
 from topgap_jax.report.letters import font, wrapped, write
 from topgap_jax.report.overlays import (
     BAR,
@@ -214,8 +216,9 @@ def legend(
 
 
 def save(canvas: Image.Image, path: str | os.PathLike) -> Path:
-    """Write the PNG, making its folder."""
-    path = Path(path)
+    """Write the PNG, whole or not at all, making its folder."""
+    path, content = Path(path), io.BytesIO()
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path, optimize=True)
+    canvas.save(content, "PNG", optimize=True)
+    write_text(path, content.getvalue())
     return path

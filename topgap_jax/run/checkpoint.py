@@ -5,6 +5,8 @@ an evaluation reads variables without knowing the optimiser. Its manifest is com
 read; of a damaged one the next older one of its kind takes the place, and a line says so.
 """
 
+import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,16 +57,28 @@ def save(manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], me
     """Write a checkpoint; returns when it is whole on the disk. A step that is there already is left as it is.
 
     A resumed run may come by a step again: its arithmetic is exact, so the checkpoint would be the same. Raises
-    UserError where the disk has no room for it; the checkpoints that were there are whole.
+    UserError where the disk has no room for it, or it cannot be written; the checkpoints that were there are whole.
     """
     if step in manager.all_steps():
         return
     _check_room(manager.directory, step, trees)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta))), force=True)
-    manager.wait_until_finished()
-    if is_writer():
-        manifest.write(Path(manager.directory) / str(step))
+    # What Orbax's threads raise is raised again here; its logger tells it too, in pages.
+    logger, raised = logging.getLogger("absl"), lambda record: not record.exc_info
+    logger.addFilter(raised)
+    try:
+        manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta))), force=True)
+        manager.wait_until_finished()
+        if is_writer():
+            manifest.write(Path(manager.directory) / str(step))
+    except Exception as error:  # Orbax and TensorStore raise of every kind, of many lines
+        reason = re.sub(' "/[^"]*"', "", " ".join(str(error).split()))[:250]  # without paths, which are long
+        raise UserError(
+            f"the checkpoint of step {step} cannot be written in {manager.directory}: {reason}; mend that, then give "
+            "the same command again: it goes on from the checkpoint before"
+        ) from error
+    finally:
+        logger.removeFilter(raised)
 
 
 def set_aside(workdir: Path) -> bool:

@@ -1,7 +1,9 @@
 """Settings that make JAX faster on a CPU, for a program to make before its first array; importing the library makes
 none."""
 
+import contextlib
 import ctypes
+import glob
 import json
 import os
 import subprocess
@@ -13,6 +15,7 @@ import jaxlib
 
 from topgap_jax import engine
 from topgap_jax.build import check_number
+from topgap_jax.progress import write_text
 from topgap_jax.run.provenance import processor
 
 # glibc returns large freed blocks to the system, and every step pays the page faults to get them back. One arena,
@@ -89,6 +92,16 @@ def _cache_compilations() -> str:
     return f"compilation cache {folder}"
 
 
+def drop_from_cache(name: str) -> str:
+    """Remove the entries of a program ("jit_step") from the compilation cache, one of which is damaged or half written;
+    the cache's folder."""
+    folder = jax.config.jax_compilation_cache_dir or ""
+    for path in Path(folder).glob(f"{glob.escape(name)}-*-cache") if folder else ():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return folder
+
+
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "topgap_jax"
 
@@ -138,7 +151,7 @@ def _measured_gain() -> float:
         return 0.0  # a busy machine, say: tried again the next time
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.write_text(json.dumps({"about": about, "gain": gain, "seconds": seconds}))
+        write_text(path, json.dumps({"about": about, "gain": gain, "seconds": seconds}))
     except OSError:
         pass  # measured again the next time
     return gain

@@ -31,10 +31,10 @@ from topgap_jax.measure.splits import Split, resident_split
 from topgap_jax.mesh import check_batch, data_mesh, replicated, split
 from topgap_jax.models import bind
 from topgap_jax.progress import Metrics, bar, say
-from topgap_jax.run import checkpoint
+from topgap_jax.run import checkpoint, locks
 from topgap_jax.run.divergence import advice
 from topgap_jax.run.stopping import stop_requests
-from topgap_jax.run.workdir import Data, claim, record_versions, release
+from topgap_jax.run.workdir import Data, claim, record_versions
 from topgap_jax.types import Array, Augment, Model, Objective, Variables
 
 # Steps that may be under way before the host waits for the metrics of an earlier one: the device never idles, and a
@@ -125,7 +125,7 @@ def fit(
     window: list[dict[str, float]] = meta["window"]  # metrics of the steps since the last row
 
     with ExitStack() as stack:
-        stack.callback(release, workdir)
+        stack.callback(locks.release, workdir, locks.TRAINING)
         if isinstance(parts.train, Stream):
             stack.callback(parts.train.close)
         asked_to_stop = stack.enter_context(stop_requests())

@@ -2,23 +2,18 @@
 
 import json
 import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from topgap_jax.errors import UserError
 from topgap_jax.progress import say, write_text
+from topgap_jax.run import locks
 from topgap_jax.run.provenance import provenance
 from topgap_jax.stored import read_object
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 CONFIG = {
     "config": {str: "PLAIN"},
@@ -32,18 +27,6 @@ CONDITIONS = ("versions", "convolutions", "device", "processor", "mesh_devices",
 STARTS = 100  # earlier starts that versions.json keeps
 LOOKING = ("test", "evaluators", "explain", "log_every")
 """Keys that concern looking at a run and not its weights: they may differ when a folder is used again."""
-
-_locks: dict[Path, IO] = {}  # of this process, by folder; the system drops them when it ends, however it ends
-
-
-def _forget_locks() -> None:
-    """In a forked child, such as a reader's worker: it must not hold the folder when its parent is gone."""
-    while _locks:
-        _locks.popitem()[1].close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_locks)
 
 
 class Data(NamedTuple):
@@ -70,11 +53,11 @@ def claim(workdir: Path, config: Mapping[str, Any], file: str | Path | None = No
     text = json.dumps(stored, indent=1) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _lock(path.parent)
+        locks.take(path.parent, locks.TRAINING)
         try:
             check(workdir, config, classes)
         except UserError:
-            release(workdir)  # it is another's run, and its own process may go on with it
+            locks.release(path.parent, locks.TRAINING)  # it is another's run, and its own process may go on with it
             raise
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_text(path, text)
@@ -121,13 +104,6 @@ def check(workdir: Path, config: Mapping[str, Any], classes: tuple[str, ...] = (
         )
 
 
-def release(workdir: Path) -> None:
-    """Let another process train in the folder."""
-    lock = _locks.pop(Path(workdir).resolve(), None)
-    if lock is not None:
-        lock.close()
-
-
 def record_versions(workdir: Path, mesh: Mesh) -> None:
     """Write versions.json: what this start of the run was made with (`provenance`), on how many devices and threads,
     and the same of the starts before it, as "earlier". A start under other conditions than the one before it is said in
@@ -157,27 +133,6 @@ def _brief(before: Any, now: Any) -> str:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         return "; ".join(f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name])
     return f"{before} -> {now}"
-
-
-def _lock(workdir: Path) -> None:
-    """Take the folder for this process; the file `lock` in it says whose it is."""
-    folder = workdir.resolve()
-    if fcntl is None or folder in _locks:
-        return
-    file = (folder / "lock").open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        file.close()
-        raise UserError(
-            f"another training writes in '{workdir}' (process {owner}); wait for its end, or take another workdir"
-        ) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _locks[folder] = file
 
 
 def _names(names: tuple[str, ...]) -> str:

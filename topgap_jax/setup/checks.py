@@ -1,7 +1,9 @@
 """What is checked of an experiment before anything is read or trained: shapes are traced, nothing is compiled."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from topgap_jax.setup import expressions
 from topgap_jax.setup.assembly import Experiment, context, template
 from topgap_jax.types import Attack, Audit, Batch, Evaluator, Explain, Robustness
 
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 EXAMPLES = 2  # in the batch that is traced
 OF_THE_MODEL = ("mean", "std", "dtype", "pool", "backbone", "head", "network")
 """Keys that say something only where the text of another key names them."""
@@ -72,23 +75,28 @@ def model(chosen: Experiment) -> None:
         )
 
 
-def memory(batch: int, image_size: Iterable[int]) -> None:
-    """A batch of float32 images fits in this machine's memory, or this process's share of it does."""
+def memory(batch: int, image_size: Iterable[int], key: str = "config.batch") -> None:
+    """A batch of float32 images fits in this machine's memory, or this process's share of it does. key: where the batch
+    is from."""
     height, width = image_size
     needed, here = batch / jax.process_count() * height * width * 3 * 4, physical_memory()
     if here and needed > here:
         raise UserError(
             f"a batch of {batch} images of {height} x {width} pixels needs {needed / 1e9:,.0f} GB, and this machine"
-            f" has {here / 1e9:,.0f} GB: make config.batch or config.image_size smaller"
+            f" has {here / 1e9:,.0f} GB: make {key} or config.image_size smaller"
         )
 
 
 def physical_memory() -> int:
-    """Bytes of this machine's memory, 0 where the system does not say."""
+    """Bytes of this machine's memory, or of the share that a container has of it; 0 where the system does not say."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return 0
+    for limit in LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is none
+            here = min(here, int(Path(limit).read_text()))
+    return here
 
 
 def optimizer(chosen: Experiment, built: optax.GradientTransformation) -> None:

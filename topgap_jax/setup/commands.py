@@ -18,7 +18,7 @@ from topgap_jax.measure.splits import check_width
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.progress import say
-from topgap_jax.run import checkpoint, manifest
+from topgap_jax.run import checkpoint, locks, manifest
 from topgap_jax.run.fit import Parts
 from topgap_jax.run.workdir import Data, learnt
 from topgap_jax.setup import checks, expressions, verify
@@ -76,6 +76,9 @@ def parts(chosen: Experiment, workdir: str | Path | None = None, *, reads: bool 
     checks.optimizer(chosen, build["optimizer"])
     _checked_evaluators(chosen, expressions.split_list(config.test), None)
     checked_explanations(chosen, None)
+    examples = len(chosen.source(config.train))
+    if config.batch > examples:
+        say(f"config.batch = {config.batch} of only {examples} examples of '{config.train}': each step repeats some")
     goes_on = workdir is not None and checkpoint.latest_step(Path(workdir)) is not None
     image_shape = (*config.image_size, 3)
     return Parts(
@@ -84,7 +87,7 @@ def parts(chosen: Experiment, workdir: str | Path | None = None, *, reads: bool 
         initial=initial(config.init, chosen.model, image_shape, config.seed) if reads and not goes_on else None,
         train=training(chosen) if reads else {},
         validation=validation(chosen) if reads else None,
-        examples=len(chosen.source(config.train)),
+        examples=examples,
         batch=config.batch,
         epochs=config.epochs,
         seed=config.seed,
@@ -159,7 +162,8 @@ def evaluate(
     Rows that are there for the same weights, by their digest, and the same data are kept, with a line; again: they are
     measured once more, as all are with `save` or `model_info`. What the command line changed in a run's config, and a
     result depends on, are the row's overrides. save: a folder for the adversarial images of every attack, or of a
-    single one the .npz itself. model_info: the JSON of the model to write, which `verify` measures again.
+    single one the .npz itself. model_info: the JSON of the model to write, which `verify` measures again. UserError
+    where another process evaluates that workdir.
     """
     chosen = loaded.experiment
     config = chosen.config
@@ -180,37 +184,39 @@ def evaluate(
     mesh = data_mesh()
     mesh = mesh if mesh.size > 1 else None
     check_width(width, mesh)
+    checks.memory(width, config.image_size, "config.batch" if batch is None else "--batch")
     training = functools.cache(lambda: sample(chosen))
     rows, columns = [], {}
     digest = manifest.digests(loaded.workdir).get(loaded.weights, "") if loaded.workdir is not None else ""
     keeps = digest and not again and save is None and model_info is None and jax.process_count() == 1
-    for split in names:
-        kept = _kept(loaded, split, built, digest) if keeps else {}
-        if kept:
-            say(f"{split}: kept from {results.FILE}, --again measures once more: {', '.join(kept)}")
-        wanted = {text: one for text, one in built.items() if text not in kept}
-        measured = []
-        if wanted:
-            measured = run_evaluators(
-                chosen.model,
-                loaded.variables,
-                open_split(chosen, split, width, mesh),
-                wanted,
-                split=split,
-                classes=len(chosen.classes),
-                training=training,
-                overrides=lambda text: _overrides(loaded, text),
-                workdir=loaded.workdir,
-                save=lambda text, split=split: files.get((split, text)),
-                examples=lambda text, each: columns.update({text: each}),
-                weights=loaded.weights,
-                digest=digest,
-                source=config.source,
-                seed=config.seed,
-                mesh=mesh,
-            )
-        by_text = _kept(loaded, split, kept, digest) | {row.evaluator: row for row in measured}
-        rows += [by_text[text] for text in built]
+    kept = {split: _kept(loaded, split, built, digest) if keeps else {} for split in names}
+    wanted = {split: {text: one for text, one in built.items() if text not in kept[split]} for split in names}
+    with locks.evaluating(loaded.workdir if any(wanted.values()) else None):
+        for split in names:
+            if kept[split]:
+                say(f"{split}: kept from {results.FILE}, --again measures once more: {', '.join(kept[split])}")
+            measured = []
+            if wanted[split]:
+                measured = run_evaluators(
+                    chosen.model,
+                    loaded.variables,
+                    open_split(chosen, split, width, mesh),
+                    wanted[split],
+                    split=split,
+                    classes=len(chosen.classes),
+                    training=training,
+                    overrides=lambda text: _overrides(loaded, text),
+                    workdir=loaded.workdir,
+                    save=lambda text, split=split: files.get((split, text)),
+                    examples=lambda text, each: columns.update({text: each}),
+                    weights=loaded.weights,
+                    digest=digest,
+                    source=config.source,
+                    seed=config.seed,
+                    mesh=mesh,
+                )
+            by_text = _kept(loaded, split, kept[split], digest) | {row.evaluator: row for row in measured}
+            rows += [by_text[text] for text in built]
     if model_info is not None:
         verify.write(Path(model_info), loaded, names[0], width, built, rows, columns)
     return rows

@@ -50,8 +50,8 @@ def naming_of(variables: Mapping[Path, Shape], file: Collection[str]) -> str:
 
 
 def to_torch(variables: Variables, naming: str) -> dict[str, np.ndarray]:
-    """The variables of one of our networks as PyTorch's authors save them, {name: tensor} in their layout: what
-    `safetensors.numpy.save_file` takes and `load` reads.
+    """The variables of one of our networks as PyTorch's authors save them, {name: tensor} in their layout: what `save`
+    writes and `load` reads.
 
     naming: a key of NAMINGS ("torchvision resnet", "timm mobilenet"). UserError for another, and for a layer that has
     no name by it.
