@@ -5,7 +5,7 @@ import sys
 import traceback
 
 from topgap_jax import __version__
-from topgap_jax.cli import commands, endings, texts, together
+from topgap_jax.cli import endings, texts, together
 from topgap_jax.cli.commands import COMMANDS
 from topgap_jax.errors import UserError
 
@@ -34,7 +34,7 @@ def _main(argv):
     try:
         arguments, overrides = _parse(argv or ["--help"])
         command = lambda: COMMANDS[arguments.command].run(arguments, overrides) or 0
-        return together.run(lambda: commands.configure(arguments), command) if together.place(arguments) else command()
+        return together.run(arguments, overrides, command) if together.place(arguments) else command()
     except UserError as error:
         if shows_traceback:
             traceback.print_exc()
