@@ -70,7 +70,7 @@ def test_whoever_differs_is_named_to_all(quick, address):
         "process 2 differs from process 0: jax is '0.12.0' there and '0.10.2' in process 0; all of them need the same"
     )
     outcomes, _ = gathered(address, 3, facts=mine)
-    assert outcomes[0] == line and set(outcomes) <= {line, outcomes[1]}  # process 1 may not have come yet
+    assert outcomes == [line] * 3
     apart = lambda roll: roll.agree({"config.seed": 7 if roll.process == 1 else 0})
     outcomes, _ = gathered(address, 3, then=apart)
     assert (
@@ -151,6 +151,23 @@ def test_one_that_ends_before_the_first_step_is_named(quick, address):
     assert outcomes == [line, None, line]
 
 
+def test_all_hear_who_is_gone(quick, address):
+    """Also those who see only that process 0 ends, after it has told them."""
+    barrier = threading.Barrier(4)
+
+    def ends(roll):
+        barrier.wait()
+        return None if roll.process in (1, 3) else roll.gone(20.0)
+
+    outcomes, _ = gathered(address, 4, then=ends)
+    assert outcomes == [[1, 3], None, [1, 3], None]
+    outcomes, _ = gathered(address, 3, then=lambda roll: roll.gone(20.0) if roll.process else None)
+    assert outcomes == [None, [0], [0]]
+    barrier = threading.Barrier(2)
+    outcomes, _ = gathered(address, 2, then=lambda roll: (roll.gone(0.01), barrier.wait())[0])
+    assert outcomes == [[], []]
+
+
 def test_a_port_that_is_taken(address):
     with socket.create_server(("", int(address.split(":")[1]))):
         outcomes, _ = gathered(address, 2, present=[0])
@@ -179,7 +196,8 @@ def test_the_watcher_says_what_ended_its_process(tmp_path):
     assert watcher.last_step(tmp_path) == 12 and watcher.last_step(tmp_path / "none") == 0
     assert watcher.ended(1, 2, str(tmp_path), b"") == f"process 1 of 2 was killed; {again}: they go on from step 12"
     assert watcher.ended(0, 2, "", b"") == f"process 0 of 2 was killed; {again}"
-    for said, line in ((b"done", b""), (b"", b"topgap: process 1 of 2 was killed; give")):
+    lost = f"topgap: process 1 of 2 ends: process 0 is gone, or does not answer; {again}: they go on from step 12\n"
+    for said, line in ((b"done", b""), (b"", b"topgap: process 1 of 2 was killed; give"), (b"lost 0", lost.encode())):
         read, write = os.pipe()
         command = [sys.executable, "-I", "-S", watcher.__file__, "1", "2", str(tmp_path), str(read)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[read]) as program:
@@ -188,6 +206,32 @@ def test_the_watcher_says_what_ended_its_process(tmp_path):
             errors = program.communicate(said)[1]
             os.close(write)
         assert errors.startswith(b"a line\nhalf\n" + line) and (line or errors == b"a line\nhalf\n")
+
+
+def test_the_pages_of_jax_become_a_line():
+    """As jaxlib 0.10.2 writes them; what it writes before goes on to the terminal."""
+    head = b"F1130 02:50:19.583037   28835 client.h:80] Terminating process because the JAX distributed service detected fatal errors. "
+    listed = b"absl::Status: UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n%s\nThe tasks have crashed. Check the task logs\n"
+    leader = (
+        b"absl::Status: DEADLINE_EXCEEDED: Deadline Exceeded\n\nRPC: /xla.coordination.CoordinationService/Heartbeat\n"
+    )
+    stack = b"*** Check failure stack trace: ***\n    @     0x7f3115040634  absl::lts_20260107::log_internal::LogMessage::SendToLog()\n"
+    early = (
+        b"E1130 02:53:11.469267   30528 coordination_service.cc:1549] [65] Use error polling to propagate: "
+        + listed % b"1"
+    )
+    for pages, line in (
+        (head + listed % b"1", "process 0 of 4 ends: process 1 is gone, or does not answer; "),
+        (early + b"E1130 02:53:11.469593   30545 coordination_service_agent.cc:289] Polled an error from it.\n", "process 0 of 4 ends: process 1 is gone"),
+        (head + listed % b"/job:jax_worker/replica:0/task:3\n/job:jax_worker/replica:0/task:1", "process 0 of 4 ends: process 1 and process 3 are gone, or do not answer; "),
+        (head + listed % b"0", "process 0 of 4 ends: it gave no sign of life for some time, and the others have ended; "),
+    ):  # fmt: skip
+        sieve = watcher.Sieve()
+        out = b"".join(
+            sieve.passed(each) for each in (b"[Gloo] Rank 0 is connected\nW a wa", b"rning\n" + pages, stack)
+        )
+        assert out == b"W a warning\n" and watcher.ended(0, 4, "", sieve.held).startswith(line)
+    assert watcher.ended(2, 4, "", head + leader + stack).startswith("process 2 of 4 ends: process 0 is gone")
 
 
 def test_many_processes_give_one_answer_some_steps_later():

@@ -67,8 +67,7 @@ def run(arguments: Namespace, overrides: list[tuple[str, str]], command: Callabl
 
     here = hosts.locate(*place(arguments))
     check_number("--wait", arguments.wait, 1)
-    workdir = arguments.workdir if arguments.command == "train" else None  # where it goes on from
-    done = hosts.watch(here, workdir)
+    done = hosts.watch(here, arguments.workdir if arguments.command == "train" else None)
     # Gloo and others write lines of their own on the descriptor of stdout, in C: those go where errors go.
     results = os.dup(1) if here.process == 0 else os.open(os.devnull, os.O_WRONLY)
     sys.stdout.flush()
@@ -77,22 +76,24 @@ def run(arguments: Namespace, overrides: list[tuple[str, str]], command: Callabl
     os.dup2(2, 1)
     say = lambda line: print(f"topgap: {line}", file=sys.stderr)
     join = lambda: hosts.join(here, arguments.wait, same(arguments, overrides))
+    gone = []
     try:
-        code = _outcome(here, workdir, join, command, say)
+        code, gone = _outcome(here, join, command, say)
     except KeyboardInterrupt:
         say(f"process {here.process}: stopped")
         code = 130
     except endings.Signalled as signalled:
         say(f"process {here.process}: stopped by {signalled}")
         code = signalled.code
-    done()
+    done(gone)
     if jax.distributed.is_initialized():
         hosts.leave(code, here)
     return code
 
 
-def _outcome(here, workdir, join, command, say) -> int:
-    """The exit code of a command that no signal ended; its mistakes and errors are told."""
+def _outcome(here, join, command, say) -> tuple[int, list[int]]:
+    """The exit code of a command that no signal ended, and the processes for whose end it ends; its mistakes and errors
+    are told."""
     import jax
 
     from topgap_jax.run import hosts
@@ -101,20 +102,18 @@ def _outcome(here, workdir, join, command, say) -> int:
         join()
         code = command() or 0
         jax.distributed.shutdown()  # waits for the others, while a line can still say that one is lost
-        return code
+        return code, []
     except Exception as error:
-        # A collective, or a barrier of Orbax, says that a connection is closed: all who are left come by here and ask.
-        gone = hosts.gone() if _is_of_jax(error) else None
-        if gone:
-            say(hosts.lost(here, gone, workdir))
-            return hosts.LOST
+        # A collective, or a barrier of Orbax, says that a connection is closed.
+        if gone := hosts.gone() if _is_of_jax(error) else []:
+            return hosts.LOST, gone
         line = texts.line(error) if isinstance(error, UserError) else ""
         line = disk_full(error) if isinstance(error, OSError) else line
         if line:
             say(f"process {here.process}: {line}")
-            return hosts.MISTAKE
+            return hosts.MISTAKE, []
         traceback.print_exc()
-        return 1
+        return 1, []
 
 
 def _is_of_jax(error: BaseException | None) -> bool:

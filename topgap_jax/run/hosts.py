@@ -19,13 +19,12 @@ from topgap_jax.errors import UserError
 from topgap_jax.run import rollcall, watcher
 from topgap_jax.run.provenance import PACKAGES
 
-MISTAKE = 2  # the status after a user's mistake, which all processes meet at nearly the same time
+MISTAKE = 2  # the status after a user's mistake
 LOST = 3  # the status where another process is gone
-GRACE = 3  # seconds that process 0 then outlives the others: without it JAX ends them in pages of text of its own
+GRACE = 3  # seconds that process 0 then outlives the others, who come by the same: at its end JAX ends them
 HEARTBEAT = 10  # seconds without a sign of life after which JAX ends the other processes
 WAIT = 300  # seconds to wait for all processes at the start
 JOIN = 60  # seconds that JAX has to join them once all are there
-LIVE = 2  # seconds in which JAX's service answers who is alive, where nobody is gone
 
 _rolls: list[rollcall.Roll] = []  # the one that this process joined
 
@@ -104,27 +103,16 @@ def agree(facts: rollcall.Facts) -> None:
         roll.agree(facts)
 
 
-def gone() -> list[int] | None:
-    """The processes that JAX's service knows to be gone; None where it does not answer in time, or cannot be asked."""
-    answers: list[list[int]] = []
-
-    def ask():
-        from jax._src.distributed import global_state  # `jax.live_devices` asks the same, but gives devices
-
-        everybody = list(range(jax.process_count()))
-        alive = global_state.client.get_live_nodes(everybody)
-        answers.append([number for number in everybody if number not in alive])
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HEARTBEAT + LIVE)
-    return answers[0] if answers else None
+def gone() -> list[int]:
+    """The processes that have ended, asked where a computation of all has failed; [] where it is not for that."""
+    return [number for roll in _rolls for number in roll.gone(HEARTBEAT)]
 
 
-def watch(place: Place, workdir: str | Path | None) -> Callable[[], None]:
+def watch(place: Place, workdir: str | Path | None) -> Callable[[Sequence[int]], None]:
     """Start the small program `watcher` beside this process, and send what C++ writes as errors through it.
 
-    workdir: where a training goes on from. Returns what to call when this process ends by itself.
+    workdir: where a training goes on from. Returns what to call when this process ends by itself, with the numbers of
+    those processes that it ends for: then the program says so.
     """
     read, write = os.pipe()
     program = subprocess.Popen(
@@ -139,24 +127,19 @@ def watch(place: Place, workdir: str | Path | None) -> Callable[[], None]:
     os.close(read)
     os.close(write)
 
-    def done():
+    def done(gone):
         sys.stderr.flush()
         os.dup2(errors, 2)
-        program.communicate(watcher.DONE)
+        program.communicate(b" ".join([watcher.LOST, *(b"%d" % number for number in gone)]) if gone else watcher.DONE)
 
     return done
-
-
-def lost(place: Place, numbers: Sequence[int], workdir: str | Path | None) -> str:
-    """The line of this process where those of these numbers are gone."""
-    return watcher.lost(place.process, place.processes, numbers, str(workdir or ""))
 
 
 def leave(code: int, place: Place) -> NoReturn:
     """End this process at once, so that the others see it: an ordinary end would wait for them, and they for it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if place.process == 0 and code == MISTAKE:
+    if place.process == 0 and code in (MISTAKE, LOST):
         time.sleep(GRACE)
     os._exit(code)
 

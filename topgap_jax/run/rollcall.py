@@ -9,16 +9,17 @@ ends earlier is known by name. Messages are lines of JSON.
 import errno
 import json
 import os
-import select
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
+from multiprocessing.connection import wait as wait_for  # a poll, where select knows 1,024 files
 from typing import Any, NoReturn
 
 from topgap_jax.errors import UserError
 
 SAY = 15  # seconds between two lines that say who is missing
 TRY = 0.5  # seconds between two tries to reach process 0
+SETTLE = 0.1  # seconds between the first end that is seen and the look at who else has ended
 ANSWER = 30  # seconds that the others give process 0 beyond the limit, to say itself who is missing
 LARGEST = 2**20  # bytes of a message; whoever sends more is none of ours
 Facts = Mapping[str, Any]
@@ -49,7 +50,7 @@ class Link:
         until = None if seconds is None else time.monotonic() + seconds
         while b"\n" not in self.rest:
             left = None if until is None else max(0, until - time.monotonic())
-            if not select.select([self], [], [], left)[0]:
+            if not wait_for([self], left):
                 return None
             try:
                 data = self.socket.recv(2**16)
@@ -99,6 +100,25 @@ class Roll:
         _tell(self.links.values(), {"refused": refused})
         if refused:
             raise UserError(refused)
+
+    def gone(self, seconds: float) -> list[int]:
+        """The processes that have ended, once there are any, within so many seconds. The others hear it from process 0,
+        whose end they would take for the cause."""
+        if self.process:
+            try:
+                return (self.links[0].receive(seconds) or {}).get("gone", [])
+            except Gone:
+                return [0]
+        wait_for([*self.links.values()], seconds)
+        time.sleep(SETTLE)
+        numbers = []
+        for number, link in self.links.items():
+            try:
+                link.receive(0)
+            except Gone:
+                numbers.append(number)
+        _tell(self.links.values(), {"gone": numbers})
+        return numbers
 
     def close(self) -> None:
         for link in self.links.values():
@@ -165,6 +185,7 @@ def named(numbers: Iterable[int], processes: int) -> str:
 def _gather(listener, links, strangers, processes, facts, wait, say) -> None:
     """Of process 0: fill `links` with those to all others."""
     start = said = time.monotonic()
+    facts_of: dict[int, Facts] = {}
     while missing := [number for number in range(1, processes) if number not in links]:
         seconds = time.monotonic() - start
         if seconds >= wait:
@@ -174,25 +195,28 @@ def _gather(listener, links, strangers, processes, facts, wait, say) -> None:
         if time.monotonic() - said >= SAY:
             said = time.monotonic()
             say(f"waiting for {named(missing, processes)}, {_so_far(seconds, wait)}")
-        for ready in select.select([listener, *strangers, *links.values()], [], [], TRY)[0]:
+        for ready in wait_for([listener, *strangers, *links.values()], TRY):
             if ready is listener:
                 strangers.append(Link(listener.accept()[0]))
             elif ready in strangers:
-                _welcome(ready, links, strangers, processes, facts)
+                facts_of |= _welcome(ready, links, strangers, processes)
             else:  # it has nothing to say before all are there: it has ended
                 ready.close()
                 del links[next(number for number, link in links.items() if link is ready)]
+    if refused := difference(facts, facts_of):
+        _refuse(refused, links)
     _tell(links.values(), {"refused": ""})
 
 
-def _welcome(stranger, links, strangers, processes, facts) -> None:
-    """Take what a connection says first: which process it is."""
+def _welcome(stranger, links, strangers, processes) -> dict[int, Facts]:
+    """What a connection says first, which process it is and its facts; {} of one that is none of ours, or says nothing
+    yet."""
     try:
         message = stranger.receive(0)
     except Gone:
         message = {}
     if message is None:
-        return
+        return {}
     strangers.remove(stranger)
     number, count, theirs = (message.get(key) for key in ("process", "processes", "facts"))
     if not isinstance(number, int) or not isinstance(theirs, dict):
@@ -204,8 +228,8 @@ def _welcome(stranger, links, strangers, processes, facts) -> None:
         links[number] = stranger
         if count != processes:
             _refuse(f"process {number} was started as one of {count}, process 0 as one of {processes}", links)
-        if refused := difference(facts, {number: theirs}):
-            _refuse(refused, links)
+        return {number: theirs}
+    return {}
 
 
 def _refuse(text: str, links: Mapping[int, Link]) -> NoReturn:

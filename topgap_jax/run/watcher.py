@@ -4,8 +4,8 @@ ended by JAX, in C, when another process is gone. It needs nothing but Python, a
     python watcher.py PROCESS PROCESSES WORKDIR DESCRIPTOR
 
 What C++ writes as errors comes to it through the pipe DESCRIPTOR and goes on to the terminal, but for the pages that
-JAX's coordination service writes of a lost process: a line says what they mean. Its standard input ends with the
-process, or says "done" before.
+JAX's distributed service writes when it ends the process: a line says what they mean. Its standard input ends with the
+process, or says before that it is "done", or "lost" the processes of these numbers.
 """
 
 import os
@@ -14,32 +14,28 @@ import select
 import signal
 import sys
 
-DONE = b"done"
-GLOG = re.compile(rb"[IWEF]\d{4} [\d:.]+ +\d+ ([\w./-]+):\d+\] ")  # "E1130 10:15:00.123456    4711 file.cc:77] "
-SERVICE = re.compile(rb"coordination|distributed/client|preemption|grpc|tsl/")  # files of XLA whose lines are held
-SILENT = re.compile(rb"/task:(\d+)")
-LEADER = re.compile(rb"leader task was preempted|Leader incarnation|UNAVAILABLE")
+DONE, LOST = b"done", b"lost"
+PAGES = re.compile(rb"[EF]\d{4} .*(JAX distributed |coordination.)service")  # their first line
+LISTED = re.compile(rb"unhealthy.*:\n((?:.*\d\n)+)")  # those that are gone, one a line: a number, or .../task:NUMBER
+CHATTER = b"[Gloo] Rank "  # says several times a start that all are connected
 AGAIN = "give the same command to all of them again"
 EVERY = 0.2  # seconds between two looks at whether the process is there
 
 
 class Sieve:
-    """Lines that pass at once, and those of JAX's coordination service, which are held."""
+    """What C++ writes: lines that go on to the terminal, and `held`, JAX's pages from their first line on."""
 
     def __init__(self):
-        self.rest, self.held, self.holds = b"", b"", False
+        self.rest, self.held = b"", b""
 
     def passed(self, data: bytes) -> bytes:
-        """What of all lines that `data` completes goes on to the terminal. A line without a head of its own belongs to
-        the one before it."""
+        """What of all lines that `data` completes goes on."""
         *lines, self.rest = (self.rest + data).split(b"\n")
         out = b""
         for line in lines:
-            if head := GLOG.match(line):
-                self.holds = bool(SERVICE.search(head[1]))
-            if self.holds:
+            if self.held or PAGES.match(line):
                 self.held += line + b"\n"
-            else:
+            elif not line.startswith(CHATTER):
                 out += line + b"\n"
         return out
 
@@ -61,31 +57,35 @@ def how_to_go_on(workdir: str) -> str:
     return f"{AGAIN}: they go on from step {step}" if step else f"{AGAIN}: no step is saved yet, they begin anew"
 
 
-def silent(text: bytes, process: int) -> list[int]:
-    """The processes that JAX's service says to be gone; [] where it names none."""
-    tasks = sorted({int(number) for number in SILENT.findall(text)} - {process})
-    return tasks or [0] * bool(process and LEADER.search(text))
-
-
 def lost(process: int, processes: int, numbers: list[int], workdir: str) -> str:
     """The line of a process that ends because those of these numbers are gone."""
-    who = " and ".join(f"process {number}" for number in numbers) or "another process"
-    return f"process {process} of {processes} ends: {who} is gone, or does not answer; {how_to_go_on(workdir)}"
+    who = " and ".join(f"process {number}" for number in numbers)
+    verb = "is gone, or does not answer" if len(numbers) == 1 else "are gone, or do not answer"
+    return f"process {process} of {processes} ends: {who} {verb}; {how_to_go_on(workdir)}"
 
 
-def ended(process: int, processes: int, workdir: str, text: bytes) -> str:
-    """The line about a process that is no more, in which JAX's service wrote `text`."""
-    if text:
-        return lost(process, processes, silent(text, process), workdir)
-    return f"process {process} of {processes} was killed; {how_to_go_on(workdir)}"
+def ended(process: int, processes: int, workdir: str, pages: bytes) -> str:
+    """The line about a process that is no more, in which JAX's service wrote `pages`."""
+    if not pages:
+        return f"process {process} of {processes} was killed; {how_to_go_on(workdir)}"
+    listed = LISTED.search(pages)
+    # Without a list it is the service itself that does not answer, which is in process 0.
+    numbers = sorted(int(re.findall(rb"\d+", line)[-1]) for line in listed[1].splitlines()) if listed else [0]
+    others = [number for number in numbers if number != process]
+    if others:
+        return lost(process, processes, others, workdir)
+    return (
+        f"process {process} of {processes} ends: it gave no sign of life for some time, and the others have ended; "
+        f"{how_to_go_on(workdir)}"
+    )
 
 
 def main(process: int, processes: int, workdir: str, descriptor: int) -> None:
     parent = os.getppid()
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # they are the process's own, which says "done" if it ends by them
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    sieve, done, pipes = Sieve(), False, [descriptor, 0]
-    while not done and 0 in pipes and os.getppid() == parent:
+    sieve, told, pipes = Sieve(), b"", [descriptor, 0]
+    while not told and 0 in pipes and os.getppid() == parent:
         for pipe in select.select(pipes, [], [], EVERY)[0]:
             data = os.read(pipe, 2**16)
             if not data:
@@ -93,15 +93,18 @@ def main(process: int, processes: int, workdir: str, descriptor: int) -> None:
             elif pipe == descriptor:
                 os.write(2, sieve.passed(data))
             else:
-                done = data.startswith(DONE)
+                told = data
     while descriptor in pipes and select.select([descriptor], [], [], 0)[0]:
         data = os.read(descriptor, 2**16)
         os.write(2, sieve.passed(data))
         if not data:
             break
     os.write(2, sieve.passed(b"\n") if sieve.rest else b"")
-    if not done:
-        os.write(2, f"topgap: {ended(process, processes, workdir, sieve.held)}\n".encode())
+    if told == DONE:
+        return
+    gone = [int(number) for number in told.removeprefix(LOST).split()]
+    line = lost(process, processes, gone, workdir) if gone else ended(process, processes, workdir, sieve.held)
+    os.write(2, f"topgap: {line}\n".encode())
 
 
 if __name__ == "__main__":
