@@ -170,9 +170,10 @@ def difference(facts: Facts, others: Mapping[int, Facts]) -> str:
 
 
 def named(numbers: Iterable[int], processes: int) -> str:
-    """
-    >>> named([1], 4), named([1, 2, 3], 8), named(range(1, 40), 64)[-40:]
-    ('process 1 of 4', 'processes 1, 2 and 3 of 8', 'es 1, 2, 3, 4, 5, 6, 7, 8 and 31 more of 64')
+    """Processes of so many, in words.
+
+    >>> named([1], 4), named([1, 2, 3], 8), named(range(1, 40), 64)
+    ('process 1 of 4', 'processes 1, 2 and 3 of 8', 'processes 1, 2, 3, 4, 5, 6, 7, 8 and 31 more of 64')
     """
     texts = [str(number) for number in numbers]
     if len(texts) == 1:
