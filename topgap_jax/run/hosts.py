@@ -22,7 +22,8 @@ from topgap_jax.run.provenance import PACKAGES
 MISTAKE = 2  # the status after a user's mistake
 LOST = 3  # the status where another process is gone
 GRACE = 3  # seconds that process 0 then outlives the others, who come by the same: at its end JAX ends them
-HEARTBEAT = 10  # seconds without a sign of life after which JAX ends the other processes
+HEARTBEAT = 15  # seconds without a sign of life after which JAX ends the other processes
+SHUTDOWN = 24 * 3600  # seconds that those who are done wait for the rest: process 0 may still write; the dead are seen
 WAIT = 300  # seconds to wait for all processes at the start
 JOIN = 60  # seconds that JAX has to join them once all are there
 
@@ -75,7 +76,9 @@ def join(place: Place, wait: float = WAIT, facts: rollcall.Facts | None = None) 
     _rolls.append(rollcall.meet(place.coordinator, place.processes, place.process, same, wait, say))
 
     def end():
-        say(f"all processes came, and JAX could not join them within {JOIN} s; {watcher.AGAIN}")
+        numbers = gone(0)
+        who = rollcall.named(numbers, place.processes) if numbers else "one of them"
+        say(f"all processes came, and then {who} ended or froze before JAX had joined them; {watcher.AGAIN}")
         os._exit(LOST)
 
     limit = threading.Timer(JOIN, end)  # at its own limit JAX aborts the process, in pages of C++
@@ -87,7 +90,7 @@ def join(place: Place, wait: float = WAIT, facts: rollcall.Facts | None = None) 
     try:
         jax.distributed.initialize(
             place.coordinator, place.processes, place.process, place.devices,
-            initialization_timeout=2 * JOIN, heartbeat_timeout_seconds=HEARTBEAT,
+            initialization_timeout=2 * JOIN, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=SHUTDOWN,
         )  # fmt: skip
     except Exception as error:  # ValueError, RuntimeError and those of the cluster's own software
         reason = " ".join(str(error).split())[:200]
@@ -103,9 +106,10 @@ def agree(facts: rollcall.Facts) -> None:
         roll.agree(facts)
 
 
-def gone() -> list[int]:
-    """The processes that have ended, asked where a computation of all has failed; [] where it is not for that."""
-    return [number for roll in _rolls for number in roll.gone(HEARTBEAT)]
+def gone(seconds: float = HEARTBEAT) -> list[int]:
+    """The processes that have ended, or do within so many seconds, asked where a computation of all of them has failed;
+    [] where it has not failed for that."""
+    return [number for roll in _rolls for number in roll.gone(seconds)]
 
 
 def watch(place: Place, workdir: str | Path | None) -> Callable[[Sequence[int]], None]:

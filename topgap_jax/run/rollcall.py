@@ -117,7 +117,8 @@ class Roll:
                 link.receive(0)
             except Gone:
                 numbers.append(number)
-        _tell(self.links.values(), {"gone": numbers})
+        if numbers:
+            _tell(self.links.values(), {"gone": numbers})
         return numbers
 
     def close(self) -> None:
