@@ -133,8 +133,9 @@ def watch(place: Place, workdir: str | Path | None) -> Callable[[Sequence[int]],
 
     def done(gone):
         sys.stderr.flush()
-        os.dup2(errors, 2)
         program.communicate(b" ".join([watcher.LOST, *(b"%d" % number for number in gone)]) if gone else watcher.DONE)
+        if not gone:  # else JAX may yet write its pages, which nobody reads any more
+            os.dup2(errors, 2)
 
     return done
 

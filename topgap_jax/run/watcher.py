@@ -33,7 +33,7 @@ class Sieve:
         *lines, self.rest = (self.rest + data).split(b"\n")
         out = b""
         for line in lines:
-            if self.held or PAGES.match(line):
+            if self.held or PAGES.search(line):
                 self.held += line + b"\n"
             elif not line.startswith(CHATTER):
                 out += line + b"\n"
@@ -85,8 +85,11 @@ def main(process: int, processes: int, workdir: str, descriptor: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # they are the process's own, which says "done" if it ends by them
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     sieve, told, pipes = Sieve(), b"", [descriptor, 0]
-    while not told and 0 in pipes and os.getppid() == parent:
-        for pipe in select.select(pipes, [], [], EVERY)[0]:
+
+    def read(seconds):
+        nonlocal told
+        ready = select.select(pipes, [], [], seconds)[0]
+        for pipe in ready:
             data = os.read(pipe, 2**16)
             if not data:
                 pipes.remove(pipe)
@@ -94,11 +97,12 @@ def main(process: int, processes: int, workdir: str, descriptor: int) -> None:
                 os.write(2, sieve.passed(data))
             else:
                 told = data
-    while descriptor in pipes and select.select([descriptor], [], [], 0)[0]:
-        data = os.read(descriptor, 2**16)
-        os.write(2, sieve.passed(data))
-        if not data:
-            break
+        return ready
+
+    while not told and 0 in pipes and os.getppid() == parent:
+        read(EVERY)
+    while read(0):  # what it left
+        pass
     os.write(2, sieve.passed(b"\n") if sieve.rest else b"")
     if told == DONE:
         return
