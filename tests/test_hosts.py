@@ -149,7 +149,7 @@ def lines(text):
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_one_dies_or_freezes_and_both_go_on(number, victim, tmp_path):
-    """The other ends in bounded time, with one line that names it; then both go on with the same command."""
+    """The other ends in bounded time, with one line that names it; both go on with the same command."""
     processes = started(4, *train(tmp_path, *LONG))
     trained_to(tmp_path, 6)
     processes[victim].send_signal(number)
@@ -164,20 +164,22 @@ def test_one_dies_or_freezes_and_both_go_on(number, victim, tmp_path):
     ]
     assert lines(last) == [f"topgap: process {victim} of 2 was killed; {how}"]
     assert len(err.splitlines()) < 10 and "coordination" not in err, err
-    processes = started(4, *train(tmp_path, *LONG))
-    trained_to(tmp_path, stopped + 6)
-    processes[victim].send_signal(signal.SIGTERM)
-    ended(processes, [143, 143])
-    steps = [row["step"] for row in read_metrics(tmp_path)]
-    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= stopped + 6
+    if number == signal.SIGKILL:
+        processes = started(4, *train(tmp_path, *LONG))
+        trained_to(tmp_path, stopped + 6)
+        processes[victim].send_signal(signal.SIGTERM)
+        ended(processes, [143, 143])
+        steps = [row["step"] for row in read_metrics(tmp_path)]
+        assert steps == list(range(1, len(steps) + 1)) and len(steps) >= stopped + 6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
-@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize(
+    ("name", "which"), [("SIGTERM", (0,)), ("SIGTERM", (1,)), ("SIGTERM", (0, 1)), ("SIGHUP", (1,)), ("SIGINT", (0,))]
+)
 def test_a_signal_to_any_of_them_stops_all_at_one_step(name, which, tmp_path):
     """Saved, with one line and the code of the signal; resumed they end with the weights of a run without a stop."""
-    words = ("--no-evaluate", "--config.epochs=60")
+    words = ("--no-evaluate", "--config.epochs=30", "--config.validation=")
     processes = started(4, *train(tmp_path / "two", *words))
     trained_to(tmp_path / "two", 6)
     number = getattr(signal, name)
@@ -185,10 +187,10 @@ def test_a_signal_to_any_of_them_stops_all_at_one_step(name, which, tmp_path):
         processes[each].send_signal(number)
     (_, err), (_, others) = ended(processes, [128 + number] * 2)
     step = checkpoint.latest_step(tmp_path / "two")
-    assert lines(err)[-1] == f"topgap: stopped and saved at step {step} of 180; to go on, give the same command again"
+    assert lines(err)[-1] == f"topgap: stopped and saved at step {step} of 90; to go on, give the same command again"
     assert lines(others) == []
-    ended(started(4, *train(tmp_path / "two", *words)), [0, 0])
-    if (name, which) == ("SIGTERM", (0, 1)):
+    if which == (0, 1):
+        ended(started(4, *train(tmp_path / "two", *words)), [0, 0])
         ended(started(4, *train(tmp_path / "whole", *words)), [0, 0])
         for resumed, whole in zip(numbers(tmp_path / "two"), numbers(tmp_path / "whole"), strict=True):
             np.testing.assert_array_equal(resumed, whole)
