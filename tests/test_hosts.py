@@ -25,6 +25,7 @@ MISTAKES = {
     "--coordinator here:1": "--processes N and --process I missing: --coordinator HOST:PORT, --processes N, --process I go",
     "--processes 2": "--coordinator HOST:PORT and --process I missing: ",
     "--coordinator here --processes 2 --process 0": "--coordinator must be HOST:PORT like 10.0.0.1:1234, got 'here'",
+    "--coordinator here:70000 --processes 2 --process 0": "--coordinator must be HOST:PORT like 10.0.0.1:1234, got 'here:70000'",
     "--coordinator here:1 --processes 0 --process 0": "--processes must be a whole number of at least 1, got 0",
     "--coordinator here:1 --processes 2 --process 2": "--process must be a whole number in [0, 1], got 2",
     "--coordinator here:1 --processes two --process 1": "argument --processes: invalid int value: 'two'; see ",

@@ -232,6 +232,9 @@ def test_the_pages_of_jax_become_a_line():
         )
         assert out == b"W a warning\n" and watcher.ended(0, 4, "", sieve.held).startswith(line)
     assert watcher.ended(2, 4, "", head + leader + stack).startswith("process 2 of 4 ends: process 0 is gone")
+    assert watcher.ended(2, 4, "", head + b"in other words\n").startswith(
+        "process 2 of 4 ends: another process is gone"
+    )
 
 
 def test_many_processes_give_one_answer_some_steps_later():

@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when done, 1 where numbers are not confirmed or some pictures not readable, 2 for a user's
-    mistake, 129, 130 or 143 when stopped by SIGHUP, Ctrl-C or SIGTERM."""
+    mistake, 3 where another process of a run is gone, 129, 130 or 143 when stopped by SIGHUP, Ctrl-C or SIGTERM."""
     with endings.by_signal():
         return _main(argv)
 

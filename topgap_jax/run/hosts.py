@@ -24,7 +24,7 @@ LOST = 3  # the status where another process is gone
 GRACE = 3  # seconds that process 0 then outlives the others, who come by the same: at its end JAX ends them
 HEARTBEAT = 15  # seconds without a sign of life after which JAX ends the other processes
 SHUTDOWN = 24 * 3600  # seconds that those who are done wait for the rest: process 0 may still write; the dead are seen
-WAIT = 300  # seconds to wait for all processes at the start
+DETECT = 300  # seconds that a cluster's own software has to say where process 0 is
 JOIN = 60  # seconds that JAX has to join them once all are there
 
 _rolls: list[rollcall.Roll] = []  # the one that this process joined
@@ -56,7 +56,7 @@ def locate(coordinator: str | None = None, processes: int | None = None, process
         # What `jax.distributed.initialize` asks too; it gives no other way to know who is waited for.
         from jax._src.clusters import ClusterEnv
 
-        *place, devices = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, WAIT)
+        *place, devices = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, DETECT)
     except Exception as error:  # those of the cluster's own software, or of a JAX in which this has another name
         raise UserError(_not_found(" ".join(str(error).split())[:200])) from error
     if None in place:
@@ -64,7 +64,7 @@ def locate(coordinator: str | None = None, processes: int | None = None, process
     return Place(*place, None if devices is None else tuple(devices))
 
 
-def join(place: Place, wait: float = WAIT, facts: rollcall.Facts | None = None) -> None:
+def join(place: Place, wait: float, facts: rollcall.Facts) -> None:
     """Make this process the one of `place`, once all have come, at most `wait` seconds from now; call it before the
     first array.
 
@@ -72,7 +72,7 @@ def join(place: Place, wait: float = WAIT, facts: rollcall.Facts | None = None) 
     what differs; where one is lost afterwards, before JAX has joined them, a line says so and the process ends.
     """
     say = lambda line: print(f"topgap: {place.name}: {line}", file=sys.stderr, flush=True)
-    same = {"topgap_jax": __version__, **{name: _version(name) for name in PACKAGES}, **(facts or {})}
+    same = {"topgap_jax": __version__, **{name: _version(name) for name in PACKAGES}, **facts}
     _rolls.append(rollcall.meet(place.coordinator, place.processes, place.process, same, wait, say))
 
     def end():
@@ -168,7 +168,8 @@ def _check(coordinator: str | None, processes: int | None, process: int | None) 
     missing = [name for name, value in given.items() if value is None]
     if missing:
         raise UserError(f"{' and '.join(missing)} missing: {', '.join(given)} go together; or give --distributed alone")
-    if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}", coordinator):
+    address = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):(\d{1,5})", coordinator)
+    if not address or not 0 < int(address[2]) < 2**16:
         raise UserError(f"--coordinator must be HOST:PORT like 10.0.0.1:1234, got '{coordinator}'")
     check_number("--processes", processes, 1, whole=True)
     check_number("--process", process, 0, processes - 1, whole=True)

@@ -17,6 +17,7 @@ import sys
 DONE, LOST = b"done", b"lost"
 PAGES = re.compile(rb"[EF]\d{4} .*(JAX distributed |coordination.)service")  # their first line
 LISTED = re.compile(rb"unhealthy.*:\n((?:.*\d\n)+)")  # those that are gone, one a line: a number, or .../task:NUMBER
+CALL = re.compile(rb"RPC.*[cC]oordination.?[sS]ervice")
 CHATTER = b"[Gloo] Rank "  # says several times a start that all are connected
 AGAIN = "give the same command to all of them again"
 EVERY = 0.2  # seconds between two looks at whether the process is there
@@ -58,9 +59,9 @@ def how_to_go_on(workdir: str) -> str:
 
 
 def lost(process: int, processes: int, numbers: list[int], workdir: str) -> str:
-    """The line of a process that ends because those of these numbers are gone."""
-    who = " and ".join(f"process {number}" for number in numbers)
-    verb = "is gone, or does not answer" if len(numbers) == 1 else "are gone, or do not answer"
+    """The line of a process that ends because those of these numbers are gone; [] where they are not known."""
+    who = " and ".join(f"process {number}" for number in numbers) or "another process"
+    verb = "are gone, or do not answer" if len(numbers) > 1 else "is gone, or does not answer"
     return f"process {process} of {processes} ends: {who} {verb}; {how_to_go_on(workdir)}"
 
 
@@ -68,16 +69,14 @@ def ended(process: int, processes: int, workdir: str, pages: bytes) -> str:
     """The line about a process that is no more, in which JAX's service wrote `pages`."""
     if not pages:
         return f"process {process} of {processes} was killed; {how_to_go_on(workdir)}"
-    listed = LISTED.search(pages)
-    # Without a list it is the service itself that does not answer, which is in process 0.
-    numbers = sorted(int(re.findall(rb"\d+", line)[-1]) for line in listed[1].splitlines()) if listed else [0]
-    others = [number for number in numbers if number != process]
-    if others:
-        return lost(process, processes, others, workdir)
-    return (
-        f"process {process} of {processes} ends: it gave no sign of life for some time, and the others have ended; "
-        f"{how_to_go_on(workdir)}"
-    )
+    if listed := LISTED.search(pages):
+        numbers = sorted(int(re.findall(rb"\d+", line)[-1]) for line in listed[1].splitlines())
+    else:  # the service itself, which is in process 0, did not answer a call
+        numbers = [0] * bool(process and CALL.search(pages))
+    if numbers == [process]:
+        why = "it gave no sign of life for some time, and the others have ended"
+        return f"process {process} of {processes} ends: {why}; {how_to_go_on(workdir)}"
+    return lost(process, processes, [number for number in numbers if number != process], workdir)
 
 
 def main(process: int, processes: int, workdir: str, descriptor: int) -> None:
