@@ -5,7 +5,7 @@ import sys
 import traceback
 
 from topgap_jax import __version__
-from topgap_jax.cli import commands, endings, texts, together
+from topgap_jax.cli import endings, texts, together
 from topgap_jax.cli.commands import COMMANDS
 from topgap_jax.errors import UserError
 
@@ -19,7 +19,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when done, 1 where numbers are not confirmed or some pictures not readable, 2 for a user's
-    mistake and for what could not be read or written, 129, 130 or 143 when stopped by SIGHUP, Ctrl-C or SIGTERM."""
+    mistake and for what could not be read or written, 3 where another process of a run is gone, 129, 130 or 143 when
+    stopped by SIGHUP, Ctrl-C or SIGTERM."""
     with endings.by_signal():
         try:
             code = _main(argv)
@@ -38,7 +39,7 @@ def _main(argv):
     try:
         arguments, overrides = _parse(argv or ["--help"])
         command = lambda: COMMANDS[arguments.command].run(arguments, overrides) or 0
-        return together.run(lambda: commands.configure(arguments), command) if together.place(arguments) else command()
+        return together.run(arguments, overrides, command) if together.place(arguments) else command()
     except UserError as error:
         if shows_traceback:
             traceback.print_exc()

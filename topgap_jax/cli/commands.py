@@ -1,27 +1,21 @@
 """What each command of the command line does with its arguments."""
 
-import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from topgap_jax.cli import options, texts, together
+from topgap_jax.cli import options, texts
 from topgap_jax.errors import UserError
 
 
-@functools.cache
-def _configured(devices, place):
-    """Before the first array: memory, compilation cache, devices, the other processes. Done once, asked for twice where
-    there are others: `together` must know which of them this is."""
+def configure(arguments):
+    """Memory, compilation cache and devices, as the arguments say, before the first array; what was done, in words."""
     import jax
 
-    from topgap_jax.run import hosts
     from topgap_jax.run.cpu import configure_cpu
 
-    done = configure_cpu(devices=devices)
-    if place is not None:
-        hosts.join(*place)
+    done = configure_cpu(devices=arguments.devices)
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # a platform that is not there, or that has no device
@@ -31,11 +25,6 @@ def _configured(devices, place):
             f"JAX_PLATFORMS={platforms}: JAX cannot use it here ({reason}); unset JAX_PLATFORMS, or set it to cpu"
         ) from error
     return done
-
-
-def configure(arguments):
-    """Memory, compilation cache and devices, as the arguments say, before the first array; what was done, in words."""
-    return _configured(arguments.devices, together.place(arguments))
 
 
 def _loaded(arguments, overrides):
@@ -78,14 +67,16 @@ def _train(arguments, overrides):
     if arguments.plan is not None:
         return _plan(arguments, overrides)
     experiment = setup.experiment(arguments.config, overrides, arguments.arm, arguments.file)
+    setup.agree(experiment)
     workdir.check(arguments.workdir, experiment.config, experiment.classes)
     evaluates = experiment.config.evaluators and experiment.config.test and not arguments.no_evaluate
     if evaluates:
         results.read(Path(arguments.workdir) / results.FILE)  # a damaged one is told before the training
+    parts = setup.parts(experiment, arguments.workdir)
+    if parts.initial is not None:
+        setup.agree(experiment, (), parts.initial)
     try:
-        fit(
-            experiment.config, arguments.workdir, parts=setup.parts(experiment, arguments.workdir), file=experiment.file
-        )
+        fit(experiment.config, arguments.workdir, parts, file=experiment.file)
     except Stopped as stopped:
         if is_writer():
             print(f"topgap: {stopped}", file=sys.stderr)
@@ -125,8 +116,12 @@ def _plan(arguments, overrides):
 
 def _evaluate(arguments, overrides):
     from topgap_jax import setup
+    from topgap_jax.setup import expressions
 
     loaded = _loaded(arguments, overrides)
+    config = loaded.experiment.config
+    splits = expressions.split_list(config.test if arguments.split is None else arguments.split)
+    setup.agree(loaded.experiment, splits, loaded.variables)
     options = {"splits": arguments.split, "evaluators": arguments.evaluators, "batch": arguments.batch}
     rows = setup.evaluate(
         loaded, **options, save=arguments.save, model_info=arguments.model_info, again=arguments.again

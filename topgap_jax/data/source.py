@@ -24,7 +24,8 @@ class Source:
     """A split of a data set: `len(source)` records, `source[i]` the i-th, decoded and checked.
 
     read(i) -> Record, unchecked; `image_size` (h, w) is None where it varies; `offers`: which of box, region and group
-    exist; `classes` is empty where there are no labels. An empty split is a UserError.
+    exist; `classes` is empty where there are no labels; `shards`: records in each file of the set, () where they have
+    files of their own or none. An empty split is a UserError.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Source:
     read: Callable[[int], Record]
     image_size: tuple[int, int] | None = None
     offers: tuple[str, ...] = ()
+    shards: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.length == 0:

@@ -58,7 +58,8 @@ def tfds(
 
         size = None if height is None or width is None else (height, width)
         offers = tuple(kind for kind in ("box", "region") if keys[kind])
-        return Source(shown, split, names, length, read, size, offers)
+        shards = tuple(n for name in _whole(builder, split) for n in builder.info.splits[name].shard_lengths)
+        return Source(shown, split, names, length, read, size, offers, shards)
 
     return source
 
@@ -184,10 +185,15 @@ def _length(builder, split: str, shown: str) -> int:
         number = splits[split].num_examples
     except (ValueError, KeyError, AssertionError) as error:
         raise UserError(f"{shown} split '{split}': {' '.join(str(error).split())[:200]}") from None
-    for name in dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+")):
-        if name in splits:
-            _check_shards(builder, name, shown)
+    for name in _whole(builder, split):
+        _check_shards(builder, name, shown)
     return number
+
+
+def _whole(builder, split: str) -> list[str]:
+    """The splits, whole, that a text like 'train[:80%]+test' names."""
+    names = dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+"))
+    return [name for name in names if name in builder.info.splits]
 
 
 def _record(example, keys: dict[str, str | None], region_values) -> Record:

@@ -7,6 +7,7 @@ ROOMS = {
     "commands": (
         "Loaded", "evaluate", "from_config", "from_workdir", "layers", "parts", "restored", "stored",
     ),
+    "peers": ("agree",),
     "pictures": ("Explained", "Page", "explain", "saved"),
     "checks": (),
     "config": (),
