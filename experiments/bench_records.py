@@ -364,19 +364,29 @@ def main():
             if shutil.disk_usage(place).free < FREE:
                 parser.error(f"{FREE / 1e9:.0f} GB of disk are needed in {place}")
             print(f"{make(folder, options.records) / 1e9:.2f} GB written", file=sys.stderr)
-        machine = driver.machine()
-        parts = {}
+        machine, parts = driver.machine(), {}
         for part in options.parts:
             parts[part] = evaluations(folder, options) if part == "evaluate" else ask(part, folder, options)
-            print(part, json.dumps(parts[part])[:300], file=sys.stderr)
+            store(machine, options.records, parts)
     known = figures(parts)
-    kept = {name: value <= BOUNDS[name][0] if BOUNDS[name][1] == "most" else value >= BOUNDS[name][0]
-            for name, value in known.items()}  # fmt: skip
     bound = lambda name: f"at {BOUNDS[name][1]} {BOUNDS[name][0]}"
-    lines = [[name, f"{value:.3g}", bound(name), "yes" if kept[name] else "no"] for name, value in known.items()]
+    lines = [
+        [name, f"{value:.3g}", bound(name), "yes" if keeps(name, value) else "no"] for name, value in known.items()
+    ]
     print(driver.table(["", "measured", "bound", "kept"], lines))
-    result = {"machine": machine, "load_average_after": driver.load_average(), "records": options.records}
-    driver.write("bench_records", result | {"parts": parts, "figures": known, "kept": kept})
+
+
+def keeps(name: str, value: float) -> bool:
+    bound, side = BOUNDS[name]
+    return value <= bound if side == "most" else value >= bound
+
+
+def store(machine: dict, records: int, parts: dict) -> None:
+    """Write the result of the parts so far: one that is stopped loses none."""
+    known = figures(parts)
+    result = {"machine": machine, "load_average_after": driver.load_average(), "records": records, "parts": parts}
+    kept = {name: keeps(name, value) for name, value in known.items()}
+    driver.write("bench_records", result | {"figures": known, "kept": kept})
 
 
 if __name__ == "__main__":

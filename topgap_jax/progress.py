@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -143,31 +144,33 @@ class _Board:
 
     def __init__(self, folder: Path, step: int):
         # here, since it takes 2 s that `topgap compare` need not wait
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
         from tensorboardX.summary import scalar
 
-        self.folder, self.event, self.scalar = folder, Event, scalar
-        with writing(folder):
+        self.path = folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self.event, self.scalar, self.flushed = Event, scalar, time.monotonic()
+        with writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-            self.events = EventsWriter(str(folder / "events"))
-            # What a killed process wrote of later steps is not shown.
-            self.events.write_event(
-                Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START))
-            )
-        self.flushed = time.monotonic()
+            self.records = RecordWriter(str(self.path))
+        self._write(file_version="brain.Event:2")
+        # What a killed process wrote of later steps is not shown.
+        self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        with writing(self.folder):
+        with writing(self.path):
             for name, value in numbers.items():
-                self.events.write_event(self.event(wall_time=time.time(), step=step, summary=self.scalar(name, value)))
+                self._write(step=step, summary=self.scalar(name, value))
             if time.monotonic() - self.flushed >= QUIET_SECONDS:  # waits for the disk
-                self.events.flush()
+                self.records.flush()
                 self.flushed = time.monotonic()
 
     def close(self) -> None:
-        with writing(self.folder):
-            self.events.close()
+        with writing(self.path):
+            self.records.close()
+
+    def _write(self, **fields):
+        self.records.write(self.event(wall_time=time.time(), **fields).SerializeToString())
 
 
 def read_metrics(folder: Path) -> list[dict]:
