@@ -1,5 +1,6 @@
 """Files of a run that a stranger may have written: read, or refused in a line; a text of any length ends in a line."""
 
+import base64
 import json
 import random
 import zipfile
@@ -12,6 +13,8 @@ from topgap_jax.build import build
 from topgap_jax.cli import texts
 from topgap_jax.errors import UserError
 from topgap_jax.measure import results
+from topgap_jax.measure.verdicts import Log
+from topgap_jax.report import attacked
 from topgap_jax.rewrite.normalisation import channels
 from topgap_jax.run import manifest, workdir
 from topgap_jax.setup import config as configs
@@ -25,6 +28,9 @@ ROW = {"split": "test", "evaluator": "accuracy()", "overrides": {"eps": "2/255"}
        "measures": {"accuracy": MEASURE, "curve": {"x": [0, 1], "y": [0.5, None], "axes": ["a", "b"], "label": "c"}},
        "cost": {"seconds": 1.5, "device": "cpu"}, "norms": ["linf"],
        "checks": [{"id": "A1", "status": "pass", "statistic": 0, "threshold": None, "n": 8, "sentence": "well"}]}  # fmt: skip
+ENTRY = {"phase": 0, "ids": [0, 2], "run": [0, 0], "broken": [True, False], "step": [1, 4], "steps": [2, 4],
+         "radius": [0.01, float("inf")], "ended": [True, True], "margin": [0.5, -0.5], "predicted": [1, 0],
+         "fragile": [False, False], "unconfirmed": 0, "slot_steps": 8, "seconds": 0.5}  # fmt: skip
 EVALUATION = {"rows": [ROW], "weights": "w", "data": "d"}
 READERS = {
     "config.json": (CONFIG, [configs.load, workdir.read_config, lambda path: workdir.learnt(path.parent)]),
@@ -162,3 +168,78 @@ def test_weights_that_unpack_to_gigabytes_are_refused(tmp_path):
             member.write(bytes(2**20))
     with pytest.raises(UserError, match=r"bytes become 536,\d+,\d+: no weights are packed so densely"):
         pretrained.describe(path)
+
+
+def test_a_deep_tree_is_looked_at_once():
+    """Asked twice a level, its leaf would be looked at 2^200 times."""
+    tree = "\ud800"
+    for _ in range(100):
+        tree = {"a": [tree]}
+    assert "is '\\ud800', not a text" in mismatch(tree, "PLAIN")
+
+
+def test_a_config_whose_evaluators_are_no_text_is_a_line(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"config": {**CONFIG["config"], "evaluators": 20}}))
+    with pytest.raises(UserError, match="the config lacks"):
+        configs.load(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", "[" * 100_000, "\xff", json.dumps({**ENTRY, "ids": [-1, 2]}), json.dumps({**ENTRY, "run": [0]}),
+     json.dumps({**ENTRY, "steps": None}), '{"phase": 0}'],
+)  # fmt: skip
+def test_a_log_is_read_up_to_the_first_line_that_is_none(line, tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n".join(["{}", json.dumps(ENTRY), line, json.dumps(ENTRY), ""]), encoding="latin-1")
+    assert Log(path, {}).entries == [ENTRY]
+    assert path.read_text() == f"{{}}\n{json.dumps(ENTRY)}\n"
+
+
+def test_what_is_drawn_of_adversarial_images_is_checked(tmp_path, capsys):
+    """Damaged archives, other shapes and types, numbers that are no picture's: each is left out, with a line."""
+    images = np.linspace(0, 1, 2 * 4 * 4 * 3, dtype=np.float32).reshape(2, 4, 4, 3)
+    whole = {"attack": np.int32([0, -1]), "label": np.int32([0, 1]), "predicted": np.int32([-7, 1]), "clean": images,
+             "step": np.int32([2, -1]), "adversarial": images, "split": "test", "evaluator": "r", "weights": "w"}  # fmt: skip
+    path = tmp_path / "a.npz"
+
+    def read(**changes):
+        np.savez(path, **{name: value for name, value in (whole | changes).items() if value is not None})
+        return attacked.read(path)
+
+    examples = read()
+    assert examples.predicted == [-7] and attacked.picture(examples, ("a", "b" * 10**6)).width > 600
+    assert read(attack=np.int32([-1, -1])) is None and capsys.readouterr().err == ""
+    for changes, said in [
+        ({"step": None}, "it has no 'step'"), ({"label": np.int32([0])}, "'label' is int32 of shape (1,)"),
+        ({"clean": images * 1e30}, "values outside [0, 1]"), ({"clean": images * np.nan}, "values outside [0, 1]"),
+        ({"split": np.int32(3)}, "'split' is int32"), ({"adversarial": images[0], "clean": images[0]}, "of shape"),
+    ]:  # fmt: skip
+        assert read(**changes) is None
+        line = capsys.readouterr().err
+        assert said in line and line.count("\n") == 1 and "evaluate again" in line
+    good = path.read_bytes()
+    for place in range(0, len(good), 7):
+        path.write_bytes(good[:place])
+        assert attacked.read(path) is None
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_header_warns_of_nothing(tmp_path):
+    """Python warns of the escape in it, on the terminal."""
+    path, header = tmp_path / "w.npz", r"{'descr': '<f4', 'fortran_order': False, 'shape': (1,), '\e': 1}"
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(4)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.npy", content)
+    with pytest.raises(UserError, match=r"is not a readable \.npz file"):
+        pretrained.describe(path)
+
+
+def test_a_gallery_that_would_fill_the_memory_is_refused(tmp_path):
+    tile = {"shape": [1, 10**6], "bytes": base64.b64encode(bytes(10**6)).decode()}
+    gallery = {"tiles": [tile], "captions": [""], "columns": 1, "label": ""}
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps({"rows": [{**ROW, "measures": {"g": gallery}}]}))
+    with pytest.raises(UserError, match="1 pictures of up to 144 x 1000000 pixels"):
+        results.read(path)

@@ -21,6 +21,7 @@ from topgap_jax.types import Check, Curve, Gallery, Measure
 
 FILE = "evaluation.json"
 NOT_AUDITED = "not audited"
+TILE, GALLERY = 144, 10**8  # pixels: the side at which a report shows a small picture, all pictures of a gallery
 _NUMBER = (*NUMBER, None)
 _CURVE = {"x": [_NUMBER], "y": [_NUMBER], "axes?": [str], "label?": str}
 _GALLERY = {"tiles": [{"shape": [int], "bytes": str}], "captions": [str], "columns": int, "label": str}
@@ -205,7 +206,11 @@ def _measure(fields: Mapping[str, Any]) -> Measure | Curve | Gallery:
         gallery = Gallery(**fields)
         if not gallery.tiles or len(gallery.tiles) != len(gallery.captions) or gallery.columns < 1:
             raise ValueError(f"{len(gallery.tiles)} pictures with {len(gallery.captions)} captions")
-        return gallery._replace(tiles=[_tile(tile) for tile in gallery.tiles])
+        tiles = [_tile(tile) for tile in gallery.tiles]
+        height, width = (max(TILE, *(tile.shape[axis] for tile in tiles)) for axis in (0, 1))
+        if len(tiles) * height * width > GALLERY:
+            raise ValueError(f"{len(tiles)} pictures of up to {height} x {width} pixels")
+        return gallery._replace(tiles=tiles)
     if "x" in fields:
         curve = Curve(**fields)
         return curve._replace(axes=tuple(curve.axes))

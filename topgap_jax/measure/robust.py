@@ -126,6 +126,8 @@ def attack_split(
     none = lambda: np.full(n, NONE, np.int32)
     radius = np.where(clean.wrong, 0, np.inf).astype(np.float32)
     examples = Examples(labels, radius, none(), none(), none(), clean.margin, clean.predicted, clean.fragile)
+    if any(max(entry["ids"], default=0) >= n for entry in log.entries):
+        log.restart()
     kept = _kept(keep, data, log, clean.wrong, mesh)
     entries, after = [], []
     for number, phase in enumerate(_phases(robustness)):
@@ -191,6 +193,7 @@ def _kept(keep, data, log, wrong, mesh):
     path = None if log.path is None else log.path.with_suffix(".npy")
     kept = adversarial.Kept(path, ids, few, few_clean, resumes=bool(log.entries))
     if not kept.complete:
+        log.restart()  # the images of the attacks that are noted there are lost
         for part, images in clean(ids) if keep == "all" else [(few, few_clean)]:
             kept.put(part, images)
     return kept
