@@ -153,10 +153,19 @@ def _read(of_kind: Kind, path: Path, whole: Any) -> tuple[str, str]:
         return LINE, " ".join(str(error).split())[:200]
     except Exception as error:
         return "traceback", f"{path.name}: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
-    if found == whole:
+    if _known(found, whole) == whole:
         return SAME, ""
     line = said.getvalue().strip()
     return (LINE, line[:200]) if line else (SILENT, path.name)
+
+
+def _known(found: Any, whole: Any) -> Any:
+    """What was found without keys that nobody reads: those that an undamaged file does not have."""
+    if isinstance(found, dict) and isinstance(whole, dict):
+        return {key: value for key, value in found.items() if key in whole}
+    if isinstance(found, list) and isinstance(whole, list):
+        return [_known(*each) for each in zip(found, whole)] + found[len(whole) :]
+    return found
 
 
 def tally(kind: str, damage: str, number: int, folder: Path, work: Path) -> dict[str, Any]:

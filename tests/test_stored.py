@@ -19,7 +19,7 @@ from topgap_jax.rewrite.normalisation import channels
 from topgap_jax.run import manifest, workdir
 from topgap_jax.setup import config as configs
 from topgap_jax.setup import expressions
-from topgap_jax.stored import files_inside, mismatch, read_object
+from topgap_jax.stored import files_inside, mismatch, read_object, sealed
 
 CONFIG = {"config": {"seed": 0, "image_size": [8, 8], "pool": "gap()"}, "file": None,
           "data": {"classes": ["a", "b"], "examples": 9}}  # fmt: skip
@@ -243,3 +243,17 @@ def test_a_gallery_that_would_fill_the_memory_is_refused(tmp_path):
     path.write_text(json.dumps({"rows": [{**ROW, "measures": {"g": gallery}}]}))
     with pytest.raises(UserError, match="1 pictures of up to 144 x 1000000 pixels"):
         results.read(path)
+
+
+def test_what_we_write_carries_a_checksum(tmp_path):
+    """One flipped bit makes another number of a number; what is edited says how, and without a checksum it is read."""
+    path, schema = tmp_path / "a.json", {"config": {str: "PLAIN"}}
+    value = {"config": {"eps": 8 / 255, "mean": (0.5, float("inf")), "text": "\ud800"[:0]}}
+    path.write_text(sealed(value))
+    assert read_object(path, "a thing", schema) == {"config": {"eps": 8 / 255, "mean": [0.5, None], "text": ""}}
+    changed = path.read_text().replace("0.5", "0.7")
+    path.write_text(changed)
+    with pytest.raises(UserError, match="it does not hold what was written; it is damaged, or edited"):
+        read_object(path, "a thing", schema)
+    path.write_text(json.dumps({key: each for key, each in json.loads(changed).items() if key != "crc32"}))
+    assert read_object(path, "a thing", schema)["config"]["mean"][0] == 0.7

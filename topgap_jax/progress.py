@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from topgap_jax.stored import CHECKSUM, checksum
+
 METRICS = "metrics.jsonl"
 QUIET_SECONDS = 30.0  # between two lines where there is no terminal
 
@@ -123,7 +125,7 @@ class Metrics:
         if self.file is None:
             return
         row = {"step": step, "kind": kind, **more, **{name: float(value) for name, value in numbers.items()}}
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(json.dumps(row | {CHECKSUM: checksum(row)}) + "\n")
         self.file.flush()
         for name, value in numbers.items():
             self.board.add_scalar(f"{kind}/{name}", float(value), step)
@@ -164,9 +166,12 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """A row of metrics: a step, and numbers or words under names; None of a line that is anything else."""
+    """A row of metrics: a step, and numbers or words under names; None of a line that is anything else, or does not
+    hold what was written."""
     try:
         row = json.loads(line)
+        if CHECKSUM in row and row.pop(CHECKSUM) != checksum(row):
+            return None
         for value in row.values():
             value is None or isinstance(value, str) or float(value)
         whole = type(row["step"]) is int and row["step"] >= 0

@@ -5,6 +5,7 @@ import json
 import math
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from topgap_jax.errors import UserError
 
 LARGEST = 64 * 2**20  # bytes, far more than a run's files have
 NUMBER = (int, float)
+CHECKSUM = "crc32"  # the last key of what we write: one flipped bit makes another number of a number
 LARGE, DENSEST = 2**28, 20
 """Bytes up to which any .npz is unpacked, and how many times its own size a larger one may become."""
 PLAIN = (str, int, float, bool, None, ["PLAIN"], {str: "PLAIN"})
@@ -23,7 +25,8 @@ PLAIN = (str, int, float, bool, None, ["PLAIN"], {str: "PLAIN"})
 
 
 def read_object(path: Path, what: str, schema: Mapping) -> dict[str, Any]:
-    """The JSON object in a file that fits the schema; UserError "PATH is not WHAT: ..." for anything else.
+    """The JSON object in a file that fits the schema, and its checksum where it has one, which is left out; UserError
+    "PATH is not WHAT: ..." for anything else.
 
     schema: {"key": schema, "key?": schema} (the second may be absent, other keys are allowed), {str: schema} (any
     keys), [schema] (a list), a tuple of schemas (any of them), a type, None, or "PLAIN". A bool is no number, a number
@@ -35,13 +38,35 @@ def read_object(path: Path, what: str, schema: Mapping) -> dict[str, Any]:
         if len(data) > LARGEST:
             raise ValueError(f"it has more than {LARGEST // 2**20} MB")
         value = json.loads(data.decode("utf-8"), parse_constant=lambda _: None)  # NaN and infinity say nothing
-        wrong = mismatch(value, schema)
+        wrong = mismatch(value, schema) or _changed(value)
     except (OSError, ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:100]
         raise UserError(f"{path} is not {what}: {why}") from None
     if wrong:
         raise UserError(f"{path} is not {what}: {wrong}")
     return value
+
+
+def sealed(value: Mapping[str, Any]) -> str:
+    """A JSON object as the text of a file, with a checksum of what it holds."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps({**value, CHECKSUM: checksum(plain)}, indent=1) + "\n"
+
+
+def checksum(value: Mapping[str, Any]) -> str:
+    """Of a JSON object, eight hexadecimal digits, whatever the order and the spaces of its text.
+
+    >>> checksum({"b": 1, "a": [0.5]}) == checksum({"a": [0.5], "b": 1})
+    True
+    """
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+
+
+def _changed(value: dict[str, Any]) -> str:
+    said = value.pop(CHECKSUM, None)
+    if said is None or said == checksum(value):
+        return ""
+    return f"it does not hold what was written; it is damaged, or edited (then take its '{CHECKSUM}' out)"
 
 
 def files_inside(folder: Path, pattern: str) -> list[Path]:

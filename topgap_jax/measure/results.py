@@ -4,7 +4,6 @@ Also rows of version 0.1.0, whose measures were bare numbers with `name_low` and
 """
 
 import base64
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 from topgap_jax.build import names as names_of
 from topgap_jax.errors import UserError
 from topgap_jax.progress import write_text
-from topgap_jax.stored import NUMBER, mismatch, read_object
+from topgap_jax.stored import NUMBER, mismatch, read_object, sealed
 from topgap_jax.types import Check, Curve, Gallery, Measure
 
 FILE = "evaluation.json"
@@ -120,7 +119,7 @@ def write(path: Path, row: Row, weights: str, data: str, digest: str = "") -> No
     rows = with_audits([*(other for other in rows if other.key != row.key), row])
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = {"rows": [to_json(row) for row in rows], "weights": weights, "data": data, "digest": digest}
-    write_text(path, json.dumps(stored, indent=1) + "\n")
+    write_text(path, sealed(stored))
 
 
 def with_audits(rows: Sequence[Row]) -> list[Row]:
