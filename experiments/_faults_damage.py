@@ -19,9 +19,9 @@ from _faults_process import LINE, SAME
 
 from topgap_jax.errors import UserError
 from topgap_jax.measure import results
-from topgap_jax.progress import read_metrics
 from topgap_jax.report import attacked
 from topgap_jax.report.page import embedded
+from topgap_jax.report.read import read_run
 from topgap_jax.run import checkpoint, manifest, workdir
 
 SILENT = "silent difference"
@@ -54,7 +54,7 @@ def there(path: Path) -> Path:
 
 
 def of_metrics(path: Path) -> Any:
-    return read_metrics(there(path).parent)
+    return read_run(path.parent, "run").metrics
 
 
 def of_evaluation(path: Path) -> Any:
