@@ -27,7 +27,6 @@ from topgap_jax import cli
 
 FILES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "os.truncate")
 SAID = re.compile(r"(CPU: |topgap: |.*: +\d+%[ ,|]|$)")  # what a command prints on stderr when all is well
-GONE = (9, 15, 1, 2)  # of the signals that are sent here, as exit codes below 0
 
 Happening = Callable[[], object]
 
@@ -100,6 +99,9 @@ def start(
         for number, end in ((1, "out"), (2, "err")):
             file = os.open(folder / f"{name}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.dup2(out if end == "out" and out is not None else file, number)
+        for number in (signal.SIGTERM, signal.SIGHUP):  # which nohup, or a shell's &, may have this process ignore
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.argv = ["topgap", *map(str, words)]
         happening()
         code = run(list(map(str, words))) or 0

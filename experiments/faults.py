@@ -301,10 +301,10 @@ def signals(here: World, number: int, draw: Random) -> Iterator[Outcome]:
     if case == "ignored":
         yield Outcome(fault, verdict(ended, same=same(here, folder, name)), said(ended))
         return
-    # Of a signal sent twice Python's own end is allowed: at once means that nothing of ours runs.
+    # Sent twice it ends at once, perhaps by Python's own doing.
     code = None if case == "twice" else 128 + which
     if not (case == "twice" and ended.code in (-which, 128 + which)):
-        words = verdict(ended, same=same(here, folder, name) if ended.code == 0 else None, code=code)
+        words = verdict(ended, code=code)
         if words != LINE:
             yield Outcome(fault, words, said(ended))
             return
