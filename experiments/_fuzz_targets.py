@@ -33,6 +33,7 @@ from topgap_jax import data, pretrained
 from topgap_jax.cli import texts
 from topgap_jax.errors import UserError
 from topgap_jax.measure import model_info
+from topgap_jax.measure.robust import is_entry
 from topgap_jax.measure.verdicts import Log
 from topgap_jax.mesh import data_mesh
 from topgap_jax.progress import cut, read_metrics
@@ -214,6 +215,8 @@ def manifest_seeds() -> list[bytes]:
 def attack_log(path: Path) -> None:
     """What `measure.robust` asks of the entries."""
     for entry in Log(path, HEADER).entries:
+        if not is_entry(entry, 3):
+            continue
         ended, numbers = np.array(entry["ended"], bool), np.array(entry["run"], int) + 1
         assert len(entry["ids"]) == len(ended) == len(numbers)
         sum(entry["steps"]) + entry["seconds"] + entry["slot_steps"] + entry["unconfirmed"] + entry["phase"]

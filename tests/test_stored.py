@@ -12,7 +12,8 @@ from topgap_jax import pretrained
 from topgap_jax.build import build
 from topgap_jax.cli import texts
 from topgap_jax.errors import UserError
-from topgap_jax.measure import results
+from topgap_jax.measure import adversarial, results
+from topgap_jax.measure.robust import is_entry
 from topgap_jax.measure.verdicts import Log
 from topgap_jax.report import attacked
 from topgap_jax.rewrite.normalisation import channels
@@ -185,16 +186,19 @@ def test_a_config_whose_evaluators_are_no_text_is_a_line(tmp_path):
         configs.load(path)
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["{", "[]", "[" * 100_000, "\xff", json.dumps({**ENTRY, "ids": [-1, 2]}), json.dumps({**ENTRY, "run": [0]}),
-     json.dumps({**ENTRY, "steps": None}), '{"phase": 0}'],
-)  # fmt: skip
+def test_what_a_log_says_of_examples_is_checked():
+    assert is_entry(ENTRY, 3)
+    changed = [{"ids": [-1, 2]}, {"ids": [0, 3]}, {"run": [0]}, {"run": [0, -1]}, {"steps": None}, {"seconds": "1"}]
+    for changes in changed:
+        assert not is_entry(ENTRY | changes, 3)
+    assert not is_entry({"phase": 0}, 3) and not is_entry([], 3)
+
+
+@pytest.mark.parametrize("line", [b"{", b"[" * 100_000, b"\xff", b"1" * 5000])
 def test_a_log_is_read_up_to_the_first_line_that_is_none(line, tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text("\n".join(["{}", json.dumps(ENTRY), line, json.dumps(ENTRY), ""]), encoding="latin-1")
+    path, whole = tmp_path / "log.jsonl", json.dumps(ENTRY).encode()
+    path.write_bytes(b"\n".join([b"{}", whole, line, whole, b""]))
     assert Log(path, {}).entries == [ENTRY]
-    assert path.read_text() == f"{{}}\n{json.dumps(ENTRY)}\n"
 
 
 def test_what_is_drawn_of_adversarial_images_is_checked(tmp_path, capsys):
@@ -257,3 +261,14 @@ def test_what_we_write_carries_a_checksum(tmp_path):
         read_object(path, "a thing", schema)
     path.write_text(json.dumps({key: each for key, each in json.loads(changed).items() if key != "crc32"}))
     assert read_object(path, "a thing", schema)["config"]["mean"][0] == 0.7
+
+
+def test_images_of_an_attack_are_found_again_or_are_none(tmp_path):
+    path, ids, clean = tmp_path / "a.npy", np.arange(2), np.zeros((2, 4, 4, 3), np.float32)
+    kept = lambda clean=clean: adversarial.Kept(path, np.arange(len(clean)), ids, clean, resumes=True)
+    assert not kept().complete
+    kept().put(np.array([1]), clean[:1] + 0.5)
+    assert kept().complete and kept().images[1].min() == 0.5
+    assert not kept(clean[:1]).complete
+    path.write_bytes(b"x")
+    assert not kept().complete

@@ -2,8 +2,7 @@
 was.
 
 Verdicts do not depend on which examples share a batch, so what is left may be batched anew. Every line is a JSON
-object; the first is the header, and a log with another header belongs to another evaluation and is started afresh. What
-follows a line that is no entry is measured again: a process was killed there, or a disk or a stranger changed it.
+object; the first is the header, and a log with another header belongs to another evaluation and is started afresh.
 """
 
 import hashlib
@@ -16,17 +15,9 @@ import jax
 import numpy as np
 
 from topgap_jax.attacks.state import BROKEN, RUNNING
-from topgap_jax.progress import write_text
-from topgap_jax.stored import NUMBER, mismatch
 from topgap_jax.types import Attack, Variables
 
 FRAGILE = 1e-4  # of the logits' range: a margin below this may change its sign with the batch width or the device
-COLUMNS = {
-    "ids": [int], "run": [int], "broken": [bool], "step": [int], "steps": [int], "radius": [(*NUMBER, None)],
-    "ended": [bool], "margin": [(*NUMBER, None)], "predicted": [int], "fragile": [bool],
-}  # fmt: skip
-ENTRY = {**COLUMNS, "phase": int, "unconfirmed": int, "slot_steps": NUMBER, "seconds": NUMBER}
-"""What a line of a log holds: columns over the runs that were over together, and numbers of all of them."""
 
 
 class Over(NamedTuple):
@@ -93,20 +84,15 @@ class Log:
     """`entries` are the lines found, `append` adds one, `remove` ends it. Without a path it keeps nothing."""
 
     def __init__(self, path: Path | None, header: Mapping[str, Any]):
-        self.path, self.header = path, dict(header)
-        self.entries = _entries(path, self.header) if path is not None and path.exists() else []
-        self._write()
-
-    def restart(self) -> None:
-        """Forget what is noted."""
-        self.entries = []
-        self._write()
-
-    def _write(self):
-        """Without the line that a killed process may have left half done."""
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in [self.header, *self.entries]))
+        self.path = path
+        lines = _lines(path) if path is not None and path.exists() else []
+        self.entries = lines[1:] if lines[:1] == [dict(header)] else []
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Written again, without the line that a killed process may have left half done.
+            path.write_text(
+                "".join(json.dumps(line) + "\n" for line in [dict(header), *self.entries]), encoding="utf-8"
+            )
 
     def append(self, entry: Mapping[str, Any]) -> None:
         if self.path is not None:
@@ -126,24 +112,11 @@ def fingerprint(variables: Variables) -> str:
     return digest.hexdigest()[:16]
 
 
-def _entries(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of a log with this header, up to the first line that is none."""
-    first, *lines = path.read_bytes().split(b"\n")
-    entries = []
-    try:
-        if json.loads(first) != header:
-            return []
-        for line in lines:
-            # Infinity is a radius that was not found, NaN a margin of a network that overflows.
-            if not _is_entry(json.loads(line, parse_constant=lambda _: None)):
-                break
-            entries.append(json.loads(line))
-    except (ValueError, RecursionError):
-        pass
-    return entries
-
-
-def _is_entry(value: Any) -> bool:
-    if mismatch(value, ENTRY) or min([*value["ids"], *value["run"], 0]) < 0:
-        return False
-    return len({len(value[name]) for name in COLUMNS}) == 1
+def _lines(path):
+    found = []
+    for line in path.read_bytes().splitlines():
+        try:
+            found.append(json.loads(line))
+        except (ValueError, RecursionError):
+            break
+    return found
