@@ -99,6 +99,8 @@ def start(
         for number, end in ((1, "out"), (2, "err")):
             file = os.open(folder / f"{name}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.dup2(out if end == "out" and out is not None else file, number)
+        # What this process has of its own may be a file, which can be told where it is; a pipe cannot.
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
         for number in (signal.SIGTERM, signal.SIGHUP):  # which nohup, or a shell's &, may have this process ignore
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -36,8 +36,10 @@ except ImportError:
 ROOMS = [f"topgap_jax.{room}" for room in (
     "build", "data", "measure", "pretrained", "progress", "report", "run", "setup", "stored")]  # fmt: skip
 with atheris.instrument_imports(include=["PIL", "tensorflow_datasets.core", *ROOMS], enable_loader_override=False):
-    from _fuzz_targets import TARGETS, fresh, outcome, words
+    import _fuzz_targets
+    from _fuzz_targets import SOMETIMES, TARGETS, fresh, outcome, words
 
+    from topgap_jax.cli import PICTURES
     from topgap_jax.progress import write_text
     from topgap_jax.run.provenance import provenance
 
@@ -121,13 +123,16 @@ def fuzz(name: str, seconds: float, seed: int) -> None:
     folder = Path(tempfile.mkdtemp(prefix="fuzz", dir=memory))
     fresh(target, folder)
     count, warned = Count(work / "count.json"), []
+    _fuzz_targets.SOMETIMES = 1  # what is imported on first use is imported now
     for content in [*target.seeds(), *kept(name)]:
         (work / "corpus" / hashlib.sha1(content).hexdigest()).write_bytes(content)
-        with contextlib.suppress(Exception):  # what is imported on first use is imported now
+        with contextlib.suppress(Exception):
             outcome(target, folder, content)
+    _fuzz_targets.SOMETIMES = SOMETIMES
     watch = Watch(folder)
     warnings.simplefilter("always")
-    warnings.showwarning = lambda message, *_: warned.append(f"warns: {message}"[:80])
+    warnings.filterwarnings("ignore", module=PICTURES)  # as the command line has it
+    warnings.showwarning = lambda message, *_: warned.append(re.sub(r"\d+", "N", f"warns: {message}")[:80])
     pages = lambda: int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (pages() + 2 * MEMORY, resource.RLIM_INFINITY))
     end = time.process_time() + seconds

@@ -3,11 +3,15 @@
 import argparse
 import sys
 import traceback
+import warnings
 
 from topgap_jax import __version__
 from topgap_jax.cli import commands, endings, texts, together
 from topgap_jax.cli.commands import COMMANDS
 from topgap_jax.errors import UserError
+
+PICTURES = r"PIL\."
+"""Whose warnings are not shown: of odd pictures, which are read or refused in a line."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,6 +24,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when done, 1 where numbers are not confirmed or some pictures not readable, 2 for a user's
     mistake, 129, 130 or 143 when stopped by SIGHUP, Ctrl-C or SIGTERM."""
+    warnings.filterwarnings("ignore", module=PICTURES)
     with endings.by_signal():
         return _main(argv)
 
