@@ -67,6 +67,8 @@ class Watch:
     def hook(self, event, arguments):
         if not self.on:
             return
+        if event == "import" and arguments[0].partition(".")[0] in sys.stdlib_module_names:
+            return  # such as the decoder of UTF-32, of which JSON may be
         if event in STARTS:
             self.seen.append(f"{event} {arguments[0]!r:.80}")
         elif event == "exec" and not self._of_a_module(arguments[0]):
