@@ -30,7 +30,7 @@ test-all: install-dev lint ## everything, every row under every transformation (
 test-smoke: install-dev ## the few minutes that CI spends on the other JAX line
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/test_rewrite.py tests/test_flax_modules.py tests/test_foreign_models.py tests/test_pool.py tests/test_fit.py
 
-faults: install-dev ## kills, damage, full disks, signals: a few of each, in a minute (all: experiments/faults.py)
+faults: install-dev ## a training killed, damaged, stopped and starved of disk, in a minute (all: experiments/faults.py)
 	$(BIN)/python experiments/faults.py --quick
 
 fuzz: install-dev ## odd bytes for every reader of files and texts, ten CPU minutes (results/fuzz_readers.json)

@@ -126,7 +126,7 @@ def damages(kind: str, damage: str, number: int, folder: Path, work: Path) -> It
     of_kind = KINDS[kind]
     paths = files(kind, copy)
     draw = Random(f"{kind} {damage}")
-    if damage == "deletion":
+    if damage == "deletion" or not paths:
         number = min(number, len(paths))
     whole: dict[Path, Any] = {}
     for turn in range(number):

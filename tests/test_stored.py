@@ -159,6 +159,9 @@ def test_a_checkpoints_file_is_no_link(tmp_path):
     (folder / "a").rename(tmp_path / "b")
     (folder / "a").symlink_to(tmp_path / "b")
     assert manifest.damage(folder) == "a is a link"
+    for text in ("[" * 100_000, '{"files": {"a": [1e999, 1]}}', '{"files": {"a": [1]}}', "\\xff", '{"files": 1}'):
+        (folder / "manifest.json").write_bytes(text.encode())
+        assert manifest.damage(folder) == "manifest.json is not what was written"
 
 
 def test_weights_that_unpack_to_gigabytes_are_refused(tmp_path):
