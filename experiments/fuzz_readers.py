@@ -49,7 +49,7 @@ SECONDS, MEMORY = 10.0, 10**9  # of CPU time; bytes above the input's
 HANG = 300  # seconds of the clock, on a machine that other work shares
 LARGEST = 2**16  # bytes of an input
 SLICE = 60.0  # CPU seconds that a reader has at a time
-SMALL, EACH = 1500, 40  # of what is kept in tests: bytes of an input, inputs a reader
+SMALL, EACH = 3000, 40  # of what is kept in tests: bytes of an input, inputs a reader
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "subprocess.Popen", "pty.spawn",
           "pickle.find_class", "ctypes.dlopen", "socket.connect", "socket.bind", "socket.getaddrinfo", "urllib.Request",
           "webbrowser.open", "sys.settrace", "import")  # fmt: skip
@@ -133,6 +133,7 @@ def fuzz(name: str, seconds: float, seed: int) -> None:
     _fuzz_targets.SOMETIMES = SOMETIMES
     watch = Watch(folder)
     warnings.simplefilter("always")
+    warnings.simplefilter("ignore", DeprecationWarning)  # as Python has it
     warnings.filterwarnings("ignore", module=PICTURES)  # as the command line has it
     warnings.showwarning = lambda message, *_: warned.append(re.sub(r"\d+", "N", f"warns: {message}")[:80])
     pages = lambda: int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
