@@ -7,7 +7,7 @@ WORKERS ?= 2
 # Real data sets and weights, where they are at hand: a folder with tfds/ and weights/ (README, "Data").
 export TOPGAP_DATA ?= $(if $(wildcard ../shared/tfds),$(abspath ../shared))
 
-.PHONY: help demo results docs test test-all test-smoke notebook lint format install install-dev bench bench-env parity clean
+.PHONY: help demo results docs test test-all test-smoke faults fuzz notebook lint format install install-dev bench bench-env parity clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -29,6 +29,13 @@ test-all: install-dev lint ## everything, every row under every transformation (
 
 test-smoke: install-dev ## the few minutes that CI spends on the other JAX line
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/test_rewrite.py tests/test_flax_modules.py tests/test_foreign_models.py tests/test_pool.py tests/test_fit.py
+
+faults: install-dev ## a training killed, damaged, stopped and starved of disk, in a minute (all: experiments/faults.py)
+	$(BIN)/python experiments/faults.py --quick
+
+fuzz: install-dev ## odd bytes for every reader of files and texts, ten CPU minutes (results/fuzz_readers.json)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	$(BIN)/python experiments/fuzz_readers.py --minutes 10
 
 notebook: install-dev ## run experiments/explore.ipynb from top to bottom (at most 2 minutes)
 	$(BIN)/jupyter execute experiments/explore.ipynb

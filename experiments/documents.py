@@ -3,6 +3,7 @@ behind it."""
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from _bench_driver import table as markdown
 from _studies import STUDIES, SYSTEMS
 
 ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs" / "results.md"
+DOCS, RELIABILITY = ROOT / "docs" / "results.md", ROOT / "docs" / "reliability.md"
 INTRODUCTION = """\
 # Results
 
@@ -45,6 +46,7 @@ def write() -> None:
     """Write docs/results.md, and print which script and which file are behind each of its tables."""
     DOCS.parent.mkdir(exist_ok=True)
     DOCS.write_text(text(), encoding="utf-8")
+    RELIABILITY.write_text(reliability(), encoding="utf-8")
     for title, command, file, _ in sections():
         print(f"{title:60}  {file:34}  {command}")
     print(f"written: {DOCS.relative_to(ROOT)}")
@@ -56,6 +58,18 @@ def text() -> str:
     for title, command, file, body in sections():
         parts.append(f"## {title}\n\n{body}\n\nFrom `{command}`: [{file}](../{file}).")
     return "\n\n".join(parts) + "\n"
+
+
+def reliability() -> str:
+    """docs/reliability.md, whose prose is written by hand, with the tables of today's results."""
+    text = RELIABILITY.read_text(encoding="utf-8")
+    for name, body in (("faults", faults), ("fuzz_readers", fuzzed)):
+        begin, end = f"<!-- table of results/{name}.json: make results -->\n", "<!-- end -->"
+        before, _, rest = text.partition(begin)
+        stored = read(name)
+        table = f"{body(stored)}\n\nFrom `{command(stored)}`. {hardware([stored])}"
+        text = f"{before}{begin}\n{table}\n\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 def sections() -> list[tuple[str, str, str, str]]:
@@ -437,6 +451,38 @@ def devices(stored: Mapping[str, Any]) -> str:
     keys = ("devices", "busy_processes", "steps_taken", "seconds", "aborted")
     lines = [[str(row[key]) for key in keys] for row in stored["runs"]]
     return "Training on several devices of two busy cores.\n\n" + markdown(head, lines)
+
+
+def faults(stored: Mapping[str, Any]) -> str:
+    good, lines, bad = ("same numbers", "one line"), [], []
+    for name, part in stored["parts"].items():
+        verdicts = Counter()
+        for each in part["faults"].values():
+            verdicts.update(each)
+        asked = f"{part['done']} of {part['asked']}" + (" each" if part["each"] else "")
+        others = sum(number for words, number in verdicts.items() if words not in (*good, "skipped"))
+        numbers = [verdicts["same numbers"], verdicts["one line"], others, round(part["slowest"])]
+        lines.append([part["about"], asked, *map(str, numbers)])
+        bad += [f"- {name}, {words}: {'; '.join(said)}" for words, said in part["said"].items()]
+    head = ["what happens", "times", *good, "other", "slowest, s"]
+    return markdown(head, lines) + ("\n\n" + "\n".join(bad) if bad else "")
+
+
+def fuzzed(stored: Mapping[str, Any]) -> str:
+    lines = [
+        [f"`{name}`", f"{row['inputs']:,}", f"{row['read']:,}", f"{row['refused']:,}", f"{row['slowest']:.1f}",
+         f"{row['largest_mb']}", f"{row['cpu_minutes']:.1f}"]
+        for name, row in stored["readers"].items()
+    ]  # fmt: skip
+    head = ["reader", "inputs", "read", "refused in a line", "slowest, CPU s", "memory, MB", "CPU minutes"]
+    failures = sum(sum(row["failures"].values()) for row in stored["readers"].values())
+    before = stored["random_damage"]
+    return (
+        f"{markdown(head, lines)}\n\n{stored['cpu_minutes']} CPU minutes in all. {failures} inputs ended in something"
+        " else when they were first met (in the file: which); what that was is mended, and the inputs are in"
+        f" `tests/fuzzed`. Before, {before['read'] + before['refused']:,} files of weights were damaged at random, in"
+        f" {before['cpu_minutes']} CPU minutes; the slowest took {before['slowest']:.2f} s."
+    )
 
 
 BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (

@@ -11,6 +11,7 @@ import numpy as np
 import planted_fakes
 import pytest
 import study as driver
+from _faults_process import GOOD, Ended, verdict
 from _studies import STUDIES, Arm, Claim
 from scipy import stats
 
@@ -61,6 +62,31 @@ def test_a_stored_result_is_what_its_runs_say(name):
 
 def test_the_documents_are_those_of_the_results():
     assert documents.DOCS.read_text(encoding="utf-8") == documents.text(), "docs/results.md is stale: make results"
+
+
+def test_the_tables_of_reliability_are_those_of_the_results():
+    stale = "docs/reliability.md is stale: make results"
+    assert documents.RELIABILITY.read_text(encoding="utf-8") == documents.reliability(), stale
+
+
+@pytest.mark.parametrize(
+    "code, err, same, expected",
+    [
+        (0, "training: 100% 12/12 [00:01<00:00]\n", True, "same numbers"),
+        (0, "topgap: the checkpoint 3 is damaged\n", False, "one line"),
+        (0, "", False, "silent difference"),
+        (0, "", None, "exit code 0"),
+        (2, "CPU: as it is\ntopgap: no\n", None, "one line"),
+        (2, "topgap: no\nW1130 of another library\n", None, "lines that are not ours"),
+        (2, "", None, "no line"),
+        (1, "Traceback (most recent call last):\n", None, "traceback"),
+        (None, "", None, "hang"),
+    ],
+)
+def test_what_a_disturbed_command_may_end_with(code, err, same, expected):
+    words = verdict(Ended(code, "", err, 1.0), same)
+    assert words == expected and (words in GOOD) == (expected in ("same numbers", "one line"))
+    assert verdict(Ended(130, "", "topgap: stopped\n", 1.0), code=143) == "exit code 130, not 143"
 
 
 def test_planted_fakes():

@@ -107,7 +107,8 @@ def test_every_start_is_recorded_and_other_conditions_are_said(tmp_path, capsys,
 
 def test_a_run_leaves_its_records(whole):
     workdir, _ = whole
-    assert json.loads((workdir / "config.json").read_text()) == {"config": {**CONFIG, "sizes": [6, 6]}, "file": None}
+    stored = workdir_module.read_config(workdir / "config.json")
+    assert stored == {"config": {**CONFIG, "sizes": [6, 6]}, "file": None}
     versions = json.loads((workdir / "versions.json").read_text())
     assert versions["versions"]["jax"] == jax.__version__ and versions["mesh_devices"] == 1 and versions["command"]
     rows = read_metrics(workdir)

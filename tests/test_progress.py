@@ -73,7 +73,8 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
         metrics.write(3, "train", {"loss": 9}, epoch=1)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [
-        {"step": step, "kind": "train", "epoch": 1, "loss": loss} for step, loss in ((1, 0.5), (2, 1), (3, 9))
+        {"step": step, "kind": "train", "epoch": 1, "loss": loss, "crc32": crc32}
+        for step, loss, crc32 in ((1, 0.5, "61a7b9d2"), (2, 1.0, "ee5e82ea"), (3, 9.0, "38cc7f2c"))
     ]
     assert read_metrics(tmp_path / "absent") == []
 
@@ -101,7 +102,18 @@ def test_damaged_lines_are_passed_over_and_counted(tmp_path, capsys):
     with Metrics(tmp_path, 3) as metrics:
         metrics.write(4, "train", {"loss": 1.0})
     assert path.stat().st_ino == before, "appended to, not written anew"
-    assert path.read_bytes() == kept + b'{"step": 4, "kind": "train", "loss": 1.0}\n'
+    assert path.read_bytes() == kept + b'{"step": 4, "kind": "train", "loss": 1.0, "crc32": "c33b3adc"}\n'
+
+
+def test_a_row_that_is_not_what_was_written_is_passed_over(tmp_path, capsys):
+    """One flipped bit makes another loss of a loss."""
+    with Metrics(tmp_path) as metrics:
+        for step in (1, 2, 3):
+            metrics.write(step, "train", {"loss": 0.5})
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"0.5", b"0.7", 1))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [2, 3]
+    assert "1 of 3 lines are damaged and passed over" in capsys.readouterr().err
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

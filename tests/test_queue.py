@@ -249,6 +249,21 @@ def test_killed_at_any_point_it_goes_on_where_it_was(seed, tmp_path):
     assert Log(path, {"a": 2}).entries == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [b"x", None])
+def test_images_that_are_lost_are_made_again(left, tmp_path):
+    """The log alone would leave the clean image in the place of one that broke."""
+    path = tmp_path / "log.jsonl"
+    images = np.array(run(split_of(), log=Log(path, {}), keep="all").kept.images)
+    file = path.with_suffix(".npy")
+    file.unlink() if left is None else file.write_bytes(left)
+    log = Log(path, {})
+    assert log.entries
+    again = run(split_of(), log=log, keep="all")
+    assert_same(plain(), again)
+    np.testing.assert_array_equal(again.kept.images, images)
+
+
 # What it costs.
 
 

@@ -343,6 +343,19 @@ def test_what_is_missing_is_said(tmp_path):
     assert "young: no evaluation yet; topgap evaluate --workdir" in compare([run])
 
 
+def test_metrics_that_end_before_the_newest_checkpoint_are_said_to_be_lost(tmp_path, capsys):
+    run = make_run(tmp_path / "cut", sheets=False, log_every=10)
+    for step in (280, 324):
+        (run / "checkpoints" / "last" / str(step)).mkdir(parents=True)
+    compare([run])
+    assert capsys.readouterr().err == ""
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join(lines[:-2]) + lines[-2][:9])
+    compare([run])
+    said = f"topgap: {run}/metrics.jsonl ends at step 310, and step 324 was saved: the rows between are lost\n"
+    assert capsys.readouterr().err == said
+
+
 def test_a_measure_without_a_value_says_why(tmp_path):
     """An undefined one by its reason; a number that is not finite, such as version 0.1.0 wrote, is none either."""
     run = make_run(tmp_path / "odd", trained=False, sheets=False)

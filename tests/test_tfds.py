@@ -134,6 +134,7 @@ def changed_json(path, change):
             lambda tree: tree["splits"][0].update(shardLengths=["12"]),
             "00000-of-00001 holds 10 records, dataset_info.json says 12; prepare it again",
         ),
+        ("dataset_info.json", lambda tree: tree.pop("splits"), "has no splits: its dataset_info.json names none"),
     ],
 )
 def test_what_a_strangers_set_says_of_itself_is_checked(file, change, text, root, tmp_path, monkeypatch):
@@ -145,6 +146,12 @@ def test_what_a_strangers_set_says_of_itself_is_checked(file, change, text, root
     with pytest.raises(UserError) as raised:
         data.tfds("tiny", box="bbox")("train[:5]")
     assert text in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_set_that_names_no_files_is_a_line(root):
+    changed_json(root / "tfds" / "tiny" / "1.0.0" / "dataset_info.json", lambda tree: tree.pop("name"))
+    with pytest.raises(UserError, match=r"tfds\('tiny'\): split 'train' names no files: Could not format template"):
+        data.tfds("tiny")("train")
 
 
 def test_tfds_finds_a_set_by_name_version_and_folder(root):

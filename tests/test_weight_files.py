@@ -408,6 +408,9 @@ def test_other_config_files(tmp_path):
         ('{"architecture": "a", "mean": [Infinity]}', "mean is (None,); expected finite numbers"),
         ({"architecture": "a", "crop_pct": 3}, "crop_pct is 3, which it cannot be"),
         ({"model_type": "a", "id2label": {"7": "cat"}}, "labels is (None,), which it cannot be"),
+        ({"architecture": "a", "label_names": 3}, "label_names is 3, not a list or null"),
+        ({"architecture": "a", "pretrained_cfg": {"label_names": [["n"]]}}, "label_names[0] is ['n'], not a text"),
+        ({"model_type": "a", "id2label": 7}, "id2label is 7, not an object or a list or null"),
         ("{", "is not the JSON object of a model: "),
     ):
         path = beside(tmp_path, config=config)

@@ -12,6 +12,8 @@ from typing import IO, Any, Protocol
 
 from tqdm import tqdm
 
+from topgap_jax.stored import CHECKSUM, checksum
+
 METRICS = "metrics.jsonl"
 QUIET_SECONDS = 30.0  # between two lines where there is no terminal
 
@@ -123,7 +125,7 @@ class Metrics:
             return
         row = {"step": step, "kind": kind, **more, **{name: float(value) for name, value in numbers.items()}}
         with writing(self.path):
-            append(self.file, json.dumps(row).encode() + b"\n")
+            append(self.file, json.dumps(row | {CHECKSUM: checksum(row)}).encode() + b"\n")
         self.board.write(step, {f"{kind}/{name}": float(value) for name, value in numbers.items()})
 
     def close(self) -> None:
@@ -197,9 +199,12 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """A row of metrics: a step, and numbers or words under names; None of a line that is anything else."""
+    """A row of metrics: a step, and numbers or words under names; None of a line that is anything else, or does not
+    hold what was written."""
     try:
         row = json.loads(line)
+        if CHECKSUM in row and row.pop(CHECKSUM) != checksum(row):
+            return None
         for value in row.values():
             value is None or isinstance(value, str) or float(value)
         whole = type(row["step"]) is int and row["step"] >= 0

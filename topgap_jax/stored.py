@@ -1,22 +1,32 @@
-"""JSON files that a run keeps, which a stranger may have written: read whole, checked against a schema, or refused in a
-line."""
+"""Files that a run keeps, which a stranger may have written: JSON that is read whole, checked against a schema, or
+refused in a line; and .npz archives that run no code and unpack to no gigabytes."""
 
 import json
 import math
-from collections.abc import Mapping
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from topgap_jax.errors import UserError
 
 LARGEST = 64 * 2**20  # bytes, far more than a run's files have
 NUMBER = (int, float)
+CHECKSUM = "crc32"  # the last key of what we write: one flipped bit makes another number of a number
+LARGE, DENSEST = 2**28, 20
+"""Bytes up to which any .npz is unpacked, and how many times its own size a larger one may become."""
 PLAIN = (str, int, float, bool, None, ["PLAIN"], {str: "PLAIN"})
 """What a config may hold: texts, numbers, and lists and tables of these."""
 
 
 def read_object(path: Path, what: str, schema: Mapping) -> dict[str, Any]:
-    """The JSON object in a file that fits the schema; UserError "PATH is not WHAT: ..." for anything else.
+    """The JSON object in a file that fits the schema, and its checksum where it has one, which is left out; UserError
+    "PATH is not WHAT: ..." for anything else.
 
     schema: {"key": schema, "key?": schema} (the second may be absent, other keys are allowed), {str: schema} (any
     keys), [schema] (a list), a tuple of schemas (any of them), a type, None, or "PLAIN". A bool is no number, a number
@@ -28,13 +38,35 @@ def read_object(path: Path, what: str, schema: Mapping) -> dict[str, Any]:
         if len(data) > LARGEST:
             raise ValueError(f"it has more than {LARGEST // 2**20} MB")
         value = json.loads(data.decode("utf-8"), parse_constant=lambda _: None)  # NaN and infinity say nothing
-        wrong = mismatch(value, schema)
+        wrong = mismatch(value, schema) or _changed(value)
     except (OSError, ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:100]
         raise UserError(f"{path} is not {what}: {why}") from None
     if wrong:
         raise UserError(f"{path} is not {what}: {wrong}")
     return value
+
+
+def sealed(value: Mapping[str, Any]) -> str:
+    """A JSON object as the text of a file, with a checksum of what it holds."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps({**value, CHECKSUM: checksum(plain)}, indent=1) + "\n"
+
+
+def checksum(value: Mapping[str, Any]) -> str:
+    """Of a JSON object, eight hexadecimal digits, whatever the order and the spaces of its text.
+
+    >>> checksum({"b": 1, "a": [0.5]}) == checksum({"a": [0.5], "b": 1})
+    True
+    """
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+
+
+def _changed(value: dict[str, Any]) -> str:
+    said = value.pop(CHECKSUM, None)
+    if said is None or said == checksum(value):
+        return ""
+    return f"it does not hold what was written; it is damaged, or edited (then take its '{CHECKSUM}' out)"
 
 
 def files_inside(folder: Path, pattern: str) -> list[Path]:
@@ -55,10 +87,12 @@ def mismatch(value: Any, schema: Any, at: str = "") -> str:
     """
     schema = PLAIN if schema == "PLAIN" else schema
     if isinstance(schema, tuple):
+        alike = [each for each in schema if isinstance(each, list | dict) and type(value) is type(each)]
+        if len(alike) == 1:  # asked once: asking twice a level takes for ever in a deep tree
+            return mismatch(value, alike[0], at)
         if any(not mismatch(value, each, at) for each in schema):
             return ""
-        containers = [each for each in schema if isinstance(each, list | dict) and type(value) is type(each)]
-        return mismatch(value, containers[0], at) if containers else _not(value, schema, at)
+        return mismatch(value, alike[0], at) if alike else _not(value, schema, at)
     if isinstance(schema, list):
         if not isinstance(value, list):
             return _not(value, schema, at)
@@ -102,3 +136,56 @@ def _not(value, schema, at):
     shown = ascii(value)
     shown = shown if len(shown) < 60 else f"{shown[:50]}..."
     return f"{at or 'the whole'} is {shown}, not {' or '.join(dict.fromkeys(kinds))}"
+
+
+class Arrays(NamedTuple):
+    """An .npz archive: shape and type of each array by its name, and what reads one."""
+
+    about: dict[str, tuple[tuple[int, ...], np.dtype]]
+    read: Callable[[str], np.ndarray]
+
+
+@contextmanager
+def opened_npz(path: Path) -> Iterator[Arrays]:
+    """The arrays of an archive, each read when it is asked for.
+
+    ValueError for one that holds objects, a name twice, or arrays of other sizes than they claim; of what is no archive
+    zipfile, zlib and NumPy raise of every kind.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.namelist()
+        if len(set(members)) < len(members):
+            raise ValueError(f"'{next(name for name in members if members.count(name) > 1)}' stands in it twice")
+        size = sum(member.file_size for member in archive.infolist())
+        if size > max(LARGE, DENSEST * path.stat().st_size):
+            raise ValueError(f"{path.stat().st_size:,} bytes become {size:,}: no weights are packed so densely")
+        names = {name.removesuffix(".npy"): name for name in members}
+
+        def read(name):
+            with archive.open(names[name]) as member:
+                return _quietly(lambda: np.lib.format.read_array(member, allow_pickle=False))
+
+        yield Arrays({name: _npy_header(archive, member) for name, member in names.items()}, read)
+
+
+def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array, once it is seen that the member holds as many bytes as they claim."""
+    with archive.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in reader:
+            raise ValueError(f"'{name}' is of version {version}")
+        shape, _, dtype = _quietly(lambda: reader[version](member))
+        if dtype.hasobject:
+            raise ValueError("Object arrays cannot be loaded without running code")
+        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        if min(shape, default=0) < 0 or member.tell() + size != archive.getinfo(name).file_size:
+            raise ValueError(f"'{name}' claims {size} bytes, and has {archive.getinfo(name).file_size}")
+    return shape, dtype
+
+
+def _quietly(read: Callable[[], Any]) -> Any:
+    """Python and NumPy warn of what they meet in a header, on the terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return read()

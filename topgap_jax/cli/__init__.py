@@ -3,11 +3,15 @@
 import argparse
 import sys
 import traceback
+import warnings
 
 from topgap_jax import __version__
 from topgap_jax.cli import endings, texts, together
 from topgap_jax.cli.commands import COMMANDS
 from topgap_jax.errors import UserError
+
+PICTURES = r"PIL\."
+"""Whose warnings are not shown: of odd pictures, which are read or refused in a line."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when done, 1 where numbers are not confirmed or some pictures not readable, 2 for a user's
     mistake and for what could not be read or written, 3 where another process of a run is gone, 129, 130 or 143 when
     stopped by SIGHUP, Ctrl-C or SIGTERM."""
+    warnings.filterwarnings("ignore", module=PICTURES)
     with endings.by_signal():
         try:
             code = _main(argv)

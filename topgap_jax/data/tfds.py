@@ -129,7 +129,11 @@ def _check_shards(builder, split: str, shown: str) -> None:
     from array_record.python.array_record_module import ArrayRecordReader
 
     info = builder.info.splits[split]
-    for path, length in zip(info.filepaths, info.shard_lengths):
+    try:
+        shards = list(zip(info.filepaths, info.shard_lengths))
+    except Exception as error:  # names that TFDS cannot make of what dataset_info.json says
+        raise UserError(f"{shown}: split '{split}' names no files: {' '.join(str(error).split())[:200]}") from error
+    for path, length in shards:
         try:
             reader = ArrayRecordReader(str(path))
             records = reader.num_records()
@@ -177,6 +181,8 @@ def _encoded(features) -> dict:
 def _length(builder, split: str, shown: str) -> int:
     splits = builder.info.splits
     known = split.partition("[")[0]
+    if not splits:
+        raise UserError(f"{shown} has no splits: its dataset_info.json names none")
     if "+" not in split and known not in splits:
         raise UserError(
             f"{shown} has no split '{known}'; {choices(known, splits)}, or a part like '{next(iter(splits))}[:80%]'"

@@ -25,10 +25,11 @@ class Kept:
     def __init__(self, path: Path | None, ids: np.ndarray, few: np.ndarray, clean: np.ndarray, resumes: bool = False):
         self.path, self.ids, self.few, self.clean = path, ids, few, clean
         shape = (len(ids), *clean.shape[1:])
-        self.complete = path is not None and resumes and path.exists()
+        self.images = _mapped(path, shape) if path is not None and resumes else None
+        self.complete = self.images is not None
         if self.complete:
-            self.images = np.lib.format.open_memmap(path, mode="r+")
-        elif path is not None:
+            return
+        if path is not None:
             self.images = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
             _reserve(path)
         else:
@@ -58,6 +59,15 @@ def _reserve(path: Path) -> None:
     except OSError:
         path.unlink()
         raise
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The images in a file; None where it is not there, or holds something else."""
+    try:
+        images = np.lib.format.open_memmap(path, mode="r+")
+    except Exception:  # NumPy raises of every kind on damaged bytes
+        return None
+    return images if images.shape == shape and images.dtype == np.float32 else None
 
 
 def slug(split: str, evaluator: str) -> str:

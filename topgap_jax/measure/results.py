@@ -4,7 +4,6 @@ Also rows of version 0.1.0, whose measures were bare numbers with `name_low` and
 """
 
 import base64
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,11 +15,12 @@ import numpy as np
 from topgap_jax.build import names as names_of
 from topgap_jax.errors import UserError
 from topgap_jax.progress import write_text
-from topgap_jax.stored import NUMBER, mismatch, read_object
+from topgap_jax.stored import NUMBER, mismatch, read_object, sealed
 from topgap_jax.types import Check, Curve, Gallery, Measure
 
 FILE = "evaluation.json"
 NOT_AUDITED = "not audited"
+TILE, GALLERY = 144, 10**8  # pixels: the side at which a report shows a small picture, all pictures of a gallery
 _NUMBER = (*NUMBER, None)
 _CURVE = {"x": [_NUMBER], "y": [_NUMBER], "axes?": [str], "label?": str}
 _GALLERY = {"tiles": [{"shape": [int], "bytes": str}], "captions": [str], "columns": int, "label": str}
@@ -119,7 +119,7 @@ def write(path: Path, row: Row, weights: str, data: str, digest: str = "") -> No
     rows = with_audits([*(other for other in rows if other.key != row.key), row])
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = {"rows": [to_json(row) for row in rows], "weights": weights, "data": data, "digest": digest}
-    write_text(path, json.dumps(stored, indent=1) + "\n")
+    write_text(path, sealed(stored))
 
 
 def with_audits(rows: Sequence[Row]) -> list[Row]:
@@ -205,7 +205,11 @@ def _measure(fields: Mapping[str, Any]) -> Measure | Curve | Gallery:
         gallery = Gallery(**fields)
         if not gallery.tiles or len(gallery.tiles) != len(gallery.captions) or gallery.columns < 1:
             raise ValueError(f"{len(gallery.tiles)} pictures with {len(gallery.captions)} captions")
-        return gallery._replace(tiles=[_tile(tile) for tile in gallery.tiles])
+        tiles = [_tile(tile) for tile in gallery.tiles]
+        height, width = (max(TILE, *(tile.shape[axis] for tile in tiles)) for axis in (0, 1))
+        if len(tiles) * height * width > GALLERY:
+            raise ValueError(f"{len(tiles)} pictures of up to {height} x {width} pixels")
+        return gallery._replace(tiles=tiles)
     if "x" in fields:
         curve = Curve(**fields)
         return curve._replace(axes=tuple(curve.axes))

@@ -5,6 +5,7 @@ Verdicts of a split depend neither on its order nor on a stop in between.
 """
 
 import functools
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,10 +27,17 @@ from topgap_jax.metrics.summaries import share
 from topgap_jax.models import bind
 from topgap_jax.progress import bar
 from topgap_jax.scores import substitute
+from topgap_jax.stored import NUMBER, mismatch
 from topgap_jax.types import Attack, Cost, Curve, Measure, Model, Robustness, Variables
 
 NONE = -1
 LARGEST = np.finfo(np.float32).max
+COLUMNS = {
+    "ids": [int], "run": [int], "broken": [bool], "step": [int], "steps": [int], "radius": [(*NUMBER, None)],
+    "ended": [bool], "margin": [(*NUMBER, None)], "predicted": [int], "fragile": [bool],
+}  # fmt: skip
+ENTRY = {**COLUMNS, "phase": int, "unconfirmed": int, "slot_steps": NUMBER, "seconds": NUMBER}
+"""What a line of a log holds: columns over the runs that were over together, and numbers of all of them."""
 
 
 class Examples(NamedTuple):
@@ -88,6 +96,14 @@ def for_classes(robustness: Robustness, classes: int) -> tuple[Robustness, list[
     return robustness._replace(runs=tuple(runs)), lines
 
 
+def is_entry(value: Any, n: int) -> bool:
+    """Whether a line of a log is what `verdicts.judge` says of some of n examples."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)  # infinite: a radius that was not found
+    if mismatch(plain, ENTRY) or len({len(value[name]) for name in COLUMNS}) != 1:
+        return False
+    return all(0 <= index < n for index in value["ids"]) and min(value["run"], default=0) >= 0
+
+
 class Attacked(NamedTuple):
     """measures; cost per image of the split; seconds without compilation; what became of each example; the images that
     are kept."""
@@ -131,6 +147,8 @@ def attack_split(
     kept = _kept(keep, data, log, clean.wrong, mesh)
     entries, after = [], []
     logged = [entry for entry in log.entries if "phase" in entry]
+    if not all(is_entry(entry, n) for entry in logged):  # damaged, or a stranger's: all is measured again
+        logged = []
     for number, phase in enumerate(_phases(robustness)):
         stands = examples.radius > phase.limit
         runs = np.where(stands, 0, phase.attack.runs)
@@ -194,6 +212,8 @@ def _kept(keep, data, log, wrong, mesh):
     path = None if log.path is None else log.path.with_suffix(".npy")
     kept = adversarial.Kept(path, ids, few, few_clean, resumes=any("phase" in entry for entry in log.entries))
     if not kept.complete:
+        # The images of the attacks that are noted there are lost: they are made again.
+        log.entries = [entry for entry in log.entries if "phase" not in entry]
         for part, images in clean(ids) if keep == "all" else [(few, few_clean)]:
             kept.put(part, images)
     return kept

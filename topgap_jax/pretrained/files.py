@@ -2,7 +2,6 @@
 
 import json
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import safetensors
 
 from topgap_jax.errors import UserError
 from topgap_jax.pretrained import pth, saved
+from topgap_jax.stored import opened_npz
 
 PYTORCH = (".pth", ".pt", ".bin", ".th", ".tar", ".ckpt")
 SUFFIXES = (".safetensors", ".npz", *PYTORCH)
@@ -26,10 +26,6 @@ PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "state_dict.", "resn
 NETWORK = ("state_dict", "model_state_dict", "model", "net", "network", "last", "weights", "params")
 TRAINING = ("optim", "sched", "scaler", "amp", "args", "hyper_parameters", "callbacks", "loops")
 DEPTH, NUMBER, LENGTH = 8, 100_000, 1000  # of nested dictionaries, of tensors, of a name's letters
-
-
-LARGE, DENSEST = 2**28, 20
-"""Bytes up to which any .npz is unpacked, and how many times its own size a larger one may become."""
 
 
 class Description(NamedTuple):
@@ -118,38 +114,15 @@ def _safetensors(path: Path) -> Iterator[_Opened]:
 
 @contextmanager
 def _npz(path: Path) -> Iterator[_Opened]:
-    with zipfile.ZipFile(path) as archive:
-        _once(archive.namelist())
-        size = sum(member.file_size for member in archive.infolist())
-        if size > max(LARGE, DENSEST * path.stat().st_size):
-            raise ValueError(f"{path.stat().st_size:,} bytes become {size:,}: no weights are packed so densely")
-        names = {name.removesuffix(".npy"): name for name in archive.namelist()}
-        found = {name: _npy_header(archive, member) for name, member in names.items()}
-
-        def array(name):
-            with archive.open(names[name]) as member:
-                values = np.lib.format.read_array(member, allow_pickle=False)
-            return values.view(found[name][1])
-
-        yield _Opened(found, array)
+    with opened_npz(path) as arrays:
+        found = {name: (shape, _kind(dtype)) for name, (shape, dtype) in arrays.about.items()}
+        yield _Opened(found, lambda name: arrays.read(name).view(found[name][1]))
 
 
-def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], Any]:
-    """Shape and type of an array, once it is seen that the member holds as many bytes as they claim."""
-    with archive.open(name) as member:
-        version = np.lib.format.read_magic(member)
-        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in reader:
-            raise ValueError(f"'{name}' is of version {version}")
-        shape, _, dtype = reader[version](member)
-        if dtype.hasobject:
-            raise ValueError("Object arrays cannot be loaded without running code")
-        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
-        if min(shape, default=0) < 0 or member.tell() + size != archive.getinfo(name).file_size:
-            raise ValueError(f"'{name}' claims {size} bytes, and has {archive.getinfo(name).file_size}")
+def _kind(dtype: np.dtype) -> Any:
     if dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None:  # how NumPy writes a type not its own
-        return shape, FLOATS[3]
-    return shape, dtype if dtype in FLOATS else str(dtype)
+        return FLOATS[3]
+    return dtype if dtype in FLOATS else str(dtype)
 
 
 def _pytorch(path: Path, contents: pth.Contents) -> _Opened:

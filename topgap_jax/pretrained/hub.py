@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from topgap_jax.errors import UserError
-from topgap_jax.stored import read_object
+from topgap_jax.stored import mismatch, read_object
 
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+NAMES = {"label_names?": ([str], None), "id2label?": ({str: str}, [str], None), "resample?": (int, None)}
+"""What is looked up, or gone through, before it is checked by its meaning."""
 
 
 def settings(path: str | Path) -> dict[str, Any]:
@@ -20,11 +23,14 @@ def settings(path: str | Path) -> dict[str, Any]:
     """
     folder = Path(path).parent
     config, preprocessor = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
+    inner = config.get("pretrained_cfg")
+    config = {**config, **(inner if isinstance(inner, dict) else {})}
+    if wrong := mismatch(config, NAMES) or mismatch(preprocessor, NAMES):
+        raise UserError(f"{folder / 'config.json'}, or preprocessor_config.json beside it: {wrong}")
     if "id2label" in config or "model_type" in config:
         return _checked(folder, _hugging_face(config, preprocessor))
     if "pretrained_cfg" in config or "architecture" in config:
-        inner = config.get("pretrained_cfg")
-        return _checked(folder, _timm({**config, **(inner if isinstance(inner, dict) else {})}))
+        return _checked(folder, _timm(config))
     return {}
 
 

@@ -1,19 +1,21 @@
 """Adversarial examples as a picture: clean image, perturbation magnified, adversarial image, and both labels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from topgap_jax.progress import say
 from topgap_jax.report.letters import write
 from topgap_jax.report.overlays import MUTED, cell_size, enlarge
 from topgap_jax.report.sheets import GAP, MARGIN, PAPER, RIGHT, WRONG
+from topgap_jax.stored import opened_npz
 
 SHOWN = 6  # examples in a picture
 MAGNIFIED = 10
+TEXTS = ("split", "evaluator", "weights")
 
 
 class Examples(NamedTuple):
@@ -30,15 +32,38 @@ class Examples(NamedTuple):
 
 
 def read(path: Path) -> Examples | None:
-    """The broken ones of the examples that `measure.evaluate` left in a file; None for a file that holds none."""
+    """The broken ones of the examples that `measure.evaluate` left in a file; None where none broke, and, with a line,
+    for a file that is another."""
     try:
-        with np.load(path) as stored:
-            broken = stored["attack"] >= 0
-            texts = [str(stored[name]) for name in ("split", "evaluator", "weights")]
-            examples = Examples(*texts, *(stored[name][broken] for name in Examples._fields[3:]))
-    except (OSError, ValueError, KeyError, BadZipFile, EOFError):
+        with opened_npz(path) as arrays:
+            if wrong := _mismatch(arrays.about):
+                raise ValueError(wrong)
+            stored = {name: arrays.read(name) for name in ("attack", *Examples._fields)}
+            if not all(((stored[name] >= 0) & (stored[name] <= 1)).all() for name in ("clean", "adversarial")):
+                raise ValueError("values outside [0, 1]")
+    except Exception as error:  # zipfile, zlib and NumPy raise of every kind on damaged bytes
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        say(f"{path} holds no adversarial images that can be shown: {reason}; evaluate again")
         return None
-    return examples if len(examples.label) and examples.clean.ndim == 4 else None
+    broken = stored.pop("attack") >= 0
+    rows = {name: values[broken] for name, values in stored.items() if name not in TEXTS}
+    if not broken.any():
+        return None
+    return Examples(**{name: str(stored[name]) for name in TEXTS}, **rows)
+
+
+def _mismatch(about: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> str:
+    """What of an archive's arrays, by shape and type, is not as `measure.adversarial.save` writes it, "" if all is."""
+    if missing := [name for name in ("attack", *Examples._fields) if name not in about]:
+        return f"it has no '{missing[0]}'"
+    images, _ = about["adversarial"]
+    expected = {name: (images, "f") for name in ("adversarial", "clean")}
+    expected |= {name: (images[:1], "i") for name in ("attack", "label", "predicted", "step")}
+    expected |= {name: ((), "U") for name in TEXTS}
+    for name, (shape, kind) in expected.items():
+        if about[name][0] != shape or about[name][1].kind != kind:
+            return f"'{name}' is {about[name][1]} of shape {about[name][0]}"
+    return "" if len(images) == 4 and images[3] == 3 and min(images[1:]) > 0 else f"images of shape {images}"
 
 
 def picture(examples: Examples, classes: Sequence[str]) -> Image.Image:
@@ -51,7 +76,7 @@ def picture(examples: Examples, classes: Sequence[str]) -> Image.Image:
     left = [MARGIN + column * (width + GAP) for column in range(3)]
     for x, text in zip(left, ("clean", f"perturbation x {MAGNIFIED}, 0 is grey", "adversarial")):
         write(draw, (x, MARGIN - 4), text, width, points=13, colour=MUTED)
-    name = lambda label: classes[label] if label < len(classes) else f"class {label}"
+    name = lambda label: classes[label] if 0 <= label < len(classes) else f"class {label}"
     for row in range(shown):
         y, change = MARGIN + 20 + row * line, examples.adversarial[row] - examples.clean[row]
         write(draw, (left[0], y + 3), name(int(examples.label[row])), width, bold=True, colour=RIGHT)

@@ -17,6 +17,7 @@ SERIES = 6  # colours that page.css defines; more runs use them again
 INK, FAINT = "#010101", "#020202"  # stand-ins, replaced by the page's variables
 STYLE = {
     "svg.fonttype": "none",
+    "svg.hashsalt": "topgap_jax",  # else its ids are others each time, and so is a page of the same run
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

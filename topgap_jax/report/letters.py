@@ -17,7 +17,7 @@ def write(draw, at, text: str, width: float, *, points: int = 14, bold: bool = F
     has, U+6F22 stands in a letter's place.
     """
     text = " ".join(str(text).split())
-    shown = text
+    shown = text[: int(width)]  # no letter is narrower than a pixel, and a name may be of any length
     while shown and length(shown + "…" * (shown != text), points, bold) > width:
         shown = shown[:-1]
     shown += "…" * (shown != text)

@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from topgap_jax.data.formats import open_picture
 from topgap_jax.errors import UserError
 from topgap_jax.measure.results import to_json
 from topgap_jax.progress import write_text
@@ -36,6 +37,7 @@ ADVERSARIAL_BYTES = 4_000_000  # of all pictures of adversarial examples
 GALLERY_BYTES = 6_000_000  # of all pictures of results
 LARGE_BYTES = 1_000_000  # a larger sheet is stored as JPEG
 WIDEST = 1600
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def report(workdirs: Sequence[Path | str], out: Path, *, title: str = "Top-GAP report") -> Path:
@@ -158,7 +160,7 @@ def adversarial(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 continue
             stored = io.BytesIO()
             image.save(stored, "PNG", optimize=True)
-            data = as_data(stored.getvalue())
+            data = as_data(stored.getvalue(), image)
             if used + len(data["source"]) <= ADVERSARIAL_BYTES:
                 used += len(data["source"])
                 drawn.append({"run": i, "row": rows[0], "picture": data})
@@ -174,8 +176,9 @@ def drawn_galleries(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 if not isinstance(gallery, Gallery):
                     continue
                 stored = io.BytesIO()
-                galleries.picture(gallery).save(stored, "PNG", optimize=True)
-                data = as_data(stored.getvalue())
+                image = galleries.picture(gallery)
+                image.save(stored, "PNG", optimize=True)
+                data = as_data(stored.getvalue(), image)
                 if used + len(data["source"]) <= GALLERY_BYTES:
                     used += len(data["source"])
                     drawn.append({"run": i, "row": row, "label": gallery.label or name, "picture": data})
@@ -249,24 +252,23 @@ def sheets(runs: Sequence[Run]) -> tuple[dict[str, list[dict[str, Any] | None]],
 
 
 def embedded(path: Path) -> dict[str, Any] | None:
-    """A picture as data URI with its size, a large one made smaller and as JPEG; None if it cannot be read."""
+    """A PNG file as data URI with its size; None if it cannot be read."""
     try:
-        return as_data(path.read_bytes())
-    except (OSError, ValueError, SyntaxError):  # what Pillow raises for a broken file
+        content, pixels = path.read_bytes(), open_picture(path)
+    except (OSError, UserError):
         return None
+    return as_data(content, Image.fromarray(pixels)) if content.startswith(PNG) else None
 
 
-def as_data(content: bytes) -> dict[str, Any]:
-    """A PNG as data URI with its size, a large one made smaller and as JPEG."""
-    with Image.open(io.BytesIO(content), formats=["PNG"]) as opened:
-        opened.load()
-        width, height, kind = *opened.size, "png"
-        if len(content) > LARGE_BYTES or width > WIDEST:
-            small = opened.convert("RGB")
-            small.thumbnail((WIDEST, 10 * WIDEST))
-            stored = io.BytesIO()
-            small.save(stored, "JPEG", quality=88)
-            content, kind, (width, height) = stored.getvalue(), "jpeg", small.size
+def as_data(content: bytes, image: Image.Image) -> dict[str, Any]:
+    """A PNG, which holds the image, as data URI with its size; a large one made smaller and as JPEG."""
+    (width, height), kind = image.size, "png"
+    if len(content) > LARGE_BYTES or width > WIDEST:
+        small = image.convert("RGB")
+        small.thumbnail((WIDEST, 10 * WIDEST))
+        stored = io.BytesIO()
+        small.save(stored, "JPEG", quality=88)
+        content, kind, (width, height) = stored.getvalue(), "jpeg", small.size
     return {
         "source": f"data:image/{kind};base64,{base64.b64encode(content).decode()}",
         "width": width,

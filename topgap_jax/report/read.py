@@ -11,7 +11,7 @@ from topgap_jax.build import names as names_of
 from topgap_jax.errors import UserError
 from topgap_jax.measure import results
 from topgap_jax.measure.results import Row
-from topgap_jax.progress import read_metrics
+from topgap_jax.progress import METRICS, read_metrics, say
 from topgap_jax.run import manifest
 from topgap_jax.run.workdir import VERSIONS, read_config, read_versions
 from topgap_jax.stored import files_inside
@@ -63,7 +63,7 @@ def read_run(folder: Path, label: str) -> Run:
         config=flat(stored["config"]),
         file=stored.get("file"),
         versions=flat(_versions(folder / VERSIONS)),
-        metrics=read_metrics(folder),
+        metrics=_metrics(folder, stored["config"].get("log_every")),
         rows=with_gaps(evaluation.rows, str(stored["config"].get("train", ""))),
         weights=evaluation.weights,
         stale=_stale(folder, evaluation),
@@ -72,6 +72,17 @@ def read_run(folder: Path, label: str) -> Run:
         classes=tuple(map(str, (stored.get("data") or {}).get("classes", ()))),
         adversarial=tuple(files_inside(folder, "adversarial/*.npz")),
     )
+
+
+def _metrics(folder: Path, log_every: Any) -> list[dict[str, Any]]:
+    """The rows of metrics, and a line where they end before the newest checkpoint: a save comes after its rows."""
+    rows = read_metrics(folder)
+    steps = [int(path.name) for path in folder.glob("checkpoints/last/*") if path.name.isdecimal()]
+    if steps and type(log_every) is int and log_every > 0:
+        last, due = max((row["step"] for row in rows), default=0), max(steps) // log_every * log_every
+        if last < due:
+            say(f"{folder / METRICS} ends at step {last}, and step {max(steps)} was saved: the rows between are lost")
+    return rows
 
 
 def _stale(folder: Path, evaluation: results.Evaluation) -> str:

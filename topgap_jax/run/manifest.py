@@ -45,7 +45,7 @@ def damage(folder: Path) -> str:
                 return f"{name} has another content than was written"
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return f"{FILE} is not what was written"
     return ""
 

@@ -13,7 +13,7 @@ from topgap_jax.errors import UserError
 from topgap_jax.progress import say, write_text
 from topgap_jax.run import locks
 from topgap_jax.run.provenance import provenance
-from topgap_jax.stored import read_object
+from topgap_jax.stored import read_object, sealed
 
 CONFIG = {
     "config": {str: "PLAIN"},
@@ -50,7 +50,7 @@ def claim(workdir: Path, config: Mapping[str, Any], file: str | Path | None = No
         return
     stored = {"config": _plain(config), "file": None if file is None else str(Path(file).absolute())}
     stored |= {} if data is None else {"data": data._asdict()}
-    text = json.dumps(stored, indent=1) + "\n"
+    text = sealed(stored)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         locks.take(path.parent, locks.TRAINING)
@@ -121,7 +121,7 @@ def record_versions(workdir: Path, mesh: Mesh) -> None:
         if differ:
             listed = ", ".join(f"{key} {_brief(before[key], about[key])}" for key in differ)
             say(f"'{workdir}' was started under other conditions before ({listed}): the bits may differ from here on")
-    write_text(path, json.dumps({**about, "earlier": earlier[-STARTS:]}, indent=1) + "\n")
+    write_text(path, sealed({**about, "earlier": earlier[-STARTS:]}))
 
 
 def read_versions(path: Path) -> dict[str, Any]:

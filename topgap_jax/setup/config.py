@@ -228,11 +228,13 @@ def _written(path: Path) -> Loaded:
 def _stored(path: Path, file: str | Path | None) -> Loaded:
     """The config of a run, with the methods and arms of a Python file where one is given."""
     stored = read_config(path)
+    values = {key: _tuples(value) for key, value in stored["config"].items()}
+    if isinstance(values.get("evaluators"), str):
+        values["evaluators"] = today(values["evaluators"])
     try:
-        config = ConfigDict({key: _tuples(value) for key, value in stored["config"].items()})
+        config = ConfigDict(values)
     except (ValueError, TypeError) as error:  # names that it keeps for itself
         raise UserError(f"{path} is not the config.json of a run: {' '.join(str(error).split())[:100]}") from None
-    config.evaluators = today(str(config.get("evaluators", "")))
     origin = stored.get("file")
     stated = frozenset(key for key in config if key not in KEYS or config[key] != KEYS[key].default)
     if file is None:
