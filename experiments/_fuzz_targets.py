@@ -33,8 +33,8 @@ from topgap_jax import data, pretrained
 from topgap_jax.cli import texts
 from topgap_jax.errors import UserError
 from topgap_jax.measure import model_info
+from topgap_jax.measure.log import Log
 from topgap_jax.measure.robust import is_entry
-from topgap_jax.measure.verdicts import Log
 from topgap_jax.mesh import data_mesh
 from topgap_jax.progress import cut, read_metrics
 from topgap_jax.report import attacked
@@ -213,7 +213,9 @@ def manifest_seeds() -> list[bytes]:
 
 
 def attack_log(path: Path) -> None:
-    """What `measure.robust` asks of the entries."""
+    """What `measure.robust` asks of the entries; each line with its checksum, as a stranger can write it."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(b"%08x %s" % (zlib.crc32(line.removesuffix(b"\n")), line) for line in lines))
     for entry in Log(path, HEADER).entries:
         if not is_entry(entry, 3):
             continue

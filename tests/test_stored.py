@@ -4,6 +4,7 @@ import base64
 import json
 import random
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from topgap_jax.build import build
 from topgap_jax.cli import texts
 from topgap_jax.errors import UserError
 from topgap_jax.measure import adversarial, results
+from topgap_jax.measure.log import Log
 from topgap_jax.measure.robust import is_entry
-from topgap_jax.measure.verdicts import Log
 from topgap_jax.report import attacked
 from topgap_jax.rewrite.normalisation import channels
 from topgap_jax.run import manifest, workdir
@@ -200,8 +201,10 @@ def test_what_a_log_says_of_examples_is_checked():
 @pytest.mark.parametrize("line", [b"{", b"[" * 100_000, b"\xff", b"1" * 5000])
 def test_a_log_is_read_up_to_the_first_line_that_is_none(line, tmp_path):
     path, whole = tmp_path / "log.jsonl", json.dumps(ENTRY).encode()
-    path.write_bytes(b"\n".join([b"{}", whole, line, whole, b""]))
-    assert Log(path, {}).entries == [ENTRY]
+    noted = lambda text: b"%08x %s" % (zlib.crc32(text), text)
+    for bad in (line, noted(line)):  # damaged, or a stranger's
+        path.write_bytes(b"\n".join([noted(b"{}"), noted(whole), bad, noted(whole), b""]))
+        assert Log(path, {}).entries == [ENTRY]
 
 
 def test_what_is_drawn_of_adversarial_images_is_checked(tmp_path, capsys):

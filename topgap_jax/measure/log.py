@@ -81,6 +81,9 @@ def _read(path: Path) -> tuple[list[Any], int]:
             checksum, _, text = line.partition(b" ")
             if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text[:-1]):
                 break
-            found.append(json.loads(text))
+            try:
+                found.append(json.loads(text))
+            except (ValueError, RecursionError):  # a stranger's
+                break
             size += len(line)
     return found, size
