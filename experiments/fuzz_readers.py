@@ -299,6 +299,7 @@ def main() -> None:
                 **stored,
                 **json.loads(about.read_text()),
                 "seed": seed,
+                "command": "experiments/fuzz_readers.py",
                 "cpu_minutes": minutes,
                 "readers": stored["readers"],
             }
