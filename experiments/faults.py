@@ -503,8 +503,6 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     parts = {}
     for name, part in PARTS.items():
         mine = [row for row in rows if row["part"] == name]
-        if not mine:
-            continue
         faults: dict[str, Counter] = {}
         said_of: dict[str, list[str]] = {}
         for row in mine:
@@ -518,7 +516,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "done": sum(row["count"] for row in mine),
             "faults": {fault: dict(verdicts) for fault, verdicts in sorted(faults.items())},
             "said": said_of,
-            "slowest": round(max(row["seconds"] for row in mine), 1),
+            "slowest": round(max((row["seconds"] for row in mine), default=0), 1),
             "commits": sorted({row["commit"] for row in mine}),
         }
     return parts

@@ -47,7 +47,7 @@ ROOT = Path(__file__).parent.parent
 RESULT, KEPT, WORK = ROOT / "results" / "fuzz_readers.json", ROOT / "tests" / "fuzzed", ROOT / "runs" / "fuzz"
 SECONDS, MEMORY = 10.0, 10**9  # of CPU time; bytes above the input's
 HANG = 300  # seconds of the clock, on a machine that other work shares
-LARGEST = 2**16  # bytes of an input
+LARGEST = 2**18  # bytes of an input: a file of records has 128 kB at least
 SLICE = 60.0  # CPU seconds that a reader has at a time
 SMALL, EACH = 3000, 40  # of what is kept in tests: bytes of an input, inputs a reader
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "subprocess.Popen", "pty.spawn",
@@ -299,6 +299,7 @@ def main() -> None:
                 **stored,
                 **json.loads(about.read_text()),
                 "seed": seed,
+                "command": "experiments/fuzz_readers.py",
                 "cpu_minutes": minutes,
                 "readers": stored["readers"],
             }
