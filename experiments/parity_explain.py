@@ -7,8 +7,8 @@ PYTHON has torch and the packages (`make bench-env`; a process of its own). What
 over. A row is the largest difference over the range of the package's map, median and worst over the images; at most
 1e-4. Where a rounding turns a ReLU, a single map is off by more: such images are computed once more in float64, where
 the same limit holds. What a row says after its name is a difference of definition, which the script takes away.
-Writes results/parity_explain.json where all is run, on a tree without changes. A row that is done is kept in runs/, so
-that the same command at the same commit goes on where it was stopped. Relevance: parity_explain_relevance.py.
+Writes results/parity_explain.json where all is run, on a tree without changes. A row that is done is kept in runs/ with
+its commit, so that the same command goes on where it was stopped. Relevance: parity_explain_relevance.py.
 """
 
 import argparse
@@ -292,14 +292,14 @@ def main():
     print(configure_cpu(), file=sys.stderr)
     about = provenance()
     whole = not options.images and not (about["commit"] or "+").endswith("+")
-    kept = HERE.parent / "runs" / f"parity_explain_{about['commit']}.json"
+    kept = HERE.parent / "runs" / "parity_explain.json"
     results = json.loads(kept.read_text()) if whole and kept.exists() else {}
     count = 0
     with peer(options.peer_python) as process:
         about["versions"] |= json.loads(process.stdout.readline())
         for name, network in NETWORKS.items():
             with tempfile.TemporaryDirectory() as folder:
-                count += compared(name, network, Path(folder), process, options, results, kept if whole else None)
+                count += compared(name, network, Path(folder), process, options, results, kept if whole else None, about["commit"])
         process.stdin.close()
     if not whole or len(results) < count:
         print("not written: that is for all rows and images, on a tree without changes", file=sys.stderr)
@@ -313,7 +313,7 @@ def agree(results):
     return all(row["agree"] for row in results.values())
 
 
-def compared(name, network, folder, process, options, results, kept) -> int:
+def compared(name, network, folder, process, options, results, kept, commit) -> int:
     """Every row of a network that is asked for and not in `results`, into it; the number of rows there are."""
     weights = Path(os.environ["TOPGAP_DATA"], f"weights/{network.weights}.safetensors")
     loaded = setup.from_config(HERE.parent / "configs" / network.config, [("init", str(weights))])
@@ -335,7 +335,8 @@ def compared(name, network, folder, process, options, results, kept) -> int:
             np.save(folder / f"{theirs}.npy", given[key])
         start = time.perf_counter()
         ours = computed(loaded, row, keys, images, labels, given, list(range(n)), double=False)
-        result = {"package": row.package, "images": n, "note": row.note, "seconds": time.perf_counter() - start}
+        result = {"package": row.package, "images": n, "note": row.note, "commit": commit}
+        result["seconds"] = time.perf_counter() - start
         theirs, result["package_seconds"] = asked(process, request, list(range(n)), double=False)
         differences = difference(ours, theirs, row)
         result |= {

@@ -217,7 +217,7 @@ def family(*methods: str, layer: str | Tokens | None = None, score: Score = logi
 
 
 def _of_gradient(weigh: Callable, layer, score: Score, relu: bool) -> Explain:
-    """The explanation relu(weigh(A, g)), weigh(features, gradients (b, h', w', c), float32) -> (b, h', w')."""
+    """The explanation relu(weigh(A, g)), weigh(features, gradients (b, h', w', c)) -> (b, h', w')."""
 
     def maps(keys, predict, images, labels):
         return rectified(weigh(*_features_and_gradients(predict, layer, score, images, labels)), relu)
@@ -226,11 +226,13 @@ def _of_gradient(weigh: Callable, layer, score: Score, relu: bool) -> Explain:
 
 
 def _features_and_gradients(predict, layer, score, images, labels) -> tuple[Array, Array]:
-    """A and g (b, h', w', c) in float32: one pass through the network below the layer, one forward and back above."""
+    """A and g (b, h', w', c), float32 at least: one pass through the network below the layer, one forward and back
+    above."""
     features, head = features_and_head(predict, layer, images)
     # The gradient of the sum holds each image's own.
     gradients = jax.grad(lambda z: score(head(z), labels).sum())(features)
-    return features.astype(jnp.float32), gradients.astype(jnp.float32)
+    wide = jnp.promote_types(features.dtype, jnp.float32)
+    return features.astype(wide), gradients.astype(wide)
 
 
 def _weighted(features: Array, weights: Array) -> Array:
