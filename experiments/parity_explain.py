@@ -299,7 +299,9 @@ def main():
         about["versions"] |= json.loads(process.stdout.readline())
         for name, network in NETWORKS.items():
             with tempfile.TemporaryDirectory() as folder:
-                count += compared(name, network, Path(folder), process, options, results, kept if whole else None, about["commit"])
+                count += compared(
+                    name, network, Path(folder), process, options, results, kept if whole else None, about["commit"]
+                )
         process.stdin.close()
     if not whole or len(results) < count:
         print("not written: that is for all rows and images, on a tree without changes", file=sys.stderr)
