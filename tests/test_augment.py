@@ -117,7 +117,7 @@ def test_partners_are_one_cycle_through_the_unmasked_rows():
 
 def test_only_pixels_that_stay_in_place_keep_box_and_region():
     kept = {name for name in ROWS if "box" in jax.eval_shape(lambda b, n=name: ROWS[n](keys(), b, None), make_batch())}
-    assert kept == {"cutout", "colour_jitter"}
+    assert kept == {"cutout", "colour_jitter", "delete_cell"}
 
 
 def test_flip_exchanges_left_and_right_in_half_of_the_images():
