@@ -55,6 +55,7 @@ RESULT, WORK, TINY = ROOT / "results" / "faults.json", ROOT / "runs" / "faults",
 LIVES = 6  # kills in one life at most: then the run is left alone, and must end with the numbers it should have
 EVALUATORS = "accuracy(), regions(fill=mean), robust(pgd(linf(eps), steps=6)), localisation(cam())"
 PEERS = 30.0  # seconds in which a process that lost its peer must have ended
+WAIT = 40.0  # seconds that it waits for one that has not come (--wait): also for one that is killed before that
 WITHIN = 0.02  # seconds after an event, in which what TensorStore writes in C is under way
 
 
@@ -396,25 +397,24 @@ def two_writers(here: World, number: int, draw: Random) -> Iterator[Outcome]:
 # Two processes
 
 
-def pair(here: World, folder: Path, late: float = 0.0, missing: bool = False) -> list[subprocess.Popen]:
-    """Both processes of a training, as programs of their own."""
+def pair(here: World, folder: Path, late: float = 0.0, missing: bool = False) -> dict[int, subprocess.Popen]:
+    """Both processes of a training by their numbers, as programs of their own."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     words = [sys.executable, "-m", "topgap_jax", *map(str, train(folder)), "--config.epochs=40", "--no-evaluate"]
-    words += ["--coordinator", f"localhost:{port}", "--processes", "2"]
-    processes = []
+    words += ["--coordinator", f"localhost:{port}", "--processes", "2", "--wait", f"{WAIT:g}"]
+    processes = {}
     for i in range(1 if missing else 2):
         time.sleep(late * i)
         files = [(here.work / f"peer{i}.{end}").open("w") for end in ("out", "err")]
-        process = subprocess.Popen([*words, "--process", str(i)], stdout=files[0], stderr=files[1], cwd=ROOT)
-        processes.append(process)
+        processes[i] = subprocess.Popen([*words, "--process", str(i)], stdout=files[0], stderr=files[1], cwd=ROOT)
     return processes
 
 
-def ended_pair(here: World, processes: list[subprocess.Popen], limit: float) -> list[Ended]:
+def ended_pair(here: World, processes: dict[int, subprocess.Popen], limit: float) -> list[Ended]:
     begin, ended = time.monotonic(), []
-    for i, process in enumerate(processes):
+    for i, process in processes.items():
         try:
             code = process.wait(max(0.1, limit - (time.monotonic() - begin)))
         except subprocess.TimeoutExpired:
@@ -445,11 +445,11 @@ def peers(here: World, number: int, draw: Random) -> Iterator[Outcome]:
         if kind in ("killed", "frozen"):
             time.sleep(alone["seconds"] * (number // 2 % 10 + 0.5) / 10)
             processes[victim].send_signal(signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
-            processes[victim : victim + 1] = [] if kind == "killed" else processes[victim : victim + 1]
-        rest = [process for i, process in enumerate(processes) if kind != "frozen" or i != victim]
-        ended = ended_pair(here, rest, 400 if kind in ("late", "missing") else PEERS)
+        lost = victim if kind in ("killed", "frozen") else None
+        rest = {i: process for i, process in processes.items() if i != lost}
+        ended = ended_pair(here, rest, 400 if lost is None else WAIT + PEERS)
     finally:
-        for process in processes:
+        for process in processes.values():
             process.kill()
             process.wait()
     fault = f"process {victim} {kind}" if kind != "missing" else "process 1 missing"
