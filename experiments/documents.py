@@ -462,9 +462,9 @@ def faults(stored: Mapping[str, Any]) -> str:
         asked = f"{part['done']} of {part['asked']}" + (" each" if part["each"] else "")
         others = sum(number for words, number in verdicts.items() if words not in (*good, "skipped"))
         numbers = [verdicts["same numbers"], verdicts["one line"], others, round(part["slowest"])]
-        lines.append([part["about"], asked, *map(str, numbers)])
+        lines.append([part["about"], asked, *map(str, numbers), ", ".join(each[:7] for each in part["commits"])])
         bad += [f"- {name}, {words}: {'; '.join(said)}" for words, said in part["said"].items()]
-    head = ["what happens", "times", *good, "other", "slowest, s"]
+    head = ["what happens", "times", *good, "other", "slowest, s", "commit"]
     return markdown(head, lines) + ("\n\n" + "\n".join(bad) if bad else "")
 
 
