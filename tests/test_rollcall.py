@@ -230,7 +230,7 @@ def test_the_pages_of_jax_become_a_line():
         out = b"".join(
             sieve.passed(each) for each in (b"[Gloo] Rank 0 is connected\nW a wa", b"rning\n" + pages, stack)
         )
-        assert out == b"W a warning\n" and watcher.ended(0, 4, "", sieve.held).startswith(line)
+        assert out == b"W a warning\n" and watcher.ended(0, 4, "", sieve.pages).startswith(line)
     assert watcher.ended(2, 4, "", head + leader + stack).startswith("process 2 of 4 ends: process 0 is gone")
     assert watcher.ended(2, 4, "", head + b"in other words\n").startswith(
         "process 2 of 4 ends: another process is gone"

@@ -184,6 +184,11 @@ def test_the_newest_version_is_taken(root):
             "train",
             r"region_values are three \(inside, outside, unsure\), got \(1, 2\)",
         ),
+        (
+            "tfds('tiny', image='bbox')",
+            "train",
+            r"'bbox' holds float32 of shape \(4,\); an image is uint8, \(h, w, 3\)",
+        ),
         ("tfds('tiny', label='bbox')", "train", r"the label is a plain BBoxFeature; give classes="),
         (
             "tfds('tiny')",

@@ -44,6 +44,7 @@ def tfds(
             raise UserError(f"{shown} has no feature '{key}' to use as {argument}; {choices(key, features)}")
     if len(region_values) != 3:
         raise UserError(f"region_values are three (inside, outside, unsure), got {tuple(region_values)}")
+    _check_image(features[image], image, shown)
     names = _classes(features[label], classes, shown)
     if box is not None:
         _check_box(features[box], box, shown)
@@ -154,6 +155,12 @@ def _classes(feature, classes, shown: str) -> tuple[str, ...]:
     if not hasattr(feature, "names"):
         raise UserError(f"{shown}: the label is a plain {type(feature).__name__}; give classes=<their number or names>")
     return tuple(feature.names)
+
+
+def _check_image(feature, key: str, shown: str) -> None:
+    kind, shape = np.dtype(feature.np_dtype), feature.shape
+    if kind != np.uint8 or len(shape) != 3 or shape[-1] not in (1, 3):
+        raise UserError(f"{shown}: '{key}' holds {kind} of shape {shape}; an image is uint8, (h, w, 3) or (h, w, 1)")
 
 
 def _check_box(feature, key: str, shown: str) -> None:

@@ -65,8 +65,8 @@ def by_batches(
     compute(batch, m) -> {name: (m, ...)} of the first m examples of a batch, which go to the log as soon as they are
     there; batches that it holds already are not computed. compile(batch): called before the first that is.
     """
-    log = log or Log(None, {})
-    kept = [entry for entry in log.entries if "rows" in entry]
+    log = None if log is None or log.path is None else log
+    kept = [entry for entry in log.entries if "rows" in entry] if log else []
     parts, ids = [unpacked(entry["rows"]) for entry in kept], [entry["ids"] for entry in kept]
     seconds, done, images, start = sum(entry["seconds"] for entry in kept), sum(map(len, ids)), None, 0.0
     left = np.setdiff1d(np.arange(data.examples), np.concatenate(ids)).astype(np.int32) if ids else None
@@ -79,7 +79,8 @@ def by_batches(
             parts.append(compute(batch, len(some)))
             ids.append(some.tolist())
             now = time.perf_counter()
-            log.append({"rows": packed(parts[-1]), "ids": ids[-1], "seconds": now - start})
+            if log:
+                log.append({"rows": packed(parts[-1]), "ids": ids[-1], "seconds": now - start})
             seconds, start = seconds + now - start, now
             shown.update(len(some))
     if images is None:

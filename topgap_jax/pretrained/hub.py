@@ -25,8 +25,9 @@ def settings(path: str | Path) -> dict[str, Any]:
     config, preprocessor = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
     inner = config.get("pretrained_cfg")
     config = {**config, **(inner if isinstance(inner, dict) else {})}
-    if wrong := mismatch(config, NAMES) or mismatch(preprocessor, NAMES):
-        raise UserError(f"{folder / 'config.json'}, or preprocessor_config.json beside it: {wrong}")
+    for name, values in (("config.json", config), ("preprocessor_config.json", preprocessor)):
+        if wrong := mismatch(values, NAMES):
+            raise UserError(f"{folder / name}: {wrong}")
     if "id2label" in config or "model_type" in config:
         return _checked(folder, _hugging_face(config, preprocessor))
     if "pretrained_cfg" in config or "architecture" in config:

@@ -24,18 +24,18 @@ EVERY = 0.2  # seconds between two looks at whether the process is there
 
 
 class Sieve:
-    """What C++ writes: lines that go on to the terminal, and `held`, JAX's pages from their first line on."""
+    """What C++ writes: lines that go on to the terminal, and `pages`, those of JAX from their first line on."""
 
     def __init__(self):
-        self.rest, self.held = b"", b""
+        self.rest, self.pages = b"", b""
 
     def passed(self, data: bytes) -> bytes:
         """What of all lines that `data` completes goes on."""
         *lines, self.rest = (self.rest + data).split(b"\n")
         out = b""
         for line in lines:
-            if self.held or PAGES.search(line):
-                self.held += line + b"\n"
+            if self.pages or PAGES.search(line):
+                self.pages += line + b"\n"
             elif not line.startswith(CHATTER):
                 out += line + b"\n"
         return out
@@ -83,10 +83,10 @@ def main(process: int, processes: int, workdir: str, descriptor: int) -> None:
     parent = os.getppid()
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # they are the process's own, which says "done" if it ends by them
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    sieve, told, pipes = Sieve(), b"", [descriptor, 0]
+    sieve, message, pipes = Sieve(), b"", [descriptor, 0]
 
     def read(seconds):
-        nonlocal told
+        nonlocal message
         ready = select.select(pipes, [], [], seconds)[0]
         for pipe in ready:
             data = os.read(pipe, 2**16)
@@ -95,18 +95,18 @@ def main(process: int, processes: int, workdir: str, descriptor: int) -> None:
             elif pipe == descriptor:
                 os.write(2, sieve.passed(data))
             else:
-                told = data
+                message = data
         return ready
 
-    while not told and 0 in pipes and os.getppid() == parent:
+    while not message and 0 in pipes and os.getppid() == parent:
         read(EVERY)
     while read(0):  # what it left
         pass
     os.write(2, sieve.passed(b"\n") if sieve.rest else b"")
-    if told == DONE:
+    if message == DONE:
         return
-    gone = [int(number) for number in told.removeprefix(LOST).split()]
-    line = lost(process, processes, gone, workdir) if gone else ended(process, processes, workdir, sieve.held)
+    gone = [int(number) for number in message.removeprefix(LOST).split()]
+    line = lost(process, processes, gone, workdir) if gone else ended(process, processes, workdir, sieve.pages)
     os.write(2, f"topgap: {line}\n".encode())
 
 

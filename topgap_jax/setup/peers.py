@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import numpy as np
 
 from topgap_jax.data import Source
+from topgap_jax.measure.verdicts import fingerprint
 from topgap_jax.run import hosts
 from topgap_jax.setup import expressions
 from topgap_jax.setup.assembly import Experiment
@@ -33,7 +33,7 @@ def agree(chosen: Experiment, splits: Iterable[str] | None = None, variables: Va
         facts |= {
             f"{config.source} split '{split}', {what}": value for what, value in data(chosen.source(split)).items()
         }
-    hosts.agree(facts | ({} if variables is None else {"the weights' digest": digest(variables)}))
+    hosts.agree(facts | ({} if variables is None else {"the weights' digest": fingerprint(variables)}))
 
 
 def data(source: Source) -> dict[str, Any]:
@@ -46,11 +46,3 @@ def data(source: Source) -> dict[str, Any]:
         sampled.update(f"{record['image'].shape} {record['label']}".encode() + record["image"].tobytes())
     shards = {"shards": list(source.shards)} if source.shards else {}
     return {"records": n, **shards, f"digest of {number} records": sampled.hexdigest()}
-
-
-def digest(variables: Variables) -> str:
-    """Sixteen hexadecimal digits that stand for all variables."""
-    whole = hashlib.blake2b(digest_size=8)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        whole.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
-    return whole.hexdigest()
