@@ -25,22 +25,31 @@ def prepare(path, config, images, labels, weights, layer, shallow, steps, window
     pixels, y = np.load(images), jnp.asarray(np.load(labels))
     x, variables = jnp.asarray(pixels, jnp.float32) / 255, loaded.variables
     keys = example_keys(jax.random.key(0), jnp.arange(len(y)))
-    compile_seconds, planned = 0.0, 0
+    if jax.device_count() > 1:
+        mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+        over = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        x, y, keys = jax.device_put((x, y, keys), over("batch"))
+        variables = jax.device_put(variables, over())
+    compile_seconds, planned, slices = 0.0, 0, int(os.environ.get("BENCH_SLICES", "1"))
 
     def compiled(explain, channels=False, enlarged=False):
         """explain of all images as one program: values of every channel, or maps at the image's size in [0, 1]."""
         nonlocal compile_seconds, planned
 
-        def maps(variables, x, y):
+        def maps(variables, keys, x, y):
             predict = tg.models.bind(loaded.experiment.model, variables)
             values = (explain.pixels if channels else explain.maps)(keys, predict, x, y)
             return jax.tree.map(lambda m: scaled(m, x.shape[1:3]), values) if enlarged else values
 
+        def sliced(variables, keys, x, y):
+            parts = [maps(variables, *part) for part in zip(*(jnp.split(a, slices) for a in (keys, x, y)))]
+            return jax.tree.map(lambda *values: jnp.concatenate(values), *parts)
+
         start = time.perf_counter()
-        program = jax.jit(fused(maps)).lower(variables, x, y).compile()
+        program = jax.jit(fused(sliced if slices > 1 else maps)).lower(variables, keys, x, y).compile()
         compile_seconds += time.perf_counter() - start
         planned = max(planned, program.memory_analysis().temp_size_in_bytes)
-        return lambda: jax.block_until_ready(program(variables, x, y))
+        return lambda: jax.block_until_ready(program(variables, keys, x, y))
 
     family = tuple(FAMILY)
     singles = lambda: [

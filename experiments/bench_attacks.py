@@ -7,7 +7,7 @@ of `topgap evaluate`, which hold no compilation; the peer's hold its clean forwa
 package's time over ours: above 1 ours is faster. `gradients` is the share of the gradient evaluations that the attack
 would take if it never stopped early. PGD at a radius at which nothing breaks attacks every image to the end, as the
 packages always do. `images` is ours alone: seconds and peak memory by the number of images. A row that is done is kept
-in runs/, so that the same command at the same commit goes on where it was stopped; results/bench_attacks.json is
+in runs/ with its commit, so that the same command goes on where it was stopped; results/bench_attacks.json is
 written where every row is there, on a tree without changes.
 """
 
@@ -68,14 +68,14 @@ def main():
     configure_cpu()
     machine = driver.machine()
     whole = options.rounds >= 7 and not options.images and not machine["commit"].endswith("+")
-    kept = HERE.parent / "runs" / f"bench_attacks_{machine['commit']}.json"
+    kept = HERE.parent / "runs" / "bench_attacks.json"
     rows = json.loads(kept.read_text()) if whole and kept.exists() else {}
     parts = {name: lambda row=row: beside(row, options) for name, row in ROWS.items()}
     parts |= {f"{n} images": lambda n=n: alone(min(n, options.images or n), options) for n in IMAGES}
     for name, part in parts.items():
         if name not in rows and (not options.names or any(word in name for word in options.names)):
-            rows[name] = {"load_average": driver.load_average(), **part()}
-            print(f"{name:28}" + line(rows[name]), flush=True)
+            rows[name] = {"commit": machine["commit"], "load_average": driver.load_average(), **part()}
+            print("|", " | ".join([f"{name:28}", *cells(rows[name])]), "|", flush=True)
             if whole:
                 kept.parent.mkdir(exist_ok=True)
                 write_text(kept, json.dumps(rows, indent=1))
@@ -149,15 +149,19 @@ def alone(n, options):
     }  # fmt: skip
 
 
-def line(row):
+def cells(row):
+    """A row of the printed table: ratio, what it should be, seconds, robust accuracy (both: the package's / ours), and
+    the share of the gradients."""
     if "ratio" not in row:
-        return f"{row['median_seconds']:.1f} s, peak {row['peak_mb']:.0f} MB"
-    share = f", {row['gradients']:.3f} of the gradients" if "gradients" in row else ""
-    return (
-        f"{row['ratio']['median']:.2f} [{row['ratio']['range'][0]:.2f}-{row['ratio']['range'][1]:.2f}] (at least"
-        f" {row['target']:.2f}), {statistics.median(row['package_seconds']):.1f} /"
-        f" {statistics.median(row['seconds']):.1f} s, robust {row['package_robust']:.3f} / {row['robust']:.3f}{share}"
-    )
+        return [f"{row['median_seconds']:.1f} s", f"peak {row['peak_mb']:.0f} MB"]
+    median = statistics.median
+    return [
+        "{:.2f} [{:.2f}-{:.2f}]".format(row["ratio"]["median"], *row["ratio"]["range"]),
+        f"{row['target']:.2f}",
+        f"{median(row['package_seconds']):.1f} / {median(row['seconds']):.1f}",
+        f"{row['package_robust']:.3f} / {row['robust']:.3f}",
+        f"{row['gradients']:.3f}" if "gradients" in row else "",
+    ]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ the peak above that after the imports, compilation and first call included. "fam
 that share one pass: beside the package's eight calls, and beside eight calls of ours. A row that is done is kept in
 runs/ with its commit, so that the same command goes on where it was stopped; results/bench_explain.json is written
 where every row is there, on a tree without changes. Figures of a busy machine say little: `load_average` stands with
-each row.
+each row. --ideas times what might make the gradient of ResNet-20 faster, beside what is done, and writes
+results/bench_explain_ideas.json.
 """
 
 import argparse
@@ -51,6 +52,16 @@ TARGETS = {  # the package's time over ours at least
     "field": 3,
 }
 FAMILY = 5  # eight calls of ours over the family
+IDEAS = {  # the environment of our process: what might use both cores better
+    "as it is": {},
+    "two devices, a thread each": {"BENCH_DEVICES": "2", "OMP_NUM_THREADS": "1"},
+    "two halves of the batch": {"BENCH_SLICES": "2"},
+    "four quarters of the batch": {"BENCH_SLICES": "4"},
+    "two halves, a thread each": {"BENCH_SLICES": "2", "OMP_NUM_THREADS": "1"},
+    "threads bound to cores": {"OMP_PROC_BIND": "true"},
+    "threads that wait actively": {"OMP_WAIT_POLICY": "active"},
+    "threads that wait actively for a while": {"GOMP_SPINCOUNT": "10000"},
+}
 
 
 def main():
@@ -61,7 +72,10 @@ def main():
     parser.add_argument("--seconds", type=float, default=0.3, help="length of one timed run (at least one call)")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--paths", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="PATH")
+    parser.add_argument("--ideas", action="store_true", help="ours alone, in other ways")
     options = parser.parse_args()
+    if options.ideas and os.environ.get("TOPGAP_DATA"):
+        return ideas(options)
     if not os.environ.get("TOPGAP_DATA") or not options.peer_python:
         parser.error("TOPGAP_DATA is the folder with tfds/ and weights/, --peer-python the Python that has the peers")
     machine = driver.machine()
@@ -83,6 +97,27 @@ def main():
         driver.write("bench_explain", {"machine": machine, "steps": STEPS, "rows": rows})
     else:
         print("not written: that is for every row with 7 rounds or more, on a tree without changes")
+
+
+def ideas(options):
+    """Time the gradient of ResNet-20 in each of `IDEAS`; ratio: the time as it is over the idea's."""
+    network, before, processes = NETWORKS["resnet20"], driver.load_average(), {}
+    both = {"steps": STEPS, "window": 1, "stride": 1, "layer": None, "shallow": network["shallow"][0]}
+    with tempfile.TemporaryDirectory() as folder:
+        words = written(network, Path(folder)) | both | {"config": str(HERE.parent / "configs" / network["config"])}
+        for name, environment in IDEAS.items():
+            processes[name] = driver.start("_bench_explain_ours.py", environment=driver.NO_CACHE | environment)
+            driver.ask(processes[name], "prepare", path="saliency", **words)
+    times = driver.interleave(processes, options.rounds, options.seconds)
+    driver.stop(processes)
+    rows = {
+        name: driver.figures(each) | {"ratio": driver.ratios(times["as it is"], each)} for name, each in times.items()
+    }
+    for name, row in rows.items():
+        print("|", " | ".join(idea(name, row)), "|")
+    machine = driver.machine() | {"load_average": [before, driver.load_average()]}
+    if options.rounds >= 7 and not machine["commit"].endswith("+"):
+        driver.write("bench_explain_ideas", {"machine": machine, "rows": rows})
 
 
 def written(network, folder):
@@ -134,9 +169,18 @@ def measure(name, path, options, files):
     return row
 
 
+def idea(name, row):
+    """A row of the table of ideas."""
+    return [f"{name:40}", said(row["ratio"]), f"{row['median_ms']:.0f} ms", f"{row['cpu_ms']:.0f} ms"]
+
+
+def said(ratio):
+    """Median [range]; that of CPU time."""
+    return "{:.2f} [{:.2f}-{:.2f}]; {:.2f}".format(ratio["median"], *ratio["range"], ratio["cpu_median"])
+
+
 def line(key, row):
     """A row of the printed table: the package's time over ours, median [range]; of CPU time; what it should be."""
-    said = lambda ratio: "{:.2f} [{:.2f}-{:.2f}]; {:.2f}".format(ratio["median"], *ratio["range"], ratio["cpu_median"])
     ours, peer = row["settings"][OURS], row["settings"][row["peer"]]
     return [
         f"{key:36}",

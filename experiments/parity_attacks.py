@@ -7,7 +7,7 @@ CIFAR-10, at radii where 10 to 70 % survive, which were looked for on other imag
 Lite0 on the first pictures of imagenet500. Ours may leave at most .5 points more at 1,000 images and one image more
 below. Seconds are of whole attacks, compilation included.
 Writes results/parity_attacks.json where all is run, on a tree without changes; --images runs fewer images. A row that
-is done is kept in runs/, so that the same command at the same commit goes on where it was stopped.
+is done is kept in runs/ with its commit, so that the same command goes on where it was stopped.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def main():
     rows = [row for row in ROWS if not options.names or any(part in names[row] for part in options.names)]
     about = provenance()
     whole = not (options.images or options.first or options.radius or (about["commit"] or "+").endswith("+"))
-    kept = HERE.parent / "runs" / f"parity_attacks_{about['commit']}.json"
+    kept = HERE.parent / "runs" / "parity_attacks.json"
     results = json.loads(kept.read_text()) if whole and kept.exists() else {}
     with tempfile.TemporaryDirectory() as folder, peer(options.peer_python) as process:
         for row in rows:
@@ -98,7 +98,12 @@ def main():
             row = row._replace(eps=options.radius or row.eps)
             loaded, weights, batch = network(row.network)
             files = written(Path(folder), row.network, loaded, f"test[{options.first}:{options.first + n}]")
-            result = {"eps": row.eps, "n": n, "ours": ours(loaded, row, options.first, n, batch)}
+            result = {
+                "commit": about["commit"],
+                "eps": row.eps,
+                "n": n,
+                "ours": ours(loaded, row, options.first, n, batch),
+            }
             for package in row.peers:
                 words = {**files, "network": row.network, "weights": weights, "package": package}
                 words |= {
@@ -120,19 +125,20 @@ def main():
             if whole:
                 kept.parent.mkdir(exist_ok=True)
                 write_text(kept, json.dumps(results, indent=1))
-            numbers = "  ".join(
-                f"{who} {result[who]['robust']} ({result[who]['seconds']} s)" for who in ("ours", *row.peers)
-            )
-            print(
-                f"{row.ball:5}{row.attack:11}{row.eps:8}of {n}: {numbers}{'' if result['agree'] else '  WEAKER'}",
-                flush=True,
-            )
+            print("|", " | ".join(cells(names[row], result)), "|", flush=True)
     if not whole or len(results) < len(ROWS):
         print("not written: that is for all rows and images, on a tree without changes", file=sys.stderr)
     else:
         text = json.dumps({**about, "agree": all(row["agree"] for row in results.values()), "rows": results}, indent=1)
         write_text(HERE.parent / "results/parity_attacks.json", text + "\n")
     return 0 if all(row["agree"] for row in results.values()) else 1
+
+
+def cells(name, row):
+    """A row of the printed table: images left by ours and by each package, and seconds."""
+    said = lambda who: f"{row[who]['robust']} ({row[who]['seconds']:.0f} s)"
+    packages = ", ".join(f"{who} {said(who)}" for who in row if isinstance(row[who], dict) and who != "ours")
+    return [f"{name:32}", row["eps"], str(row["n"]), said("ours"), packages, "" if row["agree"] else "WEAKER"]
 
 
 @functools.cache
