@@ -2,7 +2,8 @@
 
     TOPGAP_DATA=FOLDER python experiments/bench_attacks.py --peer-python bench-env/bin/python [--rounds 7]
 
-ResNet-20 with its published weights, test images of CIFAR-10, asked in turn with the peer's process. Seconds are those
+ResNet-20 with its published weights, test images of CIFAR-10, in turn with the peer's process, which gets 250 at a time
+(auto-attack's own default), ours config.batch. Seconds are those
 of `topgap evaluate`, which hold no compilation; the peer's hold its clean forward passes, as ours do. Ratio = the
 package's time over ours: above 1 ours is faster. `gradients` is the share of the gradient evaluations that the attack
 would take if it never stopped early. PGD at a radius at which nothing breaks attacks every image to the end, as the
@@ -90,7 +91,7 @@ def beside(row, options):
     n = min(row.images, options.images or row.images)
     loaded, weights, batch = network("resnet20")
     evaluator, split = f"robust({row.ours.format(row.eps)})", f"test[:{n}]"
-    measured = lambda: setup.evaluate(loaded, splits=split, evaluators=evaluator, batch=batch)[0]
+    measured = lambda: setup.evaluate(loaded, splits=split, evaluators=evaluator)[0]
     with tempfile.TemporaryDirectory() as folder, peer(options.peer_python) as process:
         words = {**written(Path(folder), "resnet20", loaded, split), "network": "resnet20", "weights": weights}
         words |= {"package": row.package, "attack": row.attack, "batch": batch, "norm": "Linf"}
@@ -129,8 +130,8 @@ from parity_attacks import network
 from topgap_jax import setup
 from topgap_jax.run.cpu import configure_cpu
 configure_cpu()
-loaded, _, batch = network("resnet20")
-row = setup.evaluate(loaded, splits=sys.argv[2], evaluators="robust(pgd(linf(.75/255), steps=20))", batch=batch)[0]
+loaded = network("resnet20")[0]
+row = setup.evaluate(loaded, splits=sys.argv[2], evaluators="robust(pgd(linf(.75/255), steps=20))")[0]
 print(row.seconds, peak_megabytes())
 """
 

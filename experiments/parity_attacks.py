@@ -67,7 +67,7 @@ ROWS = (
     Row("pgd", "linf", ".5/255", 50, "pgd({})", 20, ("torchattacks", "foolbox"), "efficientnet_lite0"),
     Row("apgd-ce", "linf", ".5/255", 50, "apgd({})", 100, BOTH, "efficientnet_lite0"),
 )
-NETWORKS = {  # config, weights, images at a time
+NETWORKS = {  # config, weights, images that a package gets at a time
     "resnet20": ("cifar10.py", "resnet20_cifar10", 250),
     "efficientnet_lite0": ("imagenet.py", "efficientnet_lite0_imagenet", 25),
 }
@@ -143,17 +143,17 @@ def cells(name, row):
 
 @functools.cache
 def network(name):
-    """(the network with its weights, their file, images at a time)."""
+    """(the network with its weights, their file, images that a package gets at a time)."""
     config, weights, batch = NETWORKS[name]
     file = str(Path(os.environ["TOPGAP_DATA"], f"weights/{weights}.safetensors"))
     return setup.from_config(HERE.parent / "configs" / config, [("init", file)]), file, batch
 
 
-def ours(loaded, row, first, n, batch):
+def ours(loaded, row, first, n):
     """Images left by our attack, as `topgap evaluate` measures them."""
     start = time.perf_counter()
     text = f"robust({row.ours.format(f'{row.ball}({row.eps})')})"
-    (measured,) = setup.evaluate(loaded, splits=f"test[{first}:{first + n}]", evaluators=text, batch=batch)
+    (measured,) = setup.evaluate(loaded, splits=f"test[{first}:{first + n}]", evaluators=text)
     robust = measured.measures["robust_accuracy"].value
     return {"evaluator": text, "robust": round(robust * n), "seconds": round(time.perf_counter() - start, 1)}
 

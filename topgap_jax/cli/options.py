@@ -54,7 +54,9 @@ def add_evaluate(parser):
     add_model(parser)
     parser.add_argument("--split", metavar="NAMES", help="splits, separated by commas (default: config.test)")
     parser.add_argument("--evaluators", metavar="CALLS", help="separated by commas (default: config.evaluators)")
-    parser.add_argument("--batch", type=int, metavar="N", help="examples at a time (default: config.batch)")
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="examples at a time (default: config.batch, or all of fewer)"
+    )
     parser.add_argument(
         "--save", type=_path, metavar="PATH", help="a folder for the adversarial images, or of one attack the .npz file"
     )

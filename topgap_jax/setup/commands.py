@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from topgap_jax import rewrite
 from topgap_jax.errors import UserError
@@ -200,7 +201,7 @@ def evaluate(
                 measured = run_evaluators(
                     chosen.model,
                     loaded.variables,
-                    open_split(chosen, split, width, mesh),
+                    open_split(chosen, split, _width(chosen, split, batch, mesh), mesh),
                     wanted[split],
                     split=split,
                     classes=len(chosen.classes),
@@ -218,8 +219,16 @@ def evaluate(
             by_text = _kept(loaded, split, kept[split], digest) | {row.evaluator: row for row in measured}
             rows += [by_text[text] for text in built]
     if model_info is not None:
-        verify.write(Path(model_info), loaded, names[0], width, built, rows, columns)
+        verify.write(Path(model_info), loaded, names[0], _width(chosen, names[0], batch, mesh), built, rows, columns)
     return rows
+
+
+def _width(chosen: Experiment, split: str, batch: int | None, mesh: Mesh | None) -> int:
+    """Examples at a time: `batch`; by default config.batch, or all of a split that has fewer, on as many devices."""
+    if batch is not None:
+        return batch
+    devices = 1 if mesh is None else mesh.size
+    return min(chosen.config.batch, -(-max(1, len(chosen.source(split))) // devices) * devices)
 
 
 def _kept(loaded: Loaded, split: str, texts: Iterable[str], digest: str) -> dict[str, Row]:
