@@ -3,7 +3,7 @@
     TOPGAP_DATA=FOLDER python experiments/localisation_claims.py [STUDY ...]
 
 arXiv 2409.04819 shows the class map that its head gives, and claims better localisation. Here: `pets3` (298 test
-pictures, masks) and `tiny_imagenet20` (the first 500 validation pictures, boxes), the arms gap and Top-GAP of
+pictures, masks) and `tiny_imagenet20` (the first 300 validation pictures, boxes), the arms gap and Top-GAP of
 study.py, seed 0 (trained where runs/ has them not), eight methods, each on the same pictures of a network, maps of the
 true class.
 MaxBoxAcc and V2, best IoU, PxAP (needs masks), thresholds chosen on these very pictures, for every method and in every
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs"
 NETWORKS = {  # split, arms, batch
     "pets3": ("test", ("gap", "top_gap .28"), 30),
-    "tiny_imagenet20": ("validation[:500]", ("gap", "top_gap .25"), 50),
+    "tiny_imagenet20": ("validation[:300]", ("gap", "top_gap .25"), 50),
 }
 NATIVE = "cam()"
 METHODS = (
