@@ -160,7 +160,10 @@ def tree(folder: Path) -> Any:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.PyTreeCheckpointer() as reader:
         try:
-            saved = reader.metadata(folder.absolute()).item_metadata.tree
+            described = reader.metadata(folder.absolute()).item_metadata
+            if described is None:
+                raise FileNotFoundError("none of its files is there")
+            saved = described.tree
             whole = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=here, global_shape=leaf.shape), saved)
             return reader.restore(folder.absolute(), restore_args=whole)
         except Exception as error:  # as in restore
