@@ -8,7 +8,7 @@ from pathlib import Path
 from topgap_jax.measure.results import Row
 from topgap_jax.report.audits import checks_table, headline
 from topgap_jax.report.lines import Line, all_fewer, amount, comparison, fewer, interval, number, reason
-from topgap_jax.report.read import beside, differing, finite, read_runs
+from topgap_jax.report.read import beside, differing, finite, other_data, read_runs
 from topgap_jax.types import Measure
 
 COLUMNS = 120
@@ -38,6 +38,7 @@ def compare(workdirs: Sequence[Path | str]) -> str:
         parts.append(aligned([head, *rows], right=range(1, len(head))))
         about = "intervals are on the page of topgap report" if brief else "intervals are over images, not over seeds"
         parts += [printable(f"* best; difference: {names[-1]} - {names[0]}; {about}")] * several
+    parts += [printable(text) for text in [other_data(runs)] if text]
     parts += apart(lines) * several + undefined(lines, names)
     parts += [printable(f"{run.label}: evaluated is {run.weights}, {run.stale}") for run in runs if run.stale]
     notes: dict[str, list[str]] = {}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from topgap_jax.report.lines import Line, all_fewer, comparison, has_interval, reason
-from topgap_jax.report.read import Run, finite, in_training, kind
+from topgap_jax.report.read import Run, finite, in_training, kind, other_data
 from topgap_jax.types import Measure
 
 SPLITS = 3  # of which it says the accuracy
@@ -31,6 +31,8 @@ def verdict(runs: Sequence[Run]) -> list[str]:
     sentences = [sentence(parts, names) for parts in (accuracies + attacked, looks) if parts]
     if not sentences:
         sentences = [sentence([seen(line, names, line.evaluator)], names) for line in lines[:1]]
+    if words := other_data(runs):
+        sentences.append(f"{words[:1].upper()}{words[1:]}.")
     empty = [run.label for run in runs if not run.rows]
     if empty:
         sentences.append(f"{' and '.join(empty)} {'has' if len(empty) == 1 else 'have'} not been evaluated yet.")
