@@ -571,6 +571,11 @@ def test_the_verdict_claims_no_more_than_the_intervals(tmp_path):
         "a: robust accuracy on test by robust(a) is 0.100 [0.080, 0.120], not audited; "
         "robust accuracy on test by robust(b) is 0.100 [0.080, 0.120], not audited."
     ]
+    other = accuracy(0.7)._replace(overrides={"pool": "gmp()"})
+    assert of([accuracy(0.5), other]) == [
+        "a: accuracy on test is 0.500 [0.480, 0.520]; accuracy on test by accuracy() with pool=gmp() is 0.700 [0.680, "
+        "0.720]."
+    ]
     assert of([accuracy(0.5)._replace(split="train[:100]")]) == []  # images it was trained on say nothing
 
 

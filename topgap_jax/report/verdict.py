@@ -21,10 +21,11 @@ def verdict(runs: Sequence[Run]) -> list[str]:
     lines = [line for line in comparison([run.rows for run in runs]) if line.headline and line.split not in trained]
     one_split = lambda lines: [line for line in lines if line.split == lines[0].split]
     of = lambda name: [line for line in lines if kind(line.evaluator) == name]
-    accuracies = [seen(line, names) for line in of("accuracy")[:SPLITS]]
+    changed = lambda line: any(row.network for row in line.rows if row)  # by the command line: no run's own number
+    accuracies = [seen(line, names, line.evaluator if changed(line) else "") for line in of("accuracy")[:SPLITS]]
     robust = one_split([line for line in lines if line.audits])
     shared = [line.about.label for line in robust]  # a label that two attacks share does not tell them apart
-    text = lambda line: line.evaluator if shared.count(line.about.label) > 1 else ""
+    text = lambda line: line.evaluator if changed(line) or shared.count(line.about.label) > 1 else ""
     attacked = [f"{seen(line, names, text(line))}, {', '.join(line.audits)}" for line in robust]
     looks = [seen(line, names, line.evaluator) + baseline(line) for line in one_split(of("localisation"))[:1]]
     looks += [seen(line, names, line.evaluator) for line in one_split(of("regions"))[:1]]
