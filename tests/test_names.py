@@ -264,8 +264,8 @@ def test_heads_of_others_than_the_published(tmp_path):
     with pytest.raises(UserError, match=r"does not fit the model; its head is another; head=None leaves .*: missing: "):
         fitting._fit("w.pth", deep, variables, "file")
     # A transformer's positions are of one image size.
-    longer = {("params", "positions"): (1, 17, 384)}
-    assert "images of another size" in fitting._hint({}, None, [], longer)
+    text = fitting._hint({"pos_embed": (1, 197, 384)}, None, [], {("params", "positions"): ""})
+    assert "images of 224 x 224 pixels" in text
 
 
 def test_the_head_of_any_naming_can_be_left_out():

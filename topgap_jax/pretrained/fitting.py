@@ -1,5 +1,6 @@
 """Which tensor of a file is which variable of a model: by PyTorch's names and layout, or by the module's own paths."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -106,7 +107,9 @@ def _hint(shapes, own, names, shaped):
     if heads and (names or shaped):
         return "its head is another; head=None leaves the file's head out, as topgap train does"
     if not names and all(path[-1] == "positions" for path in shaped):
-        return "its positions are those of images of another size; give the model that size"
+        patches = next(shape[-2] for name, shape in shapes.items() if re.search(r"(pos_embed|positions)$", name))
+        side = 16 * math.isqrt(patches)  # beside them stand a few tokens of no place
+        return f"its positions are those of images of {side} x {side} pixels; give the model that size"
     return None if own or not names else unlike(shapes)
 
 
