@@ -576,6 +576,12 @@ def test_the_examples_of_the_help_are_commands():
         arguments, overrides = cli._parse(shlex.split(line))
         assert arguments.command == line.split()[0]
         assert len(overrides) == line.count("--config.")
+    for line in (*found, *re.findall(r"^topgap (train .*--plan .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)):
+        if "--plan" in line:
+            arguments, overrides = cli._parse(shlex.split(line))
+            hosts, _, devices = arguments.plan.rpartition("x")
+            batch = setup.config.load(ROOT / arguments.config, overrides).config.batch
+            assert batch % (int(hosts or 1) * int(devices)) == 0, line
 
 
 MISTAKES = [
@@ -622,6 +628,8 @@ MISTAKES = [
     ("explain --workdir {run} --methods grad_cam('stage9')", "--methods: grad_cam('stage9'): no layer 'stage9'; layers: backbone/stem/conv, "),
     ("explain --workdir {run} --target dsic", "--target: 'dsic' is no class; did you mean 'disc'? give a number, a class's name or runner_up"),
     ("train --config {config}", "the following arguments are required: --workdir; see 'topgap train --help'"),
+    ("train --config {config} --plan 3", "a batch of 20 cannot be divided over 1 x 3 = 3 devices; make config.batch a multiple of 3"),
+    ("evaluate --workdir {npz}", "'{npz}' is not the folder of a run: it is a file"),
     ("train --config {config} --plan 4y8", "--plan: HOSTSxDEVICES are two numbers such as 4x8, or one of devices, got '4y8'"),
     ("train --config {config} --workdir {new} --config.batch=1000000000000", "a batch of 1000000000000 images of 32 x 32 pixels needs 12,288,000 GB, and this machine has "),
     ("train --config {config} --workdir {new} --config.image_size=(100000,100000)", "a batch of "),

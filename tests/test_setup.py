@@ -660,4 +660,4 @@ def test_a_plan_is_what_the_training_then_has(trained):
     assert halves.records == -(-parts.examples // 2) and halves.flops == pytest.approx(made.flops, rel=0.2)
     assert halves.memory_a_device < made.memory_a_device
     text = error(plan, parts, model, resident=True, devices=7)
-    assert text == "a batch of 20 cannot be divided over 1 x 7 = 7 devices"
+    assert text == "a batch of 20 cannot be divided over 1 x 7 = 7 devices; make config.batch a multiple of 7"

@@ -110,7 +110,9 @@ def from_workdir(
     """
     path = Path(workdir) / "config.json"
     if not path.is_file():
-        why = "it has no config.json" if Path(workdir).is_dir() else "there is no such folder"
+        folder = Path(workdir)
+        why = "it is a file" if folder.exists() else "there is no such folder"
+        why = "it has no config.json" if folder.is_dir() else why
         raise UserError(f"'{workdir}' is not the folder of a run: {why}")
     chosen = assemble(configs.load(path, overrides, file=file), learnt(Path(workdir)))
     checks.unread(chosen, {key for key, _ in overrides})
