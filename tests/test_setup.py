@@ -642,7 +642,9 @@ def test_a_transfer_from_a_run_and_from_a_file(run, colours_run, tmp_path):
     assert mistake(tmp_path / "infinite.safetensors").startswith(
         begins(tmp_path / "infinite.safetensors") + f"{tmp_path / 'infinite.safetensors'}: "
     )
-    assert error(networks.network, turned, str(path)).startswith(f"{path} does not fit the model; its head is another; ")
+    assert error(networks.network, turned, str(path)).startswith(
+        f"{path} does not fit the model; its head is another; "
+    )
 
 
 def test_a_plan_is_what_the_training_then_has(trained):
