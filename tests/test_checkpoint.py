@@ -195,6 +195,23 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     assert manifest.damage(folder) == ""
 
 
+def test_a_checkpoint_that_a_training_removes_while_it_is_read(tmp_path, monkeypatch, capsys):
+    """An evaluation beside a training takes the one that is there then."""
+    write(tmp_path, (1, 2))
+    open_manager = checkpoint.ocp.CheckpointManager
+
+    def manager(*arguments, **options):
+        monkeypatch.undo()
+        shutil.rmtree(tmp_path / "checkpoints" / "last" / "2")
+        raise FileNotFoundError(2, "No such file or directory", "2")
+
+    monkeypatch.setattr(checkpoint.ocp, "CheckpointManager", manager)
+    found, meta = checkpoint.restore(tmp_path, "last", trees())
+    assert meta["step"] == 1 and open_manager is checkpoint.ocp.CheckpointManager
+    assert_same(found, trees(1))
+    assert capsys.readouterr().err == ""
+
+
 def test_no_whole_checkpoint_is_an_error(tmp_path):
     write(tmp_path, (1, 2))
     for step in (1, 2):

@@ -576,6 +576,12 @@ def test_the_examples_of_the_help_are_commands():
         arguments, overrides = cli._parse(shlex.split(line))
         assert arguments.command == line.split()[0]
         assert len(overrides) == line.count("--config.")
+    for line in (*found, *re.findall(r"^topgap (train .*--plan .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)):
+        if "--plan" in line:
+            arguments, overrides = cli._parse(shlex.split(line))
+            hosts, _, devices = arguments.plan.rpartition("x")
+            batch = setup.config.load(ROOT / arguments.config, overrides).config.batch
+            assert batch % (int(hosts or 1) * int(devices)) == 0, line
 
 
 MISTAKES = [
@@ -598,7 +604,7 @@ MISTAKES = [
     ("train --config {config} --workdir {new} --config.explain=grad_cam('nope')", "config.explain: grad_cam('nope'): no layer 'nope'; layers: backbone/"),
     ("train --config {config} --workdir {new} --config.model=with_drop(network,'nope',dropout(.1))", "config.model: no layer 'nope'; layers: backbone/"),
     ("train --config {config} --workdir {run} --config.epochs=3", "'{run}' holds a run with another config: epochs is 2 there and 3 here; take another workdir"),
-    ("train --config {cifar} --workdir {new}", "config.source: tfds: tfds('cifar10') is not prepared in {data}/tfds (set TOPGAP_DATA to a folder that holds tfds/, or "),
+    ("train --config {cifar} --workdir {new}", "config.source: tfds('cifar10') is not prepared in {data}/tfds (set TOPGAP_DATA to a folder that holds tfds/, or "),
     ("evaluate", "--workdir DIR or --config FILE is required; see 'topgap evaluate --help'"),
     ("evaluate --workdir {new}", "'{new}' is not the folder of a run: there is no such folder"),
     ("evaluate --workdir {data}", "'{data}' is not the folder of a run: it has no config.json"),
@@ -622,12 +628,19 @@ MISTAKES = [
     ("explain --workdir {run} --methods grad_cam('stage9')", "--methods: grad_cam('stage9'): no layer 'stage9'; layers: backbone/stem/conv, "),
     ("explain --workdir {run} --target dsic", "--target: 'dsic' is no class; did you mean 'disc'? give a number, a class's name or runner_up"),
     ("train --config {config}", "the following arguments are required: --workdir; see 'topgap train --help'"),
+    ("train --config {config} --plan 3", "a batch of 20 cannot be divided over 1 x 3 = 3 devices; make config.batch a multiple of 3"),
+    ("evaluate --workdir {npz}", "'{npz}' is not the folder of a run: it is a file"),
     ("train --config {config} --plan 4y8", "--plan: HOSTSxDEVICES are two numbers such as 4x8, or one of devices, got '4y8'"),
     ("train --config {config} --workdir {new} --config.batch=1000000000000", "a batch of 1000000000000 images of 32 x 32 pixels needs 12,288,000 GB, and this machine has "),
     ("train --config {config} --workdir {new} --config.image_size=(100000,100000)", "a batch of "),
     ("explain --workdir {run} --target 6", "--target 6: there are 6 classes, 0 to 5"),
     ("explain --workdir {run} --channels", "--channels goes with --save FILE"),
     ("explain --workdir {run} --methods cam() --count 1 --save maps.txt --out {new}", "--save maps.txt: maps are kept in an .npz file; name one, such as maps.npz"),
+    ("explain --workdir {run} --count many", "argument --count: expected a number or all, got 'many'; see 'topgap explain"),
+    ("explain --workdir {run} --methods cam() --count 1 --out one.jpg", "--out one.jpg: sheets are PNG files; name a folder, or one.png"),
+    ("evaluate --workdir {run} --evaluators robust(fgsm(linf(.1))) --save x.npy", "--save x.npy: images are kept in .npz files"),
+    ("train --config {config} --workdir {npz}", "cannot write in the workdir '{npz}': '{npz}' is a file, no folder"),
+    ("train --config {config} --workdir {npz}/new", "cannot write in the workdir '{npz}/new': '{npz}' is a file, no folder"),
     ("explain --workdir {run} --count -1", "--count must be a whole number of at least 1, got -1"),
     ("explain --workdir {run} --methods cam() --count 1 --out {npz}", "cannot write in '{npz}': "),
     ("layers --config {config} --config.image_size=32", "--config.image_size: expected a tuple like (32, 32), got '32'"),

@@ -143,6 +143,19 @@ def test_a_wrong_image_says_what_it_is():
         source[0]
 
 
+def test_a_wrong_record_of_a_users_own_says_what_it_is():
+    image = np.zeros((4, 4, 3), np.uint8)
+    for record, words in (
+        ({"image": image}, "the record has no 'label'"),
+        ({"image": jnp.asarray(image), "label": 0}, "the image must be a NumPy array, it is ArrayImpl"),
+        ({"image": image, "label": np.array([0])}, "the label must be a whole number, it is ndarray"),
+    ):
+        source = data.Source("own()", "all", ["a", "b"], 1, lambda i, record=record: record)
+        assert source.classes == ("a", "b"), "as a run remembers them, else it would not go on"
+        with pytest.raises(UserError, match=rf"own\(\) split 'all' index 0: {words}"):
+            source[0]
+
+
 def test_resident_reads_all_and_tells_progress():
     source, told = memory_source(n=150), []
     arrays = data.resident(source, (6, 5), progress=lambda done, total: told.append((done, total)))

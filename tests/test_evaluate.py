@@ -134,7 +134,7 @@ def test_rows_hold_measures_curves_and_cost(data, tmp_path):
     assert results.read(tmp_path / "evaluation.json") == results.Evaluation(rows, "w", "s")
 
 
-def test_a_row_replaces_its_like_and_other_weights_start_anew(data, tmp_path):
+def test_a_row_replaces_its_like_and_those_of_other_weights_are_moved_aside(data, tmp_path, capsys):
     def again(split="test", weights="first", seed=0, overrides=None):
         options = {"split": split, "workdir": tmp_path, "weights": weights, "seed": seed}
         run(data, {"accuracy()": accuracy()}, overrides=lambda text: overrides or {}, **options)
@@ -145,14 +145,23 @@ def test_a_row_replaces_its_like_and_other_weights_start_anew(data, tmp_path):
     assert again("train") == ("first", [("test",), ("train",)])
     assert again(overrides={"pool": "gmp()"}) == ("first", [("test",), ("train",), ("test", "gmp()")])
     assert again() == ("first", [("train",), ("test", "gmp()"), ("test",)])
+    assert capsys.readouterr().err == ""
     assert again(weights="second") == ("second", [("test",)])
+    assert "evaluation.json: the rows of first are now in evaluation-first.json\n" in capsys.readouterr().err
+    assert again("train", weights="second") == ("second", [("test",), ("train",)])
+    assert again() == ("first", [("train",), ("test", "gmp()"), ("test",)]), "nothing that was measured is lost"
+    assert len(results.of(tmp_path / "evaluation.json", "second", "").rows) == 2
+    assert {path.name for path in tmp_path.glob("*.json")} == {"evaluation.json", "evaluation-second.json"}
 
 
 def test_partial_results_survive(data, tmp_path):
     """What was written before an evaluator fails stays."""
     evaluators = {"accuracy()": accuracy(), "broken": accuracy()._replace(summary=lambda rows: 1 / 0)}
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(UserError, match=r"^broken: its summary of the split: ZeroDivisionError: division by zero$"):
         run(data, evaluators, workdir=tmp_path)
+    untyped = accuracy()._replace(summary=lambda rows: {"share": 0.5})
+    with pytest.raises(UserError, match=r"^own: 'share' of its summary must be a Measure or Curve, it is float$"):
+        run(data, {"own": untyped})
     assert [row.evaluator for row in results.read(tmp_path / "evaluation.json").rows] == ["accuracy()"]
 
 

@@ -18,6 +18,7 @@ from topgap_jax.mesh import data_mesh
 from topgap_jax.run import fit as fit_module
 from topgap_jax.run.fit import fit
 from topgap_jax.setup import assembly
+from topgap_jax.setup import weights as weights_module
 from topgap_jax.setup.weights import initial, weights
 from topgap_jax.training.optimizers import adamw, freeze, sgd, slower
 
@@ -152,7 +153,19 @@ def test_trees_of_the_module_itself(tmp_path, variables):
         writer.save(tmp_path / "orbax", dict(variables))
     equal(initial(str(tmp_path / "orbax"), model(), SHAPE, 0), variables)
     (tmp_path / "empty").mkdir()
-    assert "is no folder that Orbax wrote a tree of arrays in" in error(weights, str(tmp_path / "empty"))
+    text = error(weights, str(tmp_path / "empty"))
+    assert text.endswith("is no folder that Orbax wrote a tree of arrays in: none of its files is there")
+
+
+def test_another_normalisation_than_the_weights_learnt_with_is_said(monkeypatch, capsys):
+    """Of a file that says its mean, of a run by its config; what is only rounded is the same."""
+    settings = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    described = weights_module.Weights("net", settings, None, lambda model, **options: {})
+    monkeypatch.setattr(weights_module, "weights", lambda text: described)
+    initial("net", None, SHAPE, 0, {"mean": (0.49, 0.46, 0.41), "std": (0.25, 0.25, 0.25)})
+    assert capsys.readouterr().err == (
+        "topgap: net: learnt with std = (0.229, 0.224, 0.225), and config.std is (0.25, 0.25, 0.25)\n"
+    )
 
 
 def test_a_head_of_another_kind_is_drawn_and_said(tmp_path, variables, capsys):

@@ -211,6 +211,14 @@ def test_a_stream_trains_like_resident_arrays_and_resumes(whole, tmp_path, monke
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_what_an_objective_of_ones_own_raises_is_one_line(tmp_path):
+    def broken(keys, model, variables, batch, step):
+        return batch["nothing"]
+
+    with pytest.raises(UserError, match=r"^the step of objective, augment and optimizer: KeyError: 'nothing'$"):
+        train(tmp_path, objective=broken)
+
+
 def nan_loss(step, loss):
     return jnp.where(step < 8, loss, jnp.nan)
 

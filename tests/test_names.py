@@ -238,14 +238,34 @@ def test_an_error_says_which_network_the_file_is(tmp_path):
         return str(caught.value)
 
     others = error(OTHERS["a ResNeXt"])
-    assert "; this is a ResNeXt, which is not among resnet18, resnet34, resnet50, resnet20, " in others
+    # Before the names: the command line shows the first 500 characters of an error.
+    assert "does not fit the model; this is a ResNeXt, which is not among resnet18, resnet34, resnet50, " in others
+    assert others.index("vit_s16: missing: ") < 500
     text = (
         "classifier(mobilenet_v3_small(), mobilenet_head(width=576, hidden=1024), classes=classes, mean=mean, std=std)"
     )
     names = NAMINGS["torchvision mobilenet"].names(variables_of(text))
     ours = error({name: torch_shape(path, variables_of(text)[path]) for path, name in names.items()})
-    assert ours.endswith(f"; the file is {text}")
+    assert f"does not fit the model; the file is {text}: missing: " in ours
     assert error({"scale": (3,)}).endswith("unexpected: scale")
+
+
+def test_heads_of_others_than_the_published(tmp_path):
+    """What people put in the place of a ResNet's `fc`: dropout and a dense layer are read, two dense layers are told
+    to be a head."""
+    text = "classifier(resnet18(), map_head(pool), classes=classes, mean=mean, std=std)"
+    variables = variables_of(text)
+    names = NAMINGS["torchvision resnet"].names(variables)
+    shapes = {name: torch_shape(path, variables[path]) for path, name in names.items()}
+    dropped = {re.sub(r"^fc\.", "fc.1.", name): shape for name, shape in shapes.items()}
+    assert recognise(dropped) == recognise(shapes)
+    assert torch_names(variables, dropped)[("params", "head", "dense", "kernel")] == "fc.1.weight"
+    deep = {re.sub(r"^fc\.", "fc.3.", name): shape for name, shape in shapes.items()} | {"fc.0.weight": (64, 512)}
+    with pytest.raises(UserError, match=r"does not fit the model; its head is another; head=None leaves .*: missing: "):
+        fitting._fit("w.pth", deep, variables, "file")
+    # A transformer's positions are of one image size.
+    text = fitting._hint({"pos_embed": (1, 197, 384)}, None, [], {("params", "positions"): ""})
+    assert "images of 224 x 224 pixels" in text
 
 
 def test_the_head_of_any_naming_can_be_left_out():

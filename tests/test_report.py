@@ -520,6 +520,17 @@ def test_runs_of_other_numbers_do_not_share_a_line(tmp_path):
         assert read_runs(runs)[0].rows[1].overrides == both
 
 
+def test_numbers_of_other_data_in_one_line_are_said(tmp_path):
+    """Both tests are called so; which is better says as much of the data as of the networks."""
+    runs = [make_run(tmp_path / name, source=f"tfds('{name}')", sheets=False) for name in ("cars", "pets")]
+    words = "data differ (tfds('cars') of cars, tfds('pets') of pets): a difference between these runs is one of the"
+    assert f"the {words} data too" in compare(runs).splitlines()
+    assert verdict(read_runs(runs))[-1] == f"The {words} data too."
+    assert words not in compare(runs[:1])
+    store(runs[1], [each._replace(split=f"val_{each.split}") for each in rows_of(0)])
+    assert words not in compare(runs), "they share no line"
+
+
 def test_the_verdict_claims_no_more_than_the_intervals(tmp_path):
     """Intervals that overlap: no measurable difference; apart: higher; without one the bare numbers."""
     accuracy = lambda value, half=0.02: row(
@@ -559,6 +570,11 @@ def test_the_verdict_claims_no_more_than_the_intervals(tmp_path):
     ) == [  # as in rows of version 0.1.0, whose label names no attack
         "a: robust accuracy on test by robust(a) is 0.100 [0.080, 0.120], not audited; "
         "robust accuracy on test by robust(b) is 0.100 [0.080, 0.120], not audited."
+    ]
+    other = accuracy(0.7)._replace(overrides={"pool": "gmp()"})
+    assert of([accuracy(0.5), other]) == [
+        "a: accuracy on test is 0.500 [0.480, 0.520]; accuracy on test by accuracy() with pool=gmp() is 0.700 [0.680, "
+        "0.720]."
     ]
     assert of([accuracy(0.5)._replace(split="train[:100]")]) == []  # images it was trained on say nothing
 

@@ -22,7 +22,8 @@ from topgap_jax.run import workdir as workdir_module
 from topgap_jax.run.fit import fit
 from topgap_jax.run.plan import plan
 from topgap_jax.setup import assembly, expressions, networks
-from topgap_jax.types import Model
+from topgap_jax.setup import weights as weights_module
+from topgap_jax.types import Cost, Evaluator, Explain, Model
 
 TINY = Path(__file__).parent / "tiny_config.py"
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -156,7 +157,7 @@ def test_a_split_of_few_images_is_not_measured_in_a_wide_batch():
     assert setup.commands._width(chosen, "test[:4]", 10, None) == 10
 
 
-def test_weights_from_a_file(tmp_path, capsys, reads):
+def test_weights_from_a_file(tmp_path, capsys, reads, monkeypatch):
     """A file in PyTorch naming; what it says of its normalisation goes before the config, the command line goes
     first."""
     chosen = setup.experiment(TINY)
@@ -169,9 +170,20 @@ def test_weights_from_a_file(tmp_path, capsys, reads):
     assert capsys.readouterr().err == "topgap: net.safetensors: config.mean = (0.4, 0.4, 0.4)\n"
     given = setup.from_config(TINY, [("mean", "(.3, .3, .3)"), ("init", str(path))])
     assert given.experiment.config.mean == (0.3, 0.3, 0.3) and capsys.readouterr().err == ""
+    # So does a part of the network, before the network that the file says it is of.
+    settings = {"model": "resnet4b(classes=classes, mean=mean, std=std)"}
+    described = weights_module.Weights("net", settings, None, lambda model, image_shape: model)
+    monkeypatch.setattr(setup.commands, "weights", lambda text: described)
+    given = setup.from_config(TINY, [("head", "conv_head(pool)"), ("init", "net")])
+    assert given.experiment.config.model == "network" and capsys.readouterr().err == ""
+    given = setup.from_config(TINY, [("dtype", "bfloat16"), ("init", "net")])
+    assert capsys.readouterr().err.splitlines() == [
+        f"topgap: net: config.model = '{settings['model']}'",
+        f"topgap: config.dtype has no effect: nothing in config.model = '{settings['model']}' reads it",
+    ]
     assert reads == []
     text = error(setup.from_config, TINY, [("source", "folder('nowhere')"), ("init", str(path))])
-    assert text == "config.source: folder: folder('nowhere'): there is no such folder"
+    assert text == f"config.source: folder('nowhere'): there is no such folder in {Path.cwd()}"
 
 
 def store(path, variables, metadata):
@@ -224,6 +236,14 @@ def test_rows_of_the_same_weights_are_kept(run, capsys, monkeypatch):
     measured.clear()
     setup.evaluate(loaded, **options)
     assert measured == [("test[:4]", "accuracy()", "measures(cam(), gini())")]
+    # Other data are an override: the rows of the run's own stay beside them.
+    capsys.readouterr()
+    other = setup.from_workdir(workdir, [("source", "shapes(5, train=60, validation=20, test=20)")])
+    setup.evaluate(other, splits="test[:4]", evaluators="accuracy()")
+    stored = results.read(workdir / "evaluation.json")
+    assert [bool(row.overrides) for row in stored.rows] == [False, False, True]
+    assert "are now in" not in capsys.readouterr().err
+    assert stored.data == loaded.experiment.config.source
 
 
 def test_pictures_of_a_split(run):
@@ -324,6 +344,37 @@ def test_a_mistake_in_the_evaluators_is_told_before_the_training(reads):
     for key, text in (("validation", "vali"), ("test", "test, tset"), ("train", "train[:0]")):
         assert "shapes() " in error(lambda key=key, text=text: setup.parts(setup.experiment(TINY, [(key, text)])))
     assert reads == []
+
+
+def test_what_a_users_own_methods_raise_or_return_is_one_line():
+    """Of a data set, an evaluator and an explanation of a config's own methods(); before anything is read."""
+
+    def broken(*arguments):
+        raise KeyError("mine")
+
+    chosen = setup.experiment(TINY)
+    model = setup.checks.evaluators, chosen, [chosen.source("test")]
+    cost = lambda predict, images: Cost()
+    for rows, words in (
+        (broken, "KeyError: 'mine'"),
+        (lambda *arguments: None, "its rows are {name: (b, ...)}, one of each example, got None"),
+        (lambda keys, model, variables, batch, prepared: {"x": batch["image"].mean()}, "its rows are {name: (b, ...)}"),
+    ):
+        function, *arguments = model
+        text = error(function, *arguments, {"own()": Evaluator(rows, lambda rows: {}, cost)}, "--evaluators")
+        assert text.startswith(f"--evaluators: own(): {words}")
+    for maps, words in (
+        (broken, "KeyError: 'mine'"),
+        (lambda keys, predict, images, labels: images, "of 2 images its maps are (2, h, w), got (2, 32, 32, 3)"),
+    ):
+        text = error(setup.checks.explanations, chosen, {"own()": Explain(maps, cost)}, "--methods")
+        assert text.startswith(f"--methods: own(): {words}")
+    for splits, words in (
+        (broken, "KeyError: 'mine'"),
+        (lambda split: None, "must be a data.Source, it is NoneType"),
+    ):
+        text = error(assembly._opened, splits, "test")
+        assert text.startswith("config.source: split 'test'") and text.endswith(words)
 
 
 def test_a_model_with_another_number_of_logits():
@@ -600,7 +651,9 @@ def test_a_transfer_from_a_run_and_from_a_file(run, colours_run, tmp_path):
     assert mistake(tmp_path / "infinite.safetensors").startswith(
         begins(tmp_path / "infinite.safetensors") + f"{tmp_path / 'infinite.safetensors'}: "
     )
-    assert error(networks.network, turned, str(path)).startswith(f"{path} does not fit the model: mis-shaped: ")
+    assert error(networks.network, turned, str(path)).startswith(
+        f"{path} does not fit the model; its head is another; "
+    )
 
 
 def test_a_plan_is_what_the_training_then_has(trained):
@@ -618,4 +671,4 @@ def test_a_plan_is_what_the_training_then_has(trained):
     assert halves.records == -(-parts.examples // 2) and halves.flops == pytest.approx(made.flops, rel=0.2)
     assert halves.memory_a_device < made.memory_a_device
     text = error(plan, parts, model, resident=True, devices=7)
-    assert text == "a batch of 20 cannot be divided over 1 x 7 = 7 devices"
+    assert text == "a batch of 20 cannot be divided over 1 x 7 = 7 devices; make config.batch a multiple of 7"

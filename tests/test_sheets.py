@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from topgap_jax.report import letters
 from topgap_jax.report.letters import length, wrapped, write
 from topgap_jax.report.overlays import (
     LARGEST,
@@ -190,3 +191,11 @@ def test_long_names_of_methods_stand_in_lines_and_any_letter_is_written():
     canvas = Image.new("RGB", (400, 24), "white")
     used = write(ImageDraw.Draw(canvas), (0, 0), "猫 кот γάτα", 400)
     assert used > 60 and (np.asarray(canvas)[:, :20] < 128).any()
+
+
+def test_a_letter_that_no_font_has_is_its_number():
+    """And not the frame that matplotlib's last resort has for all of its script: names of classes are to be told apart."""
+    letters._font_of.cache_clear()
+    ((shown, _),) = letters._runs("\U0010fffd", 14, False)
+    assert shown == "U+10FFFD"
+    assert "LastResort" not in str(letters._font_of("猫", False))

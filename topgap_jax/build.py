@@ -173,7 +173,10 @@ def _call(node: ast.Call, table: Mapping[str, Callable], values: Mapping[str, An
         return function(*bound.args, **bound.kwargs)
     except UserError as error:
         text = str(error).removeprefix(f"{name}: ")  # Python callers need the name in it
-        raise UserError(text if where and text.startswith(where) else f"{_at(where)}{name}: {text}") from None
+        if where and text.startswith(where):
+            raise UserError(text) from None
+        said = text.startswith(f"{name}(")  # folder('ROOT') names itself
+        raise UserError(f"{_at(where)}{text if said else f'{name}: {text}'}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, AssertionError) as error:
         # A mistyped argument whose annotation says too little shows itself as one of these inside the function.
         raise UserError(f"{_at(where)}{name}: {_line(error)}; usage: {signature(name, function)}") from None

@@ -91,7 +91,7 @@ def _plan(arguments, overrides):
     import jax
 
     from topgap_jax import setup
-    from topgap_jax.run.plan import plan, table
+    from topgap_jax.run.plan import check_batch, plan, table
     from topgap_jax.setup.assembly import is_resident
 
     hosts, x, devices = arguments.plan.partition("x")
@@ -99,6 +99,7 @@ def _plan(arguments, overrides):
         raise UserError(f"--plan: HOSTSxDEVICES are two numbers such as 4x8, or one of devices, got '{arguments.plan}'")
     hosts, devices = (int(hosts), int(devices)) if x else (1, int(hosts))
     experiment = setup.experiment(arguments.config, overrides, arguments.arm, arguments.file)
+    check_batch(experiment.config.batch, hosts, devices)
     config, resident = experiment.config, is_resident(experiment)
     parts = setup.parts(experiment, reads=False)
     made = plan(parts, experiment.plain, resident=resident, hosts=hosts, devices=devices)

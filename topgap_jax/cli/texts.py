@@ -46,10 +46,11 @@ examples:
 
 EVALUATE = f"""\
 Of a run it takes the best checkpoint and adds to its evaluation.json; rows that are there for the same weights, split
-and evaluator are kept, and measured once more with --again. Of --weights (a file of PyTorch's names and layout or of
-the module's own, another run, or the name of a published network) it prints the table; a config that names them as
-config.init needs none. A keyword such as eps in an evaluator is a number of the config. What was stopped goes on where
-it was, given the same command (of --weights only an attack with --save: its verdicts lie beside the images).
+and evaluator are kept, and measured once more with --again; those of other weights (--checkpoint last) wait in a file
+beside it, evaluation-*.json, until that checkpoint is evaluated again. Of --weights (a file of PyTorch's names and
+layout or of the module's own, another run, or the name of a published network) it prints the table; a config that names
+them as config.init needs none. A keyword such as eps in an evaluator is a number of the config. What was stopped goes
+on where it was, given the same command (of --weights only an attack with --save: its verdicts lie beside the images).
 
 examples:
   topgap evaluate --workdir runs/gap

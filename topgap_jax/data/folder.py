@@ -37,7 +37,8 @@ def folder(path: str) -> Splits:
     """
     root, shown = Path(path).expanduser(), f"folder('{path}')"
     if not root.is_dir():
-        raise UserError(f"{shown}: there is no such folder")
+        place = "" if root.is_absolute() else f" in {Path.cwd()}"
+        raise UserError(f"{shown}: there is no such folder{place}")
     splits, skipped = _listing(root)
     line = _in_words(skipped)
     if not any(files for classes in splits.values() for files in classes.values()):

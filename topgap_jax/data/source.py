@@ -38,6 +38,7 @@ class Source:
     shards: tuple[int, ...] = ()
 
     def __post_init__(self):
+        object.__setattr__(self, "classes", tuple(self.classes))  # a list is not equal to what a run remembers
         if self.length == 0:
             raise UserError(f"{self.name} split '{self.split}' is empty; give a split with examples")
 
@@ -186,7 +187,14 @@ def _is(names: list[str]) -> str:
 
 def _fault(record: Record, classes: int) -> str:
     """What is wrong with a record, or nothing."""
+    absent = [key for key in ("image", "label") if key not in record]
+    if absent:
+        return f"the record has no '{absent[0]}'"
     image, label = record["image"], record["label"]
+    if not isinstance(image, np.ndarray):
+        return f"the image must be a NumPy array, it is {type(image).__name__}"
+    if not isinstance(label, int | np.integer):
+        return f"the label must be a whole number, it is {type(label).__name__}"
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         return f"the image must be uint8 (h, w, 3), it is {image.dtype} {image.shape}"
     if classes and not 0 <= label < classes:

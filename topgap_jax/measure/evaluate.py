@@ -26,7 +26,7 @@ from topgap_jax.measure.verdicts import fingerprint
 from topgap_jax.models import bind
 from topgap_jax.progress import say
 from topgap_jax.rewrite.finite import first_not_finite
-from topgap_jax.types import Audit, Check, Evaluator, Model, Robustness, Variables
+from topgap_jax.types import Audit, Check, Curve, Evaluator, Gallery, Measure, Model, Robustness, Variables
 
 
 def evaluate(
@@ -53,8 +53,8 @@ def evaluate(
     that it depends on; training(): the training split's arrays, called if an evaluator asks for them.
 
     With a workdir each row is written as soon as it is there; a row of the same split, evaluator and overrides is
-    replaced, rows of other `weights` (which `digest` stands for) or another `source` are dropped. Examples draw from
-    fold_in(key(seed), id). The seconds hold no compilation. With a workdir what was stopped goes on where it was.
+    replaced, rows of other `weights` (which `digest` stands for) or another `source` are moved aside. Examples draw
+    from fold_in(key(seed), id). The seconds hold no compilation. With a workdir what was stopped goes on where it was.
     save(text): the .npz to write all images to that the attacks of an evaluator end with; a few are kept in the workdir
     for its report. examples(text, columns): is given what each example of the split contributes, {name: (n, ...)} by
     row: of attacks those of `measure.robust.Examples`, of an evaluator its rows.
@@ -106,7 +106,7 @@ def evaluate(
             whole = evaluator._replace(summary=_themselves)
             kept = {"prepared": prepared, "log": log_of()}
             values, cost, seconds = measure_split(model, variables, data, whole, **kept, **options)
-            measures = dict(evaluator.summary(values))
+            measures = _summary(evaluator, values, text)
             checks = tuple(measures.pop(name) for name, one in list(measures.items()) if isinstance(one, Check))
             if checks:
                 about = {"audit": f"checks: {verdict(checks)}", "checks": checks}
@@ -130,6 +130,22 @@ def evaluate(
             left.remove()
     stored = [] if path is None else [row for row in results.read(path).rows if row.key not in {r.key for r in rows}]
     return results.with_audits([*rows, *stored])[: len(rows)]
+
+
+def _summary(evaluator: Evaluator, rows: Mapping[str, np.ndarray], text: str) -> dict[str, Any]:
+    """What an evaluator says of the whole split; a user's own may raise or return anything."""
+    try:
+        measures = dict(evaluator.summary(rows))
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{text}: its summary of the split: {reason}") from error
+    for name, value in measures.items():
+        if not isinstance(value, Measure | Curve | Gallery | Check):
+            kind = type(value).__name__
+            raise UserError(f"{text}: '{name}' of its summary must be a Measure or Curve, it is {kind}")
+    return measures
 
 
 def _themselves(rows):

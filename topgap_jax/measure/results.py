@@ -14,7 +14,7 @@ import numpy as np
 
 from topgap_jax.build import names as names_of
 from topgap_jax.errors import UserError
-from topgap_jax.progress import write_text
+from topgap_jax.progress import say, write_text
 from topgap_jax.stored import NUMBER, mismatch, read_object, sealed
 from topgap_jax.types import Check, Curve, Gallery, Measure
 
@@ -112,10 +112,37 @@ def read(path: Path) -> Evaluation:
     return Evaluation(rows, *(stored.get(key, "") for key in ("weights", "data", "digest")))
 
 
-def write(path: Path, row: Row, weights: str, data: str, digest: str = "") -> None:
-    """Put a row into the file, in place of the one with its key; rows of other weights or other data are dropped."""
+def of(path: Path, weights: str, data: str, digest: str = "") -> Evaluation:
+    """The evaluation of these weights and data, in the file or beside it; without rows if there is none."""
+    kept = (read(each) for each in (path, _beside(path, weights, digest)))
+    return next((each for each in kept if each[1:] == (weights, data, digest)), Evaluation([], weights, data, digest))
+
+
+def turn_to(path: Path, weights: str, data: str, digest: str = "") -> None:
+    """Make the file that of these weights: rows of others are moved to a file beside it, from where they come back when
+    it is turned to them again."""
     before = read(path)
-    rows = before.rows if before[1:] == (weights, data, digest) else []
+    if before[1:] == (weights, data, digest):
+        return
+    if before.rows:
+        aside = _beside(path, before.weights, before.digest)
+        path.replace(aside)
+        say(f"{path}: the rows of {before.weights or 'other weights'} are now in {aside.name}")
+    if of(path, weights, data, digest).rows:
+        _beside(path, weights, digest).replace(path)
+
+
+def _beside(path: Path, weights: str, digest: str) -> Path:
+    """evaluation-checkpoint_last_step_8_90fd10e1.json"""
+    name = re.sub(r"\W+", "_", f"{weights} {digest}").strip("_")[:100]
+    return path.with_name(f"{path.stem}-{name or 'before'}{path.suffix}")
+
+
+def write(path: Path, row: Row, weights: str, data: str, digest: str = "") -> None:
+    """Put a row into the file, in place of the one with its key; rows of other weights or other data are moved to a
+    file beside it."""
+    turn_to(path, weights, data, digest)
+    rows = read(path).rows
     rows = with_audits([*(other for other in rows if other.key != row.key), row])
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = {"rows": [to_json(row) for row in rows], "weights": weights, "data": data, "digest": digest}

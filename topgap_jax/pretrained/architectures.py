@@ -19,7 +19,7 @@ NONE: Normalisation = {}
 # What the number of classes, the size of images or the batches decide is not counted: the last dense layer, by all
 # namings, positions, running statistics.
 UNCOUNTED = re.compile(
-    r"(fc|_fc|linear|linear2|logits|head|head\.fc|classifier|classifier\.[1236])\.(weight|bias)"
+    r"(fc|fc\.\d|_fc|linear|linear2|logits|head|head\.fc|classifier|classifier\.[1236])\.(weight|bias)"
     r"|.*\.running_(mean|var)|pos_embed"
 )
 

@@ -138,7 +138,7 @@ def _pytorch(path: Path, contents: pth.Contents) -> _Opened:
     leaves = list(_leaves(path, tree))
     _once(name for name, _ in leaves)
     found = dict(leaves)
-    if not found:
+    if not found or "" in found:  # the name of a tensor that is the whole file
         raise UserError(
             f"{path} holds no tensors by name; in PyTorch, torch.save(model.state_dict(), FILE) writes them"
         )

@@ -1,5 +1,6 @@
 """Which tensor of a file is which variable of a model: by PyTorch's names and layout, or by the module's own paths."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from topgap_jax.pretrained.names import NAMINGS, torch_names, unused
 from topgap_jax.pretrained.names.layout import fits, ours, torch_shape
 from topgap_jax.types import Array, Model, Variables
 
-LISTED = 8  # keys of one kind that an error spells out
+LISTED = 4  # keys of one kind that an error spells out
 HEAD = "head"  # the module of a classifier that its number of classes decides
 
 Path = tuple[str, ...]  # ("params", "backbone", "stem", "conv", "kernel")
@@ -94,11 +95,22 @@ def _fit(where, shapes, variables, head):
     wrong = {"missing": missing, "unexpected": unexpected, "mis-shaped": list(shaped.values())}
     if any(wrong.values()):
         parts = "; ".join(f"{kind}: {_listed(items)}" for kind, items in wrong.items() if items)
-        heads = not (missing or unexpected) and all(path[1] == HEAD for path in shaped)
-        hint = "head=None leaves the file's head out, for fine-tuning" if heads else None
-        hint = unlike(shapes) if not own and (missing or unexpected) else hint
-        raise UserError(f"{where} does not fit the model: {parts}{'; ' + hint if hint else ''}")
+        hint = _hint(shapes, own, [*missing, *unexpected], shaped)
+        # Before the names, which may be longer than what is shown of an error.
+        raise UserError(f"{where} does not fit the model{f'; {hint}' if hint else ''}: {parts}")
     return Fit(names, bool(own))
+
+
+def _hint(shapes, own, names, shaped):
+    """What is to be done about a file with these names missing or unexpected, and these variables mis-shaped."""
+    heads = all(_of_a_head(name, own) for name in names) and all(path[1] == HEAD for path in shaped)
+    if heads and (names or shaped):
+        return "its head is another; head=None leaves the file's head out, as topgap train does"
+    if not names and all(path[-1] == "positions" for path in shaped):
+        patches = next(shape[-2] for name, shape in shapes.items() if re.search(r"(pos_embed|positions)$", name))
+        side = 16 * math.isqrt(patches)  # beside them stand a few tokens of no place
+        return f"its positions are those of images of {side} x {side} pixels; give the model that size"
+    return None if own or not names else unlike(shapes)
 
 
 def _array(fit, path, shape, values):

@@ -4,11 +4,12 @@ import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from unicodedata import combining, east_asian_width
 
 from topgap_jax.measure.results import Row
 from topgap_jax.report.audits import checks_table, headline
 from topgap_jax.report.lines import Line, all_fewer, amount, comparison, fewer, interval, number, reason
-from topgap_jax.report.read import beside, differing, finite, read_runs
+from topgap_jax.report.read import beside, differing, finite, other_data, read_runs
 from topgap_jax.types import Measure
 
 COLUMNS = 120
@@ -38,6 +39,7 @@ def compare(workdirs: Sequence[Path | str]) -> str:
         parts.append(aligned([head, *rows], right=range(1, len(head))))
         about = "intervals are on the page of topgap report" if brief else "intervals are over images, not over seeds"
         parts += [printable(f"* best; difference: {names[-1]} - {names[0]}; {about}")] * several
+    parts += [printable(text) for text in [other_data(runs)] if text]
     parts += apart(lines) * several + undefined(lines, names)
     parts += [printable(f"{run.label}: evaluated is {run.weights}, {run.stale}") for run in runs if run.stale]
     notes: dict[str, list[str]] = {}
@@ -87,8 +89,8 @@ def label(line: Line, images: str = "") -> str:
 def cells(measures: Sequence[Measure | None], *, best: Sequence[bool] = (), brief: bool = False) -> list[str]:
     """A column of measures, `-` where a run has none, * at the best; intervals stand below intervals."""
     parts = [("-" if measure is None else interval(measure)).partition(" ") for measure in measures]
-    width = max((len(bounds) for _, _, bounds in parts), default=0)
-    texts = [value if brief or not width else f"{value} {bounds:{width}}" for value, _, bounds in parts]
+    longest = max((len(bounds) for _, _, bounds in parts), default=0)
+    texts = [value if brief or not longest else f"{value} {bounds:{longest}}" for value, _, bounds in parts]
     return [text + (" *" if mark else "  ") for text, mark in zip(texts, best)] if best else texts
 
 
@@ -129,14 +131,14 @@ def summed(row: Row) -> str:
 def configs(changed: Sequence[tuple[str, Sequence[str | None]]], names: Sequence[str]) -> str:
     """The values of the config in which runs differ: as a table, or below each other where that would be too wide."""
     text = aligned([["config", *names], *([key, *(value or "-" for value in values)] for key, values in changed)])
-    if max(map(len, text.splitlines())) <= COLUMNS:
+    if max(map(width, text.splitlines())) <= COLUMNS:
         return text
-    width = max(map(len, names))
+    widest = max(map(width, names))
     lines = []
     for key, values in changed:
         lines += [
             printable(key),
-            *(printable(f"  {name:{width}}  {value or '-'}") for name, value in zip(names, values)),
+            *(printable(f"  {padded(name, widest)}  {value or '-'}") for name, value in zip(names, values)),
         ]
     return "\n".join(lines)
 
@@ -151,6 +153,21 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def width(text: str) -> int:
+    """Columns of a terminal that a text takes: Chinese letters two, accents that are letters of their own none.
+
+    >>> width("gap"), width("\u732b"), width("u\u0308")
+    (3, 2, 1)
+    """
+    return sum(not combining(letter) and 1 + (east_asian_width(letter) in "WF") for letter in text)
+
+
+def padded(text: str, columns: int, right: bool = False) -> str:
+    """The text with spaces behind it, or before it, to so many columns."""
+    spaces = " " * (columns - width(text))
+    return spaces + text if right else text + spaces
+
+
 def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
     """Rows of cells as columns, the first underlined; a row of one cell is a heading. What cannot be printed is `?`.
 
@@ -162,8 +179,8 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
     """
     rows = [[printable(cell) for cell in row] for row in rows]
     columns = max(map(len, rows))
-    widths = [max((len(row[i]) for row in rows if len(row) > max(i, 1)), default=0) for i in range(columns)]
-    place = lambda i, cell: cell.rjust(widths[i]) if i in right else cell.ljust(widths[i])
+    widths = [max((width(row[i]) for row in rows if len(row) > max(i, 1)), default=0) for i in range(columns)]
+    place = lambda i, cell: padded(cell, widths[i], i in right)
     lines = ["  ".join(place(i, cell) for i, cell in enumerate(row)).rstrip() for row in rows]
-    wide = max(len(line) for line, row in zip(lines, rows) if len(row) > 1 or columns == 1)
+    wide = max(width(line) for line, row in zip(lines, rows) if len(row) > 1 or columns == 1)
     return "\n".join([lines[0], "-" * wide, *lines[1:]])

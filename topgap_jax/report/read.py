@@ -109,6 +109,18 @@ def with_overrides(runs: Sequence[Run]) -> list[Run]:
     return [run._replace(rows=[full(run, row) for row in run.rows]) for run in runs]
 
 
+def other_data(runs: Sequence[Run]) -> str:
+    """What to say where numbers of different data stand in one line, "" where none do."""
+    by_key: dict[Any, dict[str, list[str]]] = {}
+    for run in runs:
+        for row in run.rows:
+            source = row.overrides.get("source", run.config.get("source", ""))
+            by_key.setdefault(row.key, {}).setdefault(source, []).append(run.label)
+    sources = next((each for each in by_key.values() if len(each) > 1), {})
+    listed = ", ".join(f"{source} of {' and '.join(labels)}" for source, labels in sources.items())
+    return f"the data differ ({listed}): a difference between these runs is one of the data too" if sources else ""
+
+
 def mentioned(text: str, config: Mapping[str, str]) -> set[str]:
     """The keys of a flat config that the value of `text` depends on, those behind other keys included.
 

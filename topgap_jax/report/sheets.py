@@ -29,6 +29,7 @@ from topgap_jax.report.overlays import (
     overlay,
 )
 
+OTHER_FORMATS = (".jpg", ".jpeg", ".pdf", ".svg", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".html")
 GAP, MARGIN, LINE = 6, 14, 17
 PAPER = "#ffffff"
 RIGHT, WRONG = "#0b7a3e", "#c3221f"
@@ -103,6 +104,8 @@ def draw(out: Path, explained, pages, overlays: str | os.PathLike | None = None)
     is there stays: a sheet in a folder gets the next free number, and a .png is refused. overlays: a folder that gets
     each map over its picture as a file too.
     """
+    if out.suffix.lower() in OTHER_FORMATS and not out.is_dir():
+        raise UserError(f"--out {out}: sheets are PNG files; name a folder, or {out.with_suffix('.png')}")
     single = out.suffix.lower() == ".png"
     if single and out.exists():
         raise UserError(f"{out} is there already: name another file, or a folder, where a sheet gets a free number")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from topgap_jax.report.lines import Line, all_fewer, comparison, has_interval, reason
-from topgap_jax.report.read import Run, finite, in_training, kind
+from topgap_jax.report.read import Run, finite, in_training, kind, other_data
 from topgap_jax.types import Measure
 
 SPLITS = 3  # of which it says the accuracy
@@ -21,16 +21,19 @@ def verdict(runs: Sequence[Run]) -> list[str]:
     lines = [line for line in comparison([run.rows for run in runs]) if line.headline and line.split not in trained]
     one_split = lambda lines: [line for line in lines if line.split == lines[0].split]
     of = lambda name: [line for line in lines if kind(line.evaluator) == name]
-    accuracies = [seen(line, names) for line in of("accuracy")[:SPLITS]]
+    changed = lambda line: any(row.network for row in line.rows if row)  # by the command line: no run's own number
+    accuracies = [seen(line, names, line.evaluator if changed(line) else "") for line in of("accuracy")[:SPLITS]]
     robust = one_split([line for line in lines if line.audits])
     shared = [line.about.label for line in robust]  # a label that two attacks share does not tell them apart
-    text = lambda line: line.evaluator if shared.count(line.about.label) > 1 else ""
+    text = lambda line: line.evaluator if changed(line) or shared.count(line.about.label) > 1 else ""
     attacked = [f"{seen(line, names, text(line))}, {', '.join(line.audits)}" for line in robust]
     looks = [seen(line, names, line.evaluator) + baseline(line) for line in one_split(of("localisation"))[:1]]
     looks += [seen(line, names, line.evaluator) for line in one_split(of("regions"))[:1]]
     sentences = [sentence(parts, names) for parts in (accuracies + attacked, looks) if parts]
     if not sentences:
         sentences = [sentence([seen(line, names, line.evaluator)], names) for line in lines[:1]]
+    if words := other_data(runs):
+        sentences.append(f"{words[:1].upper()}{words[1:]}.")
     empty = [run.label for run in runs if not run.rows]
     if empty:
         sentences.append(f"{' and '.join(empty)} {'has' if len(empty) == 1 else 'have'} not been evaluated yet.")

@@ -8,7 +8,7 @@ read; of a damaged one the next older one of its kind takes the place, and a lin
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from topgap_jax.run import manifest
 KEPT = 2  # of each kind: a kill during a save leaves the one before, damage to one leaves the other
 DAMAGED = "damaged"  # the folder beside last and best to which a training moves what is damaged
 SPARE = 16 * 10**6  # bytes, for a checkpoint's own files, metrics and results: a disk is not to be filled to its end
+READS = 5  # a training that goes on may remove a checkpoint while it is read
 NONE, DAMAGE = -1, -2  # no step is there, none that is whole
 READING = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
 
@@ -124,28 +125,56 @@ def restore(workdir: Path, which: str, templates: Mapping[str, Any]) -> tuple[di
     goes (the first device where it has none), on any number of devices, whatever it was saved from. Raises UserError if
     there is no checkpoint, if it cannot be read, or if it does not fit.
     """
-    folder, step = _folder(workdir, which), _whole_step(workdir, which)
+    folder = _folder(workdir, which)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def described(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
 
     items = {name: ocp.args.StandardRestore(jax.tree.map(described, tree)) for name, tree in templates.items()}
-    with ocp.CheckpointManager(folder, options=READING) as manager:
-        try:
+
+    def read(step):
+        with _without_warnings(), ocp.CheckpointManager(folder, options=READING) as manager:
             found = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
+        return {name: found[name] for name in templates}, found["meta"]
+
+    return _of_newest(workdir, which, read)
+
+
+def _of_newest(workdir: Path, which: str, read: Callable[[int], Any]) -> Any:
+    """What `read` gives of the newest whole step; once more where a training that goes on, and keeps the newest alone,
+    removed a checkpoint while it was read."""
+    for attempt in range(READS):
+        step = _whole_step(workdir, which)
+        before = steps(workdir, which)
+        try:
+            return read(step)
         except Exception as error:  # Orbax, TensorStore and JSON raise of every kind, of many lines
+            if jax.process_count() == 1 and attempt + 1 < READS and steps(workdir, which) != before:
+                continue
+            if isinstance(error, UserError):
+                raise
             reason = " ".join(str(error).split())[:300]
-            path = folder / str(step)
+            path = _folder(workdir, which) / str(step)
             why = "is of another model" if manifest.is_there(path) else "is of another model, or damaged"
             raise UserError(f"the checkpoint {path} {why}: {reason}") from error
-    return {name: found[name] for name in templates}, found["meta"]
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax warns, on the terminal, of checkpoints that go while it lists them."""
+    logger, quiet = logging.getLogger("absl"), lambda record: record.levelno >= logging.ERROR
+    logger.addFilter(quiet)
+    try:
+        yield
+    finally:
+        logger.removeFilter(quiet)
 
 
 def stored(workdir: Path, which: str, name: str) -> Any:
     """The tree `name` of the newest whole checkpoint of `which` as it was saved, whatever its shapes, on the first
     device."""
-    return tree(_folder(workdir, which) / str(_whole_step(workdir, which)) / name)
+    return _of_newest(workdir, which, lambda step: tree(_folder(workdir, which) / str(step) / name))
 
 
 def read(folder: Path, name: str) -> Any:
@@ -160,7 +189,10 @@ def tree(folder: Path) -> Any:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.PyTreeCheckpointer() as reader:
         try:
-            saved = reader.metadata(folder.absolute()).item_metadata.tree
+            described = reader.metadata(folder.absolute()).item_metadata
+            if described is None:
+                raise FileNotFoundError("none of its files is there")
+            saved = described.tree
             whole = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=here, global_shape=leaf.shape), saved)
             return reader.restore(folder.absolute(), restore_args=whole)
         except Exception as error:  # as in restore
@@ -191,7 +223,8 @@ def _whole_step(workdir: Path, which: str) -> int:
         for step in steps(workdir, which):
             if not (reason := manifest.damage(folder / str(step))):
                 break
-            damaged.append(f"the checkpoint {folder / str(step)} is damaged: {reason}")
+            if (folder / str(step)).is_dir():  # and was not removed by a training that goes on
+                damaged.append(f"the checkpoint {folder / str(step)} is damaged: {reason}")
             step = DAMAGE
     step = _from_process_0(step)
     if step == NONE:

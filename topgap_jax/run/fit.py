@@ -40,6 +40,8 @@ from topgap_jax.types import Array, Augment, Model, Objective, Variables
 # Steps that may be under way before the host waits for the metrics of an earlier one: the device never idles, and a
 # loss that is not finite is seen two steps later.
 LAG = 2
+MISTAKES = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, AssertionError, NameError)
+"""What a user's own objective, augmentation or optimiser raises while the first step is traced."""
 
 
 class Parts(NamedTuple):
@@ -157,7 +159,14 @@ def fit(
             checkpoint.save(getattr(folders, which), step, trees, meta)
 
         for step in range(done + 1, total + 1):
-            state, numbers, finite = train_step(state, held, _placed(next(rows), split(mesh)))
+            batch = _placed(next(rows), split(mesh))
+            try:
+                state, numbers, finite = train_step(state, held, batch)
+            except MISTAKES as error:
+                if step > done + 1 or isinstance(error, UserError):
+                    raise
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                raise UserError(f"the step of objective, augment and optimizer: {reason}") from error
             pending.append((step, numbers, finite))
             book(LAG)
             shown.update(parts.batch)

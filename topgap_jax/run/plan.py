@@ -37,6 +37,16 @@ class Plan(NamedTuple):
         return (KEPT + 1) * self.checkpoint["last"] + KEPT * self.checkpoint["best"]
 
 
+def check_batch(batch: int, hosts: int, devices: int) -> None:
+    """UserError where the devices do not divide a batch."""
+    count = hosts * devices
+    if batch % count:
+        raise UserError(
+            f"a batch of {batch} cannot be divided over {hosts} x {devices} = {count} devices; make config.batch a "
+            f"multiple of {count}"
+        )
+
+
 def plan(parts: Parts, model: Model, *, resident: bool, hosts: int = 1, devices: int = 1) -> Plan:
     """The plan of a training on `hosts` of `devices` each, of which none need be here.
 
@@ -46,9 +56,8 @@ def plan(parts: Parts, model: Model, *, resident: bool, hosts: int = 1, devices:
     step with its share of the batch; sums over devices come on top. Compiled for the kind of device at hand: what
     another kind's compiler needs is near it, but not it. UserError where the devices do not divide the batch.
     """
+    check_batch(parts.batch, hosts, devices)
     count = hosts * devices
-    if parts.batch % count:
-        raise UserError(f"a batch of {parts.batch} cannot be divided over {hosts} x {devices} = {count} devices")
     share = parts._replace(batch=parts.batch // count)
     state = jax.eval_shape(lambda: fresh(share, None))
     image = lambda n, dtype: jax.ShapeDtypeStruct((n, *share.image_shape), dtype)

@@ -77,12 +77,17 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check(workdir: Path, config: Mapping[str, Any], classes: tuple[str, ...] = ()) -> None:
-    """Raise a UserError if the folder holds a run whose weights another config decides, or data of other classes.
+    """Raise a UserError if the folder cannot be written in, or holds a run whose weights another config decides, or
+    data of other classes.
 
     A key that the stored config lacks is younger than the run: what it says stands in a text that differs too, or
     nowhere.
     """
     path, config = Path(workdir) / "config.json", _plain(config)
+    above = next(each for each in path.absolute().parents if each.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "may not be written in" if above.is_dir() else "is a file, no folder"
+        raise UserError(f"cannot write in the workdir '{workdir}': '{above}' {why}")
     if not path.is_file():
         return
     try:

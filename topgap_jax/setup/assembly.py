@@ -65,14 +65,29 @@ def assemble(loaded: configs.Loaded, learnt: Data | None = None) -> Experiment:
     """
     config, methods = loaded.config, loaded.methods
     splits = functools.cache(lambda: expressions.choice(config, "source", methods))
-    classes = learnt.classes if learnt else splits()(first(config.train) or first(config.test)).classes
+    opened = lambda split: _opened(splits(), split)
+    classes = learnt.classes if learnt else opened(first(config.train) or first(config.test)).classes
     if len(classes) < 2:
         raise UserError(f"{config.source} has the one class {', '.join(classes)}: there is nothing to tell apart")
-    source = functools.cache(lambda split: data.with_classes(splits()(split), classes))
+    source = functools.cache(lambda split: data.with_classes(opened(split), classes))
     examples = learnt.examples if learnt else len(source(config.train)) if config.train else 0
     steps = total_steps(config, examples)
     plain = expressions.choice(config, "model", methods, classes=len(classes), total_steps=steps)
     return Experiment(config, methods, loaded.file, loaded.stated, source, classes, fast(plain), {}, steps, plain)
+
+
+def _opened(splits: data.Splits, split: str) -> data.Source:
+    """A split of the data set. UserError too for whatever a user's own data set raises or returns."""
+    try:
+        source = splits(split)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"config.source: split '{split}': {reason}") from error
+    if not isinstance(source, data.Source):
+        raise UserError(f"config.source: split '{split}' must be a data.Source, it is {type(source).__name__}")
+    return source
 
 
 def context(chosen: Experiment) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ OF_THE_MODEL = ("mean", "std", "dtype", "pool", "backbone", "head", "network")
 """Keys that say something only where the text of another key names them."""
 
 
-def unread(chosen: Experiment) -> None:
-    """Build what the config states of the model and no text names, and say in one line that it has no effect."""
+def unread(chosen: Experiment, stated: Collection[str]) -> None:
+    """Build what is stated of the model and no text names, and say in one line that it has no effect. stated: keys of
+    the config."""
     config = chosen.config
     readers = [key for key in configs.KEYS if key not in OF_THE_MODEL and configs.is_expression(config, key)]
     read = set().union(*(expressions.reads(config, config[key]) for key in readers))
-    keys = [key for key in OF_THE_MODEL if key in chosen.stated and key not in read]
+    keys = [key for key in OF_THE_MODEL if key in stated and key not in read]
     for key in keys:
         if configs.is_expression(config, key):
             expressions.choice(config, key, chosen.methods, **context(chosen))
@@ -62,11 +63,9 @@ def model(chosen: Experiment) -> None:
     except UserError as error:
         raise UserError(f"config.model: {error}") from error
     except Exception as error:  # a user's own module may raise anything
-        reason = " ".join(str(error).split())[:300]
         size = " x ".join(map(str, config.image_size))
         raise UserError(
-            f"config.model: '{config.model}' cannot be applied to images of {size} pixels: "
-            f"{type(error).__name__}: {reason}"
+            f"config.model: '{config.model}' cannot be applied to images of {size} pixels: {_raised(error)}"
         ) from error
     if logits.shape != targets.shape:
         raise UserError(
@@ -121,7 +120,9 @@ def evaluators(chosen: Experiment, sources: Iterable[Source], built: Mapping[str
                     _trace(f"{where}: {text}", step, variables, batch)
                 continue
             rows = lambda variables, batch, evaluator=evaluator: _rows(evaluator, chosen, variables, batch)
-            _trace(f"{where}: {text}", rows, variables, batch)
+            shapes = _trace(f"{where}: {text}", rows, variables, batch)
+            if not isinstance(shapes, dict) or any(leaf.shape[:1] != (EXAMPLES,) for leaf in jax.tree.leaves(shapes)):
+                raise UserError(f"{where}: {text}: its rows are {{name: (b, ...)}}, one of each example, got {shapes}")
 
 
 def explanations(chosen: Experiment, built: Mapping[str, Explain], where: str) -> None:
@@ -132,7 +133,10 @@ def explanations(chosen: Experiment, built: Mapping[str, Explain], where: str) -
         maps = lambda variables, images, explain=explain: explain(
             _keys(), bind(chosen.plain, variables), images, jnp.zeros(EXAMPLES, jnp.int32)
         )
-        _trace(f"{where}: {text}", maps, variables, images)
+        shapes = jax.tree.leaves(_trace(f"{where}: {text}", maps, variables, images))
+        if not shapes or any(leaf.ndim != 3 or len(leaf) != EXAMPLES for leaf in shapes):
+            listed = ", ".join(str(leaf.shape) for leaf in shapes) or "nothing"
+            raise UserError(f"{where}: {text}: of {EXAMPLES} images its maps are ({EXAMPLES}, h, w), got {listed}")
 
 
 def _rows(evaluator: Evaluator, chosen: Experiment, variables, batch):
@@ -149,9 +153,15 @@ def _step(attack: Attack, chosen: Experiment, variables, batch):
 
 def _trace(where, function, *arguments):
     try:
-        jax.eval_shape(function, *arguments)
+        return jax.eval_shape(function, *arguments)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    except Exception as error:  # a user's own method may raise anything
+        raise UserError(f"{where}: {_raised(error)}") from error
+
+
+def _raised(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _keys():

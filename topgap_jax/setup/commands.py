@@ -21,7 +21,7 @@ from topgap_jax.models import bind
 from topgap_jax.progress import say
 from topgap_jax.run import checkpoint, locks, manifest
 from topgap_jax.run.fit import Parts
-from topgap_jax.run.workdir import Data, learnt
+from topgap_jax.run.workdir import Data, learnt, read_config
 from topgap_jax.setup import checks, expressions, verify
 from topgap_jax.setup import config as configs
 from topgap_jax.setup.assembly import (
@@ -70,7 +70,7 @@ def parts(chosen: Experiment, workdir: str | Path | None = None, *, reads: bool 
         "augments": tuple(expressions.choices(config, "augment", methods, **context(chosen)).values()),
         "optimizer": expressions.choice(config, "optimizer", methods, **context(chosen)),
     }
-    checks.unread(chosen)
+    checks.unread(chosen, chosen.stated)
     for split in filter(None, (config.train, config.validation)):
         chosen.source(split)
     checks.model(chosen)
@@ -82,10 +82,12 @@ def parts(chosen: Experiment, workdir: str | Path | None = None, *, reads: bool 
         say(f"config.batch = {config.batch} of only {examples} examples of '{config.train}': each step repeats some")
     goes_on = workdir is not None and checkpoint.latest_step(Path(workdir)) is not None
     image_shape = (*config.image_size, 3)
+    normalised = {key: config[key] for key in ("mean", "std") if key in expressions.reads(config, config.model)}
+    begin = lambda: initial(config.init, chosen.model, image_shape, config.seed, normalised)
     return Parts(
         model=chosen.model,
         **build,
-        initial=initial(config.init, chosen.model, image_shape, config.seed) if reads and not goes_on else None,
+        initial=begin() if reads and not goes_on else None,
         train=training(chosen) if reads else {},
         validation=validation(chosen) if reads else None,
         examples=examples,
@@ -109,9 +111,12 @@ def from_workdir(
     """
     path = Path(workdir) / "config.json"
     if not path.is_file():
-        why = "it has no config.json" if Path(workdir).is_dir() else "there is no such folder"
+        folder = Path(workdir)
+        why = "it is a file" if folder.exists() else "there is no such folder"
+        why = "it has no config.json" if folder.is_dir() else why
         raise UserError(f"'{workdir}' is not the folder of a run: {why}")
     chosen = assemble(configs.load(path, overrides, file=file), learnt(Path(workdir)))
+    checks.unread(chosen, {key for key, _ in overrides})
     return restored(chosen, workdir, checkpoint_name)._replace(changes=tuple(overrides))
 
 
@@ -139,11 +144,13 @@ def from_config(path: str | Path, overrides, file: str | Path | None = None, pic
             )
         return Loaded(chosen, init(chosen), "the model's own weights", None)
     source = weights(config.init)
+    followed = set(source.settings) - given - ({"model"} if given & {"backbone", "head", "network"} else set())
     for key, value in source.settings.items():
-        if key not in given and config[key] != value:
+        if key in followed and config[key] != value:
             say(f"{source.name}: config.{key} = {value!r}")
             config[key] = value
     chosen = assemble(loaded, Data(source.labels, 0) if pictures and source.labels else None)
+    checks.unread(chosen, given)
     variables = source.load(chosen.model, image_shape=(*config.image_size, 3))
     return Loaded(chosen, variables, source.name, None)
 
@@ -188,11 +195,15 @@ def evaluate(
     checks.memory(width, config.image_size, "config.batch" if batch is None else "--batch")
     training = functools.cache(lambda: sample(chosen))
     rows, columns = [], {}
-    digest = manifest.digests(loaded.workdir).get(loaded.weights, "") if loaded.workdir is not None else ""
+    identity = _identity(loaded)
+    digest = identity[-1]
     keeps = digest and not again and save is None and model_info is None and jax.process_count() == 1
-    kept = {split: _kept(loaded, split, built, digest) if keeps else {} for split in names}
+    kept = {split: _kept(loaded, split, built) if keeps else {} for split in names}
     wanted = {split: {text: one for text, one in built.items() if text not in kept[split]} for split in names}
-    with locks.evaluating(loaded.workdir if any(wanted.values()) else None):
+    writes = loaded.workdir is not None and results.read(loaded.workdir / results.FILE)[1:] != identity
+    with locks.evaluating(loaded.workdir if writes or any(wanted.values()) else None):
+        if writes and jax.process_index() == 0:
+            results.turn_to(loaded.workdir / results.FILE, *identity)
         for split in names:
             if kept[split]:
                 say(f"{split}: kept from {results.FILE}, --again measures once more: {', '.join(kept[split])}")
@@ -212,11 +223,11 @@ def evaluate(
                     examples=lambda text, each: columns.update({text: each}),
                     weights=loaded.weights,
                     digest=digest,
-                    source=config.source,
+                    source=identity[1],
                     seed=config.seed,
                     mesh=mesh,
                 )
-            by_text = _kept(loaded, split, kept[split], digest) | {row.evaluator: row for row in measured}
+            by_text = _kept(loaded, split, kept[split]) | {row.evaluator: row for row in measured}
             rows += [by_text[text] for text in built]
     if model_info is not None:
         verify.write(Path(model_info), loaded, names[0], _width(chosen, names[0], batch, mesh), built, rows, columns)
@@ -231,11 +242,21 @@ def _width(chosen: Experiment, split: str, batch: int | None, mesh: Mesh | None)
     return min(chosen.config.batch, -(-max(1, len(chosen.source(split))) // devices) * devices)
 
 
-def _kept(loaded: Loaded, split: str, texts: Iterable[str], digest: str) -> dict[str, Row]:
+def _identity(loaded: Loaded) -> tuple[str, str, str]:
+    """What the rows of evaluation.json are of: the weights, the run's own data, the weights' digest. Data that the
+    command line names in their place are an override of the row."""
+    source = loaded.experiment.config.source
+    if loaded.workdir is None:
+        return loaded.weights, source, ""
+    source = read_config(loaded.workdir / "config.json")["config"].get("source", source)
+    return loaded.weights, source, manifest.digests(loaded.workdir).get(loaded.weights, "")
+
+
+def _kept(loaded: Loaded, split: str, texts: Iterable[str]) -> dict[str, Row]:
     """{text: row} of those evaluators whose rows are there for these very weights and data."""
-    before = None if loaded.workdir is None else results.read(loaded.workdir / results.FILE)
-    if before is None or before[1:] != (loaded.weights, loaded.experiment.config.source, digest):
+    if loaded.workdir is None:
         return {}
+    before = results.of(loaded.workdir / results.FILE, *_identity(loaded))
     by_key = {row.key: row for row in before.rows}
     keys = {text: (split, text, tuple(sorted(_overrides(loaded, text).items()))) for text in texts}
     return {text: by_key[key] for text, key in keys.items() if key in by_key}
@@ -248,6 +269,8 @@ def _files(save: str | Path | None, splits: Sequence[str], attacks: Sequence[str
     pairs, path = [(split, text) for split in splits for text in attacks], Path(save)
     if not pairs:
         raise UserError("--save: no evaluator attacks; give one such as robust(pgd(linf(8/255)))")
+    if path.suffix == ".npy":
+        raise UserError(f"--save {path}: images are kept in .npz files; name a folder, or {path.with_suffix('.npz')}")
     if path.suffix != ".npz":
         return {pair: path / f"{slug(*pair)}.npz" for pair in pairs}
     if len(pairs) > 1:
@@ -258,9 +281,8 @@ def _files(save: str | Path | None, splits: Sequence[str], attacks: Sequence[str
 def stored(loaded: Loaded) -> list[Row] | None:
     """The rows of evaluation.json that the config asks for; None unless all of them are there, for these weights."""
     config = loaded.experiment.config
-    kept = results.read(loaded.workdir / results.FILE)
-    same = (kept.weights, kept.digest) == (loaded.weights, manifest.digests(loaded.workdir).get(loaded.weights, ""))
-    by_key = {row.key: row for row in kept.rows} if same else {}
+    kept = results.of(loaded.workdir / results.FILE, *_identity(loaded))
+    by_key = {row.key: row for row in kept.rows}
     keys = [(s, e, ()) for s in expressions.split_list(config.test) for e in expressions.split_list(config.evaluators)]
     return [by_key[key] for key in keys] if all(key in by_key for key in keys) else None
 

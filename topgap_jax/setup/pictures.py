@@ -98,7 +98,8 @@ def explain(
     ids = np.unique(np.linspace(0, len(source) - 1, number).round().astype(np.int32))
     unreadable: list[str] = []
     maps = _map_names(explanations)
-    title = Path(images).expanduser().resolve().name if images else split
+    path = Path(images or "").expanduser().resolve()
+    title = split if not images else path.stem if path.is_file() else path.name
     about = f" for {label if isinstance(label, str) else chosen.classes[label]}" if label is not None else ""
     return Explained(
         title=re.sub(r"[^\w.-]+", "_", title).strip("_") or "pictures",

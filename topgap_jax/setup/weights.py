@@ -12,11 +12,12 @@ from topgap_jax.errors import UserError
 from topgap_jax.measure.evaluate import evaluation_variables
 from topgap_jax.progress import say
 from topgap_jax.run import checkpoint
-from topgap_jax.run.workdir import learnt
+from topgap_jax.run.workdir import learnt, read_config
 from topgap_jax.types import Model, Variables
 
 FOLLOWED = ("model", "mean", "std", "image_size")
 """Keys of a config that follow what weights say of themselves, where the network is evaluated as it is."""
+NEAR = 0.006  # a mean or std that is rounded is the same
 
 
 class Weights(NamedTuple):
@@ -55,16 +56,28 @@ def weights(text: str) -> Weights:
     )
 
 
-def initial(text: str, model: Model, image_shape: tuple[int, int, int], seed: int) -> Variables | None:
+def initial(
+    text: str,
+    model: Model,
+    image_shape: tuple[int, int, int],
+    seed: int,
+    normalised: Mapping[str, tuple[float, ...]] | None = None,
+) -> Variables | None:
     """The variables that a training begins with, on the host; None where they are drawn, as the model's own `init`
     does.
 
     Where the head of the weights is not the model's (other classes, another kind), it is drawn from the seed, and that
-    is printed.
+    is printed. normalised: mean and std of the model's input; where those that the weights learnt with are others, that
+    is printed too.
     """
     if not text:
         return None
     source, key = weights(text), jax.random.key(seed)
+    for name, values in (normalised or {}).items():
+        learnt_with = source.settings.get(name, values)
+        if len(learnt_with) != len(values) or max(abs(x - y) for x, y in zip(learnt_with, values)) > NEAR:
+            rounded = lambda each: tuple(round(x, 4) for x in each)
+            say(f"{source.name}: learnt with {name} = {rounded(learnt_with)}, and config.{name} is {rounded(values)}")
     try:
         variables = source.load(model, image_shape=image_shape, head="file", key=key)
     except UserError:
@@ -89,7 +102,9 @@ def _run(path: Path) -> Weights:
     which = "best" if checkpoint.latest_step(path, "best") is not None else "last"
     data = learnt(path)
     variables = evaluation_variables(checkpoint.stored(path, which, "variables"))
-    return _tree(path, variables)._replace(labels=data.classes if data else None)
+    config = read_config(path / "config.json")["config"]
+    normalised = {key: tuple(config[key]) for key in ("mean", "std") if isinstance(config.get(key), list)}
+    return _tree(path, variables)._replace(settings=normalised, labels=data.classes if data else None)
 
 
 def _tree(path: Path, tree: Mapping[str, Any]) -> Weights:

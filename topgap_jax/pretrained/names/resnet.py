@@ -14,7 +14,7 @@ TORCHVISION = {
     "block/norm3": "layer{s}.{i}.bn3",
     "block/project": "layer{s}.{i}.downsample.0",
     "block/project_norm": "layer{s}.{i}.downsample.1",
-    "head/dense": "fc",
+    "head/dense": ("fc", "fc.1"),  # also a head of dropout and a dense layer
 }
 CIFAR = TORCHVISION | {
     "block/project": ("layer{s}.{i}.shortcut.0", "layer{s}.{i}.downsample.0"),
