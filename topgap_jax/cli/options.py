@@ -1,5 +1,6 @@
 """What each command takes on the command line."""
 
+import argparse
 import os
 
 from topgap_jax.cli import together
@@ -92,7 +93,10 @@ def add_explain(parser):
 
 def _number_or_all(text):
     """None stands for all."""
-    return None if text == "all" else int(text)
+    try:
+        return None if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"give a number or all, got '{text}'") from None
 
 
 def add_runs(parser):

@@ -79,7 +79,9 @@ def _runs(text, points, bold):
 @cache
 def _font_of(letter, bold):
     """The file of a font that has the letter, DejaVu's before others; None where there is none."""
-    others = sorted({entry.fname for entry in font_manager.fontManager.ttflist}) if ord(letter) > 0x7F else []
+    fonts = font_manager.fontManager.ttflist if ord(letter) > 0x7F else []
+    # Last Resort, which matplotlib brings too, has every letter as a box that says only of which script it is.
+    others = sorted({entry.fname for entry in fonts if not entry.name.startswith("Last Resort")})
     return next((path for path in (_dejavu(bold), *others) if ord(letter) in _letters(path)), None)
 
 

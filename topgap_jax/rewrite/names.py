@@ -109,6 +109,8 @@ def feature_layer_of(closed: ClosedJaxpr, arrays: Sequence[Any], layer: str | To
 def resolve(layer: str, found: list[Layer]) -> str:
     """The full name that `layer` stands for."""
     names = [x.name for x in found]
+    if not isinstance(layer, str):
+        raise UserError(f"a layer is named by a text such as 'stage3', got {layer!r}")
     matches = [layer] if layer in names else [n for n in names if n.endswith("/" + layer)]
     listed = f"layers: {', '.join(names)}" if names else "the function has no named values"
     if not matches:
