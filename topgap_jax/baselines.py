@@ -29,7 +29,7 @@ def check_baseline(where: str, baseline: Baseline) -> None:
         return
     try:
         values = np.asarray(baseline, np.float32)
-    except (TypeError, ValueError):  # `baseline_images` says what it is
+    except (TypeError, ValueError, RuntimeError):  # `baseline_images` says what it is
         return
     if not ((values >= 0) & (values <= 1)).all():
         span = f"{values.min():.4g} to {values.max():.4g}" if values.size > 1 else f"{baseline!r}"

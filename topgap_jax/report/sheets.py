@@ -117,7 +117,7 @@ def draw(out: Path, explained, pages, overlays: str | os.PathLike | None = None)
     def drawn():
         # First, so that a folder that cannot be made ends the work before it begins.
         for each in [folder, *([Path(overlays)] if overlays is not None else [])]:
-            with told(each):
+            with writing_in(each):
                 each.mkdir(parents=True, exist_ok=True)
         for number, page in enumerate(pages, start=1):
             path = free(folder / f"{stem}{f'_{number:03d}' * several}.png")
@@ -125,7 +125,7 @@ def draw(out: Path, explained, pages, overlays: str | os.PathLike | None = None)
             for i, wanted in enumerate(page.target):
                 if wanted != page.predicted[i]:
                     notes[i] += f", {explained.classes[wanted]} {page.target_probability[i]:.2f}"
-            with told(folder):
+            with writing_in(folder):
                 sheet(path, page.images, names=page.names, maps=page.maps, boxes=page.boxes, regions=page.regions,
                       signed=explained.signed, notes=notes, title=explained.heading)  # fmt: skip
                 if overlays is not None:
@@ -136,7 +136,7 @@ def draw(out: Path, explained, pages, overlays: str | os.PathLike | None = None)
 
 
 @contextlib.contextmanager
-def told(folder: Path):
+def writing_in(folder: Path):
     """What the system says of a folder or a file in it, as a UserError."""
     try:
         yield

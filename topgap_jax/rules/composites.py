@@ -77,8 +77,8 @@ def loser_of_mean(operation: Callable, gradient: Array, a: Array) -> Array:
     """`winner_of_mean`; a probability below 0, that of the label in the dual pass, is shared out as the dual class's
     maps would share it, whose weights are turned: as inputs below 0 are."""
     dual = operation(a) * gradient < 0
-    own = winner_of_mean(operation, jnp.where(dual, 0, gradient), a)
-    return own + winner_of_mean(operation, jnp.where(dual, gradient, 0), -a)
+    of_label = winner_of_mean(operation, jnp.where(dual, 0, gradient), a)
+    return of_label + winner_of_mean(operation, jnp.where(dual, gradient, 0), -a)
 
 
 def _winners(operation: Callable, probability: Array, *inputs: Array) -> tuple[Array, ...]:
