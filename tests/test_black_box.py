@@ -268,6 +268,16 @@ def test_memory_does_not_grow_with_the_masks(text):
             "rise: baseline must be 'mean', 'black', 'white', 'blur', 'noise', a number, one per channel or an array for"
             " images of shape (8, 6, 6, 3), got an array of shape (5, 6, 3)",
         ),
+        (lambda: explain.rise(baseline=127.5), "rise: baseline must lie in [0, 1] as images do, got 127.5"),
+        (
+            lambda: explain.rise(baseline=np.full((6, 6, 3), np.uint8(9))),
+            "rise: baseline must lie in [0, 1] as images do, got 9 to 9",
+        ),
+        (
+            lambda: explain.lime(3, samples=9, penalty=0),
+            "lime: 9 samples do not determine the coefficients of 9 segments without a penalty; give more samples, or a"
+            " penalty",
+        ),
         (lambda: explain.rise(masks=0), "masks must be a whole number of at least 1, got 0"),
         (lambda: explain.rise(p=1), "rise: p must lie between 0 and 1, got 1: masks that are all alike tell nothing"),
         (lambda: explain.rise(chunk=0), "chunk must be a whole number of at least 1, got 0"),

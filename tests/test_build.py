@@ -3,6 +3,7 @@
 import ast
 import string
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -150,7 +151,13 @@ def test_a_warning_of_the_parser_is_not_shown():
 
 
 def test_check_number():
-    for value, low, high, whole in [(3, 3, 3, True), (0.5, 0, 1, False), (-1e30, -(2**300), 2**300, False)]:
+    for value, low, high, whole in [
+        (3, 3, 3, True),
+        (np.int64(3), 3, 3, True),
+        (np.float32(0.5), 0, 1, False),
+        (0.5, 0, 1, False),
+        (-1e30, -(2**300), 2**300, False),
+    ]:
         check_number("x", value, low, high, whole)
     for arguments, text in {
         (True,): "x must be a number, got True",

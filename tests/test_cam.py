@@ -439,6 +439,15 @@ def test_errors():
             lambda: call(explain.grad_cam(tokens("norm1", (2, 2)))),
             ("tokens: layer 'block0/norm1' has shape (2, 7, 4); a 2x2 grid with 1 tokens before it needs (b, 5, c)"),
         ),
+        (lambda: call(explain.grad_cam(3)), "a layer is named by a text such as 'stage3', got 3"),
+        (
+            lambda: call(explain.excitation_backprop("norm1")),
+            "excitation_backprop: layer 'norm1' has shape (2, 7, 4); features (b, h, w, c) are needed",
+        ),
+        (
+            lambda: call(explain.zoom_cam("norm1", "norm1")),
+            "zoom_cam: layer 'norm1' has shape (2, 7, 4); features (b, h, w, c) are needed",
+        ),
         (lambda: tokens("norm1", 14), "tokens: grid must be (rows, columns), such as (14, 14), got 14"),
         (
             lambda: explain.family("grad_cam", "score_cam"),

@@ -162,6 +162,11 @@ def test_what_is_refused():
             lambda: explain.targeted(explain.cam(), lambda logits: logits[:, 1])(KEYS, PREDICT, IMAGES, LABELS),
             "cam: there are 4 class maps and 1 output(s)",
         ),
+        (
+            lambda: explain.targeted(gradient, lambda logits: (logits[:, 1],))(KEYS, PREDICT, IMAGES, LABELS),
+            "one number an example, shape (8,), got a tuple",
+        ),
+        (lambda: explain.expected_gradients(255 * IMAGES), "expected_gradients: references: images must be float in"),
         (lambda: explain.targeted("x", 1), "give an explanation such as gradient()"),
     ]:
         with pytest.raises(UserError) as raised:

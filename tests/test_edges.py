@@ -89,6 +89,31 @@ def test_what_is_right_passes():
     jax.jit(lambda images: edges.check_images("here", images))(255 * IMAGES)  # inside jit code trusts its types
 
 
+def test_a_network_is_a_function_of_images_that_returns_logits():
+    gradient = explain.gradient()
+    of = lambda predict, method=gradient: method(None, predict, IMAGES, LABELS)
+    wanted = "explain: predict must be a function of the images alone"
+    assert error(of, {"params": IMAGES}).startswith(f"{wanted}, got a dict; models.bind(model, variables) makes one")
+    assert "(missing a required argument: 'images')" in error(of, lambda variables, images: images)
+    several = lambda images: {"logits": predict(images), "features": images.mean((1, 2))}
+    for wrong, what in ((several, "returns a dict"), (lambda x: predict(x)[:, 0], "returns an array of shape (4,)")):
+        assert f"the network must return logits (b, k), and {what}: " in error(of, wrong)
+        attacked = lambda f: attack(attacks.pgd(balls.linf(0.1), steps=1), KEYS, f, IMAGES, LABELS)
+        assert error(attacked, wrong).startswith("attack: the network must return logits (b, k)")
+    one = explain.targeted(gradient, lambda outputs: outputs["logits"][:, 1])
+    np.testing.assert_array_equal(of(several, one), of(predict, explain.targeted(gradient, np.int64(1))))
+
+
+def test_what_draws_at_random_needs_keys():
+    of = lambda method: method(None, predict, IMAGES, LABELS)
+    noisy = [explain.rise(masks=1), explain.smooth(explain.gradient(), samples=1), explain.integrated(baseline="noise")]
+    for method in noisy:
+        assert error(of, method).startswith("keys=None: this method draws at random")
+    maps, batch = np.ones((B, 3, 3), np.float32), {"image": IMAGES, "label": LABELS}
+    assert error(lambda: metrics.deletion(steps=1)(None, predict, maps, batch)).startswith("keys=None: ")
+    assert of(explain.ensemble(explain.gradient(), explain.edges())).shape == (B, 6, 6)
+
+
 BYTES = (IMAGES * 255).astype(np.uint8)
 SPLITS = {
     "pixels in [0, 1]": (IMAGES, LABELS, "image must be a uint8 array (n, h, w, c), got ", "(255 * image).round()"),

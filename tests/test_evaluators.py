@@ -276,6 +276,20 @@ def test_localisation_by_hand(region):
         assert found["pxap"] is found["full_pxap"] is None
 
 
+@pytest.mark.parametrize("region", [True, False])
+def test_an_image_without_an_object_has_no_box(region):
+    """Nor a map without a box the place (0, 0) that would stand for both."""
+    pair, evaluator = red_square(region), evaluators.localisation(cam(), centre=(0.5, 0.75))
+    third = {key: jnp.concatenate([value, value[:1]]) for key, value in pair.items()}
+    third["image"] = third["image"].at[2].set(0)
+    third["region" if region else "box"] = third["region" if region else "box"].at[2].set(0)
+    found, alone = (measured(evaluator, batch, RED, {}) for batch in (third, pair))
+    boxes = [name for name in found if "box" in name and "random" not in name]
+    assert len(boxes) > 5 and {name: found[name] for name in boxes} == {name: alone[name] for name in boxes}
+    training = {"region": np.stack([np.zeros((8, 8)), np.ones((8, 8))]), "label": np.zeros(2, int)}
+    assert evaluators.localisation(cam()).prepare(training, 2)["centre"].tolist() == [[0, 0, 1, 1]]
+
+
 def test_random_boxes_are_boxes():
     boxes = np.asarray(random_boxes(jax.random.split(jax.random.key(0), 200)))
     assert (boxes[:, :2] <= boxes[:, 2:]).all() and (boxes >= 0).all() and (boxes <= 1).all()

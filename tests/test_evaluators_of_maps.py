@@ -123,6 +123,12 @@ def test_path_methods_are_complete_and_others_are_not():
 # Infidelity: baselines 13.17.
 
 
+def test_infidelity_needs_two_samples():
+    """The scale of least squares makes one alone exact, whatever the map is."""
+    with pytest.raises(UserError, match="samples must be a whole number of at least 2, got 1"):
+        evaluators.infidelity(gradient(), samples=1)
+
+
 def test_infidelity_is_that_of_a_linear_model():
     """The gradient of an affine score predicts every change, in any unit once scaled; twice it misses by the change."""
     exact = values(evaluators.infidelity(gradient(reduce="sum"), samples=8))

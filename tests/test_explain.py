@@ -221,7 +221,8 @@ def test_errors():
         (
             explain.grad_cam(),
             bare,
-            "no named (b, h, w, c) value in this function: name one with topgap_jax.rewrite.name(value, 'features')",
+            "no named (b, h, w, c) value in this function: name one with topgap_jax.rewrite.name(value, 'features')"
+            " (the layers of an NNX module have names in models.nnx(module))",
         ),
     ]:
         with pytest.raises(UserError) as raised:

@@ -189,6 +189,10 @@ def test_excitation_of_one_layer():
     for rows, due in ((maps[:, :1], (1, 0)), (maps[:, 1:], (0.25, 0.75))):
         value, back = jax.vjp(with_rules(lambda x: x.mean((1, 2)), mean=excite["mean"]), rows)
         np.testing.assert_allclose((rows * back(1 / value)[0]).ravel(), due, atol=1e-6)
+    # Of the dual class, whose weights are turned, the other positions are excitatory: else both passes are one.
+    for rows, due in ((maps[:, :1], (0, -1)), (maps[:, 1:], (-0.25, -0.75))):
+        value, back = jax.vjp(with_rules(lambda x: x.mean((1, 2)), mean=rules.composites.contrast["mean"]), rows)
+        np.testing.assert_allclose((rows * back(-1 / value)[0]).ravel(), due, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -395,6 +399,9 @@ def test_errors():
         message(by_layer, "head") == "by_layer: give pairs of a layer's name and rules, ('head', epsilon()), got 'head'"
     )
     assert message(rules.alpha_beta, 2, 0.5) == "alpha_beta: alpha - beta must be 1, got 2 - 0.5"
+    assert message(explain.lrp, epsilon) == (
+        "lrp: 'epsilon' is no function of (low, high); give the rules it makes: epsilon()"
+    )
     assert message(explain.lrp, 5).startswith("rules must be like guided or softplus(50), for relu,")
     assert "is (4, 4, 4, 3), the bounds are (4, 8, 8, 3)" in message(
         explain.lrp(rules.epsilon_gamma_box), KEYS, lambda x, keys=None: f(x[:, ::2, ::2]), IMAGES, LABELS

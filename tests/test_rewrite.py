@@ -272,7 +272,9 @@ def test_unknown_twice_and_ambiguous(net):
         message(read(predict, "Conv_0"), IMAGES)
         == "layer 'Conv_0' is not unique: stage1/Conv_0, stage2/Conv_0; give more of its path"
     )
-    assert message(read(lambda x: x + 1, "x"), IMAGES) == "no layer 'x'; the function has no named values"
+    assert message(read(lambda x: x + 1, "x"), IMAGES) == (
+        "no layer 'x'; the function has no named values (the layers of an NNX module have names in models.nnx(module))"
+    )
     assert message(read(lambda x: x + 1), IMAGES).startswith(
         "no named (b, h, w, c) value in this function: name one with topgap_jax.rewrite.name"
     )

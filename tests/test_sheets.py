@@ -1,5 +1,7 @@
 """Contact sheets and pictures of receptive fields: what is drawn, pixel by pixel where it matters."""
 
+from types import SimpleNamespace
+
 import matplotlib
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from topgap_jax.errors import UserError
 from topgap_jax.report import letters
 from topgap_jax.report.letters import length, wrapped, write
 from topgap_jax.report.overlays import (
@@ -21,7 +24,7 @@ from topgap_jax.report.overlays import (
     overlay,
     rim,
 )
-from topgap_jax.report.sheets import MARGIN, RIGHT, WRONG, caption, field_figure, field_picture, sheet
+from topgap_jax.report.sheets import MARGIN, RIGHT, WRONG, caption, draw, field_figure, field_picture, sheet
 
 
 def colour(text):
@@ -199,3 +202,20 @@ def test_a_letter_that_no_font_has_is_its_number():
     ((shown, _),) = letters._runs("\U0010fffd", 14, False)
     assert shown == "U+10FFFD"
     assert "LastResort" not in str(letters._font_of("猫", False))
+
+
+def test_a_place_where_nothing_can_be_written_ends_the_work_before_it_begins(tmp_path):
+    def pages():
+        raise AssertionError("a page was computed")
+        yield
+
+    (tmp_path / "file").write_text("")
+    explained = SimpleNamespace(title="test", count=1, rows=12)
+    for out, overlays, text in (
+        (tmp_path / "file", None, "File exists"),
+        (tmp_path / "file" / "below", None, "Not a directory"),
+        (tmp_path / "sheets", tmp_path / "file", "File exists"),
+        (tmp_path / "sheet.pdf", None, "sheets are PNG files; name a folder, or .*sheet.png"),
+    ):
+        with pytest.raises(UserError, match=text):
+            next(draw(out, explained, pages(), overlays))

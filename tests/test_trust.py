@@ -232,6 +232,9 @@ def test_rivals_and_substrates():
     near = values["deletion_blur"][:, 0] + np.float32(1e-3) * np.resize([1, -1.01], len(values["leak"]))
     undecided = {"deletion_blur": np.stack([values["deletion_blur"][:, 0], near, near], 1).astype(np.float32)}
     assert statuses(values | undecided)["T5"] == "warn"
+    for check, different, alike in (("T2", "class", "noise"), ("T6", "unmoved", "mirrored")):
+        near = np.float32(values[f"{alike}_spearman"] + np.resize([0.1, -0.11], len(values["leak"])))
+        assert statuses(values | {f"{different}_spearman": near})[check] == "warn"
 
 
 def test_without_a_finite_map_nothing_is_concluded():

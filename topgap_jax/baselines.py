@@ -9,6 +9,7 @@ import numpy as np
 import scipy  # scipy.ndimage is imported when it is first used
 
 from topgap_jax.errors import UserError
+from topgap_jax.keys import required
 from topgap_jax.rewrite import zero_images
 from topgap_jax.types import Array, Keys, Predict
 
@@ -19,11 +20,20 @@ BLUR, SIGMA = 11, 5.0
 
 
 def check_baseline(where: str, baseline: Baseline) -> None:
-    """Raise a UserError if `baseline` is a text that is none of `NAMES`."""
+    """Raise a UserError if `baseline` is a text that is none of `NAMES`, or has values that no pixel has."""
     if isinstance(baseline, str) and baseline not in NAMES:
         raise UserError(
             f"{where} must be {', '.join(map(repr, NAMES))}, a number, one per channel or an array, got {baseline!r}"
         )
+    if isinstance(baseline, str) or isinstance(baseline, jax.core.Tracer):
+        return
+    try:
+        values = np.asarray(baseline, np.float32)
+    except (TypeError, ValueError, RuntimeError):  # `baseline_images` says what it is
+        return
+    if not ((values >= 0) & (values <= 1)).all():
+        span = f"{values.min():.4g} to {values.max():.4g}" if values.size > 1 else f"{baseline!r}"
+        raise UserError(f"{where} must lie in [0, 1] as images do, got {span}")
 
 
 def baseline_images(where: str, baseline: Baseline, predict: Predict, images: Array, keys: Keys) -> Array:
@@ -36,7 +46,7 @@ def baseline_images(where: str, baseline: Baseline, predict: Predict, images: Ar
     check_baseline(where, baseline)
     name = baseline if isinstance(baseline, str) else ""
     if name == "noise":
-        return jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], images.dtype))(keys)
+        return jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], images.dtype))(required(keys))
     if name in ("mean", "blur"):
         mean = zero_images(predict, images)
         return mean if name == "mean" else blurred(images, mean)

@@ -4,6 +4,7 @@ Traced arrays are not looked at: inside `jit` code trusts its types. All is done
 traces.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,12 +15,14 @@ import numpy as np
 from topgap_jax.errors import UserError
 
 
-def check_examples(where: str, keys: Any, predict: Callable, images: Any, labels: Any) -> None:
+def check_examples(
+    where: str, keys: Any, predict: Callable, images: Any, labels: Any, *, any_outputs: bool = False
+) -> None:
     """Raise a UserError unless images are float (b, h, w, c) in [0, 1], labels classes (b,) of `predict`, keys one an
     example.
 
     keys may be None, for what draws nothing. The number of classes is that of the logits, which are traced for it and
-    not computed.
+    not computed. any_outputs: whether the network may return something else than logits, which has no classes.
     """
     if not all(map(_is_concrete, (keys, images, labels))):
         return
@@ -39,7 +42,12 @@ def check_examples(where: str, keys: Any, predict: Callable, images: Any, labels
         advice = f"jax.random.split(jax.random.key(0), {b}) gives them"
         raise UserError(f"{where}: keys must be {b} typed keys, one for each image, got {_what(keys)}; {advice}")
     low, high = int(np.asarray(labels).min()), int(np.asarray(labels).max())
-    classes = jax.eval_shape(predict, images).shape[-1]
+    check_predict(where, predict, images)
+    outputs = jax.eval_shape(predict, images)
+    if any_outputs and getattr(outputs, "ndim", 0) != 2:
+        return
+    check_logits(where, outputs)
+    classes = outputs.shape[-1]
     if low < 0 or high >= classes:
         raise UserError(f"{where}: label {low if low < 0 else high} is no class of a network with {classes} logits")
 
@@ -62,6 +70,33 @@ def check_images(where: str, images: Any) -> None:
         raise UserError(
             f"{where}: images must be float in [0, 1], these are {images.dtype} from {low:.4g} to {high:.4g}; {advice};"
             " normalisation belongs inside the model"
+        )
+
+
+def check_predict(where: str, predict: Any, images: Any) -> None:
+    """Raise a UserError unless `predict` can be called with the images alone."""
+    fault = "" if callable(predict) else f", got {_what(predict)}"
+    if not fault:
+        try:
+            inspect.signature(predict).bind(images)
+        except TypeError as error:
+            fault = f" ({error})"
+        except ValueError:  # a function that tells no signature
+            return
+    if fault:
+        raise UserError(
+            f"{where}: predict must be a function of the images alone{fault}; models.bind(model, variables) makes"
+            " one, and so does lambda images: module.apply(variables, images)"
+        )
+
+
+def check_logits(where: str, logits: Any) -> None:
+    """Raise a UserError unless `logits`, an array or its shape, is (b, k)."""
+    if getattr(logits, "ndim", 0) != 2:
+        what = f"an array of shape {logits.shape}" if hasattr(logits, "shape") else _what(logits)
+        raise UserError(
+            f"{where}: the network must return logits (b, k), and returns {what}: give a function that returns these"
+            " alone; `targeted` explains any number of what a network returns"
         )
 
 

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from topgap_jax.build import check_number, table
+from topgap_jax.edges import check_logits
 from topgap_jax.errors import UserError
 from topgap_jax.types import Array, Score
 
 
 def logit(logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None) -> Array:
     """z_y, the label's own logit."""
+    check_logits("score", logits)
     return _pick(logits, labels)
 
 
@@ -22,6 +24,7 @@ def probability(logits: Array, labels: Array, clean: Array | None = None, target
 
     Its gradient in float32 is 0 where p_y is 1: gradients explain `logit`.
     """
+    check_logits("score", logits)
     z = logits.astype(jnp.float32)
     return _pick(z if z.shape[-1] == 1 else jax.nn.softmax(z), labels)
 
@@ -111,6 +114,7 @@ def kl(logits: Array, labels: Array, clean: Array | None = None, target: Array |
 
 def residual_softmax(logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None) -> Array:
     """z_y + log p_y, p = softmax(z): what Shapley-CAM explains (arXiv 2501.06261, its residual softmax target)."""
+    check_logits("score", logits)
     return _pick(logits, labels) + _pick(jax.nn.log_softmax(logits.astype(jnp.float32)), labels)
 
 
@@ -128,6 +132,7 @@ def finer(*, weights: str = "uniform", strength: float = 0.6, count: int = 3, st
     check_number("count", count, 1, whole=True)
 
     def score(logits, labels, clean=None, target=None):
+        check_logits("score", logits)
         z, classes = logits.astype(jnp.float32), logits.shape[-1]
         if classes == 1:
             return _pick(z, labels)

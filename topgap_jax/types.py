@@ -221,7 +221,7 @@ class Explain:
     names: tuple[str, ...] = ()
 
     def __call__(self, keys: Keys, predict: Predict, images: Array, labels: Array) -> Any:
-        check_examples("explain", keys, predict, images, labels)
+        check_examples("explain", keys, predict, images, labels, any_outputs=True)
         return self.maps(keys, predict, images, labels)
 
     @staticmethod

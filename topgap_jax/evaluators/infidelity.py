@@ -29,7 +29,7 @@ def infidelity(explain: Explain, *, samples: int = 256, sigma: float = 0.1, scor
     multiply by the image, such as `integrated`, are no weights of a linear model, and lose by it.
     """
     Explain.single("infidelity", explain)
-    check_number("samples", samples, 1, whole=True)
+    check_number("samples", samples, 2, whole=True)  # the scale fits one alone exactly
     check_number("sigma", sigma, 0)
 
     def rows(keys, model, variables, batch, prepared):

@@ -13,6 +13,7 @@ from topgap_jax.metrics.boxes import (
     box_accuracy,
     box_iou,
     centred_boxes,
+    has_area,
     level_ious,
     mean_box_sides,
     pixel_boxes,
@@ -37,7 +38,7 @@ NO_TRAINING = (
     "the centred box is the mean of the training split's, and there is none to be had; give centre=(height, width)"
 )
 NO_REGION = "the data have no regions, only boxes"
-NO_FINITE_MAP = "no image has a finite map"
+NO_BOX = "no image has an object and a finite map"
 LEAST = (0.3, 0.5, 0.7)
 """IoUs of which MaxBoxAccV2 is the mean."""
 BASELINES = {"centre": "centred box", "full": "full image", "random": "random box"}
@@ -65,7 +66,8 @@ def localisation(
     precision over recall of the pixels of all images together, beside that of a map without information, and of the
     centred box; it needs regions. The pointing game is without tolerance. `centre` is the centred box's (height, width)
     as shares of the image; by default the mean of the boxes of the training split, without which the baseline is
-    absent. The random box has two uniform corners. An image whose map is not finite counts in no measure.
+    absent. The random box has two uniform corners. An image whose map is not finite counts in no measure, and one
+    without an object in no IoU and no box accuracy.
     """
     Explain.single("localisation", explain)
     if labels not in ("true", "predicted"):
@@ -81,8 +83,9 @@ def localisation(
             return {"centre": centred_boxes(centre, 1)}
         if training is None or not {"box", "region"} & set(training):
             return {}
-        boxes = training["box"] if "box" in training else region_boxes(training["region"])
-        return {"centre": centred_boxes(mean_box_sides(boxes), 1)}
+        boxes = np.asarray(training["box"] if "box" in training else region_boxes(training["region"]))
+        boxes = boxes[has_area(boxes)]  # of images without an object there is no box
+        return {"centre": centred_boxes(mean_box_sides(boxes), 1)} if len(boxes) else {}
 
     def rows(keys, model, variables, batch, prepared):
         predict, images = bind(model, variables), batch["image"]
@@ -116,12 +119,15 @@ def localisation(
         """Boxes in place of maps."""
         maps = rows["map"]
         n, size = len(maps), maps.shape[1:]
-        true = pixel_boxes(rows["box"] if "box" in rows else region_boxes(rows["region"]), size)
+        objects = np.asarray(rows["box"] if "box" in rows else region_boxes(rows["region"]))
+        defined = rows["finite"] & has_area(objects)
+        true = pixel_boxes(objects, size)
         ious = np.stack([level_ious(*pair) for pair in zip(maps, true)]) if n else np.zeros((0, 255, 2))
-        ious = np.where(rows["finite"][:, None, None], ious, np.nan).astype(np.float32)
+        ious = np.where(defined[:, None, None], ious, np.nan).astype(np.float32)
         taken = {f"{name}_box" for name in BASELINES} & set(rows)
         out = {name: rows[name] for name in rows if name not in {"map", "box", "region", *taken}}
-        out |= {f"{name}_iou": box_iou(pixel_boxes(rows[name], size), true) for name in taken}
+        placed = lambda name: np.where(defined, box_iou(pixel_boxes(rows[name], size), true), np.nan)
+        out |= {f"{name}_iou": placed(name).astype(np.float32) for name in taken}
         return out | {"box_iou": ious[..., 0], "best_box_iou": ious[..., 1]}
 
     def summary(rows):
@@ -188,7 +194,7 @@ def _box_measures(rows):
         "max_box_accuracy": Measure(n=n, better="higher", label="MaxBoxAcc of the map"),
         "max_box_accuracy_v2": Measure(n=n, better="higher", label="MaxBoxAccV2 of the map"),
     }
-    measures = {name: one._replace(reason=NO_FINITE_MAP) for name, one in best.items()}
+    measures = {name: one._replace(reason=NO_BOX) for name, one in best.items()}
     if n:
         accuracies = box_accuracy(ious[defined])
         tau = Measure(float(TAUS[accuracies.argmax()]), n=n, label="best threshold of MaxBoxAcc", main=False)
@@ -205,9 +211,14 @@ def _box_measures(rows):
             measures[f"{name}_box_accuracy"] = about._replace(n=0, reason=NO_TRAINING)
             measures[f"{name}_box_accuracy_v2"] = about_v2._replace(n=0, reason=NO_TRAINING)
             continue
-        measures[f"{name}_box_accuracy"] = share(rows[row] >= 0.5, about)
-        value = float(np.mean([(rows[row] >= least).mean(dtype=np.float64) for least in LEAST]))
-        measures[f"{name}_box_accuracy_v2"] = about_v2._replace(value=value, n=len(rows[row]))
+        if not n:
+            measures[f"{name}_box_accuracy"] = about._replace(n=0, reason=NO_BOX)
+            measures[f"{name}_box_accuracy_v2"] = about_v2._replace(n=0, reason=NO_BOX)
+            continue
+        placed = rows[row][defined]
+        measures[f"{name}_box_accuracy"] = share(placed >= 0.5, about)
+        value = float(np.mean([(placed >= least).mean(dtype=np.float64) for least in LEAST]))
+        measures[f"{name}_box_accuracy_v2"] = about_v2._replace(value=value, n=n)
     return measures
 
 

@@ -78,8 +78,8 @@ def trust(explain: Explain, *, stages: int = 8, steps: int = 16) -> Evaluator:
     same for every image.
 
     Maps are compared as they are, of more than 64x64 positions by the means of 64x64 areas: enlarged ones are alike
-    anyway. A constant map has correlation 0. T3 and T5 warn where images do not decide. A check that passes does not
-    say that a map is right.
+    anyway. A constant map has correlation 0. All but T1 and T4 warn where images do not decide. A check that passes
+    does not say that a map is right.
     """
     Explain.single("trust", explain)
     check_number("stages", stages, 1, whole=True)
@@ -236,14 +236,17 @@ def _image(rows) -> Check:
 
 
 def _less_alike(check, different, same, evidence: str) -> Check:
-    """Whether the correlations `different` (n,) are below those of `same` (n,) in the mean, by its 95 % interval."""
+    """Whether the correlations `different` (n,) are below those of `same` (n,) in the mean, by its 95 % interval; where
+    that has both sides, the images do not decide."""
     pairs = np.stack([different, same], 1)
     pairs = pairs[np.isfinite(pairs).all(1)]
     if not len(pairs):
         return _skipped(check, "no map is finite and not constant")
     lower, higher = map(float, pairs.mean(0, dtype=np.float64))
-    _, low, _ = mean_interval(pairs[:, 1].astype(np.float64) - pairs[:, 0])
-    return _check(check, low > 0, lower, higher, len(pairs), evidence.format(lower, higher))
+    _, low, high = mean_interval(pairs[:, 1].astype(np.float64) - pairs[:, 0])
+    evidence = evidence.format(lower, higher)
+    made = _check(check, low > 0, lower, higher, len(pairs), evidence)
+    return made._replace(status=WARN, sentence=evidence) if low <= 0 < high else made
 
 
 def _rivals(rows) -> Check:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.build import check_number, table
+from topgap_jax.edges import check_logits
 from topgap_jax.errors import UserError
 from topgap_jax.explain.pixels import rectified
 from topgap_jax.keys import fold_in, normal
@@ -40,6 +41,7 @@ def cam() -> Explain:
                 "cam: the model has no class maps named 'maps' (use map_head, pyramid_head or rewrite.with_pool):"
                 f" {error}"
             ) from None
+        check_logits("cam", logits)
         if logits.shape[-1] != values.shape[-1]:
             raise UserError(
                 f"cam: there are {values.shape[-1]} class maps and {logits.shape[-1]} output(s); a target that is a "

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.build import check_number, table
+from topgap_jax.edges import check_logits
 from topgap_jax.errors import UserError
 from topgap_jax.grids import same_size
 from topgap_jax.keys import fold_in, normal, split
@@ -81,7 +82,8 @@ def ensemble(*explains: Explain) -> Explain:
     each = [normalise(Explain.single("ensemble", one)) for one in explains]
 
     def maps(keys, predict, images, labels):
-        values = same_size([one.maps(fold_in(keys, i), predict, images, labels) for i, one in enumerate(each)])
+        drawn = [None if keys is None else fold_in(keys, i) for i in range(len(each))]
+        values = same_size([one.maps(part, predict, images, labels) for one, part in zip(each, drawn)])
         return sum(values) / len(values)
 
     signed = next((one.signed for one in each if one.signed), None)
@@ -118,10 +120,9 @@ def targeted(explain: Explain, target: int | str | Callable) -> Explain:
         of = lambda predict, images, labels: (_only(predict, target), jnp.zeros_like(labels))
         more = Cost()
     elif target == "runner_up":
-        runner_up = lambda logits, labels: class_of_rank(logits, labels, jnp.zeros_like(labels))
-        of = lambda predict, images, labels: (predict, runner_up(predict(images), labels))
+        of = lambda predict, images, labels: (predict, _runner_up(predict(images), labels))
         more = Cost(1, 0)
-    elif isinstance(target, int) and not isinstance(target, bool) and target >= 0:
+    elif isinstance(target, int | np.integer) and not isinstance(target, bool) and target >= 0:
         of = lambda predict, images, labels: (_checked(predict, images, target), jnp.full_like(labels, target))
         more = Cost()
     else:
@@ -146,19 +147,24 @@ def _only(predict, target):
 
     def only(images, keys=None):
         value = target(predict(images, keys) if keys is not None else predict(images))
-        if value.shape != images.shape[:1]:
-            raise UserError(
-                f"targeted: the target must be one number an example, shape {images.shape[:1]}, got {value.shape}"
-            )
+        if getattr(value, "shape", None) != images.shape[:1]:
+            got = value.shape if hasattr(value, "shape") else f"a {type(value).__name__}"
+            raise UserError(f"targeted: the target must be one number an example, shape {images.shape[:1]}, got {got}")
         return value[:, None]
 
     return only
 
 
+def _runner_up(logits, labels):
+    check_logits("targeted", logits)
+    return class_of_rank(logits, labels, jnp.zeros_like(labels))
+
+
 def _checked(predict, images, target):
-    classes = jax.eval_shape(predict, images).shape[-1]
-    if target >= classes:
-        raise UserError(f"targeted: class {target} is none of a network with {classes} logits")
+    logits = jax.eval_shape(predict, images)
+    check_logits("targeted", logits)
+    if target >= logits.shape[-1]:
+        raise UserError(f"targeted: class {target} is none of a network with {logits.shape[-1]} logits")
     return predict
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from topgap_jax.build import check_number, table
+from topgap_jax.edges import check_logits
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite import feature_layer, read
 from topgap_jax.rewrite.dependence import dependence
@@ -63,7 +64,7 @@ def fields(
 
     value, pull, logits = jax.vjp(forward, images, has_aux=True)
     b, h, w, c = _map_shape(value.shape, layer)
-    weights = _channel_weights(channel, labels, c, logits.shape[-1], layer)
+    weights = _channel_weights(channel, labels, c, logits, layer)
     scores = jnp.einsum("bhwc,bc->bhw", value.astype(jnp.float32), weights).reshape(b, h * w)
     indices = jnp.concatenate([_indices(position, scores, (h, w), k) for position in positions])
 
@@ -112,14 +113,15 @@ def _map_shape(shape: tuple[int, ...], layer: str) -> tuple[int, ...]:
     return shape
 
 
-def _channel_weights(channel, labels, channels, classes, layer):
+def _channel_weights(channel, labels, channels, logits, layer):
     # Made from the labels even where they do not matter: inside `shard_map` a cotangent must vary as the layer does.
     if channel == "sum":
         return jnp.ones_like(labels, jnp.float32)[:, None] * jnp.ones((1, channels))
     if channel == "label":
-        if channels != classes:
+        check_logits("field", logits)
+        if channels != logits.shape[-1]:
             raise UserError(
-                f"field: layer '{layer}' has {channels} channels, not one for each of {classes} classes; "
+                f"field: layer '{layer}' has {channels} channels, not one for each of {logits.shape[-1]} classes; "
                 "give channel='sum' or an index"
             )
         return jax.nn.one_hot(labels, channels, dtype=jnp.float32)

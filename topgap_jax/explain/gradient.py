@@ -6,6 +6,7 @@ import numpy as np
 
 from topgap_jax.baselines import Baseline, baseline_images, check_baseline
 from topgap_jax.build import check_number, table
+from topgap_jax.edges import check_images
 from topgap_jax.errors import UserError
 from topgap_jax.explain.pixels import input_gradient, pixel_explanation
 from topgap_jax.keys import fold_in, split
@@ -106,6 +107,8 @@ def expected_gradients(references: Array, *, samples: int = 64, score: Score = l
             "expected_gradients: references must be an array (n, h, w, c) of images in [0, 1], got "
             + (f"shape {references.shape}" if hasattr(references, "shape") else repr(references))
         )
+
+    check_images("expected_gradients: references", references)
 
     def pixels(keys, predict, images, labels):
         if references.shape[1:] != images.shape[1:]:

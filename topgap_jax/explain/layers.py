@@ -45,6 +45,9 @@ def zoom_cam(*layers: str | Tokens, score: Score = logit) -> Explain:
         for _ in full:
             nested, value = nested
             zeros.insert(0, jnp.zeros(value.shape, value.dtype))
+        for layer, value in zip(layers, zeros):
+            if value.ndim != 4:
+                raise UserError(f"zoom_cam: layer '{layer}' has shape {value.shape}; features (b, h, w, c) are needed")
         gradients, values = jax.grad(with_changes, has_aux=True)(tuple(zeros))
         products = [(g.astype(jnp.float32) * value.astype(jnp.float32)).sum(-1) for g, value in zip(gradients, values)]
         return functools.reduce(jnp.maximum, same_size([_unit(jax.nn.relu(product)) for product in products]))

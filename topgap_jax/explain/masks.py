@@ -95,7 +95,7 @@ def mfpp(
         ids = jnp.stack([jnp.broadcast_to(level, (b, *level.shape[1:])) for level in ids])
 
         def one(index):
-            shown = jax.vmap(lambda key: jax.random.bernoulli(key, p, (most,)))(fold_in(keys, index))
+            shown = jax.vmap(lambda key: jax.random.bernoulli(key, float(p), (most,)))(fold_in(keys, index))
             mask = paint(shown, ids[index % len(levels)])
             values = score(predict(mixed(mask, images, other)), labels)
             return jnp.where(mask, values[:, None, None], 0), mask

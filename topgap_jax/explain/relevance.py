@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from topgap_jax.build import table
+from topgap_jax.errors import UserError
 from topgap_jax.explain.pixels import pixel_explanation
 from topgap_jax.rewrite import feature_layer, read, tap, with_rules
 from topgap_jax.rewrite.normalisation import normalisation
@@ -28,7 +29,11 @@ def lrp(composite: Rules | Callable[..., Rules] = epsilon_plus, *, score: Score 
     is called with what black and white images are behind the normalisation. What is conserved: sum R = score for rules
     without eps, but for what biases take; z+, alpha-beta, gamma, box and flat give a layer's bias its part.
     """
-    rules = composite(0.0, 1.0) if callable(composite) else composite
+    try:
+        rules = composite(0.0, 1.0) if callable(composite) else composite
+    except TypeError:
+        name = getattr(composite, "__name__", repr(composite))
+        raise UserError(f"lrp: '{name}' is no function of (low, high); give the rules it makes: {name}()") from None
     checked(rules)
 
     def pixels(keys, predict, images, labels):
@@ -57,6 +62,10 @@ def excitation_backprop(layer: str | None = None, *, contrastive: bool = False) 
     def maps(keys, predict, images, labels):
         full = feature_layer(predict, layer, images)
         _, features = read(predict, full)(images)
+        if features.ndim != 4:
+            raise UserError(
+                f"excitation_backprop: layer '{layer}' has shape {features.shape}; features (b, h, w, c) are needed"
+            )
 
         def probabilities(rules, sign):
             above = with_rules(lambda z: tap(predict, full, lambda _: z)(images), **rules)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from topgap_jax.baselines import Baseline, baseline_images, check_baseline
 from topgap_jax.build import check_number, table
+from topgap_jax.errors import UserError
 from topgap_jax.explain.masking import Segments, check_chunk, checked_segments, mixed, paint, segment_ids, sum_of
 from topgap_jax.keys import fold_in
 from topgap_jax.scores import probability
@@ -40,6 +41,11 @@ def lime(
     if not of_segments:
         check_baseline("lime: baseline", baseline)
     segments, count = checked_segments("lime", segments)
+    if penalty == 0 and samples <= count:
+        raise UserError(
+            f"lime: {samples} samples do not determine the coefficients of {count} segments without a penalty; give"
+            " more samples, or a penalty"
+        )
 
     def maps(keys, predict, images, labels):
         ids = segment_ids("lime", segments, images)

@@ -117,6 +117,11 @@ def region_boxes(regions: np.ndarray) -> np.ndarray:
     return np.stack([top, left, bottom, right], 1)
 
 
+def has_area(boxes: np.ndarray) -> np.ndarray:
+    """Which boxes (n, 4) are of an object, bool (n,): none is (0, 0, 0, 0)."""
+    return (boxes[:, 2:] > boxes[:, :2]).all(1)
+
+
 def centred_boxes(sides: tuple[float, float], n: int) -> np.ndarray:
     """n centred boxes (n, 4) in [0, 1] with the given share of the image's (height, width)."""
     height, width = sides

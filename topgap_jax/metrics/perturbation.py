@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from topgap_jax.build import check_number, table
 from topgap_jax.grids import resized
+from topgap_jax.keys import required
 from topgap_jax.metrics.substrates import Substrate, checked, substrate_images
 from topgap_jax.rewrite.speed import map_over
 from topgap_jax.scores import probability
@@ -54,7 +55,7 @@ def pixel_ranks(keys: Keys, maps: Array, size: tuple[int, int]) -> Array:
         order = jnp.lexsort((jax.random.permutation(key, values.size), -values))
         return jnp.zeros(values.size, jnp.int32).at[order].set(jnp.arange(values.size, dtype=jnp.int32))
 
-    return jax.vmap(one)(keys, full.reshape(len(full), -1)).reshape(full.shape)
+    return jax.vmap(one)(required(keys), full.reshape(len(full), -1)).reshape(full.shape)
 
 
 def _changed(name, steps, substrate, better, change) -> Metric:

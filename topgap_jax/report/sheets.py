@@ -1,5 +1,6 @@
 """Contact sheets: what the network saw, what it said and where it looked, as PNG files."""
 
+import contextlib
 import io
 import os
 import re
@@ -29,10 +30,11 @@ from topgap_jax.report.overlays import (
     overlay,
 )
 
-OTHER_FORMATS = (".jpg", ".jpeg", ".pdf", ".svg", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".html")
 GAP, MARGIN, LINE = 6, 14, 17
 PAPER = "#ffffff"
 RIGHT, WRONG = "#0b7a3e", "#c3221f"
+OTHER_FORMATS = (".jpg", ".jpeg", ".pdf", ".svg", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".html", ".npz")
+"""Endings of a name that means a file, and no folder, of another kind than a sheet is."""
 
 
 def sheet(
@@ -113,22 +115,33 @@ def draw(out: Path, explained, pages, overlays: str | os.PathLike | None = None)
     several = explained.count > explained.rows
 
     def drawn():
+        # First, so that a folder that cannot be made ends the work before it begins.
+        for each in [folder, *([Path(overlays)] if overlays is not None else [])]:
+            with writing_in(each):
+                each.mkdir(parents=True, exist_ok=True)
         for number, page in enumerate(pages, start=1):
             path = free(folder / f"{stem}{f'_{number:03d}' * several}.png")
             notes = [f"{share:.2f}" for share in page.probability]
             for i, wanted in enumerate(page.target):
                 if wanted != page.predicted[i]:
                     notes[i] += f", {explained.classes[wanted]} {page.target_probability[i]:.2f}"
-            try:
+            with writing_in(folder):
                 sheet(path, page.images, names=page.names, maps=page.maps, boxes=page.boxes, regions=page.regions,
                       signed=explained.signed, notes=notes, title=explained.heading)  # fmt: skip
                 if overlays is not None:
                     _overlays(Path(overlays), explained, page)
-            except OSError as error:
-                raise UserError(f"cannot write in '{error.filename or folder}': {error.strerror}") from None
             yield path, page
 
     return drawn()
+
+
+@contextlib.contextmanager
+def writing_in(folder: Path):
+    """What the system says of a folder or a file in it, as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write in '{error.filename or folder}': {error.strerror}") from None
 
 
 def _overlays(folder: Path, explained, page) -> None:

@@ -21,6 +21,7 @@ from topgap_jax.rewrite.body import SAME
 from topgap_jax.rewrite.interpreter import depending, inline, needed, users
 
 NAME = "topgap_jax.rewrite.name"
+NNX = " (the layers of an NNX module have names in models.nnx(module))"
 
 
 class Features(NamedTuple):
@@ -60,7 +61,8 @@ def last_features(closed: ClosedJaxpr, arrays: Sequence[Any]) -> str:
         )
     if last is None:
         where = "before the class maps" if every else "in this function"
-        raise UserError(f"no named (b, h, w, c) value {where}: name one with {NAME}(value, 'features')")
+        more = "" if every else NNX
+        raise UserError(f"no named (b, h, w, c) value {where}: name one with {NAME}(value, 'features'){more}")
     label = _label(jaxpr, last, live)
     if is_channel(last.axes[1]):
         raise _channels_first(f"the last named value before the pooling, '{label}' {last.value.aval.shape},")

@@ -19,7 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.extend.core.primitives import name_p
 
 from topgap_jax.errors import UserError
-from topgap_jax.rewrite.default import check_axes, last_features
+from topgap_jax.rewrite.default import NNX, check_axes, last_features
 from topgap_jax.rewrite.interpreter import enters, evaluate, rebuild, subjaxprs, trace
 from topgap_jax.rewrite.tokens import Tokens
 from topgap_jax.types import Array
@@ -109,8 +109,10 @@ def feature_layer_of(closed: ClosedJaxpr, arrays: Sequence[Any], layer: str | To
 def resolve(layer: str, found: list[Layer]) -> str:
     """The full name that `layer` stands for."""
     names = [x.name for x in found]
+    if not isinstance(layer, str):
+        raise UserError(f"a layer is named by a text such as 'stage3', got {layer!r}")
     matches = [layer] if layer in names else [n for n in names if n.endswith("/" + layer)]
-    listed = f"layers: {', '.join(names)}" if names else "the function has no named values"
+    listed = f"layers: {', '.join(names)}" if names else f"the function has no named values{NNX}"
     if not matches:
         raise UserError(f"no layer '{layer}'; {listed}")
     if len(matches) > 1:

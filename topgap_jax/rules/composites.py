@@ -73,6 +73,14 @@ def winner_of_mean(operation: Callable, gradient: Array, a: Array) -> Array:
     return positive + others
 
 
+def loser_of_mean(operation: Callable, gradient: Array, a: Array) -> Array:
+    """`winner_of_mean`; a probability below 0, that of the label in the dual pass, is shared out as the dual class's
+    maps would share it, whose weights are turned: as inputs below 0 are."""
+    dual = operation(a) * gradient < 0
+    of_label = winner_of_mean(operation, jnp.where(dual, 0, gradient), a)
+    return of_label + winner_of_mean(operation, jnp.where(dual, gradient, 0), -a)
+
+
 def _winners(operation: Callable, probability: Array, *inputs: Array) -> tuple[Array, ...]:
     total, back = jax.vjp(operation, *(jnp.maximum(a, 0) for a in inputs))
     share = jnp.where(total > 0, probability / jnp.where(total > 0, total, 1), 0)
@@ -87,7 +95,11 @@ excitation: Rules = signals | {
 }
 """Excitation backprop (Zhang et al. 2016, arXiv 1608.00507): probabilities that go on where inputs and weights are
 positive."""
-contrast: Rules = excitation | {name: Rule(backward=loser) for name in ("conv_layer", "dense_layer")}
+contrast: Rules = excitation | {
+    "conv_layer": Rule(backward=loser),
+    "dense_layer": Rule(backward=loser),
+    "mean": Rule(backward=loser_of_mean),
+}
 """The dual pass of contrastive excitation backprop, which starts with -1: only the last layer's weights are turned."""
 
 VALUES = {

@@ -230,6 +230,10 @@ def saved(path: str | Path, explained: Explained) -> Iterator[Page]:
         raise UserError(f"--save {path}: maps are kept in an .npz file; name one, such as {path.stem}.npz")
     if path.exists():
         raise UserError(f"--save {path}: the file is there already; name another one, or move it away")
+    return _saved(path, explained)
+
+
+def _saved(path: Path, explained: Explained) -> Iterator[Page]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}") as folder:
