@@ -24,7 +24,7 @@ from tests.laws import (
     network,
     parameters,
 )
-from topgap_jax import attacks, balls, scores
+from topgap_jax import attacks, balls, evaluators, scores
 from topgap_jax.attacks.state import BROKEN, NEVER, RUNNING, State
 from topgap_jax.errors import UserError
 from topgap_jax.types import Cost
@@ -445,7 +445,7 @@ def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
     "call, text",
     [
         (lambda: make("pgd(linf(.1), steps=0)"), "pgd: steps must be a whole number of at least 1, got 0"),
-        (lambda: make("pgd(linf(.1), step_size=-1)"), "pgd: step_size must be a number of at least 0, got -1"),
+        (lambda: make("pgd(linf(.1), step_size=-1)"), "pgd: step_size must be a number in [0, 1e+06], got -1"),
         (lambda: make("pgd(linf(.1), start='x')"), "pgd: start must be 'random' or None (the clean image), got 'x'"),
         (
             lambda: make("restarts(apgd_t(linf(.1)), 5)"),
@@ -454,6 +454,28 @@ def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
         (
             lambda: attacks.restarts(attacks.worst_of(), 5),
             "give one attack such as pgd(linf(8/255)), got ()",
+        ),
+        (
+            lambda: attacks.restarts(attacks.worst_of(make("fgsm(l2(1))"), make("fgsm(linf(.1))")), 5),
+            "give one attack such as pgd(linf(8/255)), got 2 of them: fgsm, l2(1); fgsm, linf(0.1)",
+        ),
+        *(
+            (lambda method=method: method(0.5), "give a ball such as linf(8/255), got 0.5")
+            for method in (
+                *(attacks.fgsm, attacks.r_fgsm, attacks.pgd, attacks.mim, attacks.apgd, attacks.apgd_t, attacks.fab),
+                *(attacks.fab_t, attacks.square, attacks.fmn, attacks.noise, attacks.autoattack, evaluators.audit),
+            )
+        ),
+        *(
+            (
+                lambda method=method: method(balls.linf(0.1), score="margin"),
+                "score must be a function such as scores.margin, got 'margin'",
+            )
+            for method in (attacks.fgsm, attacks.r_fgsm, attacks.pgd, attacks.mim, attacks.apgd)
+        ),
+        (
+            lambda: attacks.pgd(balls.linf(0.1), targets=3),
+            "targets=3 are for a score that aims at them, such as targeted_margin; cross_entropy does not",
         ),
         (
             lambda: make("autoattack(linf(.1), version='fast')"),

@@ -89,6 +89,56 @@ def test_what_is_right_passes():
     jax.jit(lambda images: edges.check_images("here", images))(255 * IMAGES)  # inside jit code trusts its types
 
 
+ONE_STEP = attacks.pgd(balls.linf(0.1), steps=1)
+FLOAT = "attack: predict(images) must return float logits (4, k), one row for each image, got "
+PREDICTS = {
+    "no function": ("resnet", "attack: predict must be a function images (b, h, w, c) -> logits (b, k), got a str"),
+    "NumPy": (
+        lambda images: np.asarray(images).mean((1, 2)),
+        "attack: predict(images) must be a function of JAX arrays that can be traced, it raised TracerArrayConversion",
+    ),
+    "one number": (lambda images: images.mean((1, 2, 3)), FLOAT + "an array of shape (4,) and type float32"),
+    "classes": (
+        lambda images: predict(images).argmax(-1, keepdims=True),
+        FLOAT + "an array of shape (4, 1) and type int32",
+    ),
+    "two results": (lambda images: (predict(images), 1), FLOAT + "a tuple"),
+    "another batch": (lambda images: predict(images)[:2], FLOAT + "an array of shape (2, 4) and type float32"),
+}
+
+
+@pytest.mark.parametrize("name", PREDICTS)
+def test_functions_that_are_no_network(name):
+    function, text = PREDICTS[name]
+    assert error(attack, ONE_STEP, KEYS, function, IMAGES, LABELS).startswith(text)
+
+
+def test_a_network_without_keys_is_not_sampled():
+    sampled = attacks.pgd(balls.linf(0.1), steps=1, samples=2)
+    assert error(attack, sampled, KEYS, predict, IMAGES, LABELS).startswith(
+        "attack: predict(images, keys) must be a function of JAX arrays that can be traced, it raised TypeError: "
+    )
+
+
+@pytest.mark.parametrize("eps", [-0.1, float("nan"), 1e20, "8/255", jnp.ones(3), jnp.ones((B, 1)), None])
+def test_a_radius_of_the_call(eps):
+    def run(images):
+        return attack(attacks.pgd(balls.l2(0.1), steps=1), KEYS, predict, images, LABELS, eps=eps)
+
+    if eps is None:
+        assert jax.eval_shape(run, IMAGES).eps.shape == (B,)
+        return
+    assert error(run, IMAGES).startswith(
+        "attack: eps must be a number in [0, 1e+06], or one for each of the 4 images, got "
+    )
+
+
+def test_images_are_attacked_in_float32():
+    run = lambda images: attack(attacks.pgd(balls.linf(0.1), steps=2), KEYS, predict, images, LABELS)
+    for kind in (jnp.bfloat16, jnp.float16):
+        assert jax.eval_shape(run, jnp.asarray(IMAGES, kind)).best.dtype == jnp.float32
+
+
 BYTES = (IMAGES * 255).astype(np.uint8)
 SPLITS = {
     "pixels in [0, 1]": (IMAGES, LABELS, "image must be a uint8 array (n, h, w, c), got ", "(255 * image).round()"),
@@ -122,6 +172,8 @@ def test_metrics_refuse():
 def test_a_radius_that_cannot_be_squared():
     """Its steps would be infinite, their projection 0: an attack that never moves and says robust."""
     assert error(balls.l2, 1e20) == "eps must be a number in [0, 1e+06], got 1e+20"
+    too_far = "step_size must be a number in [0, 1e+06], got 1e+20"
+    assert error(lambda: attacks.pgd(balls.l2(1), step_size=1e20)) == too_far
     state = attack(
         attacks.pgd(balls.l2(1e6), steps=2), KEYS, predict, IMAGES, predict(IMAGES).argmax(-1).astype(jnp.int32)
     )

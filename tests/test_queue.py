@@ -296,6 +296,15 @@ def counted(data, attacks, **options):
         return run(data, attacks, **options), dispatches
 
 
+def test_weights_that_are_committed_to_a_device_compile_nothing_twice():
+    """As those of a checkpoint are; the state of the first step, which depends on no weight, would not be."""
+    attack = pgd(linf(EPS), score=scores.margin, steps=4, step_size=EPS / 4)
+    run(split_of(), robust(attack), variables=jax.device_put(VARIABLES, jax.devices()[0]))
+    parts = queue.functions(attack, MODEL, None)
+    for jitted in (parts.start, parts.steps, parts.fill, parts.retire):
+        assert jitted._cache_size() == 1
+
+
 def test_where_all_stand_nothing_is_wasted():
     """Full batches: every slot takes every step, in dispatches of 1, 2, 4, 8 and what is left."""
     stands = endless(pgd(linf(1e-6), steps=20, start=None))

@@ -8,6 +8,7 @@ import ast
 import difflib
 import inspect
 import math
+import numbers
 import operator
 import types
 import typing
@@ -264,7 +265,7 @@ def _at(where: str) -> str:
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, whole: bool = False) -> None:
     """Raise a UserError unless `value` is a finite number (a whole one) within [low, high]."""
-    kind = int if whole else (int, float)
+    kind = numbers.Integral if whole else numbers.Real  # also NumPy's
     if (
         isinstance(value, bool)
         or not isinstance(value, kind)

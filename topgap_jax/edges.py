@@ -18,8 +18,7 @@ def check_examples(where: str, keys: Any, predict: Callable, images: Any, labels
     """Raise a UserError unless images are float (b, h, w, c) in [0, 1], labels classes (b,) of `predict`, keys one an
     example.
 
-    keys may be None, for what draws nothing. The number of classes is that of the logits, which are traced for it and
-    not computed.
+    keys may be None, for what draws nothing. The number of classes is that of the logits (`check_logits`).
     """
     if not all(map(_is_concrete, (keys, images, labels))):
         return
@@ -39,9 +38,35 @@ def check_examples(where: str, keys: Any, predict: Callable, images: Any, labels
         advice = f"jax.random.split(jax.random.key(0), {b}) gives them"
         raise UserError(f"{where}: keys must be {b} typed keys, one for each image, got {_what(keys)}; {advice}")
     low, high = int(np.asarray(labels).min()), int(np.asarray(labels).max())
-    classes = jax.eval_shape(predict, images).shape[-1]
+    classes = check_logits(where, predict, images)
     if low < 0 or high >= classes:
         raise UserError(f"{where}: label {low if low < 0 else high} is no class of a network with {classes} logits")
+
+
+def check_logits(where: str, predict: Any, images: Any, *keys: Any) -> int:
+    """The number of classes k of `predict`, which is traced for it and not computed.
+
+    UserError unless JAX can trace predict(images, *keys), with float logits (b, k) as its result.
+    """
+    called = "predict(images, keys)" if keys else "predict(images)"
+    if not callable(predict):
+        what = _what(predict)
+        raise UserError(f"{where}: predict must be a function images (b, h, w, c) -> logits (b, k), got {what}")
+    try:
+        logits = jax.eval_shape(predict, images, *keys)
+    except UserError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:100] or "nothing more"
+        raise UserError(
+            f"{where}: {called} must be a function of JAX arrays that can be traced, it raised {type(error).__name__}: "
+            f"{said}"
+        ) from error
+    b, found = images.shape[0], getattr(logits, "shape", None)
+    if found is None or len(found) != 2 or found[0] != b or not jnp.issubdtype(logits.dtype, jnp.floating):
+        what = f"an array of shape {found} and type {logits.dtype}" if found is not None else _what(logits)
+        raise UserError(f"{where}: {called} must return float logits ({b}, k), one row for each image, got {what}")
+    return found[1]
 
 
 def check_images(where: str, images: Any) -> None:
@@ -62,6 +87,21 @@ def check_images(where: str, images: Any) -> None:
         raise UserError(
             f"{where}: images must be float in [0, 1], these are {images.dtype} from {low:.4g} to {high:.4g}; {advice};"
             " normalisation belongs inside the model"
+        )
+
+
+def check_radii(where: str, eps: Any, b: int, largest: float) -> None:
+    """Raise a UserError unless `eps`, where it is not traced, is a number in [0, largest], or b of them."""
+    if not _is_concrete(eps):
+        return
+    try:
+        values = np.asarray(eps, np.float64)
+    except (TypeError, ValueError):
+        values = np.asarray(np.nan)
+    if values.shape not in ((), (b,)) or not ((values >= 0) & (values <= largest)).all():
+        said = " ".join(repr(eps).split())[:80]
+        raise UserError(
+            f"{where}: eps must be a number in [0, {largest:g}], or one for each of the {b} images, got {said}"
         )
 
 

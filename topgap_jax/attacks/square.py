@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.state import book, move, run_keys, step_keys, where
+from topgap_jax.attacks.state import book, check_ball, move, run_keys, step_keys, where
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.keys import fold_in
@@ -40,6 +40,7 @@ def square(ball: Ball, *, queries: int = 5000, p_init: float = 0.8) -> Attack:
     last row and column stay as they were at the start, as in the authors' code. Draws are each example's own. In l2 and
     l1 images have at least 5 x 5 pixels.
     """
+    check_ball(ball)
     check_number("queries", queries, 1, whole=True)
     check_number("p_init", p_init, 0, 1)
     start, candidate = (_stripes, _recoloured) if ball.p == math.inf else (_tiles, _moved)
