@@ -437,6 +437,9 @@ def test_transfer_follows_the_source_and_asks_the_target():
     assert not np.asarray(small.delta).any() and (np.asarray(small.status) == RUNNING).all()
 
 
+NO_GRADIENT = "score=kl has no gradient at the clean image: give pgd(ball, score=kl), which starts at random"
+
+
 def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
     return attacks.attack(make(attack), keys, PREDICT, images, labels)
 
@@ -472,6 +475,15 @@ def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
                 "score must be a function such as scores.margin, got 'margin'",
             )
             for method in (attacks.fgsm, attacks.r_fgsm, attacks.pgd, attacks.mim, attacks.apgd)
+        ),
+        (
+            lambda: make("apgd(linf(.1), score=logit)"),
+            "apgd: score=logit is high where the label is predicted, and an attack raises its score; give one such as"
+            " cross_entropy, margin or dlr",
+        ),
+        *(
+            (lambda row=row: make(row), f"{row.partition('(')[0]}: {NO_GRADIENT}")
+            for row in ("fgsm(linf(.1), score=kl)", "mim(l2(.1), score=kl)", "pgd(l1(1), score=kl, start=None)")
         ),
         (
             lambda: attacks.pgd(balls.linf(0.1), targets=3),

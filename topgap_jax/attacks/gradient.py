@@ -62,7 +62,7 @@ def pgd(
     iterate would go round for ever, and is FINISHED (arXiv 2503.19347): the same verdict, earlier.
     """
     check_number("steps", steps, 1, whole=True)
-    check_score(score, targets)
+    check_score(score, targets, moved=start is not None)
     if step_size is not None:
         check_step(step_size)
         if optimizer is not None:
@@ -117,7 +117,7 @@ def finish_cycles(state: State) -> State:
 def fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
     """One full step from the clean image: x + eps * ascent(gradient) (Goodfellow et al. 2015, arXiv 1412.6572)."""
     begin = starting(ball, None)
-    check_score(score)
+    check_score(score, moved=False)
 
     def init(keys, predict, images, labels, logits, *, run=None, eps=None):
         return begin(keys, images, labels, logits, run, eps)
@@ -170,7 +170,7 @@ def mim(
     """
     check_number("steps", steps, 1, whole=True)
     check_number("decay", decay, 0)
-    check_score(score)
+    check_score(score, moved=False)
     runs_of(0, 1, samples)
     begin = starting(ball, None)
 

@@ -15,7 +15,7 @@ from topgap_jax.edges import check_examples, check_logits, check_radii
 from topgap_jax.errors import UserError
 from topgap_jax.keys import fold_in, split
 from topgap_jax.rewrite import fused, speed
-from topgap_jax.scores import TARGETED, VALUES, class_of_rank, cross_entropy
+from topgap_jax.scores import EXPLAINED, TARGETED, VALUES, class_of_rank, cross_entropy, kl
 from topgap_jax.types import Array, Attack, Ball, Keys, Predict, Score
 
 RUNNING, BROKEN, FINISHED = 0, 1, 2
@@ -203,10 +203,20 @@ def check_step(step_size: Any) -> None:
     check_number("step_size", step_size, 0, LARGEST)
 
 
-def check_score(score: Any, targets: int = 0) -> None:
-    """Raise a UserError for a score that is no function, and for one of ours that would ignore the targets."""
+def check_score(score: Any, targets: int = 0, *, moved: bool = True) -> None:
+    """Raise a UserError for a score that is no function, and for one of ours with which the attack would find nothing.
+
+    moved: False where the search begins at the clean image.
+    """
     if not callable(score):
         raise UserError(f"score must be a function such as scores.margin, got {score!r}")
+    if score in EXPLAINED:
+        raise UserError(
+            f"score={score.__name__} is high where the label is predicted, and an attack raises its score; give one "
+            "such as cross_entropy, margin or dlr"
+        )
+    if score is kl and not moved:
+        raise UserError("score=kl has no gradient at the clean image: give pgd(ball, score=kl), which starts at random")
     if targets and score in VALUES.values() and score not in TARGETED:
         raise UserError(
             f"targets={targets} are for a score that aims at them, such as targeted_margin; {score.__name__} does not"

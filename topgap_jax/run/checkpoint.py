@@ -8,7 +8,7 @@ read; of a damaged one the next older one of its kind takes the place, and a lin
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,12 +63,11 @@ def save(manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], me
         return
     _check_room(manager.directory, step, trees)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    # What Orbax's threads raise is raised again here; its logger tells it too, in pages.
-    logger, raised = logging.getLogger("absl"), lambda record: not record.exc_info
-    logger.addFilter(raised)
     try:
-        manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta))), force=True)
-        manager.wait_until_finished()
+        # What Orbax's threads raise is raised again here; its logger tells it too, in pages.
+        with _unlogged(lambda record: record.exc_info):
+            manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta))), force=True)
+            manager.wait_until_finished()
         if is_writer():
             manifest.write(Path(manager.directory) / str(step))
     except Exception as error:  # Orbax and TensorStore raise of every kind, of many lines
@@ -77,8 +76,6 @@ def save(manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], me
             f"the checkpoint of step {step} cannot be written in {manager.directory}: {reason}; mend that, then give "
             "the same command again: it goes on from the checkpoint before"
         ) from error
-    finally:
-        logger.removeFilter(raised)
 
 
 def set_aside(workdir: Path) -> bool:
@@ -160,12 +157,24 @@ def tree(folder: Path) -> Any:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.PyTreeCheckpointer() as reader:
         try:
-            saved = reader.metadata(folder.absolute()).item_metadata.tree
+            with _unlogged(lambda record: "_CHECKPOINT_METADATA" in record.getMessage()):  # a step's, not a tree's
+                saved = reader.metadata(folder.absolute()).item_metadata.tree
             whole = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=here, global_shape=leaf.shape), saved)
             return reader.restore(folder.absolute(), restore_args=whole)
         except Exception as error:  # as in restore
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"'{folder}' is no folder that Orbax wrote a tree of arrays in: {reason}") from error
+
+
+@contextmanager
+def _unlogged(records: Callable[[logging.LogRecord], Any]) -> Iterator[None]:
+    """Leave out what Orbax's logger says where `records` is true of it."""
+    logger, keep = logging.getLogger("absl"), lambda record: not records(record)
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def _check_room(folder: Path, step: int, trees: Mapping[str, Any]) -> None:
