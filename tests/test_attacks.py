@@ -460,7 +460,7 @@ def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
         ),
         (
             lambda: attacks.restarts(attacks.worst_of(make("fgsm(l2(1))"), make("fgsm(linf(.1))")), 5),
-            "give one attack such as pgd(linf(8/255)), got 2 of them: fgsm, l2(1); fgsm, linf(0.1)",
+            "give one attack such as pgd(linf(8/255)), got (Attack(fgsm, l2(1)), Attack(fgsm, linf(0.1)))",
         ),
         *(
             (lambda method=method: method(0.5), "give a ball such as linf(8/255), got 0.5")
@@ -496,6 +496,7 @@ def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
         (lambda: make("apgd_t(linf(.1), order='x')"), "apgd_t: order must be 'logits' or 'malt', got 'x'"),
         (lambda: make("noise(linf(.1), draws=0)"), "noise: draws must be a whole number of at least 1, got 0"),
         (lambda: attacks.as_runs(3), "expected attacks like pgd(linf(8/255)), got 3"),
+        (lambda: attacks.as_runs(balls.l2(1)), "expected attacks like pgd(linf(8/255)), got Ball(l2(1))"),
         (
             lambda: attacks.attack((), KEYS, PREDICT, IMAGES, LABELS),
             "attack: give one attack such as pgd(linf(8/255)), got ()",

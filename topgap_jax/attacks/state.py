@@ -227,9 +227,7 @@ def single(attack: Any, where: str = "") -> Attack:
     """The attack, if it is one; else a UserError that begins with `where`."""
     if isinstance(attack, Attack):
         return attack
-    several = isinstance(attack, tuple | list) and attack and all(isinstance(one, Attack) for one in attack)
-    what = f"{len(attack)} of them: {'; '.join(one.name for one in attack)}" if several else repr(attack)
-    raise UserError(f"{where}give one attack such as pgd(linf(8/255)), got {what}")
+    raise UserError(f"{where}give one attack such as pgd(linf(8/255)), got {attack!r}")
 
 
 def named(method: str, steps: int, score: Score) -> str:
@@ -297,6 +295,6 @@ def as_runs(runs: Any) -> tuple[Attack, ...]:
     """An attack, or a tuple of attacks and tuples, as one flat tuple."""
     if isinstance(runs, Attack):
         return (runs,)
-    if not isinstance(runs, tuple | list):
+    if not isinstance(runs, tuple | list) or hasattr(runs, "_fields"):  # a ball is a tuple too
         raise UserError(f"expected attacks like pgd(linf(8/255)), got {runs!r}")
     return tuple(attack for item in runs for attack in as_runs(item))
