@@ -261,7 +261,9 @@ def _robust(robustness: Robustness, examples: Examples, after: Sequence[float]) 
 
 def _curve(robustness: Robustness, examples: Examples, after: Sequence[float]) -> dict[str, Measure | Curve]:
     radii = [np.float32(eps) for eps in robustness.eps]
-    about = lambda eps: Measure(better="higher", label=f"accuracy at {radius_text(eps)}")
+    norm = next((attack.norm for attack in robustness.runs if attack.norm), "")
+    ball = lambda eps: f"{norm}({radius_text(eps)})" if norm else radius_text(eps)
+    about = lambda eps: Measure(better="higher", label=f"accuracy at {ball(eps)}")
     measures = {
         f"accuracy_at_{i}": share(examples.radius > radius, about(eps))
         for i, (eps, radius) in enumerate(zip(robustness.eps, radii), 1)
@@ -271,9 +273,10 @@ def _curve(robustness: Robustness, examples: Examples, after: Sequence[float]) -
     details = {"clean_accuracy": clean}
     for i, (eps, smaller) in enumerate(zip(robustness.eps[1:], radii), 2):
         carried = int((attacked & (examples.radius <= smaller)).sum())
-        label = f"images at {radius_text(eps)} that broke at a smaller radius already"
+        label = f"images at {ball(eps)} that broke at a smaller radius already"
         details[f"carried_to_{i}"] = Measure(carried, n=len(attacked), label=label, main=False)
-    over = Curve([0.0, *robustness.eps], [clean.value, *accuracies], ("epsilon", "accuracy"), "accuracy over epsilon")
+    axes = (f"epsilon, {norm}" if norm else "epsilon", "accuracy")
+    over = Curve([0.0, *robustness.eps], [clean.value, *accuracies], axes, "accuracy over epsilon")
     return measures | details | {"over_eps": over}
 
 
