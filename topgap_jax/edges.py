@@ -53,7 +53,7 @@ def check_logits(where: str, predict: Any, images: Any, *keys: Any) -> int:
         what = _what(predict)
         raise UserError(f"{where}: predict must be a function images (b, h, w, c) -> logits (b, k), got {what}")
     try:
-        logits = jax.eval_shape(predict, images, *keys)
+        logits = jax.eval_shape(lambda *given: predict(*given), images, *keys)  # traced anew: a module has modes
     except UserError:
         raise
     except Exception as error:

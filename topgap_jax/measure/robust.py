@@ -20,7 +20,7 @@ from topgap_jax.measure import adversarial, queue
 from topgap_jax.measure.costs import cost_of
 from topgap_jax.measure.log import Log
 from topgap_jax.measure.rows import by_batches
-from topgap_jax.measure.splits import Split
+from topgap_jax.measure.splits import Split, check_model
 from topgap_jax.measure.verdicts import seen
 from topgap_jax.mesh import replicated
 from topgap_jax.metrics.summaries import share
@@ -137,9 +137,16 @@ def attack_split(
     at every larger one, and is not attacked there again. What a `log` holds is not attacked again. keep: the images of
     "all" examples, or of a "few" that are right when clean; None: of none.
     """
+    check_model(model)
+    if not isinstance(robustness, Robustness):
+        raise UserError(f"attack_split: give robust(pgd(linf(8/255))) or a curve, got {robustness!r}")
     log = log or Log(None, {})
     logits, labels, images, seconds = _clean(model, variables, data, mesh, log, f"{text}: clean", progress)
     n, cost = len(labels), Cost(1, 0)
+    no_class = np.flatnonzero((labels < 0) | (labels >= logits.shape[1]))
+    if len(no_class):
+        which = f"label {labels[no_class[0]]} of image {no_class[0]}"
+        raise UserError(f"{text}: {which} is no class of a network with {logits.shape[1]} logits")
     clean = seen(logits, labels)
     none = lambda: np.full(n, NONE, np.int32)
     radius = np.where(clean.wrong, 0, np.inf).astype(np.float32)
