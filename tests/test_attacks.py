@@ -437,6 +437,16 @@ def test_transfer_follows_the_source_and_asks_the_target():
     assert not np.asarray(small.delta).any() and (np.asarray(small.status) == RUNNING).all()
 
 
+def test_a_network_in_float64_is_attacked_in_float32():
+    double = lambda images, keys=None: PREDICT(images).astype(jnp.float64)
+    own = lambda logits, labels, clean, target=None: -logits[:, 0]
+    ball = balls.l2(0.5)
+    with jax.enable_x64(True):
+        for attack in (attacks.pgd(ball, steps=2, score=own), *attacks.autoattack(ball), attacks.fmn(balls.l1(1))):
+            run = lambda images, attack=attack: attacks.attack(attack, KEYS, double, images, LABELS)
+            assert jax.eval_shape(run, np.asarray(IMAGES, np.float64)).best.dtype == jnp.float32
+
+
 NO_GRADIENT = "score=kl has no gradient at the clean image: give pgd(ball, score=kl), which starts at random"
 
 

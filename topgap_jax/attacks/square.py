@@ -127,7 +127,7 @@ def _moved(ball, keys, state, top, sides):
     bits, side = _bits(keys, 5 + c), _at(state.count, sides)
     window = _window(bits[:, :2], side, top.shape)
     first, second = _mask(*window, side), _mask(*_window(bits[:, 2:4], side, top.shape), side)
-    scales = [_at(state.count, values) for values in zip(*(_scales(side, p) for side in sides))]
+    scales = [_at(state.count, np.float32(values)) for values in zip(*(_scales(side, p) for side in sides))]
     added = _pattern_in(*window, _signs(bits[:, 4]) > 0, side, scales, max(sides), p)
     powers = jnp.abs(top) ** p
     total = powers.sum((1, 2, 3), keepdims=True)
@@ -172,7 +172,7 @@ def _pattern_in(rows, columns, turned, side, scales, largest, p):
     outer minimum of two vectors.
     """
     half = side[:, None] // 2
-    k = jnp.arange(largest // 2 + 1)
+    k = jnp.arange(largest // 2 + 1, dtype=jnp.float32)
     steps = jnp.where(k <= half[..., None], 1.0 / (k + 1.0) ** (4 // p), 0.0)
 
     def level(place, distance):

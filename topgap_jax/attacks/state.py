@@ -126,7 +126,7 @@ def score_and_gradient(
             return values.sum(), (values, logits)
 
         (_, (values, logits)), gradient = jax.value_and_grad(summed, has_aux=True)(state.images + state.delta)
-        return values, logits, gradient
+        return values.astype(jnp.float32), logits, gradient
 
     return once() if samples is None else _mean_over(once, state, samples)
 
