@@ -527,3 +527,12 @@ def test_images_are_saved(tmp_path):
         np.testing.assert_array_equal(stored["clean"], PIXELS[stored["id"]])
     assert row.measures["robust_accuracy"] == plain().measures["robust_accuracy"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adversarial", "evaluation.json", "new"]
+
+
+def test_images_are_kept_where_every_one_is_misclassified():
+    arrays = {"image": IMAGES, "label": (LOGITS.argmax(1) + 1) % CLASSES}
+    wrong = resident_split(arrays, classes=CLASSES, batch=WIDTH)
+    kept = run(wrong, keep="all").kept
+    np.testing.assert_array_equal(kept.images, PIXELS)
+    assert kept.few.shape == (0,) and kept.clean.shape == (0, *IMAGES.shape[1:])
+    assert run(wrong, keep="few").kept is None

@@ -148,7 +148,7 @@ def _store(attacked, robustness, file, workdir, **about):
         return
     if file is not None and jax.process_index() == 0:
         adversarial.save(file, kept.ids, kept.images, examples, attacks, **about)
-    if workdir is not None and jax.process_index() == 0:
+    if workdir is not None and len(kept.few) and jax.process_index() == 0:
         path = Path(workdir) / adversarial.FOLDER / f"{adversarial.slug(about['split'], about['evaluator'])}.npz"
         images = kept.images[np.searchsorted(kept.ids, kept.few)]
         adversarial.save(path, kept.few, images, examples, attacks, clean=kept.clean, **about)

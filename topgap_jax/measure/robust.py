@@ -203,9 +203,10 @@ def _divided(attack: Attack, mesh: Mesh | None) -> tuple[Attack, Variables | tup
 
 
 def _kept(keep, data, log, wrong, mesh):
-    """Where images are kept, the clean ones at first; None where none are."""
+    """Where images are kept, the clean ones at first; None where none are, or a few of those that are right when none
+    is."""
     right = np.flatnonzero(~wrong).astype(np.int32)
-    if keep is None or not len(right):
+    if keep is None or (keep == "few" and not len(right)):
         return None
 
     def clean(ids):
@@ -213,8 +214,9 @@ def _kept(keep, data, log, wrong, mesh):
             yield part, np.asarray(jax.device_get(whole(mesh)(batch["image"])))[: len(part)]
 
     few = right[np.linspace(0, len(right) - 1, min(adversarial.PICTURES, len(right))).round().astype(int)]
-    by_id = {int(index): image for part, images in clean(few) for index, image in zip(part, images)}
-    few_clean = np.stack([by_id[int(index)] for index in few])
+    some = few if len(few) else np.zeros(1, np.int32)  # for the shape of an image
+    by_id = {int(index): image for part, images in clean(some) for index, image in zip(part, images)}
+    few_clean = np.stack([by_id[int(index)] for index in some])[: len(few)]
     ids = np.arange(len(wrong), dtype=np.int32) if keep == "all" else few
     path = None if log.path is None else log.path.with_suffix(".npy")
     kept = adversarial.Kept(path, ids, few, few_clean, resumes=any("phase" in entry for entry in log.entries))
