@@ -423,7 +423,7 @@ def test_errors():
         ): "alignment: k=200 is more than the 108 entries of an image's gradient",
         lambda: make("art(mean=mean, std=std, k=0)"): "art: k must be a whole number of at least 1, got 0",
         lambda: make("art(mean=mean, std=std, fraction=2)"): "art: fraction must be a number in [1e-09, 1], got 2",
-        lambda: make("art(mean=mean, std=std, eps=-1)"): "art: eps must be a number of at least 0, got -1",
+        lambda: make("art(mean=mean, std=std, eps=-1)"): "art: eps must be a number in [0, 1e+06], got -1",
         lambda: make(
             "art(mean=mean, std=std, variant='abs')"
         ): "art: variant must be 'signed' or 'abs_mean', got 'abs'",

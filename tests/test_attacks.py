@@ -24,7 +24,7 @@ from tests.laws import (
     network,
     parameters,
 )
-from topgap_jax import attacks, balls, scores
+from topgap_jax import attacks, balls, evaluators, scores
 from topgap_jax.attacks.state import BROKEN, NEVER, RUNNING, State
 from topgap_jax.errors import UserError
 from topgap_jax.types import Cost
@@ -437,6 +437,19 @@ def test_transfer_follows_the_source_and_asks_the_target():
     assert not np.asarray(small.delta).any() and (np.asarray(small.status) == RUNNING).all()
 
 
+def test_a_network_in_float64_is_attacked_in_float32():
+    double = lambda images, keys=None: PREDICT(images).astype(jnp.float64)
+    own = lambda logits, labels, clean, target=None: -logits[:, 0]
+    ball = balls.l2(0.5)
+    with jax.enable_x64(True):
+        for attack in (attacks.pgd(ball, steps=2, score=own), *attacks.autoattack(ball), attacks.fmn(balls.l1(1))):
+            run = lambda images, attack=attack: attacks.attack(attack, KEYS, double, images, LABELS)
+            assert jax.eval_shape(run, np.asarray(IMAGES, np.float64)).best.dtype == jnp.float32
+
+
+NO_GRADIENT = "score=kl has no gradient at the clean image: give pgd(ball, score=kl), which starts at random"
+
+
 def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
     return attacks.attack(make(attack), keys, PREDICT, images, labels)
 
@@ -445,7 +458,7 @@ def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
     "call, text",
     [
         (lambda: make("pgd(linf(.1), steps=0)"), "pgd: steps must be a whole number of at least 1, got 0"),
-        (lambda: make("pgd(linf(.1), step_size=-1)"), "pgd: step_size must be a number of at least 0, got -1"),
+        (lambda: make("pgd(linf(.1), step_size=-1)"), "pgd: step_size must be a number in [0, 1e+06], got -1"),
         (lambda: make("pgd(linf(.1), start='x')"), "pgd: start must be 'random' or None (the clean image), got 'x'"),
         (
             lambda: make("restarts(apgd_t(linf(.1)), 5)"),
@@ -456,12 +469,44 @@ def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
             "give one attack such as pgd(linf(8/255)), got ()",
         ),
         (
+            lambda: attacks.restarts(attacks.worst_of(make("fgsm(l2(1))"), make("fgsm(linf(.1))")), 5),
+            "give one attack such as pgd(linf(8/255)), got (Attack(fgsm, l2(1)), Attack(fgsm, linf(0.1)))",
+        ),
+        *(
+            (lambda method=method: method(0.5), "give a ball such as linf(8/255), got 0.5")
+            for method in (
+                *(attacks.fgsm, attacks.r_fgsm, attacks.pgd, attacks.mim, attacks.apgd, attacks.apgd_t, attacks.fab),
+                *(attacks.fab_t, attacks.square, attacks.fmn, attacks.noise, attacks.autoattack, evaluators.audit),
+            )
+        ),
+        *(
+            (
+                lambda method=method: method(balls.linf(0.1), score="margin"),
+                "score must be a function such as scores.margin, got 'margin'",
+            )
+            for method in (attacks.fgsm, attacks.r_fgsm, attacks.pgd, attacks.mim, attacks.apgd)
+        ),
+        (
+            lambda: make("apgd(linf(.1), score=logit)"),
+            "apgd: score=logit is high where the label is predicted, and an attack raises its score; give one such as"
+            " cross_entropy, margin or dlr",
+        ),
+        *(
+            (lambda row=row: make(row), f"{row.partition('(')[0]}: {NO_GRADIENT}")
+            for row in ("fgsm(linf(.1), score=kl)", "mim(l2(.1), score=kl)", "pgd(l1(1), score=kl, start=None)")
+        ),
+        (
+            lambda: attacks.pgd(balls.linf(0.1), targets=3),
+            "targets=3 are for a score that aims at them, such as targeted_margin; cross_entropy does not",
+        ),
+        (
             lambda: make("autoattack(linf(.1), version='fast')"),
             "autoattack: version must be one of standard, plus, rand, got 'fast'",
         ),
         (lambda: make("apgd_t(linf(.1), order='x')"), "apgd_t: order must be 'logits' or 'malt', got 'x'"),
         (lambda: make("noise(linf(.1), draws=0)"), "noise: draws must be a whole number of at least 1, got 0"),
         (lambda: attacks.as_runs(3), "expected attacks like pgd(linf(8/255)), got 3"),
+        (lambda: attacks.as_runs(balls.l2(1)), "expected attacks like pgd(linf(8/255)), got Ball(l2(1))"),
         (
             lambda: attacks.attack((), KEYS, PREDICT, IMAGES, LABELS),
             "attack: give one attack such as pgd(linf(8/255)), got ()",

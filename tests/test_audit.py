@@ -602,7 +602,7 @@ def test_the_report_shows_the_checks_and_compare_the_verdict(tmp_path):
         "in the results and in the table of robust numbers"
     )
     assert page.count(">not audited</span>") == 2
-    assert f'<span class="badge">{words}</span></h3>' in page
+    assert f'<span class="badge fail">{words}</span></h3>' in page and '<span class="badge">not audited</span>' in page
     assert '<span class="status fail">fail</span>' in page and '<span class="status skipped">skipped</span>' in page
     assert "2 images were broken on the attack&#39;s path and not in what it returned" in page
     assert "stands in linf(8/255) <b>0.4000</b>" in page

@@ -69,9 +69,9 @@ ERRORS = {
         " fraction=None)"
     ),
     "top_gap(k=1, k=2)": "top_gap: 'k' is given 2 times; usage: top_gap(k=None, *, fraction=None)",
-    "linf('a')": "linf: eps must be a number of at least 0, got 'a'",
-    "linf(1e999)": "linf: eps must be a number of at least 0, got inf",
-    "linf(1e999 - 1e999)": "linf: eps must be a number of at least 0, got nan",
+    "linf('a')": "linf: eps must be a number in [0, 1e+06], got 'a'",
+    "linf(1e999)": "linf: eps must be a number in [0, 1e+06], got inf",
+    "linf(1e999 - 1e999)": "linf: eps must be a number in [0, 1e+06], got nan",
     "top_gap(fraction=2)": "top_gap: fraction must be a number in [1e-09, 1], got 2",
     "gap(*[1])": "'*' is not allowed in the arguments of 'gap'",
     "gap(**{})": "'*' is not allowed in the arguments of 'gap'",
@@ -159,6 +159,8 @@ def test_check_number():
         (-1e30, -(2**300), 2**300, False),
     ]:
         check_number("x", value, low, high, whole)
+    check_number("x", np.float32(0.5), 0, 1)
+    check_number("x", np.int64(3), 3, 3, whole=True)
     for arguments, text in {
         (True,): "x must be a number, got True",
         (2, 3): "x must be a number of at least 3, got 2",

@@ -154,6 +154,14 @@ DAMAGES = {  # what happens to a folder of a checkpoint, and what is said of it
 }
 
 
+def test_a_tree_is_read_without_a_word(tmp_path, caplog):
+    """Orbax warns that it holds no metadata of a step, as no tree does."""
+    write(tmp_path, (1,))
+    with caplog.at_level("WARNING"):
+        assert_same(checkpoint.stored(tmp_path, "last", "variables")["params"], trees(1)["variables"]["params"])
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_damage_is_told_and_the_older_checkpoint_is_taken(kind, tmp_path, capsys):
     """By who reads; a training moves it aside, so that its step can be saved again."""

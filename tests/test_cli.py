@@ -146,7 +146,7 @@ def test_evaluate_saves_adversarial_images(run, tmp_path):
     of_weights = ("--config", TINY, "--weights", workdir, "--save", tmp_path / "b.npz")
     outs = [topgap("evaluate", *words, *which) for which in (of_run, of_weights)]
     assert [code for code, _, _ in outs] == [0, 0]
-    assert all("accuracy at 1/255" in out and "accuracy at 64/255" in out for _, out, _ in outs)
+    assert all("accuracy at linf(1/255)" in out and "accuracy at linf(64/255)" in out for _, out, _ in outs)
     assert all("not audited" in out for _, out, _ in outs)
     (file,) = (tmp_path / "a").iterdir()
     assert file.name == "test_5_curve_fgsm_linf_eps_eps_1_255_64_255.npz"

@@ -92,14 +92,15 @@ def test_what_is_right_passes():
 def test_a_network_is_a_function_of_images_that_returns_logits():
     gradient = explain.gradient()
     of = lambda predict, method=gradient: method(None, predict, IMAGES, LABELS)
-    wanted = "explain: predict must be a function of the images alone"
+    wanted = "explain: predict must be a function of images alone"
     assert error(of, {"params": IMAGES}).startswith(f"{wanted}, got a dict; models.bind(model, variables) makes one")
     assert "(missing a required argument: 'images')" in error(of, lambda variables, images: images)
     several = lambda images: {"logits": predict(images), "features": images.mean((1, 2))}
-    for wrong, what in ((several, "returns a dict"), (lambda x: predict(x)[:, 0], "returns an array of shape (4,)")):
-        assert f"the network must return logits (b, k), and {what}: " in error(of, wrong)
-        attacked = lambda f: attack(attacks.pgd(balls.linf(0.1), steps=1), KEYS, f, IMAGES, LABELS)
-        assert error(attacked, wrong).startswith("attack: the network must return logits (b, k)")
+    for wrong, what in (
+        (several, "returns a dict"),
+        (lambda x: predict(x)[:, 0], "returns an array of shape (4,) and type float32"),
+    ):
+        assert f"the network must return float logits (b, k), one row for each image, and {what}: " in error(of, wrong)
     one = explain.targeted(gradient, lambda outputs: outputs["logits"][:, 1])
     np.testing.assert_array_equal(of(several, one), of(predict, explain.targeted(gradient, np.int64(1))))
 
@@ -112,6 +113,55 @@ def test_what_draws_at_random_needs_keys():
     maps, batch = np.ones((B, 3, 3), np.float32), {"image": IMAGES, "label": LABELS}
     assert error(lambda: metrics.deletion(steps=1)(None, predict, maps, batch)).startswith("keys=None: ")
     assert of(explain.ensemble(explain.gradient(), explain.edges())).shape == (B, 6, 6)
+
+
+ONE_STEP = attacks.pgd(balls.linf(0.1), steps=1)
+FLOAT = "attack: the network must return float logits (4, k), one row for each image, and returns "
+PREDICTS = {
+    "no function": ("resnet", "attack: predict must be a function of images alone, got a str"),
+    "NumPy": (
+        lambda images: np.asarray(images).mean((1, 2)),
+        "attack: predict must be a function of JAX arrays that can be traced, it raised TracerArrayConversion",
+    ),
+    "one number": (lambda images: images.mean((1, 2, 3)), FLOAT + "an array of shape (4,) and type float32"),
+    "classes": (
+        lambda images: predict(images).argmax(-1, keepdims=True),
+        FLOAT + "an array of shape (4, 1) and type int32",
+    ),
+    "two results": (lambda images: (predict(images), 1), FLOAT + "a tuple"),
+    "another batch": (lambda images: predict(images)[:2], FLOAT + "an array of shape (2, 4) and type float32"),
+}
+
+
+@pytest.mark.parametrize("name", PREDICTS)
+def test_functions_that_are_no_network(name):
+    function, text = PREDICTS[name]
+    assert error(attack, ONE_STEP, KEYS, function, IMAGES, LABELS).startswith(text)
+
+
+def test_a_network_without_keys_is_not_sampled():
+    sampled = attacks.pgd(balls.linf(0.1), steps=1, samples=2)
+    text = "attack: predict must be a function of images and keys alone (too many positional arguments)"
+    assert error(attack, sampled, KEYS, predict, IMAGES, LABELS).startswith(text)
+
+
+@pytest.mark.parametrize("eps", [-0.1, float("nan"), 1e20, "8/255", jnp.ones(3), jnp.ones((B, 1)), None])
+def test_a_radius_of_the_call(eps):
+    def run(images):
+        return attack(attacks.pgd(balls.l2(0.1), steps=1), KEYS, predict, images, LABELS, eps=eps)
+
+    if eps is None:
+        assert jax.eval_shape(run, IMAGES).eps.shape == (B,)
+        return
+    assert error(run, IMAGES).startswith(
+        "attack: eps must be a number in [0, 1e+06], or one for each of the 4 images, got "
+    )
+
+
+def test_images_are_attacked_in_float32():
+    run = lambda images: attack(attacks.pgd(balls.linf(0.1), steps=2), KEYS, predict, images, LABELS)
+    for kind in (jnp.bfloat16, jnp.float16):
+        assert jax.eval_shape(run, jnp.asarray(IMAGES, kind)).best.dtype == jnp.float32
 
 
 BYTES = (IMAGES * 255).astype(np.uint8)
@@ -147,6 +197,8 @@ def test_metrics_refuse():
 def test_a_radius_that_cannot_be_squared():
     """Its steps would be infinite, their projection 0: an attack that never moves and says robust."""
     assert error(balls.l2, 1e20) == "eps must be a number in [0, 1e+06], got 1e+20"
+    too_far = "step_size must be a number in [0, 1e+06], got 1e+20"
+    assert error(lambda: attacks.pgd(balls.l2(1), step_size=1e20)) == too_far
     state = attack(
         attacks.pgd(balls.l2(1e6), steps=2), KEYS, predict, IMAGES, predict(IMAGES).argmax(-1).astype(jnp.int32)
     )

@@ -257,6 +257,27 @@ def test_logits_that_are_not_finite_name_the_first_layer(data, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_no_model_no_evaluator_and_no_class(data):
+    """A user's own function, an attack alone, and pictures without a label, in a line each."""
+    attacks, predict = robust(pgd(linf(EPS), steps=2)), lambda images: images.mean((1, 2))[:, :2]
+    unlabelled = resident_split({**ARRAYS, "label": np.full(N, -1)}, classes=2, batch=BATCH)
+    for call, text in {
+        lambda: run(data, {"r": attacks}, model=predict): "give a Model, such as models.nnx(module) or models.linen(",
+        lambda: attack_split(predict, VARIABLES, data, attacks): "give a Model, such as models.nnx(module) or ",
+        lambda: run(data, {"r": attacks.runs[0]}): "'r': give an evaluator such as accuracy() or robust(pgd(linf(8/255",
+        lambda: attack_split(MODEL, VARIABLES, data, attacks.runs): "attack_split: give robust(pgd(linf(8/255))) or a",
+        lambda: run(
+            data, {"r": attacks}, variables={}
+        ): "variables must hold 'params', as Model.init returns them, got ",
+        lambda: attack_split(MODEL, VARIABLES, unlabelled, attacks, text="r", progress=False): (
+            "r: label -1 of image 0 is no class of a network with 2 logits"
+        ),
+    }.items():
+        with pytest.raises(UserError) as raised:
+            call()
+        assert str(raised.value).startswith(text)
+
+
 def test_numbers_that_json_has_not_are_null(data, tmp_path):
     summary = lambda rows: {"nan": Measure(np.float32("nan"), n=3, label="x"), "curve": Curve([1], [float("inf")])}
     run(data, {"odd": accuracy()._replace(summary=summary)}, workdir=tmp_path)

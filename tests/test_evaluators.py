@@ -12,8 +12,8 @@ from tests import laws
 from tests.laws import CLASSES, MODEL, SIZE, VARIABLES
 from topgap_jax import evaluators
 from topgap_jax.attacks import attack as attacked
-from topgap_jax.attacks import fgsm, pgd, topk_attack
-from topgap_jax.balls import linf
+from topgap_jax.attacks import fgsm, fmn, pgd, topk_attack
+from topgap_jax.balls import l2, linf
 from topgap_jax.errors import UserError
 from topgap_jax.evaluators.localisation import random_boxes
 from topgap_jax.explain import cam, gradient
@@ -594,6 +594,8 @@ def test_robust_is_plain_data():
         (lambda: evaluators.curve(eps=(0.1,)), "curve: give one or more attacks, such as curve(pgd(linf(8/255)), eps=(2/255, 8/255))"),
         (lambda: evaluators.curve(fgsm(linf(0.1)), eps=0.1), "curve: eps must be radii such as (2/255, 4/255, 8/255), got 0.1"),
         (lambda: evaluators.curve(fgsm(linf(0.1)), eps=(0.2, 0.1)), "curve: eps must be radii above 0, each larger than the one before, got (0.2, 0.1)"),
+        (lambda: evaluators.curve(fgsm(l2(0.1)), eps=(0.5, 1e20)), "eps must be a number in [0, 1e+06], got 1e+20"),
+        (lambda: evaluators.curve(fgsm(linf(0.1)), fmn(l2(0.1)), eps=(0.1,)), "curve: the attacks are in several norms, linf and l2; give each a curve of its own"),
         (lambda: evaluators.robust(), "robust: give one or more attacks, such as robust(pgd(linf(8/255)))"),
         (lambda: evaluators.robust(topk_attack(cam(), linf(0.1))), "robust: 'top-k-50 x 3, linf(0.1)' keeps the label; give it to attributional_robustness(explain, attack)"),
         (lambda: evaluators.attributional_robustness(cam(), fgsm(linf(0.1))), "attributional_robustness: give an attack on maps, such as topk_attack(gradient(), linf(8/255)), got 'fgsm, linf(0.1)'"),

@@ -220,6 +220,12 @@ def test_errors():
     for call, text in {
         lambda: objectives.standard(label_smoothing=2): "label_smoothing must be a number in [0, 1], got 2",
         lambda: make("adversarial(linf(.1))"): "adversarial: attack must be a value of type Attack, got Ball(",
+        lambda: make(
+            "adversarial(fmn(l2(1), steps=5))"
+        ): "adversarial: 'fmn-5, l2(1)' keeps to no ball; give an attack ",
+        lambda: make("adversarial(transfer(l2(1), fgsm(l2(1)), 'runs/plain'))"): (
+            "adversarial: 'transfer of fgsm, l2(1), from runs/plain' needs another network; give an attack such as "
+        ),
     }.items():
         with pytest.raises(UserError) as raised:
             call()

@@ -296,6 +296,15 @@ def counted(data, attacks, **options):
         return run(data, attacks, **options), dispatches
 
 
+def test_weights_that_are_committed_to_a_device_compile_nothing_twice():
+    """As those of a checkpoint are; the state of the first step, which depends on no weight, would not be."""
+    attack = pgd(linf(EPS), score=scores.margin, steps=4, step_size=EPS / 4)
+    run(split_of(), robust(attack), variables=jax.device_put(VARIABLES, jax.devices()[0]))
+    parts = queue.functions(attack, MODEL, None)
+    for jitted in (parts.start, parts.steps, parts.fill, parts.retire):
+        assert jitted._cache_size() == 1
+
+
 def test_where_all_stand_nothing_is_wasted():
     """Full batches: every slot takes every step, in dispatches of 1, 2, 4, 8 and what is left."""
     stands = endless(pgd(linf(1e-6), steps=20, start=None))
@@ -518,3 +527,12 @@ def test_images_are_saved(tmp_path):
         np.testing.assert_array_equal(stored["clean"], PIXELS[stored["id"]])
     assert row.measures["robust_accuracy"] == plain().measures["robust_accuracy"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adversarial", "evaluation.json", "new"]
+
+
+def test_images_are_kept_where_every_one_is_misclassified():
+    arrays = {"image": IMAGES, "label": (LOGITS.argmax(1) + 1) % CLASSES}
+    wrong = resident_split(arrays, classes=CLASSES, batch=WIDTH)
+    kept = run(wrong, keep="all").kept
+    np.testing.assert_array_equal(kept.images, PIXELS)
+    assert kept.few.shape == (0,) and kept.clean.shape == (0, *IMAGES.shape[1:])
+    assert run(wrong, keep="few").kept is None

@@ -308,6 +308,10 @@ def test_mistakes(run, tmp_path):
         error(setup.evaluate, loaded, evaluators=attacks, save="all.npz")
         == "--save all.npz: there are 2 attacks to save; name a folder"
     )
+    one, file = "robust(fgsm(linf(eps)))", workdir / "config.json"
+    assert error(setup.evaluate, loaded, evaluators=one, save=file).startswith(f"--save {file}: the folder '{file}' ca")
+    (tmp_path / "folder.npz").mkdir()
+    assert error(setup.evaluate, loaded, evaluators=one, save=tmp_path / "folder.npz").endswith("; name another place")
     assert error(setup.evaluate, loaded, evaluators="accuracy()", save="x").startswith("--save: no evaluator attacks; ")
     assert error(setup.explain, loaded, methods="").startswith("nothing to explain with: neither config.explain nor")
     assert error(setup.explain, loaded, count=0) == "--count must be a whole number of at least 1, got 0"

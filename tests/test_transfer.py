@@ -149,7 +149,7 @@ def test_the_log_says_which_weights_the_source_has(tmp_path, monkeypatch):
             "attack: give 'transfer of",
         ),
         (lambda: attacks.transfer(BALL, TRANSFER.runs[0], "x"), f"'{TRANSFER.runs[0].name}' is a transfer already"),
-        (lambda: attacks.transfer(BALL, 3, "x"), "give one attack such as apgd(linf(8/255)), got 3"),
+        (lambda: attacks.transfer(BALL, 3, "x"), "give one attack such as pgd(linf(8/255)), got 3"),
         (
             lambda: attacks.transfer(BALL, attacks.fmn(BALL), "x"),
             f"'fmn-100, {BALL.name}' is no attack on the label in a ball; give one such as apgd(linf(8/255))",

@@ -16,13 +16,13 @@ from topgap_jax.types import Array, Ball
 
 AXES = (1, 2, 3)
 LARGEST = 1e6
-"""The largest radius of l2: beyond the diagonal of any picture, and its squares are still numbers of float32."""
+"""The largest radius, and step: beyond the diagonal of any picture, and its squares are still numbers of float32."""
 
 
 def linf(eps: float) -> Ball:
     """No pixel value moves by more than `eps` (pixels in [0, 1]): ascent is the gradient's sign, start uniform in the
     cube."""
-    check_number("eps", eps, 0)
+    check_number("eps", eps, 0, LARGEST)
 
     def start(keys, images, eps):
         draw = lambda key, image, eps: jax.random.uniform(key, image.shape, image.dtype, -eps, eps)
@@ -88,7 +88,7 @@ def l1(eps: float) -> Ball:
     Hein 2021, arXiv 2103.01208). `direction` is sign(g) / count on the hundredth of the entries with the largest |g|,
     among those that the box does not stop (SparseL1Descent: Tramer & Boneh 2019, arXiv 1904.13000).
     """
-    check_number("eps", eps, 0)
+    check_number("eps", eps, 0, LARGEST)
 
     def start(keys, images, eps):
         return project_l1(images, normal(keys, images), eps)

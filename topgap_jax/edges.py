@@ -21,8 +21,8 @@ def check_examples(
     """Raise a UserError unless images are float (b, h, w, c) in [0, 1], labels classes (b,) of `predict`, keys one an
     example.
 
-    keys may be None, for what draws nothing. The number of classes is that of the logits, which are traced for it and
-    not computed. any_outputs: whether the network may return something else than logits, which has no classes.
+    keys may be None, for what draws nothing. The number of classes is that of the logits. any_outputs: whether the
+    network may return something else than logits, which has no classes.
     """
     if not all(map(_is_concrete, (keys, images, labels))):
         return
@@ -42,14 +42,51 @@ def check_examples(
         advice = f"jax.random.split(jax.random.key(0), {b}) gives them"
         raise UserError(f"{where}: keys must be {b} typed keys, one for each image, got {_what(keys)}; {advice}")
     low, high = int(np.asarray(labels).min()), int(np.asarray(labels).max())
-    check_predict(where, predict, images)
-    outputs = jax.eval_shape(predict, images)
+    outputs = check_predict(where, predict, images)
     if any_outputs and getattr(outputs, "ndim", 0) != 2:
         return
-    check_logits(where, outputs)
+    check_logits(where, outputs, b)
     classes = outputs.shape[-1]
     if low < 0 or high >= classes:
         raise UserError(f"{where}: label {low if low < 0 else high} is no class of a network with {classes} logits")
+
+
+def check_predict(where: str, predict: Any, images: Any, *keys: Any) -> Any:
+    """The shapes and types of predict(images, *keys), which is traced for them and not computed.
+
+    UserError unless it is a function of these alone that JAX can trace.
+    """
+    called = "images and keys" if keys else "images"
+    advice = "models.bind(model, variables) makes one, and so does lambda images: module.apply(variables, images)"
+    if not callable(predict):
+        raise UserError(f"{where}: predict must be a function of {called} alone, got {_what(predict)}; {advice}")
+    try:
+        inspect.signature(predict).bind(images, *keys)
+    except TypeError as error:
+        raise UserError(f"{where}: predict must be a function of {called} alone ({error}); {advice}") from None
+    except ValueError:  # a function that tells no signature
+        pass
+    try:
+        return jax.eval_shape(lambda *given: predict(*given), images, *keys)  # traced anew: a module has modes
+    except UserError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:100] or "nothing more"
+        raise UserError(
+            f"{where}: predict must be a function of JAX arrays that can be traced, it raised {type(error).__name__}: "
+            f"{said}"
+        ) from error
+
+
+def check_logits(where: str, logits: Any, b: int | None = None) -> None:
+    """Raise a UserError unless `logits`, an array or its shape and type, are float (b, k)."""
+    shape = getattr(logits, "shape", ())
+    if len(shape) != 2 or shape[0] != (b or shape[0]) or not jnp.issubdtype(logits.dtype, jnp.floating):
+        what = f"an array of shape {shape} and type {logits.dtype}" if hasattr(logits, "shape") else _what(logits)
+        raise UserError(
+            f"{where}: the network must return float logits ({b or 'b'}, k), one row for each image, and returns"
+            f" {what}: give a function of these alone; `targeted` explains any number of what a network returns"
+        )
 
 
 def check_images(where: str, images: Any) -> None:
@@ -73,30 +110,18 @@ def check_images(where: str, images: Any) -> None:
         )
 
 
-def check_predict(where: str, predict: Any, images: Any) -> None:
-    """Raise a UserError unless `predict` can be called with the images alone."""
-    fault = "" if callable(predict) else f", got {_what(predict)}"
-    if not fault:
-        try:
-            inspect.signature(predict).bind(images)
-        except TypeError as error:
-            fault = f" ({error})"
-        except ValueError:  # a function that tells no signature
-            return
-    if fault:
+def check_radii(where: str, eps: Any, b: int, largest: float) -> None:
+    """Raise a UserError unless `eps`, where it is not traced, is a number in [0, largest], or b of them."""
+    if not _is_concrete(eps):
+        return
+    try:
+        values = np.asarray(eps, np.float64)
+    except (TypeError, ValueError):
+        values = np.asarray(np.nan)
+    if values.shape not in ((), (b,)) or not ((values >= 0) & (values <= largest)).all():
+        said = " ".join(repr(eps).split())[:80]
         raise UserError(
-            f"{where}: predict must be a function of the images alone{fault}; models.bind(model, variables) makes"
-            " one, and so does lambda images: module.apply(variables, images)"
-        )
-
-
-def check_logits(where: str, logits: Any) -> None:
-    """Raise a UserError unless `logits`, an array or its shape, is (b, k)."""
-    if getattr(logits, "ndim", 0) != 2:
-        what = f"an array of shape {logits.shape}" if hasattr(logits, "shape") else _what(logits)
-        raise UserError(
-            f"{where}: the network must return logits (b, k), and returns {what}: give a function that returns these"
-            " alone; `targeted` explains any number of what a network returns"
+            f"{where}: eps must be a number in [0, {largest:g}], or one for each of the {b} images, got {said}"
         )
 
 

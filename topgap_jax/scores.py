@@ -154,6 +154,12 @@ def _pick(logits, labels):
     return jnp.take_along_axis(logits.astype(jnp.float32), labels[..., None], -1)[..., 0]
 
 
+TARGETED = (targeted_dlr, targeted_margin)
+"""Scores that need target classes."""
+
+EXPLAINED = (logit, probability, residual_softmax)
+"""Scores that are high where the label is predicted: for explanations alone."""
+
 SUBSTITUTES = ((dlr, 3, "max z_k - z_y"), (targeted_dlr, 4, "z_t - z_y"))
 """Scores, how many classes they need, and what takes their place where there are fewer."""
 

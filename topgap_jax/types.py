@@ -106,6 +106,9 @@ class Ball(NamedTuple):
         """The name without the radius: "linf"."""
         return self.name.partition("(")[0]
 
+    def __repr__(self) -> str:
+        return f"Ball({self.name})"
+
 
 class Penalty(NamedTuple):
     """A cost R of a perturbation, and through it a penalty R* on the gradient: sup over delta of <g, delta> - R(delta)
@@ -190,6 +193,9 @@ class Attack(NamedTuple):
     norm: str = ""
     source: "Network | str | None" = None
     score: "Score | None" = None
+
+    def __repr__(self) -> str:
+        return f"Attack({self.name})"
 
 
 Runs: TypeAlias = tuple[Attack, ...]

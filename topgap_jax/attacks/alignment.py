@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
 
 from topgap_jax.attacks.gradient import starting
-from topgap_jax.attacks.state import move, where
+from topgap_jax.attacks.state import check_step, move, where
 from topgap_jax.build import check_number, table
 from topgap_jax.engine import KINDS
 from topgap_jax.errors import UserError
@@ -64,7 +64,7 @@ def alignment(
     """
     mean, std = channels(mean, std)
     check_number("steps", steps, 0, whole=True)
-    check_number("step_size", step_size, 0)
+    check_step(step_size)
     check_number("fraction", fraction, 1e-9, 1)
     if beta is not None:
         check_number("beta", beta, 1e-6)

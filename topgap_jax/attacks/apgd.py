@@ -12,7 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.state import aim, book, move, named, run_keys, runs_of, score_and_gradient, where
+from topgap_jax.attacks.state import (
+    aim,
+    book,
+    check_ball,
+    check_score,
+    move,
+    named,
+    run_keys,
+    runs_of,
+    score_and_gradient,
+    where,
+)
 from topgap_jax.balls import project_l1, sparse_sign
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
@@ -80,6 +91,8 @@ def apgd_t(
 
 
 def _apgd(method, ball, score, targets, steps, restarts, rho, history, larger_radii, samples, order="logits"):
+    check_ball(ball)
+    check_score(score, targets)
     check_number("steps", steps, 1, whole=True)
     check_number("rho", rho, 0, 1)
     if history not in HISTORIES:

@@ -4,7 +4,7 @@ attacks in turn, each on the examples that are still unbroken."""
 from topgap_jax.attacks.apgd import apgd, apgd_t
 from topgap_jax.attacks.fab import fab, fab_t
 from topgap_jax.attacks.square import square
-from topgap_jax.attacks.state import as_runs
+from topgap_jax.attacks.state import as_runs, check_ball, single
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.scores import dlr
@@ -21,10 +21,8 @@ def worst_of(*attacks: Attack | Runs) -> Runs:
 
 def restarts(attack: Attack, n: int) -> Attack:
     """The attack from n starts of its own, on each example until one breaks it: restarts(pgd(linf(8/255)), 10)."""
-    if not isinstance(attack, Attack):
-        raise UserError(f"give one attack such as pgd(linf(8/255)), got {attack!r}")
     check_number("n", n, 1, whole=True)
-    if attack.runs > 1:
+    if single(attack).runs > 1:
         raise UserError(f"'{attack.name}' has {attack.runs} runs already; give it its own option restarts={n}")
     return attack._replace(runs=n, name=f"{attack.name}, {n} restarts" if n > 1 else attack.name)
 
@@ -40,6 +38,7 @@ def autoattack(ball: Ball, *, version: str = "standard") -> Runs:
     With fewer than four classes DLR gives way to differences of logits (`dlr`, `targeted_dlr`), which an evaluation
     says in the terminal and in the attacks' names; the targeted attacks have fewer runs.
     """
+    check_ball(ball)
     if version == "standard" and ball.p == 1:
         first = (apgd(ball, restarts=5, larger_radii=True), apgd_t(ball, targets=5, larger_radii=True))
         return worst_of(first, fab_t(ball), square(ball))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.state import aim, book, misclassified, move, run_keys, where
+from topgap_jax.attacks.state import aim, book, check_ball, misclassified, move, run_keys, where
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.rewrite import speed
@@ -101,6 +101,7 @@ def fab_t(ball: Ball, *, targets: int = 9, steps: int = 100, order: str = "logit
 
 def _fab(name, ball, steps, runs, begin, boundary, cost):
     """begin(predict, state) -> state; boundary(predict, state, points) -> z_s - z_y (b,), its gradient (b, h, w, c)."""
+    check_ball(ball)
     check_number("steps", steps, 1, whole=True)
 
     def init(keys, predict, images, labels, logits, *, run=None, eps=None):

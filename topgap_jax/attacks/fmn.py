@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.state import BROKEN, RUNNING, misclassified, move, score_and_gradient, where
+from topgap_jax.attacks.state import BROKEN, RUNNING, check_ball, misclassified, move, score_and_gradient, where
 from topgap_jax.build import check_number, table
 from topgap_jax.norms import direction_and_length
 from topgap_jax.scores import margin
@@ -36,6 +36,7 @@ def fmn(ball: Ball, *, steps: int = 100) -> Attack:
     norm. A misclassified clean image has norm 0. `best` is the nearest adversarial point, `status` is BROKEN once there
     is one. `steps` moves, and one more step that evaluates the last iterate.
     """
+    check_ball(ball)
     check_number("steps", steps, 1, whole=True)
 
     def init(keys, predict, images, labels, logits, *, run=None, eps=None):

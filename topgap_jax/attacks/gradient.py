@@ -8,7 +8,21 @@ import jax.numpy as jnp
 import optax
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.state import FINISHED, RUNNING, State, aim, evaluate, move, named, run_keys, runs_of, where
+from topgap_jax.attacks.state import (
+    FINISHED,
+    RUNNING,
+    State,
+    aim,
+    check_ball,
+    check_score,
+    check_step,
+    evaluate,
+    move,
+    named,
+    run_keys,
+    runs_of,
+    where,
+)
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.keys import normal
@@ -48,8 +62,9 @@ def pgd(
     iterate would go round for ever, and is FINISHED (arXiv 2503.19347): the same verdict, earlier.
     """
     check_number("steps", steps, 1, whole=True)
+    check_score(score, targets, moved=start is not None)
     if step_size is not None:
-        check_number("step_size", step_size, 0)
+        check_step(step_size)
         if optimizer is not None:
             raise UserError("step_size and optimizer exclude each other: the optimizer has a learning rate")
     if not (optimizer is None or isinstance(optimizer, optax.GradientTransformation)):
@@ -102,6 +117,7 @@ def finish_cycles(state: State) -> State:
 def fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
     """One full step from the clean image: x + eps * ascent(gradient) (Goodfellow et al. 2015, arXiv 1412.6572)."""
     begin = starting(ball, None)
+    check_score(score, moved=False)
 
     def init(keys, predict, images, labels, logits, *, run=None, eps=None):
         return begin(keys, images, labels, logits, run, eps)
@@ -120,6 +136,8 @@ def r_fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
     x0 = P(x + eps/2 * ascent(N(0, I))), then P(x0 + eps/2 * ascent(gradient at x0)). In `linf` both ascents are signs;
     two half steps never leave the ball.
     """
+    check_ball(ball)
+    check_score(score)
 
     def init(keys, predict, images, labels, logits, *, run=None, eps=None):
         state = states.start(keys, images, labels, logits, eps=ball.eps if eps is None else eps, run=run)
@@ -152,6 +170,7 @@ def mim(
     """
     check_number("steps", steps, 1, whole=True)
     check_number("decay", decay, 0)
+    check_score(score, moved=False)
     runs_of(0, 1, samples)
     begin = starting(ball, None)
 
@@ -177,6 +196,7 @@ def starting(ball: Ball, where: str | None):
 
     Every run draws from keys of its own; the first from the examples' keys themselves.
     """
+    check_ball(ball)
     if where not in STARTS:
         raise UserError(f"start must be 'random' or None (the clean image), got {where!r}")
 

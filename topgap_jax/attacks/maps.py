@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from topgap_jax.attacks import state as states
 from topgap_jax.attacks.gradient import STARTS
-from topgap_jax.attacks.state import BROKEN, misclassified, run_keys, where
+from topgap_jax.attacks.state import BROKEN, check_ball, check_step, misclassified, run_keys, where
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.keys import fold_in, split
@@ -51,8 +51,7 @@ def topk_attack(
     of them. With step_size=0 it is the control: random points of the ball.
     """
     Explain.single("topk_attack", explain)
-    if not isinstance(ball, Ball):
-        raise UserError(f"topk_attack: give a ball such as linf(8/255) after the explanation, got {ball!r}")
+    check_ball(ball)
     rules = dict(explain.rules)
     if any(rule.backward for rule in rules.values()):
         raise UserError("topk_attack: a map under backward rules is the gradient of no function and has no derivative")
@@ -67,7 +66,7 @@ def topk_attack(
     check_number("steps", steps, 1, whole=True)
     check_number("restarts", restarts, 1, whole=True)
     if step_size is not None:
-        check_number("step_size", step_size, 0)
+        check_step(step_size)
     if start not in STARTS:
         raise UserError(f"start must be 'random' or None (the clean image), got {start!r}")
 

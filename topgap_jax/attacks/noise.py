@@ -1,7 +1,7 @@
 """`noise`: what no gradient is needed for, random points of the ball and its corners."""
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.state import book, move, run_keys, step_keys, where
+from topgap_jax.attacks.state import book, check_ball, move, run_keys, step_keys, where
 from topgap_jax.build import check_number, table
 from topgap_jax.keys import normal
 from topgap_jax.scores import margin
@@ -15,6 +15,7 @@ def noise(ball: Ball, *, draws: int = 1000) -> Attack:
     that this breaks where an attack with gradients did not has misled the attack (Athalye et al. 2018, arXiv
     1802.00420). Forward passes only.
     """
+    check_ball(ball)
     check_number("draws", draws, 1, whole=True)
 
     def init(keys, predict, images, labels, logits, *, run=None, eps=None):

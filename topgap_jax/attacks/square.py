@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.state import book, move, run_keys, step_keys, where
+from topgap_jax.attacks.state import book, check_ball, move, run_keys, step_keys, where
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.keys import fold_in
@@ -40,6 +40,7 @@ def square(ball: Ball, *, queries: int = 5000, p_init: float = 0.8) -> Attack:
     last row and column stay as they were at the start, as in the authors' code. Draws are each example's own. In l2 and
     l1 images have at least 5 x 5 pixels.
     """
+    check_ball(ball)
     check_number("queries", queries, 1, whole=True)
     check_number("p_init", p_init, 0, 1)
     start, candidate = (_stripes, _recoloured) if ball.p == math.inf else (_tiles, _moved)
@@ -126,7 +127,7 @@ def _moved(ball, keys, state, top, sides):
     bits, side = _bits(keys, 5 + c), _at(state.count, sides)
     window = _window(bits[:, :2], side, top.shape)
     first, second = _mask(*window, side), _mask(*_window(bits[:, 2:4], side, top.shape), side)
-    scales = [_at(state.count, values) for values in zip(*(_scales(side, p) for side in sides))]
+    scales = [_at(state.count, np.float32(values)) for values in zip(*(_scales(side, p) for side in sides))]
     added = _pattern_in(*window, _signs(bits[:, 4]) > 0, side, scales, max(sides), p)
     powers = jnp.abs(top) ** p
     total = powers.sum((1, 2, 3), keepdims=True)
@@ -171,7 +172,7 @@ def _pattern_in(rows, columns, turned, side, scales, largest, p):
     outer minimum of two vectors.
     """
     half = side[:, None] // 2
-    k = jnp.arange(largest // 2 + 1)
+    k = jnp.arange(largest // 2 + 1, dtype=jnp.float32)
     steps = jnp.where(k <= half[..., None], 1.0 / (k + 1.0) ** (4 // p), 0.0)
 
     def level(place, distance):

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from topgap_jax.balls import LARGEST
 from topgap_jax.build import check_number
-from topgap_jax.edges import check_examples
+from topgap_jax.edges import check_examples, check_logits, check_predict, check_radii
 from topgap_jax.errors import UserError
 from topgap_jax.keys import fold_in, split
 from topgap_jax.rewrite import fused, speed
-from topgap_jax.scores import class_of_rank, cross_entropy
-from topgap_jax.types import Array, Attack, Keys, Predict, Score
+from topgap_jax.scores import EXPLAINED, TARGETED, VALUES, class_of_rank, cross_entropy, kl
+from topgap_jax.types import Array, Attack, Ball, Keys, Predict, Score
 
 RUNNING, BROKEN, FINISHED = 0, 1, 2
 NEVER = -1
@@ -125,7 +126,7 @@ def score_and_gradient(
             return values.sum(), (values, logits)
 
         (_, (values, logits)), gradient = jax.value_and_grad(summed, has_aux=True)(state.images + state.delta)
-        return values, logits, gradient
+        return values.astype(jnp.float32), logits, gradient
 
     return once() if samples is None else _mean_over(once, state, samples)
 
@@ -191,6 +192,44 @@ def runs_of(targets: int, restarts: int, samples: int | None) -> int:
     return max(targets, 1) * restarts
 
 
+def check_ball(ball: Any) -> None:
+    """Raise a UserError for what is no ball, such as a radius alone."""
+    if not isinstance(ball, Ball):
+        raise UserError(f"give a ball such as linf(8/255), got {ball!r}")
+
+
+def check_step(step_size: Any) -> None:
+    """Raise a UserError unless a step is a number at least 0, and not too large for a projection to square."""
+    check_number("step_size", step_size, 0, LARGEST)
+
+
+def check_score(score: Any, targets: int = 0, *, moved: bool = True) -> None:
+    """Raise a UserError for a score that is no function, and for one of ours with which the attack would find nothing.
+
+    moved: False where the search begins at the clean image.
+    """
+    if not callable(score):
+        raise UserError(f"score must be a function such as scores.margin, got {score!r}")
+    if score in EXPLAINED:
+        raise UserError(
+            f"score={score.__name__} is high where the label is predicted, and an attack raises its score; give one "
+            "such as cross_entropy, margin or dlr"
+        )
+    if score is kl and not moved:
+        raise UserError("score=kl has no gradient at the clean image: give pgd(ball, score=kl), which starts at random")
+    if targets and score in VALUES.values() and score not in TARGETED:
+        raise UserError(
+            f"targets={targets} are for a score that aims at them, such as targeted_margin; {score.__name__} does not"
+        )
+
+
+def single(attack: Any, where: str = "") -> Attack:
+    """The attack, if it is one; else a UserError that begins with `where`."""
+    if isinstance(attack, Attack):
+        return attack
+    raise UserError(f"{where}give one attack such as pgd(linf(8/255)), got {attack!r}")
+
+
 def named(method: str, steps: int, score: Score) -> str:
     """An attack's name, with its score where that is not cross-entropy: "pgd-20", "pgd-20 on margin"."""
     word = getattr(score, "__name__", type(score).__name__)
@@ -203,8 +242,8 @@ def attack(
     """The whole attack on a batch in one call, with a loop over its steps: the driver for notebooks, training and
     evaluators.
 
-    keys (b,), images (b, h, w, c) in [0, 1], labels (b,); eps: another radius than the attack's own, one for all or
-    (b,). `best` holds the adversarial images where `status` is BROKEN;
+    keys (b,), images (b, h, w, c) in [0, 1], attacked in float32, labels (b,); eps: another radius than the attack's
+    own, one for all or (b,). `best` holds the adversarial images where `status` is BROKEN;
     training takes the last iterate, images + delta. Of an attack with several runs (restarts, targets) each example
     keeps the first that breaks it, without one the last; of an attack on maps or norms the one with the highest score.
     Raises UserError for arrays that are none of these; inside `jit` nothing is checked. Eager calls compile the loop
@@ -212,13 +251,18 @@ def attack(
 
     >>> # adversarial = attack(pgd(linf(8 / 255)), jax.random.split(key, b), predict, images, labels).best
     """
-    if not isinstance(attack, Attack):
-        raise UserError(f"attack: give one attack such as pgd(linf(8/255)), got {attack!r}")
+    attack = single(attack, "attack: ")
     if attack.source is not None:
         raise UserError(f"attack: give '{attack.name}' its source as a function images -> logits")
     if keys is None:
         raise UserError("attack: keys are needed, one for each image: jax.random.split(jax.random.key(0), len(images))")
     check_examples("attack", keys, predict, images, labels)
+    if attack.samples is not None:
+        check_logits("attack", check_predict("attack", predict, images, keys), len(images))
+    if eps is not None:
+        check_radii("attack", eps, len(images), LARGEST)
+        eps = jnp.asarray(eps, jnp.float32)
+    images = jnp.asarray(images, jnp.float32)  # steps of 1/255 are lost in fewer bits
     predict = speed.fast(predict)
     logits = predict(images)
     step = fused(lambda state: attack.step(predict, state))
@@ -251,6 +295,6 @@ def as_runs(runs: Any) -> tuple[Attack, ...]:
     """An attack, or a tuple of attacks and tuples, as one flat tuple."""
     if isinstance(runs, Attack):
         return (runs,)
-    if not isinstance(runs, tuple | list):
+    if not isinstance(runs, tuple | list) or hasattr(runs, "_fields"):  # a ball is a tuple too
         raise UserError(f"expected attacks like pgd(linf(8/255)), got {runs!r}")
     return tuple(attack for item in runs for attack in as_runs(item))

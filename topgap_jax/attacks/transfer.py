@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.state import FINISHED, RUNNING, book, move
+from topgap_jax.attacks.state import FINISHED, RUNNING, book, check_ball, move, single
 from topgap_jax.build import table
 from topgap_jax.errors import UserError
 from topgap_jax.scores import margin
@@ -23,9 +23,8 @@ def transfer(ball: Ball, attack: Attack, source: str | Network | Predict) -> Att
     moves on to the other network is often a later iterate (Liu et al. 2017, arXiv 1611.02770). `search` is the attack's
     own state on `source`. Costs are of both networks together.
     """
-    if not isinstance(attack, Attack):
-        raise UserError(f"give one attack such as apgd(linf(8/255)), got {attack!r}")
-    if attack.aim != "label":
+    check_ball(ball)
+    if single(attack).aim != "label":
         raise UserError(f"'{attack.name}' is no attack on the label in a ball; give one such as apgd(linf(8/255))")
     if attack.source is not None:
         raise UserError(f"'{attack.name}' is a transfer already")

@@ -1,6 +1,7 @@
 """`audit(ball)`: whether what attacks in a ball leave of a network is to be believed."""
 
 from topgap_jax.attacks import apgd, pgd
+from topgap_jax.attacks.state import check_ball
 from topgap_jax.balls import l1, l2, linf
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
@@ -33,6 +34,7 @@ def audit(ball: Ball, *, twin: str | Network | None = None, points: int = 512) -
     twin: another network for A9, of the same data without the defence: the folder of a run, a file of weights or the
     name of a published network; in Python also a `Network`.
     """
+    check_ball(ball)
     check_number("points", points, 1, whole=True)
     if ball.eps <= 0:
         raise UserError(f"audit: {ball.name} holds one image; give a radius above 0")

@@ -1,6 +1,7 @@
 """`robust(attacks)` and `curve(attacks, eps)`: accuracy that is left when every example is attacked."""
 
 from topgap_jax.attacks import as_runs
+from topgap_jax.balls import LARGEST
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.types import Attack, Robustness, Runs
@@ -30,10 +31,13 @@ def curve(*runs: Attack | Runs, eps: tuple[float, ...]) -> Robustness:
     would find there. An attack on the norm (`fmn`) gives all radii at once.
     """
     attacks = _attacks("curve", runs)
+    norms = dict.fromkeys(attack.norm for attack in attacks if attack.norm)
+    if len(norms) > 1:
+        raise UserError(f"curve: the attacks are in several norms, {' and '.join(norms)}; give each a curve of its own")
     if not isinstance(eps, tuple | list) or not eps:
         raise UserError(f"curve: eps must be radii such as (2/255, 4/255, 8/255), got {eps!r}")
     for radius in eps:
-        check_number("eps", radius, 0)
+        check_number("eps", radius, 0, LARGEST)
     if list(eps) != sorted(set(eps)) or eps[0] == 0:
         raise UserError(f"curve: eps must be radii above 0, each larger than the one before, got {tuple(eps)!r}")
     return Robustness(attacks, tuple(map(float, eps)))

@@ -21,7 +21,7 @@ from topgap_jax.measure.log import Log
 from topgap_jax.measure.queue import clean_logits, placed
 from topgap_jax.measure.robust import attack_split, for_classes
 from topgap_jax.measure.rows import measure_split
-from topgap_jax.measure.splits import Split
+from topgap_jax.measure.splits import Split, check_model
 from topgap_jax.measure.verdicts import fingerprint
 from topgap_jax.models import bind
 from topgap_jax.progress import say
@@ -65,6 +65,10 @@ def evaluate(
     path = None if workdir is None else Path(workdir) / results.FILE
     if path is not None:
         results.read(path)
+    check_model(model)
+    for text, one in evaluators.items():
+        if not isinstance(one, Evaluator | Robustness | Audit):
+            raise UserError(f"'{text}': give an evaluator such as accuracy() or robust(pgd(linf(8/255))), got {one!r}")
     variables = evaluation_variables(variables)
     check_finite(variables, weights)
     variables = placed(variables, mesh)
@@ -160,7 +164,7 @@ def _store(attacked, robustness, file, workdir, **about):
         return
     if file is not None and jax.process_index() == 0:
         adversarial.save(file, kept.ids, kept.images, examples, attacks, **about)
-    if workdir is not None and jax.process_index() == 0:
+    if workdir is not None and len(kept.few) and jax.process_index() == 0:
         path = Path(workdir) / adversarial.FOLDER / f"{adversarial.slug(about['split'], about['evaluator'])}.npz"
         images = kept.images[np.searchsorted(kept.ids, kept.few)]
         adversarial.save(path, kept.few, images, examples, attacks, clean=kept.clean, **about)
@@ -170,6 +174,8 @@ def _store(attacked, robustness, file, workdir, **about):
 def evaluation_variables(variables: Variables) -> Variables:
     """What is evaluated: the averaged parameters ("ema") where training kept them, else the parameters themselves."""
     kept = variables.get("ema") or variables
+    if "params" not in kept:
+        raise UserError(f"variables must hold 'params', as Model.init returns them, got {', '.join(kept) or 'none'}")
     return {"params": kept["params"], "batch_stats": kept.get("batch_stats", {})}
 
 

@@ -217,7 +217,10 @@ def functions(attack: Attack, model: Model, mesh: Mesh | None) -> Functions:
 
     whole = lambda points: points
     if mesh is None:
-        jitted = (jax.jit(start), jax.jit(steps, donate_argnums=2), jax.jit(fill, donate_argnums=0), jax.jit(retire))
+        # The variables may be committed to a device, and the steps' state with them: the first one must be so too, also
+        # where it does not depend on them, or the steps compile twice.
+        first = jax.jit(start, keep_unused=True)
+        jitted = (first, jax.jit(steps, donate_argnums=2), jax.jit(fill, donate_argnums=0), jax.jit(retire))
         return Functions(clean_logits(model, None), jax.jit(mean_logits), *jitted, jax.jit(whole))
     all_of_it, rows = replicated(mesh), rows_of(mesh)
     options = lambda ins, outs: {"in_shardings": ins, "out_shardings": outs}

@@ -20,7 +20,7 @@ from topgap_jax.measure import adversarial, queue
 from topgap_jax.measure.costs import cost_of
 from topgap_jax.measure.log import Log
 from topgap_jax.measure.rows import by_batches
-from topgap_jax.measure.splits import Split
+from topgap_jax.measure.splits import Split, check_model
 from topgap_jax.measure.verdicts import seen
 from topgap_jax.mesh import replicated
 from topgap_jax.metrics.summaries import share
@@ -137,9 +137,16 @@ def attack_split(
     at every larger one, and is not attacked there again. What a `log` holds is not attacked again. keep: the images of
     "all" examples, or of a "few" that are right when clean; None: of none.
     """
+    check_model(model)
+    if not isinstance(robustness, Robustness):
+        raise UserError(f"attack_split: give robust(pgd(linf(8/255))) or a curve, got {robustness!r}")
     log = log or Log(None, {})
     logits, labels, images, seconds = _clean(model, variables, data, mesh, log, f"{text}: clean", progress)
     n, cost = len(labels), Cost(1, 0)
+    no_class = np.flatnonzero((labels < 0) | (labels >= logits.shape[1]))
+    if len(no_class):
+        which = f"label {labels[no_class[0]]} of image {no_class[0]}"
+        raise UserError(f"{text}: {which} is no class of a network with {logits.shape[1]} logits")
     clean = seen(logits, labels)
     none = lambda: np.full(n, NONE, np.int32)
     radius = np.where(clean.wrong, 0, np.inf).astype(np.float32)
@@ -196,9 +203,10 @@ def _divided(attack: Attack, mesh: Mesh | None) -> tuple[Attack, Variables | tup
 
 
 def _kept(keep, data, log, wrong, mesh):
-    """Where images are kept, the clean ones at first; None where none are."""
+    """Where images are kept, the clean ones at first; None where none are, or a few of those that are right when none
+    is."""
     right = np.flatnonzero(~wrong).astype(np.int32)
-    if keep is None or not len(right):
+    if keep is None or (keep == "few" and not len(right)):
         return None
 
     def clean(ids):
@@ -206,8 +214,9 @@ def _kept(keep, data, log, wrong, mesh):
             yield part, np.asarray(jax.device_get(whole(mesh)(batch["image"])))[: len(part)]
 
     few = right[np.linspace(0, len(right) - 1, min(adversarial.PICTURES, len(right))).round().astype(int)]
-    by_id = {int(index): image for part, images in clean(few) for index, image in zip(part, images)}
-    few_clean = np.stack([by_id[int(index)] for index in few])
+    some = few if len(few) else np.zeros(1, np.int32)  # for the shape of an image
+    by_id = {int(index): image for part, images in clean(some) for index, image in zip(part, images)}
+    few_clean = np.stack([by_id[int(index)] for index in some])[: len(few)]
     ids = np.arange(len(wrong), dtype=np.int32) if keep == "all" else few
     path = None if log.path is None else log.path.with_suffix(".npy")
     kept = adversarial.Kept(path, ids, few, few_clean, resumes=any("phase" in entry for entry in log.entries))
@@ -261,7 +270,9 @@ def _robust(robustness: Robustness, examples: Examples, after: Sequence[float]) 
 
 def _curve(robustness: Robustness, examples: Examples, after: Sequence[float]) -> dict[str, Measure | Curve]:
     radii = [np.float32(eps) for eps in robustness.eps]
-    about = lambda eps: Measure(better="higher", label=f"accuracy at {radius_text(eps)}")
+    norm = next((attack.norm for attack in robustness.runs if attack.norm), "")
+    ball = lambda eps: f"{norm}({radius_text(eps)})" if norm else radius_text(eps)
+    about = lambda eps: Measure(better="higher", label=f"accuracy at {ball(eps)}")
     measures = {
         f"accuracy_at_{i}": share(examples.radius > radius, about(eps))
         for i, (eps, radius) in enumerate(zip(robustness.eps, radii), 1)
@@ -271,9 +282,10 @@ def _curve(robustness: Robustness, examples: Examples, after: Sequence[float]) -
     details = {"clean_accuracy": clean}
     for i, (eps, smaller) in enumerate(zip(robustness.eps[1:], radii), 2):
         carried = int((attacked & (examples.radius <= smaller)).sum())
-        label = f"images at {radius_text(eps)} that broke at a smaller radius already"
+        label = f"images at {ball(eps)} that broke at a smaller radius already"
         details[f"carried_to_{i}"] = Measure(carried, n=len(attacked), label=label, main=False)
-    over = Curve([0.0, *robustness.eps], [clean.value, *accuracies], ("epsilon", "accuracy"), "accuracy over epsilon")
+    axes = (f"epsilon, {norm}" if norm else "epsilon", "accuracy")
+    over = Curve([0.0, *robustness.eps], [clean.value, *accuracies], axes, "accuracy over epsilon")
     return measures | details | {"over_eps": over}
 
 

@@ -1,7 +1,7 @@
 """A split as evaluation wants it: examples in batches of one width, all of them or a chosen few, on the device."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from topgap_jax.data.source import Source
 from topgap_jax.edges import check_split
 from topgap_jax.errors import UserError
 from topgap_jax.mesh import check_batch, replicated, split
-from topgap_jax.types import Array, Batch
+from topgap_jax.types import Array, Batch, Model
 
 
 class Split(NamedTuple):
@@ -99,6 +99,15 @@ def rows_of(data: Split, rows: np.ndarray, *, narrow: bool = False) -> Split:
             start += len(some)
 
     return Split(len(rows), batches, width)
+
+
+def check_model(model: Any) -> None:
+    """Raise a UserError for what is no `Model`, such as a function of images."""
+    if not isinstance(model, Model):
+        raise UserError(
+            f"give a Model, such as models.nnx(module) or models.linen(module), got {model!r}; of a function of images"
+            " it is Model(None, lambda variables, images, **options: Output(predict(images), {}, {}))"
+        )
 
 
 def check_width(batch: int, mesh: Mesh | None) -> None:

@@ -64,12 +64,11 @@ def save(manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], me
         return
     _check_room(manager.directory, step, trees)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    # What Orbax's threads raise is raised again here; its logger tells it too, in pages.
-    logger, raised = logging.getLogger("absl"), lambda record: not record.exc_info
-    logger.addFilter(raised)
     try:
-        manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta))), force=True)
-        manager.wait_until_finished()
+        # What Orbax's threads raise is raised again here; its logger tells it too, in pages.
+        with _unlogged(lambda record: record.exc_info):
+            manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta))), force=True)
+            manager.wait_until_finished()
         if is_writer():
             manifest.write(Path(manager.directory) / str(step))
     except Exception as error:  # Orbax and TensorStore raise of every kind, of many lines
@@ -78,8 +77,6 @@ def save(manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], me
             f"the checkpoint of step {step} cannot be written in {manager.directory}: {reason}; mend that, then give "
             "the same command again: it goes on from the checkpoint before"
         ) from error
-    finally:
-        logger.removeFilter(raised)
 
 
 def set_aside(workdir: Path) -> bool:
@@ -134,11 +131,16 @@ def restore(workdir: Path, which: str, templates: Mapping[str, Any]) -> tuple[di
     items = {name: ocp.args.StandardRestore(jax.tree.map(described, tree)) for name, tree in templates.items()}
 
     def read(step):
-        with _without_warnings(), ocp.CheckpointManager(folder, options=READING) as manager:
+        with _unlogged(_warning), ocp.CheckpointManager(folder, options=READING) as manager:
             found = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
         return {name: found[name] for name in templates}, found["meta"]
 
     return _of_newest(workdir, which, read)
+
+
+def _warning(record: logging.LogRecord) -> bool:
+    """Orbax warns, on the terminal, of checkpoints that go while it lists them."""
+    return record.levelno < logging.ERROR
 
 
 def _of_newest(workdir: Path, which: str, read: Callable[[int], Any]) -> Any:
@@ -160,17 +162,6 @@ def _of_newest(workdir: Path, which: str, read: Callable[[int], Any]) -> Any:
             raise UserError(f"the checkpoint {path} {why}: {reason}") from error
 
 
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Orbax warns, on the terminal, of checkpoints that go while it lists them."""
-    logger, quiet = logging.getLogger("absl"), lambda record: record.levelno >= logging.ERROR
-    logger.addFilter(quiet)
-    try:
-        yield
-    finally:
-        logger.removeFilter(quiet)
-
-
 def stored(workdir: Path, which: str, name: str) -> Any:
     """The tree `name` of the newest whole checkpoint of `which` as it was saved, whatever its shapes, on the first
     device."""
@@ -189,7 +180,8 @@ def tree(folder: Path) -> Any:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.PyTreeCheckpointer() as reader:
         try:
-            described = reader.metadata(folder.absolute()).item_metadata
+            with _unlogged(lambda record: "_CHECKPOINT_METADATA" in record.getMessage()):  # a step's, not a tree's
+                described = reader.metadata(folder.absolute()).item_metadata
             if described is None:
                 raise FileNotFoundError("none of its files is there")
             saved = described.tree
@@ -198,6 +190,17 @@ def tree(folder: Path) -> Any:
         except Exception as error:  # as in restore
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"'{folder}' is no folder that Orbax wrote a tree of arrays in: {reason}") from error
+
+
+@contextmanager
+def _unlogged(records: Callable[[logging.LogRecord], Any]) -> Iterator[None]:
+    """Leave out what Orbax's logger says where `records` is true of it."""
+    logger, keep = logging.getLogger("absl"), lambda record: not records(record)
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def _check_room(folder: Path, step: int, trees: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """What the commands do with an experiment: parts for `fit`, a model with its weights, evaluation, pictures, layers."""
 
 import functools
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -271,11 +272,17 @@ def _files(save: str | Path | None, splits: Sequence[str], attacks: Sequence[str
         raise UserError("--save: no evaluator attacks; give one such as robust(pgd(linf(8/255)))")
     if path.suffix == ".npy":
         raise UserError(f"--save {path}: images are kept in .npz files; name a folder, or {path.with_suffix('.npz')}")
-    if path.suffix != ".npz":
-        return {pair: path / f"{slug(*pair)}.npz" for pair in pairs}
-    if len(pairs) > 1:
+    one = path.suffix == ".npz"
+    if one and len(pairs) > 1:
         raise UserError(f"--save {path}: there are {len(pairs)} attacks to save; name a folder")
-    return {pairs[0]: path}
+    folder = path.parent if one else path
+    try:  # told now, not when all is measured
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save {path}: the folder '{folder}' cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK) or (one and path.is_dir()):
+        raise UserError(f"--save {path}: nothing can be written there; name another place")
+    return {pairs[0]: path} if one else {pair: path / f"{slug(*pair)}.npz" for pair in pairs}
 
 
 def stored(loaded: Loaded) -> list[Row] | None:

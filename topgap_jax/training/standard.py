@@ -6,6 +6,7 @@ from jax import lax
 
 from topgap_jax.attacks import attack as run
 from topgap_jax.build import check_number, table
+from topgap_jax.errors import UserError
 from topgap_jax.models import bind
 from topgap_jax.types import Attack, Objective, Schedule
 
@@ -34,6 +35,9 @@ def adversarial(attack: Attack, *, eps: Schedule | None = None, label_smoothing:
     is not the attack's own; adversarial(r_fgsm(linf(8/255)), eps=warmup(8/255, 1000)) begins on clean images.
     """
     inner = standard(label_smoothing=label_smoothing)
+    if attack.source is not None or attack.aim == "norm":
+        why = "needs another network" if attack.aim == "label" else "keeps to no ball"
+        raise UserError(f"adversarial: '{attack.name}' {why}; give an attack such as pgd(linf(8/255), steps=10)")
 
     def objective(keys, model, variables, batch, step):
         predict = bind(model, lax.stop_gradient(variables), step=step)
