@@ -164,7 +164,7 @@ def test_the_default_k():
         (lambda: attacks.topk_attack(3, balls.linf(0.1)), "topk_attack: give an explanation such as gradient(), got 3"),
         (
             lambda: attacks.topk_attack(explain.gradient(), 3),
-            "topk_attack: give a ball such as linf(8/255), got 3",
+            "give a ball such as linf(8/255), got 3",
         ),
         (
             lambda: attacks.topk_attack(explain.smooth(explain.gradient(rules=guided_backprop)), balls.linf(0.1)),
