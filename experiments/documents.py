@@ -398,7 +398,8 @@ def claims_of_places(stored: Mapping[str, Any]) -> str:
     parts = [
         "Maps of the true class; thresholds are the best on these very pictures, for every method. 95 % bootstrap"
         " intervals over the pictures; behind the semicolon the head's class map, `cam()`, minus this method on the"
-        " same network, paired, bold where the interval leaves out 0. One training a network (seed 0)."
+        " same network, paired, bold where the interval leaves out 0. Each resample has best thresholds of its own: an"
+        " interval that only just leaves out 0 says little. One training a network (seed 0)."
     ]
     for network, each in stored["networks"].items():
         lines = [[f"`{name}`", *(cell(one.get(key)) for key in names)] for name, one in each["methods"].items()]

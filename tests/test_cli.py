@@ -642,7 +642,7 @@ MISTAKES = [
     ("train --config {config} --workdir {npz}", "cannot write in the workdir '{npz}': '{npz}' is a file, no folder"),
     ("train --config {config} --workdir {npz}/new", "cannot write in the workdir '{npz}/new': '{npz}' is a file, no folder"),
     ("explain --workdir {run} --count -1", "--count must be a whole number of at least 1, got -1"),
-    ("explain --workdir {run} --methods cam() --count 1 --out {npz}", "--out {npz}: sheets are PNG files; name a .png file, or a folder"),
+    ("explain --workdir {run} --methods cam() --count 1 --out {npz}", "--out {npz}: sheets are PNG files; name a folder, or "),
     ("layers --config {config} --config.image_size=32", "--config.image_size: expected a tuple like (32, 32), got '32'"),
     ("compare {new}", "'{new}' is not a run: there is no such folder; name a folder that `topgap train --workdir` wrote"),
     ("report {data}", "'{data}' is not a run: it has no config.json; name a folder that `topgap train --workdir` wrote"),

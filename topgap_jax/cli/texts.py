@@ -181,12 +181,13 @@ def _listing(about: Mapping[str, str], whole: bool = False) -> str:
     return "\n".join(f"  {name:{width}}  {indent.join(lines(text))}" for name, text in about.items())
 
 
-LONGEST = 500
+LONGEST, END = 500, 150
 
 
 def line(error: object) -> str:
     """An error in one line of at most 500 characters, whatever a file or an argument put into it: control characters
-    and halves of characters are escaped. A command that it ends with is printed whole.
+    and halves of characters are escaped, and of what is longer the middle is left out, because a long path stands
+    before what is wrong with it. A command that it ends with is printed whole.
 
     >>> line("a name\\n with \\x1b[31m")
     'a name with \\\\x1b[31m'
@@ -194,5 +195,5 @@ def line(error: object) -> str:
     printed = lambda text: "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     command = getattr(error, "command", "")
     text = printed(" ".join(str(error).removesuffix(command).split()))
-    text = text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST - END - 5]} ... {text[-END:]}"
     return f"{text} {printed(command)}" if command else text
