@@ -102,7 +102,7 @@ def main():
                 "commit": about["commit"],
                 "eps": row.eps,
                 "n": n,
-                "ours": ours(loaded, row, options.first, n, batch),
+                "ours": ours(loaded, row, options.first, n),
             }
             for package in row.peers:
                 words = {**files, "network": row.network, "weights": weights, "package": package}
