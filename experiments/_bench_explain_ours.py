@@ -11,6 +11,7 @@ from _bench_worker import peak_megabytes, serve
 
 import topgap_jax as tg
 from topgap_jax import setup
+from topgap_jax.explain import ablation, masking
 from topgap_jax.explain.cam import FAMILY
 from topgap_jax.grids import scaled
 from topgap_jax.keys import example_keys
@@ -30,6 +31,9 @@ def prepare(path, config, images, labels, weights, layer, shallow, steps, window
         over = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
         x, y, keys = jax.device_put((x, y, keys), over("batch"))
         variables = jax.device_put(variables, over())
+    for module, name in ((masking, "BATCH"), (ablation, "IMAGES")):  # what is evaluated together: at least one batch
+        if "BENCH_TOGETHER" in os.environ:
+            setattr(module, name, int(os.environ["BENCH_TOGETHER"]) * len(y))
     compile_seconds, planned, slices = 0.0, 0, int(os.environ.get("BENCH_SLICES", "1"))
 
     def compiled(explain, channels=False, enlarged=False):

@@ -9,7 +9,7 @@ the peak above that after the imports, compilation and first call included. "fam
 that share one pass: beside the package's eight calls, and beside eight calls of ours. A row that is done is kept in
 runs/ with its commit, so that the same command goes on where it was stopped; results/bench_explain.json is written
 where every row is there, on a tree without changes. Figures of a busy machine say little: `load_average` stands with
-each row. --ideas times what might make the gradient of ResNet-20 faster, beside what is done, and writes
+each row. --ideas times what might make those faster that miss their target, beside what is done, and writes
 results/bench_explain_ideas.json.
 """
 
@@ -52,14 +52,19 @@ TARGETS = {  # the package's time over ours at least
     "field": 3,
 }
 FAMILY = 5  # eight calls of ours over the family
+AS_IT_IS = "as it is"
+IDEAS_FOR = (
+    ("resnet20", "saliency"), ("resnet20", "occlusion"), ("resnet20", "score_cam"), ("efficientnet_lite0", "field")
+)  # fmt: skip
 IDEAS = {  # the environment of our process: what might use both cores better
-    "as it is": {},
+    AS_IT_IS: {},
     "two devices, a thread each": {"BENCH_DEVICES": "2", "OMP_NUM_THREADS": "1"},
     "two halves of the batch": {"BENCH_SLICES": "2"},
     "four quarters of the batch": {"BENCH_SLICES": "4"},
     "two halves, a thread each": {"BENCH_SLICES": "2", "OMP_NUM_THREADS": "1"},
     "threads bound to cores": {"OMP_PROC_BIND": "true"},
     "threads that spin for a while": {"GOMP_SPINCOUNT": "10000"},  # for ever would take a core from the other processes
+    "two batches of masks together": {"BENCH_TOGETHER": "2"},
 }
 
 
@@ -99,24 +104,32 @@ def main():
 
 
 def ideas(options):
-    """Time the gradient of ResNet-20 in each of `IDEAS`; ratio: the time as it is over the idea's."""
-    network, before, processes = NETWORKS["resnet20"], driver.load_average(), {}
-    both = {"steps": STEPS, "window": 1, "stride": 1, "layer": None, "shallow": network["shallow"][0]}
-    with tempfile.TemporaryDirectory() as folder:
-        words = written(network, Path(folder)) | both | {"config": str(HERE.parent / "configs" / network["config"])}
-        for name, environment in IDEAS.items():
-            processes[name] = driver.start("_bench_explain_ours.py", environment=driver.NO_CACHE | environment)
-            driver.ask(processes[name], "prepare", path="saliency", **words)
-    times = driver.interleave(processes, options.rounds, options.seconds)
-    driver.stop(processes)
-    rows = {
-        name: driver.figures(each) | {"ratio": driver.ratios(times["as it is"], each)} for name, each in times.items()
-    }
-    for name, row in rows.items():
-        print("|", " | ".join(idea(name, row)), "|")
-    machine = driver.machine() | {"load_average": [before, driver.load_average()]}
-    if options.rounds >= 7 and not machine["commit"].endswith("+"):
-        driver.write("bench_explain_ideas", {"machine": machine, "rows": rows})
+    """Time what misses its target as it is and in each of `IDEAS`; what is not among --paths stays in the file."""
+    file = HERE.parent / "results" / "bench_explain_ideas.json"
+    parts = json.loads(file.read_text())["parts"] if file.exists() else {}
+    machine = driver.machine()
+    for name, path in IDEAS_FOR:
+        if path not in options.paths:
+            continue
+        network, before, processes = NETWORKS[name], driver.load_average(), {}
+        both = {"steps": STEPS, "window": network["window"], "stride": network["stride"], "layer": network["layers"][0]}
+        with tempfile.TemporaryDirectory() as folder:
+            words = written(network, Path(folder)) | both | {"shallow": network["shallow"][0]}
+            for idea, environment in IDEAS.items():
+                processes[idea] = driver.start("_bench_explain_ours.py", environment=driver.NO_CACHE | environment)
+                config = str(HERE.parent / "configs" / network["config"])
+                driver.ask(processes[idea], "prepare", path=path, config=config, **words)
+        times = driver.interleave(processes, options.rounds, options.seconds)
+        driver.stop(processes)
+        rows = {
+            key: driver.figures(each) | {"ratio": driver.ratios(times[AS_IT_IS], each)} for key, each in times.items()
+        }
+        about = {"commit": machine["commit"], "load_average": [before, driver.load_average()]}
+        parts[f"{name} {path}"] = about | {"rows": rows}
+        for key, row in rows.items():
+            print("|", " | ".join([f"{name} {path}", *idea_cells(key, row)]), "|", flush=True)
+        if options.rounds >= 7 and not machine["commit"].endswith("+"):
+            driver.write("bench_explain_ideas", {"machine": machine, "parts": parts})
 
 
 def written(network, folder):
@@ -168,9 +181,9 @@ def measure(name, path, options, files):
     return row
 
 
-def idea(name, row):
+def idea_cells(name, row):
     """A row of the table of ideas."""
-    return [f"{name:40}", said(row["ratio"]), f"{row['median_ms']:.0f} ms", f"{row['cpu_ms']:.0f} ms"]
+    return [f"{name:28}", said(row["ratio"]), f"{row['median_ms']:.0f} ms", f"{row['cpu_ms']:.0f} ms"]
 
 
 def said(ratio):

@@ -333,8 +333,12 @@ def explaining(stored: Mapping[str, Any]) -> str:
 
 
 def explaining_ideas(stored: Mapping[str, Any]) -> str:
-    head = ["the gradient of ResNet-20 at batch 128", "as it is / this, median [range]; CPU time", "time", "CPU time"]
-    return markdown(head, [bench_explain.idea(*row) for row in stored["rows"].items()])
+    head = ["", "", "as it is / this, median [range]; CPU time", "time", "CPU time"]
+    parts = stored["parts"].items()
+    lines = [[name, *bench_explain.idea_cells(*row)] for name, part in parts for row in part["rows"].items()]
+    return (
+        "Those that miss their target, and the gradient. Masks make no part of the gradient and the field.\n\n"
+    ) + markdown(head, lines)
 
 
 def claims_of_maps(stored: Mapping[str, Any]) -> str:
