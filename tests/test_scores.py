@@ -162,3 +162,17 @@ def test_clean_logits_and_targets_are_needed():
             score(Z, jnp.array([2]), Z)
         text = "a targeted score needs target classes: score(logits, labels, clean, target), or an attack's targets=9"
         assert str(raised.value) == text
+
+
+def test_a_score_of_one_row_and_of_several_batches():
+    """Under vmap, and with more axes before the classes; a number an example is no row of logits."""
+    logits, labels = (
+        jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.float32),
+        jnp.zeros((2, 3), jnp.int32),
+    )
+    for score in (scores.logit, scores.probability, scores.residual_softmax):
+        several = score(logits, labels)
+        np.testing.assert_array_equal(several[1], score(logits[1], labels[1]))
+        np.testing.assert_allclose(jax.vmap(score)(logits[0], labels[0]), several[0], rtol=1e-6)
+        with pytest.raises(UserError, match="the network must return float logits"):
+            score(logits[0, :, 0], labels[0])

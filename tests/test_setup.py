@@ -151,10 +151,10 @@ def test_what_the_command_line_changed_stands_in_the_row(run):
 def test_a_split_of_few_images_is_not_measured_in_a_wide_batch():
     """An attack on 4 images in 20 slots would cost what one on 20 does."""
     chosen, mesh = setup.experiment(TINY, [("batch", "20")]), data_mesh(jax.devices())
-    assert setup.commands._width(chosen, "test[:4]", None, None) == 4
-    assert setup.commands._width(chosen, "test[:9]", None, mesh) == 16 and mesh.size == 8
-    assert setup.commands._width(chosen, "train", None, None) == 20
-    assert setup.commands._width(chosen, "test[:4]", 10, None) == 10
+    assert setup.commands._width(chosen, ["test[:4]", "test[:3]"], None, None) == 4
+    assert setup.commands._width(chosen, ["test[:9]"], None, mesh) == 16 and mesh.size == 8
+    assert setup.commands._width(chosen, ["test[:4]", "train"], None, None) == 20
+    assert setup.commands._width(chosen, ["test[:4]"], 10, None) == 10
 
 
 def test_weights_from_a_file(tmp_path, capsys, reads, monkeypatch):

@@ -25,13 +25,13 @@ def check_baseline(where: str, baseline: Baseline) -> None:
         raise UserError(
             f"{where} must be {', '.join(map(repr, NAMES))}, a number, one per channel or an array, got {baseline!r}"
         )
-    if isinstance(baseline, str) or isinstance(baseline, jax.core.Tracer):
+    if baseline is None or isinstance(baseline, str) or isinstance(baseline, jax.core.Tracer):
         return
     try:
         values = np.asarray(baseline, np.float32)
     except (TypeError, ValueError, RuntimeError):  # `baseline_images` says what it is
         return
-    if not ((values >= 0) & (values <= 1)).all():
+    if not ((values >= -1e-6) & (values <= 1 + 1e-6)).all():  # as much as images may
         span = f"{values.min():.4g} to {values.max():.4g}" if values.size > 1 else f"{baseline!r}"
         raise UserError(f"{where} must lie in [0, 1] as images do, got {span}")
 

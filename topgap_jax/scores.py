@@ -15,7 +15,7 @@ from topgap_jax.types import Array, Score
 
 def logit(logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None) -> Array:
     """z_y, the label's own logit."""
-    check_logits("score", logits)
+    _check(logits, labels)
     return _pick(logits, labels)
 
 
@@ -24,7 +24,7 @@ def probability(logits: Array, labels: Array, clean: Array | None = None, target
 
     Its gradient in float32 is 0 where p_y is 1: gradients explain `logit`.
     """
-    check_logits("score", logits)
+    _check(logits, labels)
     z = logits.astype(jnp.float32)
     return _pick(z if z.shape[-1] == 1 else jax.nn.softmax(z), labels)
 
@@ -114,7 +114,7 @@ def kl(logits: Array, labels: Array, clean: Array | None = None, target: Array |
 
 def residual_softmax(logits: Array, labels: Array, clean: Array | None = None, target: Array | None = None) -> Array:
     """z_y + log p_y, p = softmax(z): what Shapley-CAM explains (arXiv 2501.06261, its residual softmax target)."""
-    check_logits("score", logits)
+    _check(logits, labels)
     return _pick(logits, labels) + _pick(jax.nn.log_softmax(logits.astype(jnp.float32)), labels)
 
 
@@ -132,7 +132,7 @@ def finer(*, weights: str = "uniform", strength: float = 0.6, count: int = 3, st
     check_number("count", count, 1, whole=True)
 
     def score(logits, labels, clean=None, target=None):
-        check_logits("score", logits)
+        _check(logits, labels)
         z, classes = logits.astype(jnp.float32), logits.shape[-1]
         if classes == 1:
             return _pick(z, labels)
@@ -148,6 +148,12 @@ def finer(*, weights: str = "uniform", strength: float = 0.6, count: int = 3, st
 
 def _one_hot(logits, labels):
     return jnp.arange(logits.shape[-1]) == labels[..., None]
+
+
+def _check(logits, labels):
+    """Refuse what a network returned that has not a row of logits for each label."""
+    if getattr(logits, "ndim", 0) != jnp.ndim(labels) + 1:
+        check_logits("the score of an explanation", logits)
 
 
 def _pick(logits, labels):

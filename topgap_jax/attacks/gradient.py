@@ -62,7 +62,7 @@ def pgd(
     iterate would go round for ever, and is FINISHED (arXiv 2503.19347): the same verdict, earlier.
     """
     check_number("steps", steps, 1, whole=True)
-    check_score(score, targets, moved=start is not None)
+    check_score(score, targets, moved=start is not None or samples is not None)
     if step_size is not None:
         check_step(step_size)
         if optimizer is not None:
@@ -170,7 +170,7 @@ def mim(
     """
     check_number("steps", steps, 1, whole=True)
     check_number("decay", decay, 0)
-    check_score(score, moved=False)
+    check_score(score, moved=samples is not None)
     runs_of(0, 1, samples)
     begin = starting(ball, None)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.build import check_number, table
-from topgap_jax.edges import check_logits
+from topgap_jax.edges import check_logits, check_predict
 from topgap_jax.errors import UserError
 from topgap_jax.grids import same_size
 from topgap_jax.keys import fold_in, normal, split
@@ -161,7 +161,7 @@ def _runner_up(logits, labels):
 
 
 def _checked(predict, images, target):
-    logits = jax.eval_shape(predict, images)
+    logits = check_predict("targeted", predict, images)
     check_logits("targeted", logits)
     if target >= logits.shape[-1]:
         raise UserError(f"targeted: class {target} is none of a network with {logits.shape[-1]} logits")

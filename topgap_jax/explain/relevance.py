@@ -1,5 +1,6 @@
 """Relevance of pixels by rules on the backward pass: `lrp` and `excitation_backprop`."""
 
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -30,10 +31,11 @@ def lrp(composite: Rules | Callable[..., Rules] = epsilon_plus, *, score: Score 
     without eps, but for what biases take; z+, alpha-beta, gamma, box and flat give a layer's bias its part.
     """
     try:
-        rules = composite(0.0, 1.0) if callable(composite) else composite
+        given = inspect.signature(composite).bind(0.0, 1.0) if callable(composite) else None
     except TypeError:
         name = getattr(composite, "__name__", repr(composite))
         raise UserError(f"lrp: '{name}' is no function of (low, high); give the rules it makes: {name}()") from None
+    rules = composite(*given.args) if given else composite
     checked(rules)
 
     def pixels(keys, predict, images, labels):

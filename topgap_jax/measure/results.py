@@ -6,6 +6,7 @@ Also rows of version 0.1.0, whose measures were bare numbers with `name_low` and
 import base64
 import math
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,7 +115,7 @@ def read(path: Path) -> Evaluation:
 
 def of(path: Path, weights: str, data: str, digest: str = "") -> Evaluation:
     """The evaluation of these weights and data, in the file or beside it; without rows if there is none."""
-    kept = (read(each) for each in (path, _beside(path, weights, digest)))
+    kept = (read(each) for each in (path, _beside(path, weights, data, digest)))
     return next((each for each in kept if each[1:] == (weights, data, digest)), Evaluation([], weights, data, digest))
 
 
@@ -125,17 +126,18 @@ def turn_to(path: Path, weights: str, data: str, digest: str = "") -> None:
     if before[1:] == (weights, data, digest):
         return
     if before.rows:
-        aside = _beside(path, before.weights, before.digest)
+        aside = _beside(path, *before[1:])
         path.replace(aside)
         say(f"{path}: the rows of {before.weights or 'other weights'} are now in {aside.name}")
     if of(path, weights, data, digest).rows:
-        _beside(path, weights, digest).replace(path)
+        _beside(path, weights, data, digest).replace(path)
 
 
-def _beside(path: Path, weights: str, digest: str) -> Path:
-    """evaluation-checkpoint_last_step_8_90fd10e1.json"""
-    name = re.sub(r"\W+", "_", f"{weights} {digest}").strip("_")[:100]
-    return path.with_name(f"{path.stem}-{name or 'before'}{path.suffix}")
+def _beside(path: Path, weights: str, data: str, digest: str) -> Path:
+    """evaluation-checkpoint_last_step_8-90fd10e1.json, with a number for weights, data and digest together."""
+    name = re.sub(r"\W+", "_", weights).strip("_")[:100]
+    number = zlib.crc32(repr((weights, data, digest)).encode())
+    return path.with_name(f"{path.stem}-{name or 'before'}-{number:08x}{path.suffix}")
 
 
 def write(path: Path, row: Row, weights: str, data: str, digest: str = "") -> None:

@@ -106,7 +106,8 @@ def check_model(model: Any) -> None:
     if not isinstance(model, Model):
         raise UserError(
             f"give a Model, such as models.nnx(module) or models.linen(module), got {model!r}; of a function of images"
-            " it is Model(None, lambda variables, images, **options: Output(predict(images), {}, {}))"
+            " it is Model(None, lambda variables, images, **options: Output(predict(images), {}, {})),"
+            " with variables {'params': {}}"
         )
 
 

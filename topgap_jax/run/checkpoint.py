@@ -144,12 +144,12 @@ def _warning(record: logging.LogRecord) -> bool:
 
 
 def _of_newest(workdir: Path, which: str, read: Callable[[int], Any]) -> Any:
-    """What `read` gives of the newest whole step; once more where a training that goes on, and keeps the newest alone,
-    removed a checkpoint while it was read."""
+    """What `read` gives of the newest whole step; once more where a training that goes on removed a checkpoint, or
+    wrote one, while it was read."""
     for attempt in range(READS):
-        step = _whole_step(workdir, which)
-        before = steps(workdir, which)
+        before, step = steps(workdir, which), NONE
         try:
+            step = _whole_step(workdir, which)
             return read(step)
         except Exception as error:  # Orbax, TensorStore and JSON raise of every kind, of many lines
             if jax.process_count() == 1 and attempt + 1 < READS and steps(workdir, which) != before:

@@ -184,7 +184,6 @@ def evaluate(
         raise UserError("nothing to evaluate: neither config.evaluators nor --evaluators names an evaluator")
     checks.model(chosen)
     built = _checked_evaluators(chosen, names, evaluators)
-    width = config.batch if batch is None else batch
     if model_info is not None:
         verify.check(Path(model_info), loaded, names, built)
     files = _files(save, names, [text for text, one in built.items() if isinstance(one, Robustness)])
@@ -192,6 +191,7 @@ def evaluate(
         results.read(loaded.workdir / results.FILE)  # a damaged one is told before anything is read
     mesh = data_mesh()
     mesh = mesh if mesh.size > 1 else None
+    width = _width(chosen, names, batch, mesh)
     check_width(width, mesh)
     checks.memory(width, config.image_size, "config.batch" if batch is None else "--batch")
     training = functools.cache(lambda: sample(chosen))
@@ -213,7 +213,7 @@ def evaluate(
                 measured = run_evaluators(
                     chosen.model,
                     loaded.variables,
-                    open_split(chosen, split, _width(chosen, split, batch, mesh), mesh),
+                    open_split(chosen, split, width, mesh),
                     wanted[split],
                     split=split,
                     classes=len(chosen.classes),
@@ -231,16 +231,17 @@ def evaluate(
             by_text = _kept(loaded, split, kept[split]) | {row.evaluator: row for row in measured}
             rows += [by_text[text] for text in built]
     if model_info is not None:
-        verify.write(Path(model_info), loaded, names[0], _width(chosen, names[0], batch, mesh), built, rows, columns)
+        verify.write(Path(model_info), loaded, names[0], width, built, rows, columns)
     return rows
 
 
-def _width(chosen: Experiment, split: str, batch: int | None, mesh: Mesh | None) -> int:
-    """Examples at a time: `batch`; by default config.batch, or all of a split that has fewer, on as many devices."""
+def _width(chosen: Experiment, splits: Sequence[str], batch: int | None, mesh: Mesh | None) -> int:
+    """Examples at a time: `batch`; by default config.batch, or all of the largest split where that has fewer."""
     if batch is not None:
         return batch
     devices = 1 if mesh is None else mesh.size
-    return min(chosen.config.batch, -(-max(1, len(chosen.source(split))) // devices) * devices)
+    largest = max(1, *(len(chosen.source(split)) for split in splits))
+    return min(chosen.config.batch, -(-largest // devices) * devices)
 
 
 def _identity(loaded: Loaded) -> tuple[str, str, str]:

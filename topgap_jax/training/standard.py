@@ -5,6 +5,7 @@ import optax
 from jax import lax
 
 from topgap_jax.attacks import attack as run
+from topgap_jax.attacks.state import single
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
 from topgap_jax.models import bind
@@ -35,6 +36,7 @@ def adversarial(attack: Attack, *, eps: Schedule | None = None, label_smoothing:
     is not the attack's own; adversarial(r_fgsm(linf(8/255)), eps=warmup(8/255, 1000)) begins on clean images.
     """
     inner = standard(label_smoothing=label_smoothing)
+    attack = single(attack, "adversarial: ")
     if attack.source is not None or attack.aim == "norm":
         why = "needs another network" if attack.aim == "label" else "keeps to no ball"
         raise UserError(f"adversarial: '{attack.name}' {why}; give an attack such as pgd(linf(8/255), steps=10)")
