@@ -337,7 +337,8 @@ def explaining_ideas(stored: Mapping[str, Any]) -> str:
     parts = stored["parts"].items()
     lines = [[name, *bench_explain.idea_cells(*row)] for name, part in parts for row in part["rows"].items()]
     return (
-        "Those that miss their target. Masks are no part of the gradient, nor of the field: the last idea is noise there.\n\n"
+        "Of those that miss their target. Masks are no part of the gradient, nor of the field: that idea is noise"
+        " there.\n\n"
     ) + markdown(head, lines)
 
 
