@@ -105,6 +105,15 @@ def test_a_network_is_a_function_of_images_that_returns_logits():
     np.testing.assert_array_equal(of(several, one), of(predict, explain.targeted(gradient, np.int64(1))))
 
 
+def test_numpy_numbers_are_numbers():
+    """Of an option that may also be an array, or a name."""
+    three = np.int64(3)
+    of = lambda method: method(KEYS, predict, IMAGES, LABELS)
+    np.testing.assert_array_equal(of(explain.lime(three, samples=12)), of(explain.lime(3, samples=12)))
+    with pytest.raises(UserError, match="k must be a whole number"):
+        metrics.ranks.topk_intersection(np.ones((2, 4)), np.ones((2, 4)), np.int64(5))
+
+
 def test_what_draws_at_random_needs_keys():
     of = lambda method: method(None, predict, IMAGES, LABELS)
     noisy = [explain.rise(masks=1), explain.smooth(explain.gradient(), samples=1), explain.integrated(baseline="noise")]

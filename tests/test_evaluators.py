@@ -598,7 +598,7 @@ def test_robust_is_plain_data():
         (lambda: evaluators.curve(fgsm(linf(0.1)), fmn(l2(0.1)), eps=(0.1,)), "curve: the attacks are in several norms, linf and l2; give each a curve of its own"),
         (lambda: evaluators.robust(), "robust: give one or more attacks, such as robust(pgd(linf(8/255)))"),
         (lambda: evaluators.robust(topk_attack(cam(), linf(0.1))), "robust: 'top-k-50 x 3, linf(0.1)' keeps the label; give it to attributional_robustness(explain, attack)"),
-        (lambda: evaluators.attributional_robustness(cam(), fgsm(linf(0.1))), "attributional_robustness: give an attack on maps, such as topk_attack(gradient(), linf(8/255)), got 'fgsm, linf(0.1)'"),
+        (lambda: evaluators.attributional_robustness(cam(), fgsm(linf(0.1))), "attributional_robustness: give an attack on maps, such as topk_attack(gradient(), linf(8/255)), got Attack(fgsm, linf(0.1))"),
         (lambda: evaluators.attributional_robustness(3, topk_attack(cam(), linf(0.1))), "attributional_robustness: give an explanation such as gradient(), got 3"),
         (lambda: evaluators.measures(cam()), "measures: give one or more metrics after the explanation, such as measures(cam(), gini())"),
         (lambda: evaluators.measures(3, gini()), "measures: give an explanation such as gradient(), got 3"),

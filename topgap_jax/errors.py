@@ -12,3 +12,12 @@ class UserError(ValueError):
     def __init__(self, text: str, command: str = ""):
         super().__init__(f"{text}{command}")
         self.command = command
+
+
+def raised(error: BaseException) -> str:
+    """What somebody else's code raised, in a line: its type and the first 300 characters of what it says.
+
+    >>> raised(ValueError("one\\n two"))
+    'ValueError: one two'
+    """
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

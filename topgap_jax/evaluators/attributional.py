@@ -34,7 +34,7 @@ def attributional_robustness(explain: Explain, attack: Attack, *, k: int | None 
     if not isinstance(attack, Attack) or attack.aim != "map":
         raise UserError(
             "attributional_robustness: give an attack on maps, such as topk_attack(gradient(), linf(8/255)), "
-            f"got {attack.name if isinstance(attack, Attack) else attack!r}"
+            f"got {attack!r}"
         )
     if k is not None:
         check_number("k", k, 1, whole=True)

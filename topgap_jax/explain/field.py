@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from topgap_jax.build import check_number, table
@@ -125,7 +126,7 @@ def _channel_weights(channel, labels, channels, logits, layer):
                 "give channel='sum' or an index"
             )
         return jax.nn.one_hot(labels, channels, dtype=jnp.float32)
-    if isinstance(channel, bool) or not isinstance(channel, int) or not 0 <= channel < channels:
+    if isinstance(channel, bool) or not isinstance(channel, int | np.integer) or not 0 <= channel < channels:
         raise UserError(f"field: channel must be 'label', 'sum' or an index below {channels}, got {channel!r}")
     return jax.nn.one_hot(jnp.full_like(labels, channel), channels, dtype=jnp.float32)
 

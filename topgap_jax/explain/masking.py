@@ -75,8 +75,9 @@ def _chunk(chunk: int | None, images: Array) -> int:
 
 def checked_segments(where: str, segments: Segments) -> tuple[int | np.ndarray, int]:
     """The segments, numbered from 0 without gaps, and how many there are; UserError of `where`."""
-    if isinstance(segments, int):
+    if isinstance(segments, int | np.integer):
         check_number("segments", segments, 1, whole=True)
+        segments = int(segments)
         return segments, segments**2
     ids = np.asarray(segments)
     if ids.ndim not in (2, 3) or not np.issubdtype(ids.dtype, np.integer) or not ids.size:

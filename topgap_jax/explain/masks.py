@@ -95,6 +95,7 @@ def mfpp(
         ids = jnp.stack([jnp.broadcast_to(level, (b, *level.shape[1:])) for level in ids])
 
         def one(index):
+            # float: of the whole numbers 0 and 1 `bernoulli` says that they are no probabilities.
             shown = jax.vmap(lambda key: jax.random.bernoulli(key, float(p), (most,)))(fold_in(keys, index))
             mask = paint(shown, ids[index % len(levels)])
             values = score(predict(mixed(mask, images, other)), labels)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from topgap_jax import __version__
-from topgap_jax.errors import UserError
+from topgap_jax.errors import UserError, raised
 from topgap_jax.evaluators.trust import verdict
 from topgap_jax.measure import adversarial, results
 from topgap_jax.measure.audit import audit_split
@@ -143,8 +143,7 @@ def _summary(evaluator: Evaluator, rows: Mapping[str, np.ndarray], text: str) ->
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{text}: its summary of the split: {reason}") from error
+        raise UserError(f"{text}: its summary of the split: {raised(error)}") from error
     for name, value in measures.items():
         if not isinstance(value, Measure | Curve | Gallery | Check):
             kind = type(value).__name__

@@ -31,7 +31,6 @@ from topgap_jax.stored import NUMBER, mismatch
 from topgap_jax.types import Attack, Cost, Curve, Measure, Model, Robustness, Variables
 
 NONE = -1
-LARGEST = np.finfo(np.float32).max
 COLUMNS = {
     "ids": [int], "run": [int], "broken": [bool], "step": [int], "steps": [int], "radius": [(*NUMBER, None)],
     "ended": [bool], "margin": [(*NUMBER, None)], "predicted": [int], "fragile": [bool],
@@ -77,7 +76,13 @@ class Phase(NamedTuple):
     @property
     def limit(self) -> np.float32:
         """Examples that break at no radius up to this one are attacked; the smallest norm is looked for in all."""
-        return np.float32(0) if self.attack.aim == "norm" else LARGEST if self.eps is None else np.float32(self.eps)
+        return (
+            np.float32(0)
+            if self.attack.aim == "norm"
+            else np.finfo(np.float32).max
+            if self.eps is None
+            else np.float32(self.eps)
+        )
 
 
 def for_classes(robustness: Robustness, classes: int) -> tuple[Robustness, list[str]]:

@@ -6,6 +6,7 @@ everything of a map that is not finite.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from topgap_jax.build import check_number
@@ -20,7 +21,7 @@ BLOCK = 128  # rows of the n x n comparison that are held at a time
 def topk_intersection(a: Array, b: Array, k: int | Array) -> Array:
     """|top_k(a) and top_k(b)| / k (b,), k a number or one for each pair (Ghorbani et al. 2019, arXiv 1710.10547)."""
     a, b = _flat(a, b)
-    if isinstance(k, int):
+    if isinstance(k, int | np.integer):
         check_number("k", k, 1, a.shape[1], whole=True)
     return _defined(a, b, (top_mask(a, k) & top_mask(b, k)).sum(1) / k)
 

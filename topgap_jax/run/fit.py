@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from topgap_jax.data import Stream, as_batch, epoch_ids, gather
 from topgap_jax.edges import check_split
-from topgap_jax.errors import UserError
+from topgap_jax.errors import UserError, raised
 from topgap_jax.evaluators import accuracy
 from topgap_jax.keys import example_keys, fold_in
 from topgap_jax.measure.evaluate import evaluation_variables
@@ -163,10 +163,9 @@ def fit(
             try:
                 state, numbers, finite = train_step(state, held, batch)
             except MISTAKES as error:
-                if step > done + 1 or isinstance(error, UserError):
+                if step > done + 1 or isinstance(error, UserError | FloatingPointError):  # the latter: jax_debug_nans
                     raise
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                raise UserError(f"the step of objective, augment and optimizer: {reason}") from error
+                raise UserError(f"the step of objective, augment and optimizer: {raised(error)}") from error
             pending.append((step, numbers, finite))
             book(LAG)
             shown.update(parts.batch)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from topgap_jax import data
-from topgap_jax.errors import UserError
+from topgap_jax.errors import UserError, raised
 from topgap_jax.measure.splits import Split, resident_split, streamed_split
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import fast
@@ -83,8 +83,7 @@ def _opened(splits: data.Splits, split: str) -> data.Source:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"config.source: split '{split}': {reason}") from error
+        raise UserError(f"config.source: split '{split}': {raised(error)}") from error
     if not isinstance(source, data.Source):
         raise UserError(f"config.source: split '{split}' must be a data.Source, it is {type(source).__name__}")
     return source

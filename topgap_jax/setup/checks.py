@@ -12,7 +12,7 @@ import optax
 
 from topgap_jax.attacks import bound, square
 from topgap_jax.data import Source
-from topgap_jax.errors import UserError
+from topgap_jax.errors import UserError, raised
 from topgap_jax.measure.evaluate import evaluation_variables
 from topgap_jax.models import bind
 from topgap_jax.progress import say
@@ -65,7 +65,7 @@ def model(chosen: Experiment) -> None:
     except Exception as error:  # a user's own module may raise anything
         size = " x ".join(map(str, config.image_size))
         raise UserError(
-            f"config.model: '{config.model}' cannot be applied to images of {size} pixels: {_raised(error)}"
+            f"config.model: '{config.model}' cannot be applied to images of {size} pixels: {raised(error)}"
         ) from error
     if logits.shape != targets.shape:
         raise UserError(
@@ -157,11 +157,7 @@ def _trace(where, function, *arguments):
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except Exception as error:  # a user's own method may raise anything
-        raise UserError(f"{where}: {_raised(error)}") from error
-
-
-def _raised(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{where}: {raised(error)}") from error
 
 
 def _keys():

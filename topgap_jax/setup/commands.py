@@ -199,7 +199,7 @@ def evaluate(
     identity = _identity(loaded)
     digest = identity[-1]
     keeps = digest and not again and save is None and model_info is None and jax.process_count() == 1
-    kept = {split: _kept(loaded, split, built) if keeps else {} for split in names}
+    kept = {split: _kept(loaded, split, built, identity) if keeps else {} for split in names}
     wanted = {split: {text: one for text, one in built.items() if text not in kept[split]} for split in names}
     writes = loaded.workdir is not None and results.read(loaded.workdir / results.FILE)[1:] != identity
     with locks.evaluating(loaded.workdir if writes or any(wanted.values()) else None):
@@ -228,7 +228,7 @@ def evaluate(
                     seed=config.seed,
                     mesh=mesh,
                 )
-            by_text = _kept(loaded, split, kept[split]) | {row.evaluator: row for row in measured}
+            by_text = _kept(loaded, split, kept[split], identity) | {row.evaluator: row for row in measured}
             rows += [by_text[text] for text in built]
     if model_info is not None:
         verify.write(Path(model_info), loaded, names[0], width, built, rows, columns)
@@ -254,11 +254,11 @@ def _identity(loaded: Loaded) -> tuple[str, str, str]:
     return loaded.weights, source, manifest.digests(loaded.workdir).get(loaded.weights, "")
 
 
-def _kept(loaded: Loaded, split: str, texts: Iterable[str]) -> dict[str, Row]:
+def _kept(loaded: Loaded, split: str, texts: Iterable[str], identity: tuple[str, str, str]) -> dict[str, Row]:
     """{text: row} of those evaluators whose rows are there for these very weights and data."""
     if loaded.workdir is None:
         return {}
-    before = results.of(loaded.workdir / results.FILE, *_identity(loaded))
+    before = results.of(loaded.workdir / results.FILE, *identity)
     by_key = {row.key: row for row in before.rows}
     keys = {text: (split, text, tuple(sorted(_overrides(loaded, text).items()))) for text in texts}
     return {text: by_key[key] for text, key in keys.items() if key in by_key}
