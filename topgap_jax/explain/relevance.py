@@ -66,7 +66,8 @@ def excitation_backprop(layer: str | None = None, *, contrastive: bool = False) 
         _, features = read(predict, full)(images)
         if features.ndim != 4:
             raise UserError(
-                f"excitation_backprop: layer '{layer or full}' has shape {features.shape}; features (b, h, w, c) are needed"
+                f"excitation_backprop: layer '{layer or full}' has shape {features.shape}; "
+                "features (b, h, w, c) are needed"
             )
 
         def probabilities(rules, sign):
