@@ -19,7 +19,7 @@ from _faults_process import LINE, SAME
 
 from topgap_jax.errors import UserError
 from topgap_jax.measure import results
-from topgap_jax.report import attacked
+from topgap_jax.report import attacked, index
 from topgap_jax.report.page import embedded
 from topgap_jax.report.read import read_run
 from topgap_jax.run import checkpoint, manifest, workdir
@@ -88,6 +88,7 @@ KINDS = {
     "versions.json": Kind("versions.json", lambda path: workdir.read_versions(path)),
     "adversarial images": Kind("adversarial/*.npz", of_adversarial),
     "sheets": Kind("sheets/*.png", of_picture),
+    "sheets.json": Kind("sheets/sheets.json", lambda path: index.noted(there(path).parent)),
 }
 
 
@@ -118,19 +119,16 @@ def files(kind: str, folder: Path) -> list[Path]:
 
 
 def damages(kind: str, damage: str, number: int, folder: Path, work: Path) -> Iterator[tuple[str, str]]:
-    """(verdict, what was said or what was damaged) of so many damages to copies of one kind's files of the run; of
-    deletions at most one a file."""
+    """(verdict, what was said or what was damaged) of so many damages to copies of one kind's files of the run."""
     copy = work / "damaged"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder, copy)
     of_kind = KINDS[kind]
     paths = files(kind, copy)
     draw = Random(f"{kind} {damage}")
-    if damage == "deletion" or not paths:
-        number = min(number, len(paths))
     whole: dict[Path, Any] = {}
-    for turn in range(number):
-        path = paths[turn] if damage == "deletion" else draw.choice(paths)
+    for turn in range(number if paths else 0):
+        path = paths[turn % len(paths)] if damage == "deletion" else draw.choice(paths)
         content = path.read_bytes()
         key = next(each for each in path.parents if each.name.isdecimal()) if kind == "checkpoint" else path
         if key not in whole:

@@ -37,7 +37,7 @@ from topgap_jax.measure.log import Log
 from topgap_jax.measure.robust import is_entry
 from topgap_jax.mesh import data_mesh
 from topgap_jax.progress import cut, read_metrics
-from topgap_jax.report import attacked
+from topgap_jax.report import attacked, index
 from topgap_jax.report.compare import compare
 from topgap_jax.report.page import embedded, report
 from topgap_jax.run import manifest, workdir
@@ -146,6 +146,7 @@ METRICS = [
 VERSIONS = {"command": "topgap train", "commit": "abc", "versions": {"jax": "0.10.2"}, "threads": 2, "mesh_devices": 1,
             "earlier": [{"commit": None, "versions": {"jax": "0.10.1"}}]}  # fmt: skip
 HEADER = {"split": "test", "seed": 0}
+SHEETS = {"sheets": ["test.png", "test-2.png"]}
 WHOLE = {**CONFIG["config"], "source": "shapes(train=60, validation=20, test=20)", "epochs": 2, "batch": 20,
          "optimizer": "sgd(cosine(0.01, 0, total_steps))", "image_size": [32, 32], "eps": 0.5,
          "backbone": "small_resnet(widths=(4,), stem=4, stem_kernel=3, stem_stride=4)", "pool": "top_gap(k=4)",
@@ -268,8 +269,8 @@ SET = Path("tiny") / "1.0.0"
 
 def tfds_set(path: Path) -> None:
     source = data.tfds(str(path.parent), box="bbox", region="mask")("train")
-    for index in range(min(3, len(source))):
-        data.decode(source, index, (8, 8))
+    for place in range(min(3, len(source))):
+        data.decode(source, place, (8, 8))
 
 
 @cache
@@ -494,6 +495,7 @@ TARGETS = {
     "adversarial": Target("a.npz", adversarial, adversarial_seeds, zip_change),
     "model": Target("model.json", model, model_seeds, json_change),
     "sheet": Target("sheet.png", sheet, picture_seeds, png_change),
+    "sheets": Target("sheets.json", lambda path: index.noted(path.parent), lambda: as_bytes(SHEETS), json_change),
     "tfds_features": of_set("features.json", json_change),
     "tfds_info": of_set("dataset_info.json", json_change),
     "tfds_labels": of_set("label.labels.txt"),

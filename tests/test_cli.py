@@ -27,6 +27,7 @@ from topgap_jax.errors import UserError
 from topgap_jax.measure import results
 from topgap_jax.mesh import data_mesh
 from topgap_jax.progress import read_metrics
+from topgap_jax.report import index, read_runs
 from topgap_jax.run import checkpoint
 from topgap_jax.run import fit as fit_module
 from topgap_jax.run.provenance import provenance
@@ -148,6 +149,7 @@ def test_evaluate_saves_adversarial_images(run, tmp_path):
     assert [code for code, _, _ in outs] == [0, 0]
     assert all("accuracy at linf(1/255)" in out and "accuracy at linf(64/255)" in out for _, out, _ in outs)
     assert all("not audited" in out for _, out, _ in outs)
+    assert read_runs([workdir])[0].gone == ()
     (file,) = (tmp_path / "a").iterdir()
     assert file.name == "test_5_curve_fgsm_linf_eps_eps_1_255_64_255.npz"
     with np.load(file) as ours, np.load(tmp_path / "b.npz") as other:
@@ -161,6 +163,7 @@ def test_explain_draws_a_split_and_a_folder(run, tmp_path):
     workdir, _, _ = run
     code, out, _ = topgap("explain", "--workdir", workdir, "--count", 2)
     assert (code, out) == (0, f"{workdir}/sheets/test.png: 2 of 20 pictures\n")
+    assert index.noted(workdir / "sheets") == ["test.png"]
     with Image.open(workdir / "sheets" / "test.png") as two:
         two.load()
     pictures = tmp_path / "my pictures"
@@ -174,6 +177,7 @@ def test_explain_draws_a_split_and_a_folder(run, tmp_path):
     words = ("--images", pictures, "--methods", "cam()", "--out", tmp_path / "out")
     code, out, _ = topgap("explain", "--workdir", workdir, *words)
     assert (code, out) == (0, f"{tmp_path}/out/my_pictures.png: 3 of 3 pictures\n")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["my_pictures.png"]
     with Image.open(tmp_path / "out" / "my_pictures.png") as three:
         assert three.height > two.height and three.width < two.width, "one row a picture, one column a method"
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from topgap_jax.errors import UserError
 from topgap_jax.measure.results import Row, to_json
-from topgap_jax.report import compare, read_runs, report, sheet, table, verdict
+from topgap_jax.report import compare, index, read_runs, report, sheet, table, verdict
 from topgap_jax.report import page as page_module
 from topgap_jax.report.figures import Series, line_chart, thin
 from topgap_jax.report.galleries import picture
@@ -22,6 +22,7 @@ from topgap_jax.types import Curve, Gallery, Measure
 
 EVIL = "<script>alert(1)</script>"
 ROBUST = "robust(pgd(linf(eps), steps=20))"
+EXAMPLES = "test_robust_both_with_eps_4_255.npz"
 COST = {"forward_passes": 1.0, "gradient_evaluations": 0.0, "seconds": 3.21, "device": "cpu"}
 
 
@@ -240,7 +241,9 @@ def attacked_run(folder):
         for i, (name, value) in enumerate((("pgd-20, linf(8/255)", 0.5), ("apgd-100, linf(8/255)", 0.375)), 1)
     }
     measures = {"robust_accuracy": near(0.375, "accuracy under both"), "clean_accuracy": near(0.875, "clean accuracy")}
-    store(run, [row("test", "robust(both)", measures | after, audit="not audited", overrides={"eps": "4/255"})])
+    after["attacked"] = Measure(875, n=1000, label="images attacked", main=False)
+    store(run, [row(split, "robust(both)", measures | after, audit="not audited", overrides={"eps": "4/255"})
+                for split in ("test", "other", "odd")])  # fmt: skip
     config = json.loads((run / "config.json").read_text()) | {"data": {"classes": ["disc", "star"], "examples": 9}}
     (run / "config.json").write_text(json.dumps(config))
     clean = np.random.default_rng(0).random((8, 8, 8, 3)).astype(np.float32)
@@ -250,9 +253,10 @@ def attacked_run(folder):
         "split": "test", "evaluator": "robust(both) with eps=4/255",
     }  # fmt: skip
     (run / "adversarial").mkdir()
-    np.savez(run / "adversarial" / "a.npz", **examples, weights="checkpoint best, step 320")
-    np.savez(run / "adversarial" / "b.npz", **examples, weights="checkpoint best, step 100")
-    (run / "adversarial" / "broken.npz").write_bytes(b"no archive")
+    of = lambda split: run / "adversarial" / f"{split}_robust_both_with_eps_4_255.npz"
+    np.savez(of("test"), **examples, weights="checkpoint best, step 320")
+    np.savez(of("other"), **examples | {"split": "other"}, weights="checkpoint best, step 100")
+    of("odd").write_bytes(b"no archive")
     return run
 
 
@@ -275,9 +279,46 @@ def test_what_each_attack_leaves_and_what_it_did(tmp_path, monkeypatch):
     assert len(examples.label) == 7 and classes == ("disc", "star")
 
 
+def test_adversarial_examples_beside_a_run_of_another_radius(tmp_path):
+    """What differs between the runs' configs becomes a part of a row's text; its pictures are still its own."""
+    bare = {"sheets": False, "trained": False, "evaluated": False}
+    runs = [make_run(tmp_path / f"run{eps}", eps=eps / 255, **bare) for eps in (2, 8)]
+    examples = attacked_run(tmp_path / "other") / "adversarial" / EXAMPLES
+    for run in runs:
+        store(run, [row("test", ROBUST, {"robust_accuracy": near(0.5, "accuracy")}, audit="not audited")])
+        (run / "adversarial").mkdir()
+        with np.load(examples) as arrays:
+            np.savez(run / "adversarial" / "test_robust_pgd_linf_eps_steps_20.npz", **{**arrays, "evaluator": ROBUST})
+    read = Reader(report(runs, tmp_path / "page.html").read_text())
+    assert len([attrs for tag, attrs in read.tags if tag == "img" and "clean, the" in attrs.get("alt", "")]) == 2
+
+
+def test_files_that_commands_made_and_that_are_gone_are_missed(tmp_path, capsys):
+    run = attacked_run(tmp_path / "run")
+    (run / "sheets").mkdir()
+    for name in ("test.png", "test-2.png"):
+        Image.new("RGB", (8, 8)).save(run / "sheets" / name)
+        index.note(run / "sheets" / name)
+    report([run], tmp_path / "page.html")
+    assert "is gone" not in capsys.readouterr().err
+    (run / "sheets" / "test-2.png").unlink()
+    (run / "adversarial" / EXAMPLES).unlink()
+    read, err = Reader(report([run], tmp_path / "page.html").read_text()), capsys.readouterr().err
+    of = "the images of robust(both) with eps=4/255"
+    lines = (
+        "run/sheets/test-2.png is gone: topgap explain draws it again",
+        f"run/adversarial/{EXAMPLES} is gone: topgap evaluate --again makes {of} again",
+    )
+    assert all(line in " ".join(read.words.split()) and f"topgap: {line}\n" in err for line in lines)
+    (run / "sheets" / "sheets.json").write_text("[")
+    report([run], tmp_path / "page.html")
+    err = capsys.readouterr().err
+    assert re.search(r"sheets.json is not a list of sheets: .*; sheets that are gone are not missed\n", err)
+
+
 def test_the_picture_of_adversarial_examples(tmp_path):
     """Clean, grey + 10 x perturbation, adversarial, pixel by pixel."""
-    examples = page_module.attacked.read(attacked_run(tmp_path / "run") / "adversarial" / "a.npz")
+    examples = page_module.attacked.read(attacked_run(tmp_path / "run") / "adversarial" / EXAMPLES)
     picture = np.asarray(page_module.attacked.picture(examples, ("disc", "star")))
     size = 208  # 8 pixels of 26
     at = lambda column, row: picture[14 + 20 + 24 + row * (size + 32) + 13, 14 + column * (size + 6) + 13]

@@ -132,6 +132,7 @@ def _evaluate(arguments, overrides):
 
 def _explain(arguments, overrides):
     from topgap_jax import setup
+    from topgap_jax.report import index
     from topgap_jax.report.sheets import draw
 
     if arguments.channels and not arguments.save:
@@ -146,11 +147,14 @@ def _explain(arguments, overrides):
         target=arguments.target,
         channels=arguments.channels,
     )
-    out = Path(arguments.out or (Path(arguments.workdir, "sheets") if arguments.workdir else "sheets"))
+    of_run = bool(arguments.workdir and not arguments.out)
+    out = Path(arguments.workdir, index.FOLDER) if of_run else Path(arguments.out or index.FOLDER)
     pages = setup.saved(arguments.save, explained) if arguments.save else explained.pages
     number = 0
     for path, page in draw(out, explained, pages, overlays=arguments.overlays):
         number += len(page.ids)
+        if of_run:
+            index.note(path)
         print(f"{path}: {len(page.ids)} of {explained.total} pictures")
     if arguments.save:
         print(f"{arguments.save}: the maps of {number} pictures")

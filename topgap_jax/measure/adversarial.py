@@ -2,6 +2,7 @@
 
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,15 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     return images if images.shape == shape and images.dtype == np.float32 else None
 
 
-def slug(split: str, evaluator: str) -> str:
-    """A name of a file for an evaluator on a split.
+def file_name(split: str, evaluator: str) -> str:
+    """The file of an evaluator on a split: the longer ones of two that begin alike have a digest too.
 
-    >>> slug("test[:100]", "robust(pgd(linf(8/255)))")
-    'test_100_robust_pgd_linf_8_255'
+    >>> file_name("test[:100]", "robust(pgd(linf(8/255)))")
+    'test_100_robust_pgd_linf_8_255.npz'
     """
-    return re.sub(r"\W+", "_", f"{split} {evaluator}").strip("_")[:120]
+    text = f"{split} {evaluator}"
+    name = re.sub(r"\W+", "_", text).strip("_")
+    return f"{name}.npz" if len(name) <= 120 else f"{name[:110]}_{zlib.crc32(text.encode()):08x}.npz"
 
 
 def save(

@@ -126,11 +126,13 @@ def evaluate(
                 **about,
             )
         )
+        leftovers = [*(audited.kept if isinstance(evaluator, Audit) else ()), *filter(None, logs.values())]
+        if isinstance(evaluator, Robustness) and attacked.kept is not None:
+            _store(attacked, evaluator, file, workdir, weights=weights, split=split, evaluator=rows[-1].text)
+            leftovers.insert(0, attacked.kept)
         if path is not None and jax.process_index() == 0:
             results.write(path, rows[-1], weights, source, digest)
-        if isinstance(evaluator, Robustness):
-            _store(attacked, evaluator, file, workdir, weights=weights, split=split, evaluator=rows[-1].text)
-        for left in (*(audited.kept if isinstance(evaluator, Audit) else ()), *filter(None, logs.values())):
+        for left in leftovers:
             left.remove()
     stored = [] if path is None else [row for row in results.read(path).rows if row.key not in {r.key for r in rows}]
     return results.with_audits([*rows, *stored])[: len(rows)]
@@ -159,15 +161,12 @@ def _themselves(rows):
 def _store(attacked, robustness, file, workdir, **about):
     """The images that attacks ended with: all to `file`, a few to the run's folder for its report."""
     kept, examples, attacks = attacked.kept, attacked.examples, [attack.name for attack in robustness.runs]
-    if kept is None:
-        return
     if file is not None and jax.process_index() == 0:
         adversarial.save(file, kept.ids, kept.images, examples, attacks, **about)
     if workdir is not None and len(kept.few) and jax.process_index() == 0:
-        path = Path(workdir) / adversarial.FOLDER / f"{adversarial.slug(about['split'], about['evaluator'])}.npz"
+        path = Path(workdir) / adversarial.FOLDER / adversarial.file_name(about["split"], about["evaluator"])
         images = kept.images[np.searchsorted(kept.ids, kept.few)]
         adversarial.save(path, kept.few, images, examples, attacks, clean=kept.clean, **about)
-    kept.remove()
 
 
 def evaluation_variables(variables: Variables) -> Variables:

@@ -22,7 +22,7 @@ from PIL import Image
 from topgap_jax.data.formats import open_picture
 from topgap_jax.errors import UserError
 from topgap_jax.measure.results import to_json
-from topgap_jax.progress import write_text
+from topgap_jax.progress import say, write_text
 from topgap_jax.report import attacked, galleries
 from topgap_jax.report.audits import checked
 from topgap_jax.report.figures import SERIES, Series, line_chart
@@ -51,6 +51,9 @@ def report(workdirs: Sequence[Path | str], out: Path, *, title: str = "Top-GAP r
     script = (HERE / "page.js").read_text(encoding="utf-8")
     ids = (f"chart{i}-" for i in count())
     pictures, left_out = sheets(runs)
+    for line in (f"{run.label}/{words}" for run in runs for words in run.gone):
+        say(line)
+        left_out.append(line)
     page = (
         environment()
         .get_template("page.html")
@@ -153,17 +156,17 @@ def adversarial(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A picture of examples that each robust row's attacks broke, as far as there is room for it."""
     drawn, used = [], 0
     for i, run in enumerate(runs):
-        for examples in filter(None, map(attacked.read, run.adversarial)):
-            rows = [row for row in run.rows if (row.split, row.text) == (examples.split, examples.evaluator)]
-            image = attacked.picture(examples, run.classes) if rows and examples.weights == run.weights else None
-            if image is None:
+        for place, path in run.adversarial.items():
+            examples = attacked.read(path)
+            if examples is None or examples.weights != run.weights:
                 continue
+            image = attacked.picture(examples, run.classes)
             stored = io.BytesIO()
             image.save(stored, "PNG", optimize=True)
             data = as_data(stored.getvalue(), image)
             if used + len(data["source"]) <= ADVERSARIAL_BYTES:
                 used += len(data["source"])
-                drawn.append({"run": i, "row": rows[0], "picture": data})
+                drawn.append({"run": i, "row": run.rows[place], "picture": data})
     return drawn
 
 

@@ -3,15 +3,16 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from topgap_jax.build import names as names_of
 from topgap_jax.errors import UserError
-from topgap_jax.measure import results
+from topgap_jax.measure import adversarial, results
 from topgap_jax.measure.results import Row
 from topgap_jax.progress import METRICS, read_metrics, say
+from topgap_jax.report import index
 from topgap_jax.run import manifest
 from topgap_jax.run.workdir import VERSIONS, read_config, read_versions
 from topgap_jax.stored import files_inside
@@ -24,7 +25,8 @@ BESIDE = ("accuracy", "regions")
 class Run(NamedTuple):
     """A run folder. config and versions are flat {dotted key: text}; metrics the lines of metrics.jsonl; rows those of
     evaluation.json; weights and data say what was evaluated, stale what is to be said where those weights are no longer
-    the folder's; adversarial are files of images that its attacks ended with.
+    the folder's; adversarial, by the row's number, files of images that its attacks ended with; gone, what the folder
+    should have and has not, in words.
     """
 
     label: str
@@ -38,8 +40,9 @@ class Run(NamedTuple):
     data: str
     sheets: list[Path]
     classes: tuple[str, ...] = ()
-    adversarial: tuple[Path, ...] = ()
+    adversarial: Mapping[int, Path] = {}
     stale: str = ""
+    gone: tuple[str, ...] = ()
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[Run]:
@@ -57,6 +60,10 @@ def read_run(folder: Path, label: str) -> Run:
         why = "it has no config.json" if folder.is_dir() else "there is no such folder"
         raise UserError(f"'{folder}' is not a run: {why}; name a folder that `topgap train --workdir` wrote")
     stored, evaluation = read_config(path), results.read(folder / results.FILE)
+    rows = with_gaps(evaluation.rows, str(stored["config"].get("train", "")))
+    sheets = files_inside(folder, f"{index.FOLDER}/*.png")
+    images = {path.name: path for path in files_inside(folder, f"{adversarial.FOLDER}/*.npz")}
+    names = [adversarial.file_name(row.split, row.text) for row in rows]
     return Run(
         label=label,
         folder=folder,
@@ -64,14 +71,27 @@ def read_run(folder: Path, label: str) -> Run:
         file=stored.get("file"),
         versions=flat(_versions(folder / VERSIONS)),
         metrics=_metrics(folder, stored["config"].get("log_every")),
-        rows=with_gaps(evaluation.rows, str(stored["config"].get("train", ""))),
+        rows=rows,
         weights=evaluation.weights,
         stale=_stale(folder, evaluation),
         data=evaluation.data,
-        sheets=files_inside(folder, "sheets/*.png"),
+        sheets=sheets,
         classes=tuple(map(str, (stored.get("data") or {}).get("classes", ()))),
-        adversarial=tuple(files_inside(folder, "adversarial/*.npz")),
+        adversarial={i: images[name] for i, name in enumerate(names) if name in images},
+        gone=tuple(_gone(folder, sheets, {name: row for name, row in zip(names, rows) if name not in images})),
     )
+
+
+def _gone(folder: Path, sheets: Sequence[Path], without_images: Mapping[str, Row]) -> Iterator[str]:
+    """Files that commands wrote into the folder and that are no longer there."""
+    there = {path.name for path in sheets}
+    for name in index.noted(folder / index.FOLDER):
+        if name not in there:
+            yield f"{index.FOLDER}/{name} is gone: topgap explain draws it again"
+    for name, row in without_images.items():
+        # An attack leaves images wherever there were some to attack.
+        if "attacked" in row.measures and row.measures["attacked"].value:
+            yield f"{adversarial.FOLDER}/{name} is gone: topgap evaluate --again makes the images of {row.text} again"
 
 
 def _metrics(folder: Path, log_every: Any) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from topgap_jax import rewrite
 from topgap_jax.errors import UserError
 from topgap_jax.measure import results
-from topgap_jax.measure.adversarial import slug
+from topgap_jax.measure.adversarial import file_name
 from topgap_jax.measure.evaluate import evaluate as run_evaluators
 from topgap_jax.measure.results import Row
 from topgap_jax.measure.splits import check_width
@@ -283,7 +283,7 @@ def _files(save: str | Path | None, splits: Sequence[str], attacks: Sequence[str
         raise UserError(f"--save {path}: the folder '{folder}' cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK) or (one and path.is_dir()):
         raise UserError(f"--save {path}: nothing can be written there; name another place")
-    return {pairs[0]: path} if one else {pair: path / f"{slug(*pair)}.npz" for pair in pairs}
+    return {pairs[0]: path} if one else {pair: path / file_name(*pair) for pair in pairs}
 
 
 def stored(loaded: Loaded) -> list[Row] | None:
