@@ -8,7 +8,8 @@ Writes 1,280,000 JPEG records of 32 x 32 pixels in 1,000 classes and 16 ArrayRec
 
 open        from the folder's path to the first record, after the imports: seconds, and growth of resident memory
 resume      from a new stream to its first batch, at step 0 and at random steps of 20 epochs
-rate        records/s: one thread that decodes records in random order, and the stream, in turn
+rate        records/s in random order, in turn: a loop over TFDS's own random access in one thread, one over ours, the
+            stream, and the stream with two worker processes; the same of 256 x 256 pixels, of a set of 4,096 records
 steps       `fit` of a tiny network for 20,000 steps of 16 records: resident memory every 1,000 steps
 fit         ResNet-20, batch 128, streamed: CPU seconds of the loop beside those of its step alone plus those of one
             thread's decoding of as many records
@@ -36,6 +37,7 @@ import numpy as np
 from PIL import Image
 
 RECORDS, SHARDS, CLASSES, SIDE, PICTURES = 1_280_000, 16, 1000, 32, 4096
+LARGER = 256  # the side of the pictures of which threads decode several at once
 CORE = "tensorflow_datasets.core.features"
 FREE = 4 * 10**9  # bytes of disk that must be free
 PARTS = ("open", "resume", "rate", "steps", "fit", "evaluate")
@@ -44,7 +46,10 @@ BOUNDS = {
     "opening, MB": (20, "most"),
     "resume over fresh start, s": (1, "most"),
     "growth over the steps, MB": (20, "most"),
-    "stream / one thread": (1.5, "least"),
+    "stream / a loop over TFDS's random access": (1.5, "least"),
+    "stream / a loop over ours": (1.5, "least"),
+    "stream with two processes / a loop over ours": (1.5, "least"),
+    "stream / a loop over ours, 256 x 256": (1.5, "least"),
     "alone / fit, CPU": (0.95, "least"),
     "evaluate, bytes a pixel byte": (1.0, "most"),
     "evaluate streamed, bytes a pixel byte": (0.05, "most"),
@@ -67,17 +72,17 @@ def get_config():
 TINY = "small_resnet(widths=(4,), stem=4, stem_kernel=3, stem_stride=4)"
 
 
-def make(folder: Path, records: int) -> int:
+def make(folder: Path, records: int, side: int = SIDE) -> int:
     """Write the set; its bytes."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
 
     generator = np.random.default_rng(0)
-    coarse = generator.integers(0, 256, (PICTURES, 8, 8, 3), np.uint8)
+    coarse = generator.integers(0, 256, (PICTURES, side // 4, side // 4, 3), np.uint8)
     pictures = []
     for pixels in coarse:
         stream = io.BytesIO()
-        Image.fromarray(pixels).resize((SIDE, SIDE)).save(stream, "JPEG", quality=90)
+        Image.fromarray(pixels).resize((side, side)).save(stream, "JPEG", quality=90)
         pictures.append(stream.getvalue())
     shape = {"dimensions": ["-1", "-1", "3"]}
     features = {
@@ -165,37 +170,62 @@ def part_resume(folder: str, options) -> dict:
 
 
 def part_rate(folder: str, options) -> dict:
+    with tempfile.TemporaryDirectory() as place:
+        larger = Path(place) / "larger" / "1.0.0"
+        make(larger, PICTURES, LARGER)
+        return {
+            str(SIDE): rates(folder, SIDE, options.rate_records, options.rounds),
+            str(LARGER): rates(str(larger), LARGER, options.rate_records // 4, options.rounds),
+        }
+
+
+def rates(folder: str, side: int, count: int, rounds: int) -> dict:
     from topgap_jax import data
 
-    source, size, count = opened(folder), (SIDE, SIDE), options.rate_records
-    rates, cpu = {"one thread": [], "stream": []}, {"one thread": [], "stream": []}
-    ids = np.random.default_rng(2).permutation(len(source))
-    with data.stream(source, size, seed=0, batch=128) as batches:
-        for _ in range(20):
-            next(batches)
-        for number in range(options.rounds):
-            batches.close()
-            some = ids[number * count : (number + 1) * count].tolist()
-            start, before = time.perf_counter(), time.process_time()
-            for index in some:
-                data.decode(source, index, size, extras=False)
-            rates["one thread"].append(count / (time.perf_counter() - start))
-            cpu["one thread"].append((time.process_time() - before) / count)
-            next(batches)
-            next(batches)
-            start, before = time.perf_counter(), time.process_time()
-            for _ in range(count // 128):
-                next(batches)
-            rates["stream"].append(count // 128 * 128 / (time.perf_counter() - start))
-            cpu["stream"].append((time.process_time() - before) / (count // 128 * 128))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    ratios = [stream / one for one, stream in zip(rates["one thread"], rates["stream"])]
-    return {
-        "records_a_second": medians,
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "cpu_microseconds_a_record": {name: 1e6 * statistics.median(each) for name, each in cpu.items()},
+    source, size, draw = opened(folder), (side, side), np.random.default_rng(2)
+    streams = {
+        "stream": data.stream(source, size, seed=0, batch=128),
+        "stream with two processes": data.stream(source, size, seed=0, batch=128, workers=2),
     }
+    decode = {"TFDS": tfds_decode(folder), "ours": lambda index: data.decode(source, index, size, extras=False)}
+    seconds = {name: [] for name in (*decode, *streams)}
+    for _ in range(rounds):
+        some = draw.integers(0, len(source), count).tolist()
+        for name, one in decode.items():
+            start = time.perf_counter()
+            for index in some:
+                one(index)
+            seconds[name].append((time.perf_counter() - start) / count)
+        for name, stream in streams.items():
+            for _ in range(8):  # what is read ahead
+                next(stream)
+            start = time.perf_counter()
+            for _ in range(count // 128):
+                next(stream)
+            seconds[name].append((time.perf_counter() - start) / (count // 128 * 128))
+            stream.close()
+    ratio = lambda stream, loop: [one / many for one, many in zip(seconds[loop], seconds[stream])]
+    pairs = {f"{stream} / {loop}": ratio(stream, loop) for stream in streams for loop in decode}
+    return {
+        "records_a_second": {name: 1 / statistics.median(each) for name, each in seconds.items()},
+        "ratio": {name: statistics.median(each) for name, each in pairs.items()},
+        "ratios": pairs,
+    }
+
+
+def tfds_decode(folder: str):
+    """What a person writes: TFDS's random access, and Pillow."""
+    import tensorflow_datasets
+
+    builder = tensorflow_datasets.builder_from_directory(folder)
+    records = builder.as_data_source("train", decoders={"image": tensorflow_datasets.decode.SkipDecoding()})
+
+    def decode(index):
+        record = records[index]
+        with Image.open(io.BytesIO(record["image"])) as image:
+            return np.asarray(image), int(record["label"])
+
+    return decode
 
 
 def experiment(folder: str, place: Path, backbone: str, batch: int, epochs: int = 1, side: int = SIDE, **overrides):
@@ -334,7 +364,11 @@ def figures(parts: dict) -> dict[str, float]:
     if "steps" in parts:
         known["growth over the steps, MB"] = parts["steps"]["growth_mb"]
     if "rate" in parts:
-        known["stream / one thread"] = parts["rate"]["ratio"]
+        small, large = (parts["rate"][str(side)]["ratio"] for side in (SIDE, LARGER))
+        known["stream / a loop over TFDS's random access"] = small["stream / TFDS"]
+        known["stream / a loop over ours"] = small["stream / ours"]
+        known["stream with two processes / a loop over ours"] = small["stream with two processes / ours"]
+        known["stream / a loop over ours, 256 x 256"] = large["stream / ours"]
     if "fit" in parts:
         known["alone / fit, CPU"] = parts["fit"]["ratio"]
     if "evaluate" in parts:
@@ -346,7 +380,7 @@ def figures(parts: dict) -> dict[str, float]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=RECORDS)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--rate-records", type=int, default=6400)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))

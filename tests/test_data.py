@@ -1,6 +1,7 @@
 """Folders, pictures, decoding, resident sets and streams; TFDS sets are in test_tfds.py."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from topgap_jax import data
-from topgap_jax.data.source import crop_window, slice_split
+from topgap_jax.data.source import crop_window, slice_split, threads_for
 from topgap_jax.errors import UserError
 
 
@@ -219,6 +220,16 @@ def test_a_stream_gives_what_the_resident_set_gives():
         for ids, rows in zip(order, batches):
             expected = {**{key: value[ids] for key, value in arrays.items()}, "id": ids, "mask": np.ones(5, bool)}
             same_rows(rows, expected)
+
+
+def test_small_pictures_are_decoded_by_one_thread():
+    """Declared, or as the first record is; what is broken decides nothing."""
+    cores = min(len(os.sched_getaffinity(0)), 16)
+    picture = lambda side: {"image": np.zeros((side, side, 3), np.uint8), "label": 0}
+    of = lambda read, size=None: data.Source("sizes()", "all", ("a",), 3, read, size)
+    assert threads_for(of(None, (128, 128))) == 1 and threads_for(of(None, (128, 129))) == cores
+    assert threads_for(of(lambda i: picture(32))) == 1 and threads_for(of(lambda i: picture(200))) == cores
+    assert threads_for(of(lambda i: 1 / 0)) == cores
 
 
 def test_a_stream_goes_on_exactly_where_it_stood():

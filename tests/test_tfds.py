@@ -2,15 +2,20 @@
 
 import io
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
+from tensorflow_datasets.core.utils.shard_utils import FileInstruction
 from tensorflow_datasets.proto import tf_example_pb2
 
 from topgap_jax import data
 from topgap_jax.build import build
+from topgap_jax.data.tfds import _Records
 from topgap_jax.errors import UserError
 
 BOX = (0.25, 0.5, 0.75, 1.0)
@@ -152,6 +157,31 @@ def test_a_set_that_names_no_files_is_a_line(root):
     changed_json(root / "tfds" / "tiny" / "1.0.0" / "dataset_info.json", lambda tree: tree.pop("name"))
     with pytest.raises(UserError, match=r"tfds\('tiny'\): split 'train' names no files: Could not format template"):
         data.tfds("tiny")("train")
+
+
+def test_records_of_several_files_are_those_of_array_records_own_source(tmp_path):
+    """Parts of files, any thread, a pickled copy; a file may hold several records a group."""
+    parts = []
+    for number, (length, skip, take, group) in enumerate(((50, 3, 40, 1), (1, 0, 1, 1), (70, 0, -1, 1), (9, 8, 1, 4))):
+        path = tmp_path / f"{number}.array_record"
+        writer = ArrayRecordWriter(str(path), f"group_size:{group},uncompressed")
+        for i in range(length):
+            writer.write(f"{number} {i}".encode() * (i + 1))
+        writer.close()
+        parts.append(FileInstruction(str(path), skip, take, length))
+    records = _Records(parts)
+    expected = [
+        f"{number} {part.skip + i}".encode() * (part.skip + i + 1)
+        for number, part in enumerate(parts)
+        for i in range(part.take)
+    ]
+    assert len(expected) == 112 and [records[i] for i in range(112)] == expected
+    tfds_own = ArrayRecordDataSource(parts[:3])
+    assert [tfds_own[i] for i in range(111)] == expected[:111]
+    order = np.random.default_rng(0).integers(0, 112, 2000).tolist()
+    copy = pickle.loads(pickle.dumps(records))
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(copy.__getitem__, order)) == [expected[i] for i in order]
 
 
 def test_tfds_finds_a_set_by_name_version_and_folder(root):

@@ -1,6 +1,5 @@
 """Small sets: decoded once, kept on the device as uint8, gathered into batches inside the jitted step."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topgap_jax.data.source import Source, decode
+from topgap_jax.data.source import Source, decode, threads_for
 from topgap_jax.types import Array, Batch
 
 ALIGNMENT = 64  # bytes, XLA's on a CPU
@@ -41,7 +40,7 @@ def resident(
         return stop - start
 
     done = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads_for(source)) as pool:
         for count in pool.map(read, range(0, n, CHUNK)):
             done += count
             if progress is not None:

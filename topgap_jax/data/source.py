@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ Record: TypeAlias = dict[str, Any]
 [0, 1], `region` (h, w) uint8 (0 outside, 1 inside, 2 unsure), `group` int, `name` str (the set's own id)."""
 
 RESIZES = ("stretch", "crop", "centre")
+SMALL = 128 * 128  # pixels of a picture
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,23 @@ class Source:
 
 Splits: TypeAlias = Callable[[str], Source]
 """What a data set of the table is: the text of a split, like 'train[:45000]', -> its source."""
+
+
+def threads_for(source: Source) -> int:
+    """How many threads to decode the records with: as many as cores, at most 16, of small pictures one.
+
+    Python's lock is held for most of the time that a small picture takes, so that threads wait for each other: of
+    32 x 32 pixels two decode 0.6 times what one does, of 192 x 192 1.3 times. Where sizes vary the first record stands
+    for all.
+    """
+    try:
+        height, width = source.image_size or source[0]["image"].shape[:2]
+    except UserError:  # it is told when its turn comes
+        height, width = SMALL, SMALL
+    if height * width <= SMALL:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16)
 
 
 def decode(

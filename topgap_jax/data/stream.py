@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from topgap_jax.data.resident import epoch_ids, evaluation_ids, layout
-from topgap_jax.data.source import Source, decode
+from topgap_jax.data.source import Source, decode, threads_for
 from topgap_jax.errors import UserError
 
 ENDLESS = 2**40  # steps
@@ -27,7 +27,8 @@ def stream(
 ) -> "Stream":
     """Training batches without end, epoch after epoch as `epoch_ids(seed, epoch, n, batch)` orders them.
 
-    options: extras=False, threads=8, workers=0 (processes, for decoding that Python holds up), process=(0, 1).
+    options: extras=False, threads (as `threads_for` says), workers=0 (processes, for decoding that Python holds up, as
+    it does that of small pictures), process=(0, 1).
     """
     order = functools.partial(_training_ids, seed, len(source), batch)
     return Stream(source, order, ENDLESS, batch, image_size, resize, **{"extras": False, **options})
@@ -60,7 +61,7 @@ class Stream:
         resize: str = "stretch",
         *,
         extras: bool = True,
-        threads: int = 8,
+        threads: int | None = None,
         workers: int = 0,
         process: tuple[int, int] = (0, 1),
     ):
@@ -69,8 +70,9 @@ class Stream:
                 f"batch {batch} does not divide among {process[1]} processes; give a multiple of {process[1]}"
             )
         share = batch // process[1]
+        threads = threads or threads_for(source)
         # Of a small batch less: the parts of the two batches that are read ahead give every thread its work.
-        part = max(1, min(PART, 2 * share // max(threads, 1)))
+        part = share if threads == 1 else max(1, min(PART, 2 * share // threads))
         self._parts = _Parts(order, steps, share, process[0], share if workers else part)
         self._decode = functools.partial(_decode, source, tuple(image_size), resize, extras)
         self._threads, self._workers = threads, workers

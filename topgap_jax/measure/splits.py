@@ -54,7 +54,7 @@ def streamed_split(
     classes: int,
     batch: int,
     mesh: Mesh | None = None,
-    threads: int = 8,
+    threads: int | None = None,
     workers: int = 0,
 ) -> Split:
     """A split too large to hold: decoded anew for every pass, by grain's threads; each process reads its share of a
