@@ -174,14 +174,16 @@ def part_rate(folder: str, options) -> dict:
         larger = Path(place) / "larger" / "1.0.0"
         make(larger, PICTURES, LARGER)
         return {
-            str(SIDE): rates(folder, SIDE, options.rate_records, options.rounds),
-            str(LARGER): rates(str(larger), LARGER, options.rate_records // 4, options.rounds),
+            str(SIDE): rates(folder, SIDE, 10, options.rate_rounds),
+            str(LARGER): rates(str(larger), LARGER, 3, options.rate_rounds),
         }
 
 
-def rates(folder: str, side: int, count: int, rounds: int) -> dict:
+def rates(folder: str, side: int, batches: int, rounds: int) -> dict:
+    """Of many short turns, since the machine's speed changes: so many batches of 128 records each."""
     from topgap_jax import data
 
+    count = 128 * batches
     source, size, draw = opened(folder), (side, side), np.random.default_rng(2)
     streams = {
         "stream": data.stream(source, size, seed=0, batch=128),
@@ -197,13 +199,14 @@ def rates(folder: str, side: int, count: int, rounds: int) -> dict:
                 one(index)
             seconds[name].append((time.perf_counter() - start) / count)
         for name, stream in streams.items():
-            for _ in range(8):  # what is read ahead
+            for _ in range(8):  # which were read ahead while the others had their turns
                 next(stream)
             start = time.perf_counter()
-            for _ in range(count // 128):
+            for _ in range(batches):
                 next(stream)
-            seconds[name].append((time.perf_counter() - start) / (count // 128 * 128))
-            stream.close()
+            seconds[name].append((time.perf_counter() - start) / count)
+    for stream in streams.values():
+        stream.close()
     ratio = lambda stream, loop: [one / many for one, many in zip(seconds[loop], seconds[stream])]
     pairs = {f"{stream} / {loop}": ratio(stream, loop) for stream in streams for loop in decode}
     return {
@@ -292,7 +295,7 @@ def part_fit(folder: str, options) -> dict:
     probes, make_step, steps = [], fit_module.make_step, 12
 
     def probed(parts, mesh):
-        probes.append(bench_fit.Probe(make_step(parts, mesh), steps, 6, options.rounds))
+        probes.append(bench_fit.Probe(make_step(parts, mesh), steps, 6, 2 * options.rounds))
         return probes[0]
 
     fit_module.make_step = probed
@@ -301,7 +304,7 @@ def part_fit(folder: str, options) -> dict:
         fit_module.fit(chosen.config, Path(place) / "run", setup.parts(chosen))
     source, ids = opened(folder), np.random.default_rng(3).integers(0, RECORDS, 128 * steps).tolist()
     decoding = []
-    for _ in range(options.rounds):
+    for _ in range(2 * options.rounds):
         before = time.process_time()
         for index in ids:
             data.decode(source, index % len(source), (SIDE, SIDE), extras=False)
@@ -335,7 +338,7 @@ def part_evaluate(folder: str, options) -> dict:
 def ask(part: str, folder: Path, options, **more) -> dict:
     """One part in a process of its own."""
     words = [sys.executable, __file__, "--part", part, "--folder", folder]
-    words += ["--rounds", options.rounds, "--steps", options.steps, "--rate-records", options.rate_records]
+    words += ["--rounds", options.rounds, "--steps", options.steps, "--rate-rounds", options.rate_rounds]
     for name, value in more.items():
         words += [f"--{name}"] if value is True else [] if value is False else [f"--{name}", value]
     done = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, text=True, check=True)
@@ -347,8 +350,10 @@ def evaluations(folder: Path, options) -> dict:
     few, many, side = 16_000, 64_000, 64  # below, what malloc keeps once and for all would count too
     answer = {}
     for name, streamed in (("held", False), ("streamed", True)):
-        peaks = [ask("evaluate", folder, options, images=n, streamed=streamed)["peak_mb"] for n in (few, many)]
-        growth = (peaks[1] - peaks[0]) * 1e6 / (many - few) / (side * side * 3)
+        peak = lambda n, streamed=streamed: ask("evaluate", folder, options, images=n, streamed=streamed)["peak_mb"]
+        peaks = [[peak(n) for n in (few, many)] for _ in range(3)]
+        low, high = map(statistics.median, zip(*peaks))
+        growth = (high - low) * 1e6 / (many - few) / (side * side * 3)
         answer[name] = {"images": [few, many], "peaks_mb": peaks, "bytes_a_pixel_byte": growth}
     return answer
 
@@ -382,7 +387,7 @@ def main():
     parser.add_argument("--records", type=int, default=RECORDS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--rate-records", type=int, default=6400)
+    parser.add_argument("--rate-rounds", type=int, default=41)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--folder", help="where the set is made; given, it stays, and is taken where it is there")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)

@@ -15,6 +15,7 @@ import bench_fit
 import bench_loops
 import bench_networks
 import bench_pool
+import bench_records
 import bench_systems
 import parity_attacks
 import planted_fakes
@@ -505,6 +506,23 @@ def devices(stored: Mapping[str, Any]) -> str:
     return "Training on several devices of two busy cores.\n\n" + markdown(head, lines)
 
 
+def records(stored: Mapping[str, Any]) -> str:
+    bound = lambda name: "at {1} {0}".format(*bench_records.BOUNDS[name])
+    lines = [
+        [name, f"{value:.3g}", bound(name), "yes" if stored["kept"][name] else "**no**"]
+        for name, value in stored["figures"].items()
+    ]
+    rates = "; ".join(
+        f"{side} x {side} pixels: "
+        + ", ".join(f"{name} {rate:,.0f}" for name, rate in each["records_a_second"].items())
+        for side, each in stored["parts"]["rate"].items()
+    )
+    return (
+        f"{stored['records']:,} generated JPEGs of 32 x 32 pixels in 16 files.\n\n"
+        f"{markdown(['', 'measured', 'bound', 'kept'], lines)}\n\nRecords a second, of {rates}."
+    )
+
+
 def faults(stored: Mapping[str, Any]) -> str:
     good, lines, bad = ("same numbers", "one line"), [], []
     for name, part in stored["parts"].items():
@@ -549,6 +567,7 @@ BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("ImageNet networks beside PyTorch", "bench_networks", networks),
     ("Attacks in a loop", "bench_loops", loops),
     ("The training loop", "bench_fit", fit),
+    ("A set of the size of ImageNet", "bench_records", records),
     ("Manifests of checkpoints", "bench_checkpoint", checkpoints),
     ("What Top-GAP costs", "bench_pool", pool),
     ("What each system costs", "bench_systems", steps),
