@@ -77,10 +77,10 @@ def by_batches(
                 compile(batch)
                 start = time.perf_counter()
             parts.append(compute(batch, len(some)))
-            ids.append(some.tolist())
+            ids.append(some)
             now = time.perf_counter()
             if log:
-                log.append({"rows": packed(parts[-1]), "ids": ids[-1], "seconds": now - start})
+                log.append({"rows": packed(parts[-1]), "ids": some.tolist(), "seconds": now - start})
             seconds, start = seconds + now - start, now
             shown.update(len(some))
     if images is None:
