@@ -429,7 +429,7 @@ def test_a_measure_over_fewer_images_says_of_how_many(page, two_runs):
     )
 
 
-def test_sheets_that_do_not_fit_are_named(tmp_path, monkeypatch):
+def test_sheets_that_do_not_fit_are_named(tmp_path, monkeypatch, capsys):
     run = make_run(tmp_path / "big", trained=False, evaluated=False)
     noise = np.random.default_rng(0).integers(0, 255, (400, 1800, 3), np.uint8)
     Image.fromarray(noise).save(run / "sheets" / "a_large.png")
@@ -437,6 +437,7 @@ def test_sheets_that_do_not_fit_are_named(tmp_path, monkeypatch):
     room = len(page_module.embedded(run / "sheets" / "a_large.png")["source"]) + 10_000
     monkeypatch.setattr(page_module, "PICTURE_BYTES", room)
     read = Reader(report([run], tmp_path / "big.html").read_text())
+    assert "topgap: big/sheets/broken.png: cannot be read as a picture\n" in capsys.readouterr().err
     sources = {attrs["alt"].split()[2]: attrs for tag, attrs in read.tags if tag == "img" and attrs.get("src")}
     assert sources["a_large"]["src"].startswith("data:image/jpeg") and sources["a_large"]["width"] == "1600"
     assert "big/sheets/broken.png: cannot be read as a picture" in read.words
