@@ -63,10 +63,10 @@ def of_evaluation(path: Path) -> Any:
 
 
 def of_picture(path: Path) -> Any:
-    """What stands on the page; None is said there, with the file's name."""
-    picture = embedded(path)
-    if picture is None:
-        raise UserError(f"{path} cannot be read as a picture")
+    """What stands on the page; what is damaged is said there, with the file's name."""
+    wrong = list(index.faults(there(path).parent))
+    if wrong or embedded(path) is None:
+        raise UserError("; ".join(wrong) or f"{path} cannot be read as a picture")
     from PIL import Image
 
     with Image.open(path) as image:

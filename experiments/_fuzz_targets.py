@@ -146,7 +146,7 @@ METRICS = [
 VERSIONS = {"command": "topgap train", "commit": "abc", "versions": {"jax": "0.10.2"}, "threads": 2, "mesh_devices": 1,
             "earlier": [{"commit": None, "versions": {"jax": "0.10.1"}}]}  # fmt: skip
 HEADER = {"split": "test", "seed": 0}
-SHEETS = {"sheets": ["test.png", "test-2.png"]}
+SHEETS = {"sheets": {"test.png": 1893, "test-2.png": 4000000000}}
 WHOLE = {**CONFIG["config"], "source": "shapes(train=60, validation=20, test=20)", "epochs": 2, "batch": 20,
          "optimizer": "sgd(cosine(0.01, 0, total_steps))", "image_size": [32, 32], "eps": 0.5,
          "backbone": "small_resnet(widths=(4,), stem=4, stem_kernel=3, stem_stride=4)", "pool": "top_gap(k=4)",

@@ -149,7 +149,7 @@ def test_evaluate_saves_adversarial_images(run, tmp_path):
     assert [code for code, _, _ in outs] == [0, 0]
     assert all("accuracy at linf(1/255)" in out and "accuracy at linf(64/255)" in out for _, out, _ in outs)
     assert all("not audited" in out for _, out, _ in outs)
-    assert read_runs([workdir])[0].gone == ()
+    assert read_runs([workdir])[0].faults == ()
     (file,) = (tmp_path / "a").iterdir()
     assert file.name == "test_5_curve_fgsm_linf_eps_eps_1_255_64_255.npz"
     with np.load(file) as ours, np.load(tmp_path / "b.npz") as other:
@@ -163,7 +163,7 @@ def test_explain_draws_a_split_and_a_folder(run, tmp_path):
     workdir, _, _ = run
     code, out, _ = topgap("explain", "--workdir", workdir, "--count", 2)
     assert (code, out) == (0, f"{workdir}/sheets/test.png: 2 of 20 pictures\n")
-    assert index.noted(workdir / "sheets") == ["test.png"]
+    assert list(index.noted(workdir / "sheets")) == ["test.png"]
     with Image.open(workdir / "sheets" / "test.png") as two:
         two.load()
     pictures = tmp_path / "my pictures"

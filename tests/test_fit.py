@@ -116,6 +116,8 @@ def test_a_run_leaves_its_records(whole):
     assert [(row["step"], row["epoch"]) for row in rows if row["kind"] == "validation"] == [(5, 1), (10, 2), (15, 3)]
     assert all(np.isfinite(row["loss"]) and 0 <= row["accuracy"] <= 1 for row in rows)
     assert list((workdir / "tensorboard").iterdir())
+    meta = workdir / "checkpoints" / "last" / str(STEPS) / "meta" / "metadata"
+    assert json.loads(meta.read_text())["rows"] == len(rows)
     best = max((row for row in rows if row["kind"] == "validation"), key=lambda row: row["accuracy"])
     assert checkpoint.latest_step(workdir, "best") == best["step"]
     assert checkpoint.latest_step(workdir) == STEPS

@@ -303,9 +303,11 @@ def test_files_that_commands_made_and_that_are_gone_are_missed(tmp_path, capsys)
     assert "is gone" not in capsys.readouterr().err
     (run / "sheets" / "test-2.png").unlink()
     (run / "adversarial" / EXAMPLES).unlink()
+    Image.new("RGB", (8, 8), "red").save(run / "sheets" / "test.png")
     read, err = Reader(report([run], tmp_path / "page.html").read_text()), capsys.readouterr().err
     of = "the images of robust(both) with eps=4/255"
     lines = (
+        "run/sheets/test.png is damaged, or was changed: topgap explain draws another",
         "run/sheets/test-2.png is gone: topgap explain draws it again",
         f"run/adversarial/{EXAMPLES} is gone: topgap evaluate --again makes {of} again",
     )
@@ -313,7 +315,7 @@ def test_files_that_commands_made_and_that_are_gone_are_missed(tmp_path, capsys)
     (run / "sheets" / "sheets.json").write_text("[")
     report([run], tmp_path / "page.html")
     err = capsys.readouterr().err
-    assert re.search(r"sheets.json is not a list of sheets: .*; sheets that are gone are not missed\n", err)
+    assert re.search(r"sheets.json is not a list of sheets: .*; sheets that are gone or damaged are not missed\n", err)
 
 
 def test_the_picture_of_adversarial_examples(tmp_path):
@@ -384,17 +386,26 @@ def test_what_is_missing_is_said(tmp_path):
     assert "young: no evaluation yet; topgap evaluate --workdir" in compare([run])
 
 
-def test_metrics_that_end_before_the_newest_checkpoint_are_said_to_be_lost(tmp_path, capsys):
-    run = make_run(tmp_path / "cut", sheets=False, log_every=10)
-    for step in (280, 324):
-        (run / "checkpoints" / "last" / str(step)).mkdir(parents=True)
+def test_rows_of_metrics_that_the_newest_checkpoint_knows_of_and_that_are_lost(tmp_path, capsys):
+    """Cut off inside a row or between two, or with another byte for the end of one; rows of later steps are none of
+    them."""
+    run = make_run(tmp_path / "cut", sheets=False)
+    path, lines = run / "metrics.jsonl", (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    for step, rows in ((280, 28 + 7), (316, 31 + 7)):  # the rows of step 320 came later
+        meta = run / "checkpoints" / "last" / str(step) / "meta" / "metadata"
+        meta.parent.mkdir(parents=True)
+        meta.write_text(json.dumps({"step": step, "rows": rows}))
+    said = f"topgap: {path} has 37 of the 38 rows that were written up to step 316\n"
+    damaged = f"topgap: {path}: 1 of 39 lines are damaged and passed over\n"
+    cases = ((lines, ""), (lines[:-2], ""), (lines[:-3], said), ([*lines[:-3], lines[-3][:-1]], said),
+             ([*lines[:5], lines[5][:-1], *lines[6:]], damaged + said))  # fmt: skip
+    for kept, expected in cases:
+        path.write_bytes(b"".join(kept))
+        compare([run])
+        assert capsys.readouterr().err == expected
+    meta.write_text("{")
     compare([run])
-    assert capsys.readouterr().err == ""
-    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_bytes(b"".join(lines[:-2]) + lines[-2][:9])
-    compare([run])
-    said = f"topgap: {run}/metrics.jsonl ends at step 310, and step 324 was saved: the rows between are lost\n"
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == damaged
 
 
 def test_a_measure_without_a_value_says_why(tmp_path):

@@ -107,8 +107,10 @@ class Metrics:
     """Writes rows of numbers to `metrics.jsonl` and to TensorBoard files in `tensorboard/`, both in `folder`.
 
     `step` is where the run goes on: rows of later steps, left by a process that was killed after its last checkpoint,
-    are cut off, so that no step appears twice; nothing else is. Only process 0 writes.
+    are cut off, so that no step appears twice; nothing else is. Only process 0 writes. `rows` counts those in the file.
     """
+
+    rows = 0
 
     def __init__(self, folder: Path, step: int = 0):
         self.file = self.board = None
@@ -116,6 +118,7 @@ class Metrics:
             return
         self.path = Path(folder) / METRICS
         cut(self.path, step)
+        self.rows = rows_in(folder)
         self.file = self.path.open("ab", buffering=0)  # a buffer would be written once more when a full disk closes it
         self.board = _Board(Path(folder) / "tensorboard", step)
 
@@ -126,6 +129,7 @@ class Metrics:
         row = {"step": step, "kind": kind, **more, **{name: float(value) for name, value in numbers.items()}}
         with writing(self.path):
             append(self.file, json.dumps(row | {CHECKSUM: checksum(row)}).encode() + b"\n")
+        self.rows += 1
         self.board.write(step, {f"{kind}/{name}": float(value) for name, value in numbers.items()})
 
     def close(self) -> None:
@@ -183,6 +187,11 @@ def read_metrics(folder: Path) -> list[dict]:
     if damaged := rows.count(None):
         say(f"{path}: {damaged} of {len(rows)} lines are damaged and passed over")
     return [row for row in rows if row is not None]
+
+
+def rows_in(folder: Path) -> int:
+    """How many rows a run's file of metrics has, damaged ones included."""
+    return len(_lines(Path(folder) / METRICS)) - 1
 
 
 def cut(path: Path, step: int) -> None:

@@ -51,7 +51,7 @@ def report(workdirs: Sequence[Path | str], out: Path, *, title: str = "Top-GAP r
     script = (HERE / "page.js").read_text(encoding="utf-8")
     ids = (f"chart{i}-" for i in count())
     pictures, left_out = sheets(runs)
-    left_out += [f"{run.label}/{words}" for run in runs for words in run.gone]
+    left_out += [f"{run.label}/{words}" for run in runs for words in run.faults]
     for line in left_out:
         say(line)
     page = (

@@ -11,11 +11,11 @@ from topgap_jax.build import names as names_of
 from topgap_jax.errors import UserError
 from topgap_jax.measure import adversarial, results
 from topgap_jax.measure.results import Row
-from topgap_jax.progress import METRICS, read_metrics, say
+from topgap_jax.progress import METRICS, read_metrics, rows_in, say
 from topgap_jax.report import index
 from topgap_jax.run import manifest
 from topgap_jax.run.workdir import VERSIONS, read_config, read_versions
-from topgap_jax.stored import files_inside
+from topgap_jax.stored import files_inside, read_object
 from topgap_jax.types import Measure
 
 BESIDE = ("accuracy", "regions")
@@ -25,8 +25,8 @@ BESIDE = ("accuracy", "regions")
 class Run(NamedTuple):
     """A run folder. config and versions are flat {dotted key: text}; metrics the lines of metrics.jsonl; rows those of
     evaluation.json; weights and data say what was evaluated, stale what is to be said where those weights are no longer
-    the folder's; adversarial, by the row's number, files of images that its attacks ended with; gone, what the folder
-    should have and has not, in words.
+    the folder's; adversarial, by the row's number, files of images that its attacks ended with; faults: which files
+    are gone or damaged, in words.
     """
 
     label: str
@@ -42,7 +42,7 @@ class Run(NamedTuple):
     classes: tuple[str, ...] = ()
     adversarial: Mapping[int, Path] = {}
     stale: str = ""
-    gone: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[Run]:
@@ -70,7 +70,7 @@ def read_run(folder: Path, label: str) -> Run:
         config=flat(stored["config"]),
         file=stored.get("file"),
         versions=flat(_versions(folder / VERSIONS)),
-        metrics=_metrics(folder, stored["config"].get("log_every")),
+        metrics=_metrics(folder),
         rows=rows,
         weights=evaluation.weights,
         stale=_stale(folder, evaluation),
@@ -78,30 +78,31 @@ def read_run(folder: Path, label: str) -> Run:
         sheets=sheets,
         classes=tuple(map(str, (stored.get("data") or {}).get("classes", ()))),
         adversarial={i: images[name] for i, name in enumerate(names) if name in images},
-        gone=tuple(_gone(folder, sheets, {name: row for name, row in zip(names, rows) if name not in images})),
+        faults=(*index.faults(folder / index.FOLDER), *_without_images(zip(names, rows), images)),
     )
 
 
-def _gone(folder: Path, sheets: Sequence[Path], without_images: Mapping[str, Row]) -> Iterator[str]:
-    """Files that commands wrote into the folder and that are no longer there."""
-    there = {path.name for path in sheets}
-    for name in index.noted(folder / index.FOLDER):
-        if name not in there:
-            yield f"{index.FOLDER}/{name} is gone: topgap explain draws it again"
-    for name, row in without_images.items():
-        # An attack leaves images wherever there were some to attack.
-        if "attacked" in row.measures and row.measures["attacked"].value:
+def _without_images(rows: Iterable[tuple[str, Row]], images: Mapping[str, Path]) -> Iterator[str]:
+    """Files of adversarial images that are gone: an attack leaves some wherever there were images to attack."""
+    for name, row in rows:
+        if name not in images and "attacked" in row.measures and row.measures["attacked"].value:
             yield f"{adversarial.FOLDER}/{name} is gone: topgap evaluate --again makes the images of {row.text} again"
 
 
-def _metrics(folder: Path, log_every: Any) -> list[dict[str, Any]]:
-    """The rows of metrics, and a line where they end before the newest checkpoint: a save comes after its rows."""
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics, and a line where the newest checkpoint knows of more: a save comes after its rows."""
     rows = read_metrics(folder)
     steps = [int(path.name) for path in folder.glob("checkpoints/last/*") if path.name.isdecimal()]
-    if steps and type(log_every) is int and log_every > 0:
-        last, due = max((row["step"] for row in rows), default=0), max(steps) // log_every * log_every
-        if last < due:
-            say(f"{folder / METRICS} ends at step {last}, and step {max(steps)} was saved: the rows between are lost")
+    if not steps:
+        return rows
+    try:
+        meta = folder / "checkpoints" / "last" / str(max(steps)) / "meta" / "metadata"
+        expected = read_object(meta, "the meta of a checkpoint", {"rows?": int}).get("rows", 0)
+    except UserError:  # damaged, or just being written or removed: who reads the checkpoint says so
+        return rows
+    there = rows_in(folder) - sum(row["step"] > max(steps) for row in rows)
+    if there < expected:
+        say(f"{folder / METRICS} has {there} of the {expected} rows that were written up to step {max(steps)}")
     return rows
 
 

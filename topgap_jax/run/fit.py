@@ -156,6 +156,7 @@ def fit(
             stream = parts.train.get_state() if isinstance(parts.train, Stream) else None
             meta = {"step": step, "epoch": step / per_epoch, "best": best, "stream": stream, "window": window}
             meta |= {"seconds": spent[0] + time.perf_counter(), "cpu_seconds": spent[1] + time.process_time()}
+            meta |= {"rows": metrics.rows}  # by which a reader sees that some are lost
             checkpoint.save(getattr(folders, which), step, trees, meta)
 
         for step in range(done + 1, total + 1):
