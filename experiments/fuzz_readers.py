@@ -7,7 +7,8 @@ valid inputs and what earlier runs found (runs/fuzz). A reader must return, or r
 terminal has at most 500 characters, none of them for control; in 10 CPU seconds, in 1 GB more than the input has, and
 without running, starting or writing anything. What fails is kept in runs/fuzz/READER/failures, the smallest of a kind,
 and the run goes on. The minutes are CPU time, divided over the readers, and add up over runs in
-results/fuzz_readers.json. --keep writes the smallest input of every outcome to tests/fuzzed, which a test reads again.
+results/fuzz_readers.json; several of these commands, each with its own READERs, may run side by side. --keep writes
+the smallest input of every outcome to tests/fuzzed, which a test reads again.
 """
 
 import argparse
@@ -275,8 +276,8 @@ def main() -> None:
     if unknown := set(arguments.readers) - set(TARGETS):
         parser.error(f"there is no reader {', '.join(sorted(unknown))}; they are {', '.join(TARGETS)}")
     names = arguments.readers or list(TARGETS)
-    stored = json.loads(RESULT.read_text()) if RESULT.is_file() else {"readers": {}}
-    seed = stored.get("seed", 0) + 1 if arguments.seed is None else arguments.seed
+    results = lambda: json.loads(RESULT.read_text()) if RESULT.is_file() else {"readers": {}}
+    seed = results().get("seed", 0) + 1 if arguments.seed is None else arguments.seed
     WORK.mkdir(parents=True, exist_ok=True)
     about = WORK / "about.json"
     forked(lambda: about.write_text(json.dumps(provenance())), WORK / "said")  # it starts JAX, which threads follow
@@ -290,6 +291,7 @@ def main() -> None:
                 del left[name]
             if arguments.keep:
                 keep(name, count)
+            stored = results()  # others may work on other readers
             numbers = stored["readers"][name] = added(stored["readers"].get(name, {}), count)
             print(f"{name:16} {numbers['inputs']:9,} inputs, {numbers['cpu_minutes']:6.2f} CPU minutes", flush=True)
             for words, (number, _) in count["failures"].items():

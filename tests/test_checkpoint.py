@@ -2,6 +2,8 @@
 
 import gc
 import shutil
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -230,3 +232,17 @@ def test_no_whole_checkpoint_is_an_error(tmp_path):
         f"the checkpoint {tmp_path}/checkpoints/last/2 is damaged: _CHECKPOINT_METADATA is missing; there is no older "
         "one of its kind"
     )
+
+
+def test_late_answers_to_a_closed_event_loop_are_not_told(monkeypatch):
+    """TensorStore's, of no object; all else that cannot be raised is told as before."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    checkpoint._drop_late_answers.cache_clear()
+    checkpoint._drop_late_answers()
+    said = lambda value, of=None: SimpleNamespace(exc_value=value, object=of)
+    others = [said(RuntimeError("another")), said(RuntimeError("Event loop is closed"), of=told)]
+    for each in (said(RuntimeError("Event loop is closed")), *others):
+        sys.unraisablehook(each)
+    assert told == others
+    checkpoint._drop_late_answers.cache_clear()

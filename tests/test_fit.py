@@ -272,7 +272,7 @@ def test_the_checkpoint_that_is_named_was_not_exploding(tmp_path):
     assert divergence.sound_step(tmp_path, 23, [1.1, 7.0]) == 20, "the next loss is 1.1"
     assert divergence.sound_step(tmp_path, 23, [1e28, 7.0]) == 10
     assert divergence.sound_step(tmp_path, 21, []) == 20, "no loss yet: that of its validation"
-    rows(tmp_path, train(5, 2.0), train(10, 1.5), train(20, 1e6), validation(20, 1e9))
+    rows(tmp_path, train(5, 2.0), train(10, 1.5), train(15, "a word"), train(20, 1e6), validation(20, 1e9))
     assert divergence.sound_step(tmp_path, 21, []) is None
     assert divergence.sound_step(tmp_path / "absent", 21, []) is None
 

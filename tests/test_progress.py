@@ -82,7 +82,7 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
 DAMAGED = [
     b"", b'{"step": 4, "ki', b'{"step": 4}\r{', b"\xff\xfe", b"[1, 2]", b'"step"', b"null", b'{"kind": "train"}', b'{"step": "4"}', b'{"step": true}',
     b'{"step": -1}', b'{"step": 4, "loss": [1]}', b'{"step": 4, "loss": {}}', b'{"step": 4, "loss": 1' + b"0" * 400 + b"}",
-    b'{"step": 1' + b"0" * 5000 + b"}", b"[" * 100_000,
+    b'{"step": 1' + b"0" * 5000 + b"}", b"[" * 100_000, '{"step": 4}'.encode("utf-16-be"),
 ]  # fmt: skip
 
 

@@ -255,6 +255,22 @@ def test_a_gallery_that_would_fill_the_memory_is_refused(tmp_path):
         results.read(path)
 
 
+@pytest.mark.parametrize(
+    ("curve", "said"),
+    [
+        ({"x": "[1]", "y": "2"}, r"x is '\[1\]', not a list"),
+        ({"x": [1], "y": [0.5, 1]}, "a curve of 1 and 2 numbers"),
+        ({"x": [1], "y": ["b"]}, r"y\[0\] is 'b', not a number"),
+    ],
+)
+def test_what_is_no_curve_is_refused(curve, said, tmp_path):
+    """Each fits a measure, of which no key must be there."""
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps({"rows": [{**ROW, "measures": {"curve": curve}}]}))
+    with pytest.raises(UserError, match=f"is not an evaluation of this program .*{said}"):
+        results.read(path)
+
+
 def test_what_we_write_carries_a_checksum(tmp_path):
     """One flipped bit makes another number of a number; what is edited says how, and without a checksum it is read."""
     path, schema = tmp_path / "a.json", {"config": {str: "PLAIN"}}

@@ -211,7 +211,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     """A row of metrics: a step, and numbers or words under names; None of a line that is anything else, or does not
     hold what was written."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())
         if CHECKSUM in row and row.pop(CHECKSUM) != checksum(row):
             return None
         for value in row.values():

@@ -82,7 +82,7 @@ def _read(path: Path) -> tuple[list[Any], int]:
             if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text[:-1]):
                 break
             try:
-                found.append(json.loads(text))
+                found.append(json.loads(text.decode()))
             except (ValueError, RecursionError):  # a stranger's
                 break
             size += len(line)

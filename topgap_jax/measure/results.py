@@ -229,7 +229,7 @@ def _tile(stored: Mapping[str, Any]) -> np.ndarray:
 
 def _measure(fields: Mapping[str, Any]) -> Measure | Curve | Gallery:
     if "tiles" in fields:
-        if wrong := mismatch(fields, _GALLERY):  # it fits a measure too, of which nothing must be there
+        if wrong := mismatch(fields, _GALLERY):  # it, and a curve, fit a measure too, of which nothing must be there
             raise ValueError(wrong)
         gallery = Gallery(**fields)
         if not gallery.tiles or len(gallery.tiles) != len(gallery.captions) or gallery.columns < 1:
@@ -240,7 +240,11 @@ def _measure(fields: Mapping[str, Any]) -> Measure | Curve | Gallery:
             raise ValueError(f"{len(tiles)} pictures of up to {height} x {width} pixels")
         return gallery._replace(tiles=tiles)
     if "x" in fields:
+        if wrong := mismatch(fields, _CURVE):
+            raise ValueError(wrong)
         curve = Curve(**fields)
+        if len(curve.x) != len(curve.y):
+            raise ValueError(f"a curve of {len(curve.x)} and {len(curve.y)} numbers")
         return curve._replace(axes=tuple(curve.axes))
     return Measure(**fields)
 

@@ -5,9 +5,11 @@ an evaluation reads variables without knowing the optimiser. Its manifest is com
 read; of a damaged one the next older one of its kind takes the place, and a line says so.
 """
 
+import functools
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +65,7 @@ def save(manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], me
     if step in manager.all_steps():
         return
     _check_room(manager.directory, step, trees)
+    _drop_late_answers()
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     try:
         # What Orbax's threads raise is raised again here; its logger tells it too, in pages.
@@ -131,6 +134,7 @@ def restore(workdir: Path, which: str, templates: Mapping[str, Any]) -> tuple[di
     items = {name: ocp.args.StandardRestore(jax.tree.map(described, tree)) for name, tree in templates.items()}
 
     def read(step):
+        _drop_late_answers()
         with _unlogged(_warning), ocp.CheckpointManager(folder, options=READING) as manager:
             found = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
         return {name: found[name] for name in templates}, found["meta"]
@@ -201,6 +205,19 @@ def _unlogged(records: Callable[[logging.LogRecord], Any]) -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(keep)
+
+
+@functools.cache
+def _drop_late_answers() -> None:
+    """Where a save or a restore fails, TensorStore's threads still answer to Orbax's event loop, which is closed by
+    then: each of them would write a traceback, of no object, on the terminal."""
+    hook = sys.unraisablehook
+
+    def told(unraisable):
+        if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = told
 
 
 def _check_room(folder: Path, step: int, trees: Mapping[str, Any]) -> None:

@@ -45,7 +45,7 @@ def advice(
 def sound_step(workdir: Path, step: int, window: Sequence[float]) -> int | None:
     """The newest step of "last" before `step` after which the loss was still sane: that of the next step, of the next
     row of metrics, or else that of its validation."""
-    rows = [row for row in read_metrics(workdir) if "loss" in row and row["step"] < step]
+    rows = [row for row in read_metrics(workdir) if isinstance(row.get("loss"), int | float) and row["step"] < step]
     trained = [(row["step"], row["loss"]) for row in rows if row.get("kind") == "train"]
     validated = {row["step"]: row["loss"] for row in rows if row.get("kind") == "validation"}
     trained += [(step - len(window) + i, loss) for i, loss in enumerate(window)]
