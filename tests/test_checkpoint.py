@@ -1,6 +1,7 @@
 """Checkpoints: exact, on any number of devices, of the newest that is whole; errors that say what is wrong."""
 
 import gc
+import logging
 import shutil
 import sys
 from types import SimpleNamespace
@@ -234,15 +235,20 @@ def test_no_whole_checkpoint_is_an_error(tmp_path):
     )
 
 
-def test_late_answers_to_a_closed_event_loop_are_not_told(monkeypatch):
-    """TensorStore's, of no object; all else that cannot be raised is told as before."""
+def test_what_is_raised_anyway_leaves_no_traceback_on_the_terminal(monkeypatch, caplog):
+    """TensorStore's late answers, of no object, and what ends a thread of Orbax; all else is told as before."""
     told = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
-    checkpoint._drop_late_answers.cache_clear()
-    checkpoint._drop_late_answers()
+    checkpoint._tell_once.cache_clear()
+    checkpoint._tell_once()
     said = lambda value, of=None: SimpleNamespace(exc_value=value, object=of)
     others = [said(RuntimeError("another")), said(RuntimeError("Event loop is closed"), of=told)]
     for each in (said(RuntimeError("Event loop is closed")), *others):
         sys.unraisablehook(each)
     assert told == others
-    checkpoint._drop_late_answers.cache_clear()
+    text, logger = "[process=0][thread=%s] _SignalingThread.run() raised an exception: %s", logging.getLogger("absl")
+    with caplog.at_level(logging.ERROR, "absl"):
+        logger.error(text, "Thread-3", "stale", exc_info=OSError("stale"))
+        logger.error("another", exc_info=OSError("stale"))
+    assert [record.getMessage() for record in caplog.records] == ["another"]
+    checkpoint._tell_once.cache_clear()

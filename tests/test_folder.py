@@ -238,6 +238,28 @@ def test_the_number_of_pixels_is_asked_from_the_header(tmp_path):
     )
 
 
+def test_a_large_picture_becomes_rgb_band_by_band(tmp_path, monkeypatch):
+    """The same as at once, in every mode; a mode of several channels may have fewer pixels."""
+    random = np.random.default_rng(0)
+    pixels = lambda *shape, kind=np.uint8: random.integers(0, np.iinfo(kind).max, (13, 7, *shape), kind)
+    pictures = [
+        (Image.fromarray(pixels()), {}), (Image.fromarray(pixels()), {"transparency": 7}),
+        (Image.fromarray(pixels(3)), {}), (Image.fromarray(pixels(4)), {}), (Image.fromarray(pixels(2)), {}),
+        (Image.fromarray(pixels(3)).quantize(30), {"transparency": 3}), (Image.fromarray(pixels()).convert("1"), {}),
+        (Image.fromarray(pixels(kind=np.uint16)), {}), (Image.fromarray(pixels(kind=np.uint16)), {"transparency": 9}),
+    ]  # fmt: skip
+    for image, options in pictures:
+        image.save(tmp_path / "a.png", **options)
+        whole = formats.open_picture(tmp_path / "a.png")
+        with monkeypatch.context() as patch:
+            patch.setattr(formats, "BAND", 7 * 4)
+            np.testing.assert_array_equal(formats.open_picture(tmp_path / "a.png"), whole)
+    monkeypatch.setattr(formats, "COLOURED", 90)
+    assert error(formats.open_picture, tmp_path / "a.png").endswith(
+        "a.png has 7 x 13 pixels, and the limit is 0 million; scale it"
+    )
+
+
 @pytest.mark.slow
 def test_a_square_of_13000_pixels(tmp_path):
     Image.new("1", (13_000, 13_000), 1).save(tmp_path / "a.png")

@@ -139,6 +139,13 @@ def changed_json(path, change):
             lambda tree: tree["splits"][0].update(shardLengths=["12"]),
             "00000-of-00001 holds 10 records, dataset_info.json says 12; prepare it again",
         ),
+        (
+            "features.json",
+            lambda tree: tree.update(
+                pythonClassName=f"{CORE}.bounding_boxes.BBoxFeature", boundingBox=tree.clear() or {}
+            ),
+            "describes no dictionary of features, but BBoxFeature",
+        ),
         ("dataset_info.json", lambda tree: tree.pop("splits"), "has no splits: its dataset_info.json names none"),
     ],
 )

@@ -23,8 +23,10 @@ FORMATS = tuple(
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff") + tuple(
     f".{name.lower()}" for name in ("AVIF", "WEBP") if name in FORMATS
 )
-PIXELS = 180_000_000
-"""The largest picture that is decoded, asked from its header: a 13,400-pixel square, 540 MB."""
+PIXELS, COLOURED = 180_000_000, 120_000_000
+"""The largest picture that is decoded, asked from its header: a 13,400-pixel square of one channel of 8 bits, a 10,900-
+pixel square of any other. It takes 1 GB at most."""
+BAND = 4_000_000  # pixels that are made RGB at a time
 
 
 def open_picture(file: Path, name: str = "") -> np.ndarray:
@@ -39,8 +41,9 @@ def open_picture(file: Path, name: str = "") -> np.ndarray:
     try:
         with file.open("rb") as stream, _opened(stream, name) as image:
             w, h = image.size
-            if w * h > PIXELS:
-                raise UserError(f"{name} has {w} x {h} pixels, and the limit is {PIXELS / 1e6:.0f} million; scale it")
+            limit = PIXELS if image.mode in ("1", "L", "P") else COLOURED
+            if w * h > limit:
+                raise UserError(f"{name} has {w} x {h} pixels, and the limit is {limit / 1e6:.0f} million; scale it")
             return _rgb(image, name)
     except UserError:
         raise
@@ -76,11 +79,23 @@ def _opened(stream, name: str) -> ImageFile.ImageFile:
 def _rgb(image: ImageFile.ImageFile, name: str) -> np.ndarray:
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return _scaled(np.asarray(image), image.info.get("transparency"))
-    if image.mode in ("I", "F"):
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if image.mode in ("I", "F") and not sixteen:
         kind = "floating-point" if image.mode == "F" else "32-bit"
         raise UserError(f"{name} holds {kind} values, which have no stated white; save it with 8 or 16 bits a channel")
+    (w, h), rows = image.size, max(1, BAND // image.size[0])
+    if h <= rows:
+        return _whole(image, sixteen)
+    pixels = np.empty((h, w, 3), np.uint8)
+    for top in range(0, h, rows):  # or what lies between would take several times the memory of the picture
+        bottom = min(top + rows, h)
+        pixels[top:bottom] = _whole(image.crop((0, top, w, bottom)), sixteen)
+    return pixels
+
+
+def _whole(image: Image.Image, sixteen: bool) -> np.ndarray:
+    if sixteen:
+        return _scaled(np.asarray(image), image.info.get("transparency"))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -42,6 +42,8 @@ def tfds(
     shown = f"tfds('{name}')"
     builder = _builder(folder, shown)
     features = builder.info.features
+    if not hasattr(features, "keys"):
+        raise UserError(f"{shown}: {folder / FEATURES} describes no dictionary of features, but {features!r:.100}")
     keys = {"image": image, "label": label, "box": box, "region": region}
     for argument, key in keys.items():
         if key is not None and key not in features:

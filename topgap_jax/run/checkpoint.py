@@ -42,6 +42,7 @@ class Checkpoints(NamedTuple):
 @contextmanager
 def opened(workdir: Path) -> Iterator[Checkpoints]:
     """Open `workdir`/checkpoints/{last,best} for writing; every process of a run calls this, and every `save`."""
+    _tell_once()
     options = ocp.CheckpointManagerOptions(
         max_to_keep=KEPT,
         cleanup_tmp_directories=True,
@@ -65,7 +66,6 @@ def save(manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], me
     if step in manager.all_steps():
         return
     _check_room(manager.directory, step, trees)
-    _drop_late_answers()
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     try:
         # What Orbax's threads raise is raised again here; its logger tells it too, in pages.
@@ -134,7 +134,7 @@ def restore(workdir: Path, which: str, templates: Mapping[str, Any]) -> tuple[di
     items = {name: ocp.args.StandardRestore(jax.tree.map(described, tree)) for name, tree in templates.items()}
 
     def read(step):
-        _drop_late_answers()
+        _tell_once()
         with _unlogged(_warning), ocp.CheckpointManager(folder, options=READING) as manager:
             found = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
         return {name: found[name] for name in templates}, found["meta"]
@@ -208,16 +208,20 @@ def _unlogged(records: Callable[[logging.LogRecord], Any]) -> Iterator[None]:
 
 
 @functools.cache
-def _drop_late_answers() -> None:
-    """Where a save or a restore fails, TensorStore's threads still answer to Orbax's event loop, which is closed by
-    then: each of them would write a traceback, of no object, on the terminal."""
+def _tell_once() -> None:
+    """Leave out tracebacks on the terminal of what is raised anyway.
+
+    Of Orbax's threads, whose errors the next save raises again, and its logger tells in pages; and of TensorStore's,
+    which after a save or a restore has failed still answer to Orbax's event loop: it is closed by then.
+    """
     hook = sys.unraisablehook
 
-    def told(unraisable):
-        if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
+    def told(event):
+        if event.object is not None or str(event.exc_value) != "Event loop is closed":
+            hook(event)
 
     sys.unraisablehook = told
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "Thread.run()" in record.getMessage()))
 
 
 def _check_room(folder: Path, step: int, trees: Mapping[str, Any]) -> None:

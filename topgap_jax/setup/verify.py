@@ -186,7 +186,7 @@ def _where(path: Path, info: Info) -> str:
     if named in pretrained.NETWORKS:
         return named
     places = [place / named for place in (path.parent, _data_folder()) if place is not None]
-    there = next((place for place in places if place.exists()), None)
+    there = next((place for place in places if os.path.exists(place)), None)  # False of a name that none can have
     if there is None:
         source = info.keys.get("weights_from")
         raise UserError(
