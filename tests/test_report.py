@@ -693,6 +693,7 @@ def test_charts_drop_what_is_not_finite_and_thin_long_curves():
     x, y = thin(range(1000), [float(i) for i in range(999)] + [float("nan")])
     assert len(x) == 300 and np.isclose(y[0], np.mean(range(4))) and np.isfinite(y).all()
     assert thin([1, 2, 3], [None, 1.0, float("inf")])[1].tolist() == [1.0]
+    assert line_chart([Series([1, 2, 3], [-9e299, 1e308, 9e299], 0)], prefix="a").count("<svg") == 1
     assert "var(--series-1)" in line_chart([Series([0, 1], [1, None], 1), Series([0], [2], 9)], prefix="a-")
 
 

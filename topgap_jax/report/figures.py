@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+LARGEST = 1e300  # value that is drawn: matplotlib's ticks reach beyond it
 SERIES = 6  # colours that page.css defines; more runs use them again
 INK, FAINT = "#010101", "#020202"  # stand-ins, replaced by the page's variables
 STYLE = {
@@ -71,8 +72,10 @@ def line_chart(series: Sequence[Series], *, prefix: str, diagonal: bool = False)
 
 
 def thin(x: Sequence[float], y: Sequence[float | None], most: int = 300) -> tuple[np.ndarray, np.ndarray]:
-    """The finite values; if there are more than `most`, means of neighbours."""
-    pairs = [(a, b) for a, b in zip(x, y) if isinstance(b, (int, float)) and np.isfinite(b)]
+    """The values below `LARGEST`, which NaN and infinity are not; if there are more than `most`, means of
+    neighbours."""
+    drawn = lambda value: isinstance(value, int | float) and abs(value) < LARGEST
+    pairs = [(a, b) for a, b in zip(x, y) if drawn(a) and drawn(b)]
     values = np.array(pairs, float).reshape(-1, 2)
     if len(values) > most:
         values = np.array([part.mean(0) for part in np.array_split(values, most)])
