@@ -426,6 +426,12 @@ def ended_pair(here: World, processes: dict[int, subprocess.Popen], limit: float
     return ended
 
 
+KINDS = ("killed", "killed", "frozen", "late", "missing")
+LOST = [(KINDS[number % 5], number // 5 % 2, number // 2 % 10) for number in range(20)]
+LOST += [each for tenth in range(10) for each in (("killed", 0, tenth), ("killed", 1, tenth)) if each not in LOST]
+"""What happens to which of two processes in which tenth of their time: either is killed in each."""
+
+
 def peers(here: World, number: int, draw: Random) -> Iterator[Outcome]:
     """Of two processes one is killed or frozen at some moment, comes late, or never: the other ends soon, with a line;
     then both are started again, and end with the numbers of two that were left alone."""
@@ -440,12 +446,11 @@ def peers(here: World, number: int, draw: Random) -> Iterator[Outcome]:
         file.write_text(json.dumps({"numbers": numbers(folder, here.work), "seconds": time.monotonic() - begin}))
         shutil.rmtree(folder)
     alone = json.loads(file.read_text())
-    kind = ("killed", "killed", "frozen", "late", "missing")[number % 5]
-    victim, begin = number // 5 % 2, time.monotonic()
+    (kind, victim, tenth), begin = LOST[number], time.monotonic()
     processes = pair(here, folder, late=draw.uniform(5, 15) * (kind == "late"), missing=kind == "missing")
     try:
         if kind in ("killed", "frozen"):
-            time.sleep(alone["seconds"] * (number // 2 % 10 + 0.5) / 10)
+            time.sleep(alone["seconds"] * (tenth + 0.5) / 10)
             processes[victim].send_signal(signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
         lost = victim if kind in ("killed", "frozen") else None
         rest = {i: process for i, process in processes.items() if i != lost}
@@ -490,7 +495,7 @@ PARTS = {
     "disk errors": Part("ESTALE and EIO", errors, 80, 0),
     "clock": Part("a clock that jumps", clocks, 8, 0),
     "two writers": Part("two of the same command at once", two_writers, 8, 0),
-    "two processes": Part("of two processes one is killed, frozen, late or missing", peers, 20, 0),
+    "two processes": Part("of two processes one is killed, frozen, late or missing", peers, len(LOST), 0),
 }
 
 
