@@ -312,6 +312,10 @@ def test_files_that_commands_made_and_that_are_gone_are_missed(tmp_path, capsys)
         f"run/adversarial/{EXAMPLES} is gone: topgap evaluate --again makes {of} again",
     )
     assert all(line in " ".join(read.words.split()) and f"topgap: {line}\n" in err for line in lines)
+    (run / "sheets" / "sheets.json").write_text(json.dumps({"sheets": {"../\x1b[2J": 1, "../config.json": 1}}))
+    report([run], tmp_path / "page.html")
+    err = capsys.readouterr().err  # a stranger's: no file outside is looked at, and nothing moves the cursor
+    assert "sheets/../\\x1b[2J is gone" in err and "sheets/../config.json is gone" in err
     (run / "sheets" / "sheets.json").write_text("[")
     report([run], tmp_path / "page.html")
     err = capsys.readouterr().err

@@ -21,3 +21,12 @@ def raised(error: BaseException) -> str:
     'ValueError: one two'
     """
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey written out.
+
+    >>> printable("a\\x1b[2Jb")
+    'a\\\\x1b[2Jb'
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -12,6 +12,7 @@ from typing import IO, Any, Protocol
 
 from tqdm import tqdm
 
+from topgap_jax.errors import printable
 from topgap_jax.stored import CHECKSUM, checksum
 
 METRICS = "metrics.jsonl"
@@ -262,9 +263,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """One line for the person at the terminal, from process 0."""
+    """One line for the person at the terminal, from process 0; nothing in it (a stranger's name of a file) moves the
+    cursor."""
     if is_writer():
-        print(f"topgap: {line}", file=sys.stderr, flush=True)
+        print(f"topgap: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def is_writer() -> bool:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from topgap_jax.errors import UserError
+from topgap_jax.errors import UserError, printable
 
 CONFIG = """\
 Any key of a config can be set on the command line: --config.epochs=4 --config.eps=4/255 --config.pool='top_gap(k=4)'.
@@ -192,8 +192,7 @@ def line(error: object) -> str:
     >>> line("a name\\n with \\x1b[31m")
     'a name with \\\\x1b[31m'
     """
-    printed = lambda text: "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     command = getattr(error, "command", "")
-    text = printed(" ".join(str(error).removesuffix(command).split()))
+    text = printable(" ".join(str(error).removesuffix(command).split()))
     text = text if len(text) <= LONGEST else f"{text[: LONGEST - END - 5]} ... {text[-END:]}"
-    return f"{text} {printed(command)}" if command else text
+    return f"{text} {printable(command)}" if command else text

@@ -1,11 +1,11 @@
 """`sheets.json`: which contact sheets were drawn into a run's folder, so that one that is gone or damaged is missed."""
 
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from topgap_jax.errors import UserError
 from topgap_jax.progress import say, write_text
+from topgap_jax.run import manifest
 from topgap_jax.stored import read_object, sealed
 
 FOLDER, FILE = "sheets", "sheets.json"
@@ -15,7 +15,7 @@ FOLDER, FILE = "sheets", "sheets.json"
 def note(path: Path) -> None:
     """Add a sheet that is written to the list beside it, with the CRC-32 of its file: Pillow reads a PNG whose pixels
     have changed without a word."""
-    write_text(path.parent / FILE, sealed({"sheets": {**noted(path.parent), path.name: zlib.crc32(path.read_bytes())}}))
+    write_text(path.parent / FILE, sealed({"sheets": {**noted(path.parent), path.name: manifest.checksum(path)}}))
 
 
 def noted(folder: Path) -> dict[str, int]:
@@ -32,9 +32,9 @@ def noted(folder: Path) -> dict[str, int]:
 
 def faults(folder: Path) -> Iterator[str]:
     """What is wrong with the sheets of a folder: those that are gone, and those that are no longer what was drawn."""
-    for name, checksum in noted(folder).items():
+    for name, expected in noted(folder).items():
         path = folder / name
         if path.parent != folder or not path.is_file():
             yield f"{FOLDER}/{name} is gone: topgap explain draws it again"
-        elif zlib.crc32(path.read_bytes()) != checksum:
+        elif manifest.checksum(path) != expected:
             yield f"{FOLDER}/{name} is damaged, or was changed: topgap explain draws another"

@@ -13,7 +13,7 @@ CHUNK = 2**18  # bytes: what the processor's cache holds
 
 def write(folder: Path) -> None:
     """List the files of the folder, with size and CRC-32; the last that is written of it, and whole or not at all."""
-    files = {name: [path.stat().st_size, _checksum(path)] for name, path in _files(folder).items()}
+    files = {name: [path.stat().st_size, checksum(path)] for name, path in _files(folder).items()}
     write_text(folder / FILE, json.dumps({"files": files}, indent=1) + "\n")
 
 
@@ -29,7 +29,7 @@ def damage(folder: Path) -> str:
         return ""
     try:
         listed = json.loads((folder / FILE).read_text(encoding="utf-8"))["files"]
-        listed = {str(name): (int(size), int(checksum)) for name, (size, checksum) in listed.items()}
+        listed = {str(name): (int(size), int(number)) for name, (size, number) in listed.items()}
         files = _files(folder)
         for name in sorted(listed.keys() | files.keys()):
             if name in files and files[name].is_symlink():
@@ -41,7 +41,7 @@ def damage(folder: Path) -> str:
             size = files[name].stat().st_size
             if size != listed[name][0]:
                 return f"{name} has {size} bytes instead of {listed[name][0]}"
-            if _checksum(files[name]) != listed[name][1]:
+            if checksum(files[name]) != listed[name][1]:
                 return f"{name} has another content than was written"
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
@@ -52,7 +52,7 @@ def damage(folder: Path) -> str:
 
 def digest(folder: Path) -> str:
     """Eight hexadecimal digits that stand for what the folder's files hold, as its manifest says; "" without one."""
-    return f"{_checksum(folder / FILE):08x}" if is_there(folder) else ""
+    return f"{checksum(folder / FILE):08x}" if is_there(folder) else ""
 
 
 def digests(workdir: Path) -> dict[str, str]:
@@ -77,9 +77,10 @@ def _files(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in paths.items() if name not in (FILE, f"{FILE}.part") and not path.is_dir()}
 
 
-def _checksum(path: Path) -> int:
-    checksum = 0
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file, which is never in memory as a whole."""
+    number = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
+            number = zlib.crc32(chunk, number)
+    return number
