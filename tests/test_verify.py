@@ -157,6 +157,7 @@ def test_nothing_that_a_file_names_is_run(copy):
         ({"batch": "ten"}, "(ValueError: batch is of another kind)"),
         ({"split": "tset"}, "has no split 'tset'"),
         ({"data": {"classes": 3}}, "data.classes is 3, not a list"),
+        ({"weights": "w" * 300}, "lie neither beside it nor in TOPGAP_DATA; give --weights FILE"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line(copy, keys, message):
