@@ -9,7 +9,8 @@ Writes 1,280,000 JPEG records of 32 x 32 pixels in 1,000 classes and 16 ArrayRec
 open        from the folder's path to the first record, after the imports: seconds, and growth of resident memory
 resume      from a new stream to its first batch, at step 0 and at random steps of 20 epochs
 rate        records/s in random order, in turn: a loop over TFDS's own random access in one thread, one over ours, the
-            stream, and the stream with two worker processes; the same of 256 x 256 pixels, of a set of 4,096 records
+            stream, and the stream with two and eight threads and with two worker processes; the same of 256 x 256
+            pixels, of a set of 4,096 records
 steps       `fit` of a tiny network for 20,000 steps of 16 records: resident memory every 1,000 steps
 fit         ResNet-20, batch 128, streamed: CPU seconds of the loop beside those of its step alone plus those of one
             thread's decoding of as many records
@@ -38,6 +39,7 @@ from PIL import Image
 
 RECORDS, SHARDS, CLASSES, SIDE, PICTURES = 1_280_000, 16, 1000, 32, 4096
 LARGER = 256  # the side of the pictures of which threads decode several at once
+RESULT = Path(__file__).parent.parent / "results" / "bench_records.json"
 CORE = "tensorflow_datasets.core.features"
 FREE = 4 * 10**9  # bytes of disk that must be free
 PARTS = ("open", "resume", "rate", "steps", "fit", "evaluate")
@@ -187,6 +189,8 @@ def rates(folder: str, side: int, batches: int, rounds: int) -> dict:
     source, size, draw = opened(folder), (side, side), np.random.default_rng(2)
     streams = {
         "stream": data.stream(source, size, seed=0, batch=128),
+        "stream with two threads": data.stream(source, size, seed=0, batch=128, threads=2),
+        "stream with eight threads": data.stream(source, size, seed=0, batch=128, threads=8),
         "stream with two processes": data.stream(source, size, seed=0, batch=128, workers=2),
     }
     decode = {"TFDS": tfds_decode(folder), "ours": lambda index: data.decode(source, index, size, extras=False)}
@@ -403,9 +407,13 @@ def main():
             if shutil.disk_usage(place).free < FREE:
                 parser.error(f"{FREE / 1e9:.0f} GB of disk are needed in {place}")
             print(f"{make(folder, options.records) / 1e9:.2f} GB written", file=sys.stderr)
-        machine, parts = driver.machine(), {}
+        machine, parts = driver.machine(), stored_parts(options)
         for part in options.parts:
-            parts[part] = evaluations(folder, options) if part == "evaluate" else ask(part, folder, options)
+            parts[part] = (
+                {"commit": machine["commit"]} | evaluations(folder, options)
+                if part == "evaluate"
+                else ask(part, folder, options)
+            )
             store(machine, options.records, parts)
     known = figures(parts)
     bound = lambda name: f"at {BOUNDS[name][1]} {BOUNDS[name][0]}"
@@ -413,6 +421,13 @@ def main():
         [name, f"{value:.3g}", bound(name), "yes" if keeps(name, value) else "no"] for name, value in known.items()
     ]
     print(driver.table(["", "measured", "bound", "kept"], lines))
+
+
+def stored_parts(options) -> dict:
+    """Those that are not measured now stay as they are in the result, if it is of as many records."""
+    stored = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    parts = stored["parts"] if stored.get("records") == options.records else {}
+    return {name: part for name, part in parts.items() if name not in options.parts}
 
 
 def keeps(name: str, value: float) -> bool:

@@ -73,7 +73,7 @@ class Watch:
         if event in STARTS:
             self.seen.append(f"{event} {arguments[0]!r:.80}")
         elif event == "exec" and not self._of_a_module(arguments[0]):
-            self.seen.append(f"exec of {arguments[0].co_filename!r:.80}")
+            self.seen.append(f"exec of {_short(arguments[0].co_filename)}")
         elif event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES:
             self._outside(event, arguments[0])
         elif event in CHANGES:
@@ -85,7 +85,12 @@ class Watch:
 
     def _outside(self, event, path):
         if isinstance(path, str | bytes | os.PathLike) and not os.fsdecode(path).startswith((self.folder, "/dev/null")):
-            self.seen.append(f"{event} of {os.fsdecode(path)!r:.80}")
+            self.seen.append(f"{event} of {_short(path)}")
+
+
+def _short(path: str | bytes | os.PathLike) -> str:
+    """The end of a path, which is the same on every machine."""
+    return repr("/".join(Path(os.fsdecode(path)).parts[-2:]))[:80]
 
 
 class Count:

@@ -74,9 +74,8 @@ Splits: TypeAlias = Callable[[str], Source]
 def threads_for(source: Source) -> int:
     """How many threads to decode the records with: as many as cores, at most 16, of small pictures one.
 
-    Python's lock is held for most of the time that a small picture takes, so that threads wait for each other: of
-    32 x 32 pixels two decode 0.6 times what one does, of 192 x 192 1.3 times. Where sizes vary the first record stands
-    for all.
+    Python's lock is held for most of the time that a small picture takes: threads that wait for it decode less than one
+    does (experiments/bench_records.py). Where sizes vary the first record stands for all.
     """
     try:
         height, width = source.image_size or source[0]["image"].shape[:2]

@@ -78,7 +78,7 @@ def file_name(split: str, evaluator: str) -> str:
     'test_100_robust_pgd_linf_8_255.npz'
     """
     text = f"{split} {evaluator}"
-    name = re.sub(r"\W+", "_", text).strip("_")
+    name = re.sub(r"[^\w.-]+", "_", text).strip("_")  # .5/255 and 5/255 are two
     return f"{name}.npz" if len(name) <= 120 else f"{name[:110]}_{zlib.crc32(text.encode()):08x}.npz"
 
 

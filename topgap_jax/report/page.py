@@ -157,8 +157,10 @@ def adversarial(runs: Sequence[Run]) -> list[dict[str, Any]]:
     drawn, used = [], 0
     for i, run in enumerate(runs):
         for place, path in run.adversarial.items():
-            examples = attacked.read(path)
-            if examples is None or examples.weights != run.weights:
+            row, examples = run.rows[place], attacked.read(path)
+            if examples is None or (examples.split, examples.weights) != (row.split, run.weights):
+                continue
+            if not examples.evaluator.startswith(row.evaluator):  # whose text may say more where runs are compared
                 continue
             image = attacked.picture(examples, run.classes)
             stored = io.BytesIO()
@@ -166,7 +168,7 @@ def adversarial(runs: Sequence[Run]) -> list[dict[str, Any]]:
             data = as_data(stored.getvalue(), image)
             if used + len(data["source"]) <= ADVERSARIAL_BYTES:
                 used += len(data["source"])
-                drawn.append({"run": i, "row": run.rows[place], "picture": data})
+                drawn.append({"run": i, "row": row, "picture": data})
     return drawn
 
 
