@@ -409,11 +409,8 @@ def main():
             print(f"{make(folder, options.records) / 1e9:.2f} GB written", file=sys.stderr)
         machine, parts = driver.machine(), stored_parts(options)
         for part in options.parts:
-            parts[part] = (
-                {"commit": machine["commit"]} | evaluations(folder, options)
-                if part == "evaluate"
-                else ask(part, folder, options)
-            )
+            measured = evaluations(folder, options) if part == "evaluate" else ask(part, folder, options)
+            parts[part] = {"commit": machine["commit"], **measured}
             store(machine, options.records, parts)
     known = figures(parts)
     bound = lambda name: f"at {BOUNDS[name][1]} {BOUNDS[name][0]}"

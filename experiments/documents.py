@@ -516,10 +516,13 @@ def records(stored: Mapping[str, Any]) -> str:
         f"{side} x {side} pixels: "
         + ", ".join(f"{name} {rate:,.0f}" for name, rate in each["records_a_second"].items())
         for side, each in stored["parts"]["rate"].items()
+        if side != "commit"
     )
+    commits = ", ".join(f"{name} of {part['commit']}" for name, part in stored["parts"].items())
     return (
         f"{stored['records']:,} generated JPEGs of 32 x 32 pixels in 16 files.\n\n"
-        f"{markdown(['', 'measured', 'bound', 'kept'], lines)}\n\nRecords a second, of {rates}."
+        f"{markdown(['', 'measured', 'bound', 'kept'], lines)}\n\nRecords a second, of {rates}.\n\nParts:"
+        f" {commits}."
     )
 
 
