@@ -76,6 +76,8 @@ def file_name(split: str, evaluator: str) -> str:
 
     >>> file_name("test[:100]", "robust(pgd(linf(8/255)))")
     'test_100_robust_pgd_linf_8_255.npz'
+    >>> file_name("test", "robust(pgd(linf(.5/255)))")
+    'test_robust_pgd_linf_.5_255.npz'
     """
     text = f"{split} {evaluator}"
     name = re.sub(r"[^\w.-]+", "_", text).strip("_")  # .5/255 and 5/255 are two
