@@ -99,7 +99,7 @@ def beside(row, options):
         seconds, theirs = [], []
         for _ in range(options.rounds):
             ours = measured()
-            seconds.append(ours.seconds)
+            seconds.append(ours.cost["seconds"])
             print(json.dumps(words), file=process.stdin, flush=True)
             answer = json.loads(process.stdout.readline() or "null")
             if answer is None:
@@ -132,7 +132,7 @@ from topgap_jax.run.cpu import configure_cpu
 configure_cpu()
 loaded = network("resnet20")[0]
 row = setup.evaluate(loaded, splits=sys.argv[2], evaluators="robust(pgd(linf(.75/255), steps=20))")[0]
-print(row.seconds, peak_megabytes())
+print(row.cost["seconds"], peak_megabytes())
 """
 
 
