@@ -22,7 +22,7 @@ from topgap_jax.measure.audit_attacks import Ask
 from topgap_jax.measure.criteria import CHECKS, conclude, headline, sign_test
 from topgap_jax.measure.log import Log
 from topgap_jax.measure.robust import NONE, Attacked, Examples
-from topgap_jax.measure.splits import resident_split, rows_of
+from topgap_jax.measure.splits import narrowed, resident_split, rows_of
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.report import compare, report, table
@@ -440,12 +440,28 @@ def test_rows_of_a_split():
         for (some, batch), expected in zip(part.batches(ids), rows, strict=True):
             assert np.array([3, 5, 8, 13, 19])[some].tolist() == expected
             assert np.asarray(batch["id"])[: len(some)].tolist() == expected
-    for count, width in ((1, 1), (2, 2), (3, 4), (4, 4), (5, 4)):
-        few = rows_of(data, np.arange(7, 7 + count), narrow=True)
-        sizes = [(len(some), batch["image"].shape[0], int(batch["mask"].sum())) for some, batch in few.batches(None)]
-        assert few.batch == width and sizes[0] == (min(count, 4), width, min(count, 4))
-        ids = np.concatenate([np.asarray(batch["id"])[: len(some)] for some, batch in few.batches(None)])
-        assert ids.tolist() == list(range(7, 7 + count))
+
+
+@pytest.mark.parametrize(
+    "batch, devices, examples, width",
+    [(128, 1, 1000, 128), (128, 1, 140, 80), (100, 1, 37, 38), (100, 1, 0, 13), (4, 1, 1, 1), (4, 1, 3, 3), (4, 1, 5, 3),
+     (64, 8, 37, 40), (64, 8, 3, 8), (8, 8, 1, 8), (24, 8, 17, 24)],
+)  # fmt: skip
+def test_a_narrowed_split_fills_its_slots(batch, devices, examples, width):
+    images = np.arange(max(examples, 1) * 12, dtype=np.uint32).reshape(-1, 2, 2, 3).astype(np.uint8)
+    mesh = None if devices == 1 else data_mesh()
+    labels = np.arange(len(images)) % 2
+    data = narrowed(
+        resident_split({"image": images, "label": labels}, classes=2, batch=batch, mesh=mesh), examples, mesh
+    )
+    assert data.batch == width and width % devices == 0
+    # No more batches than in the whole width, and no eighth of a batch stays empty in all of them.
+    turns = -(-examples // batch)
+    assert -(-examples // width) == turns or not examples
+    ids = np.arange(examples, dtype=np.int32)
+    for some, one in data.batches(ids):
+        assert one["image"].shape[0] == width and int(one["mask"].sum()) == len(some)
+        assert np.array_equal(np.asarray(one["id"])[: len(some)], some)
 
 
 # Mistakes.

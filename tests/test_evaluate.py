@@ -366,9 +366,9 @@ def test_what_the_last_forward_pass_does_not_confirm_stands(data):
 def test_verdicts_depend_neither_on_order_nor_on_width(data):
     attack = robust(pgd(linf(EPS), steps=2))
 
-    def shuffled(ids):
+    def shuffled(ids, width=None):
         rows = np.arange(N, dtype=np.int32) if ids is None else ids
-        yield from data.batches(np.random.default_rng(3).permutation(rows))
+        yield from data.batches(np.random.default_rng(3).permutation(rows), width)
 
     plain, *_ = attack_split(MODEL, VARIABLES, data, attack, seed=4, progress=False)
     for other in (Split(N, shuffled, BATCH), resident_split(ARRAYS, classes=2, batch=3)):
@@ -388,9 +388,9 @@ def test_a_stopped_attack_goes_on(tmp_path):
     def watched(stop):
         taken = itertools.count(1)
 
-        def batches(ids):
+        def batches(ids, width=None):
             asked.append(ids)
-            for pair in data.batches(ids):
+            for pair in data.batches(ids, width):
                 if ids is not None and next(taken) == stop:
                     raise KeyboardInterrupt
                 yield pair
@@ -427,9 +427,9 @@ def test_a_killed_evaluator_goes_on(stop, data, tmp_path):
     def watched(stop):
         calls = itertools.count()
 
-        def batches(ids):
+        def batches(ids, width=None):
             measured = next(calls) > 0  # the first look is at the logits of one batch
-            for number, (some, batch) in enumerate(data.batches(ids)):
+            for number, (some, batch) in enumerate(data.batches(ids, width)):
                 if measured and number == stop:
                     raise Killed
                 asked.extend(some.tolist() if measured else [])
@@ -499,4 +499,5 @@ def test_eight_devices_agree_with_one(data):
         assert other.cost["device"] == "8 x cpu"
         for key, one in row.numbers.items():
             expected = one.value if one.value is None else pytest.approx(one.value, rel=1e-5)
-            assert other.measures[key].value == expected
+            # Slots are a multiple of the devices.
+            assert key == "utilisation" or other.measures[key].value == expected

@@ -19,7 +19,7 @@ from topgap_jax.keys import example_keys, fold_in, split
 from topgap_jax.measure import evaluate, queue
 from topgap_jax.measure.log import Log
 from topgap_jax.measure.robust import attack_split
-from topgap_jax.measure.splits import Split, resident_split, rows_of
+from topgap_jax.measure.splits import Split, narrowed, resident_split, rows_of
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import bind
 from topgap_jax.rewrite.interpreter import subjaxprs
@@ -65,8 +65,9 @@ def split_of(width=WIDTH, mesh=None, images=IMAGES):
 def shuffled(data, seed):
     """The same split, whose batches come in another order."""
 
-    def batches(ids):
-        yield from data.batches(np.random.default_rng(seed).permutation(np.arange(N) if ids is None else ids))
+    def batches(ids, width=None):
+        ids = np.arange(N) if ids is None else ids
+        yield from data.batches(np.random.default_rng(seed).permutation(ids), width)
 
     return Split(N, batches, data.batch)
 
@@ -462,12 +463,19 @@ RADII = tuple(EPS * k / 4 for k in (1, 2, 4))
 
 
 def test_a_curve_is_each_radius_alone_but_for_what_is_carried():
-    """One compiled program; only what stands is attacked again."""
+    """One compiled program, and one of half its slots or fewer where so few stand; only those are attacked again."""
     attack = pgd(linf(0.5), score=scores.margin, steps=6)
     queue.functions.cache_clear()
     result, dispatches = counted(split_of(), curve(attack, eps=RADII))
     parts = queue.functions(attack, MODEL, None)
-    assert parts.steps._cache_size() == parts.start._cache_size() == 1
+    widths, narrowest = 1, WIDTH
+    for eps, stand in zip(RADII, N * np.array(result.measures["over_eps"].y)):
+        narrow = narrowed(split_of(), round(stand)).batch
+        if eps == RADII[0]:
+            narrowest = narrow
+        elif 2 * narrow <= narrowest:
+            widths, narrowest = widths + 1, narrow
+    assert parts.steps._cache_size() == parts.start._cache_size() == widths < len(RADII)
     accuracies = [result.measures[f"accuracy_at_{i}"] for i in (1, 2, 3)]
     broken = np.zeros(N, bool)
     for radius, accuracy in zip(RADII, accuracies):

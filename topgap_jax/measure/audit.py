@@ -21,7 +21,7 @@ from topgap_jax.measure.criteria import FAIL, GATES, conclude, skipped
 from topgap_jax.measure.log import Log
 from topgap_jax.measure.robust import attack_split
 from topgap_jax.measure.rows import measure_split
-from topgap_jax.measure.splits import Split, rows_of
+from topgap_jax.measure.splits import Split, narrowed, rows_of
 from topgap_jax.measure.verdicts import seen
 from topgap_jax.models import bind
 from topgap_jax.rewrite import speed
@@ -77,7 +77,7 @@ def audit_split(
         values, cost, seconds = measure_split(
             model,
             variables,
-            rows_of(data, points, narrow=mesh is None),
+            narrowed(rows_of(data, points), len(points), mesh),
             evaluator,
             prepared=arrays,
             log=log(f"{name} of {len(points)}"),
@@ -95,9 +95,7 @@ def audit_split(
             network = (scaled, {**variables, "params": params})
         robustness = Robustness(runs, () if eps is None else (float(eps),))
         part = f"{name}: {', '.join(attack.name for attack in runs)}, {eps}, {scale}"
-        attacked = attack_split(
-            *network, rows_of(data, points, narrow=mesh is None), robustness, log=log(part), keep=keep, **options(name)
-        )
+        attacked = attack_split(*network, rows_of(data, points), robustness, log=log(part), keep=keep, **options(name))
         kept.extend([attacked.kept] if attacked.kept else [])
         done(points, attacked.cost, attacked.seconds)
         return attacked

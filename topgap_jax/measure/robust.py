@@ -20,7 +20,7 @@ from topgap_jax.measure import adversarial, queue
 from topgap_jax.measure.costs import cost_of
 from topgap_jax.measure.log import Log
 from topgap_jax.measure.rows import by_batches
-from topgap_jax.measure.splits import Split, check_model
+from topgap_jax.measure.splits import Split, check_model, narrowed
 from topgap_jax.measure.verdicts import seen
 from topgap_jax.mesh import replicated
 from topgap_jax.metrics.summaries import share
@@ -157,7 +157,7 @@ def attack_split(
     radius = np.where(clean.wrong, 0, np.inf).astype(np.float32)
     examples = Examples(labels, radius, none(), none(), none(), clean.margin, clean.predicted, clean.fragile)
     kept = _kept(keep, data, log, clean.wrong, mesh)
-    entries, after = [], []
+    entries, after, fitting = [], [], {}
     logged = [entry for entry in log.entries if "phase" in entry]
     if not all(is_entry(entry, n) for entry in logged):  # damaged, or a stranger's: all is measured again
         logged = []
@@ -169,6 +169,11 @@ def attack_split(
             _enter(examples, entry, phase.index)
             runs[entry["ids"]] = np.where(entry["ended"], phase.attack.runs, np.array(entry["run"]) + 1)
         left = int((runs < phase.attack.runs).sum())
+        # By those that stand when an attack begins, which a stop does not change; at a larger radius of a curve it is
+        # compiled anew only for half the width.
+        narrow = narrowed(data, int(stands.sum()), mesh)
+        if 2 * narrow.batch <= fitting.setdefault(phase.index, narrow).batch:
+            fitting[phase.index] = narrow
         attack, source = _divided(phase.attack, mesh)
         parts, key = queue.functions(attack, model, mesh), jax.random.fold_in(jax.random.key(seed), phase.index)
         options = {"eps": phase.eps, "source": source, "points": kept is not None, "mesh": mesh}
@@ -178,7 +183,8 @@ def attack_split(
             enabled=progress if stands.any() else False,
             done=int(stands.sum()) - left,
         ) as shown:
-            for entry, points in queue.work(parts, attack, variables, data, key, runs, logits, labels, **options):
+            some = fitting[phase.index]
+            for entry, points in queue.work(parts, attack, variables, some, key, runs, logits, labels, **options):
                 newly = _enter(examples, entry, phase.index)
                 if kept is not None:
                     kept.put(np.array(entry["ids"])[newly], points[newly])

@@ -16,15 +16,15 @@ from topgap_jax.types import Array, Batch, Model
 
 
 class Split(NamedTuple):
-    """batches(ids) -> iterator of (ids (m,), batch of the full width whose first m rows they are, the rest masked
-    padding).
+    """batches(ids, width=None) -> iterator of (ids (m,), batch of the full width whose first m rows they are, the rest
+    masked padding).
 
-    ids (n,) int32 are rows of the split; None: all of them, in order. Every batch has the same width, `batch`, so
-    nothing compiles twice.
+    ids (n,) int32 are rows of the split; None: all of them, in order. Every batch has the same width, `batch` if none
+    is given, so nothing compiles twice.
     """
 
     examples: int
-    batches: Callable[[np.ndarray | None], Iterator[tuple[np.ndarray, Batch]]]
+    batches: Callable[..., Iterator[tuple[np.ndarray, Batch]]]
     batch: int
 
 
@@ -37,9 +37,9 @@ def resident_split(arrays: Mapping[str, Array], *, classes: int, batch: int, mes
         lambda held, ids, mask: gather(held, ids, mask, classes), out_shardings=None if mesh is None else split(mesh)
     )
 
-    def batches(ids=None):
-        for some in _chunks(ids, examples, batch):
-            padded, mask = _padded(some, batch)
+    def batches(ids=None, width=None):
+        for some in _chunks(ids, examples, width or batch):
+            padded, mask = _padded(some, width or batch)
             yield some, make(held, padded, mask)
 
     examples = len(arrays["label"])
@@ -68,37 +68,40 @@ def streamed_split(
             return jax.device_put(rows)
         return {name: jax.make_array_from_process_local_data(split(mesh), value) for name, value in rows.items()}
 
-    def batches(ids=None):
-        chunks = list(_chunks(ids, len(source), batch))
-        order = lambda step: _padded(chunks[step], batch)
+    def batches(ids=None, width=None):
+        chunks = list(_chunks(ids, len(source), width or batch))
+        order = lambda step: _padded(chunks[step], width or batch)
         options = {"extras": True, "threads": threads, "workers": workers, "process": process}
-        with Stream(source, order, len(chunks), batch, image_size, resize, **options) as rows:
+        with Stream(source, order, len(chunks), width or batch, image_size, resize, **options) as rows:
             for some, row in zip(chunks, rows):
                 yield some, make(place(row))
 
     return Split(len(source), batches, batch)
 
 
-def rows_of(data: Split, rows: np.ndarray, *, narrow: bool = False) -> Split:
+def rows_of(data: Split, rows: np.ndarray) -> Split:
     """These rows (m,) of a split as a split of its own. A batch keeps the `id` of the whole split, which randomness
-    comes from.
+    comes from."""
+    rows = np.asarray(rows, np.int32)
 
-    narrow: its batches are halved as long as one holds all rows: an attack on 20 examples is not made in 128 slots. Not
-    for a split over several devices.
-    """
-    rows, width = np.asarray(rows, np.int32), data.batch
-    while narrow and width % 2 == 0 and width // 2 >= len(rows) > 0:
-        width //= 2
-
-    def batches(ids=None):
+    def batches(ids=None, width=None):
         ids = np.arange(len(rows), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
         start = 0
-        for some, batch in data.batches(rows[ids]):
-            one = batch if width == data.batch else {name: value[:width] for name, value in batch.items()}
-            yield ids[start : start + len(some)], one
+        for some, batch in data.batches(rows[ids], width):
+            yield ids[start : start + len(some)], batch
             start += len(some)
 
-    return Split(len(rows), batches, width)
+    return Split(len(rows), batches, data.batch)
+
+
+def narrowed(data: Split, examples: int, mesh: Mesh | None = None) -> Split:
+    """The split in batches for so many of its examples, which then fill nearly all slots: as many batches as before,
+    each a whole number of eighths of `batch`, and of devices. 37 examples in batches of 100 take one of 38."""
+    devices = 1 if mesh is None else mesh.size
+    turns = max(1, -(-examples // data.batch))
+    eighths = (-(-data.batch * m // (8 * devices)) * devices for m in range(1, 9))
+    width = next(eighth for eighth in eighths if turns * eighth >= examples)
+    return data._replace(batches=lambda ids=None, width=width: data.batches(ids, width), batch=width)
 
 
 def check_model(model: Any) -> None:
