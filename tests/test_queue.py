@@ -480,7 +480,7 @@ def test_a_curve_is_each_radius_alone_but_for_what_is_carried():
     broken = np.zeros(N, bool)
     for radius, accuracy in zip(RADII, accuracies):
         one = attack._replace(
-            init=lambda *a, radius=radius, **o: attack.init(*a, **{**o, "eps": jnp.full(WIDTH, radius)})
+            init=lambda *a, radius=radius, **o: attack.init(*a, **{**o, "eps": jnp.full(len(a[0]), radius)})
         )
         broken |= np.isfinite(run(split_of(), robust(one)).examples.radius)
         assert accuracy.value == pytest.approx(1 - broken.mean())
