@@ -7,9 +7,9 @@ ResNet-20 with its published weights, test images of CIFAR-10, in turn with the 
 of `topgap evaluate`, which hold no compilation; the peer's hold its clean forward passes, as ours do. Ratio = the
 package's time over ours: above 1 ours is faster. `gradients` is the share of the gradient evaluations that the attack
 would take if it never stopped early. PGD at a radius at which nothing breaks attacks every image to the end, as the
-packages always do. `images` is ours alone: seconds and peak memory by the number of images. A row that is done is kept
-in runs/ with its commit, so that the same command goes on where it was stopped; results/bench_attacks.json is
-written where every row is there, on a tree without changes.
+packages always do. `images` is ours alone: seconds and peak memory by the number of images. A row that is done stands
+in results/bench_attacks.json with its commit, if the tree has no changes and 7 rounds were made, and is not made again
+unless it is named.
 """
 
 import argparse
@@ -26,10 +26,10 @@ import _bench_driver as driver
 from parity_attacks import network, number, peer, written
 
 from topgap_jax import setup
-from topgap_jax.progress import write_text
 from topgap_jax.run.cpu import configure_cpu
 
 HERE = Path(__file__).parent
+RESULT = HERE.parent / "results" / "bench_attacks.json"
 UNBREAKABLE = ".001/255"
 
 
@@ -69,21 +69,19 @@ def main():
     configure_cpu()
     machine = driver.machine()
     whole = options.rounds >= 7 and not options.images and not machine["commit"].endswith("+")
-    kept = HERE.parent / "runs" / "bench_attacks.json"
-    rows = json.loads(kept.read_text()) if whole and kept.exists() else {}
+    stored = json.loads(RESULT.read_text())["rows"] if whole and RESULT.is_file() else {}
+    named = lambda name: any(word in name for word in options.names)
+    rows = {name: row for name, row in stored.items() if not named(name)}
     parts = {name: lambda row=row: beside(row, options) for name, row in ROWS.items()}
     parts |= {f"{n} images": lambda n=n: alone(min(n, options.images or n), options) for n in IMAGES}
     for name, part in parts.items():
-        if name not in rows and (not options.names or any(word in name for word in options.names)):
+        if name not in rows and (not options.names or named(name)):
             rows[name] = {"commit": machine["commit"], "load_average": driver.load_average(), **part()}
             print("|", " | ".join([f"{name:28}", *cells(rows[name])]), "|", flush=True)
             if whole:
-                kept.parent.mkdir(exist_ok=True)
-                write_text(kept, json.dumps(rows, indent=1))
-    if whole and set(rows) == set(parts):
-        driver.write("bench_attacks", {"machine": machine, "rows": rows})
-    else:
-        print("not written: that is for every row with 7 rounds or more, on a tree without changes")
+                driver.write("bench_attacks", {"machine": machine, "rows": {n: rows[n] for n in parts if n in rows}})
+    if not whole:
+        print("not written: that is for 7 rounds or more of a row's own images, on a tree without changes")
 
 
 def beside(row, options):

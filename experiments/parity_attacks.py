@@ -5,9 +5,10 @@
 PYTHON has torch, pyautoattack, torchattacks and foolbox (a process of its own). ResNet-20 on the first test images of
 CIFAR-10, at radii where 10 to 70 % survive, which were looked for on other images (5,000 and after), and EfficientNet-
 Lite0 on the first pictures of imagenet500. Ours may leave at most .5 points more at 1,000 images and one image more
-below. Seconds are of whole attacks, compilation included.
-Writes results/parity_attacks.json where all is run, on a tree without changes; --images runs fewer images. A row that
-is done is kept in runs/ with its commit, so that the same command goes on where it was stopped.
+below. Seconds are of whole attacks, compilation included, beside whatever else the machine does (`bench_attacks.py`
+measures speed).
+A row that is done stands in results/parity_attacks.json with its commit, if the tree has no changes, and is not made
+again unless it is named; --images, --first and --radius write nothing.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.run.provenance import provenance
 
 HERE = Path(__file__).parent
+RESULT = HERE.parent / "results" / "parity_attacks.json"
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
@@ -43,6 +45,10 @@ class Row(NamedTuple):
     steps: int
     peers: tuple[str, ...]
     network: str = "resnet20"
+
+    @property
+    def name(self) -> str:
+        return f"{self.ball} {self.attack}" + f" {self.network}" * (self.network != "resnet20")
 
 
 BOTH, ONE = ("auto-attack", "torchattacks"), ("auto-attack",)
@@ -84,15 +90,14 @@ def main():
     if not os.environ.get("TOPGAP_DATA") or not options.peer_python:
         parser.error("TOPGAP_DATA is the folder with tfds/ and weights/, --peer-python the Python that has the peers")
     print(configure_cpu(), file=sys.stderr)
-    names = {row: f"{row.ball} {row.attack}" + f" {row.network}" * (row.network != "resnet20") for row in ROWS}
-    rows = [row for row in ROWS if not options.names or any(part in names[row] for part in options.names)]
+    rows = [row for row in ROWS if not options.names or any(part in row.name for part in options.names)]
     about = provenance()
     whole = not (options.images or options.first or options.radius or (about["commit"] or "+").endswith("+"))
-    kept = HERE.parent / "runs" / "parity_attacks.json"
-    results = json.loads(kept.read_text()) if whole and kept.exists() else {}
+    stored = json.loads(RESULT.read_text())["rows"] if whole and RESULT.is_file() else {}
+    results = {name: row for name, row in stored.items() if not options.names or name not in [row.name for row in rows]}
     with tempfile.TemporaryDirectory() as folder, peer(options.peer_python) as process:
         for row in rows:
-            if names[row] in results:
+            if row.name in results:
                 continue
             n = min(row.images, options.images or row.images)
             row = row._replace(eps=options.radius or row.eps)
@@ -121,24 +126,28 @@ def main():
                 result[package] = {"robust": int(sum(answer["robust"])), "seconds": round(answer["seconds"], 1)}
             allowed = 5 * n // 1000 if n >= 1000 else 1
             result["agree"] = result["ours"]["robust"] <= min(result[p]["robust"] for p in row.peers) + allowed
-            results[names[row]] = result
+            results[row.name] = result
             if whole:
-                kept.parent.mkdir(exist_ok=True)
-                write_text(kept, json.dumps(results, indent=1))
-            print("|", " | ".join(cells(names[row], result)), "|", flush=True)
-    if not whole or len(results) < len(ROWS):
-        print("not written: that is for all rows and images, on a tree without changes", file=sys.stderr)
-    else:
-        text = json.dumps({**about, "agree": all(row["agree"] for row in results.values()), "rows": results}, indent=1)
-        write_text(HERE.parent / "results/parity_attacks.json", text + "\n")
+                store(about, row.name, result)
+            print("|", " | ".join(cells(row.name, result)), "|", flush=True)
+    if not whole:
+        print("not written: that is for a row's own images and radius, on a tree without changes", file=sys.stderr)
     return 0 if all(row["agree"] for row in results.values()) else 1
 
 
+def store(about, name, row):
+    """Put a row into the result. The file is read again: another process may have written its own meanwhile."""
+    rows = {**(json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else {}), name: row}
+    rows = {row.name: rows[row.name] for row in ROWS if row.name in rows}
+    agree = all(row["agree"] for row in rows.values())
+    write_text(RESULT, json.dumps({**about, "agree": agree, "rows": rows}, indent=1) + "\n")
+
+
 def cells(name, row):
-    """A row of the printed table: images left by ours and by each package, and seconds."""
-    said = lambda who: f"{row[who]['robust']} ({row[who]['seconds']:.0f} s)"
-    packages = ", ".join(f"{who} {said(who)}" for who in row if isinstance(row[who], dict) and who != "ours")
-    return [f"{name:32}", row["eps"], str(row["n"]), said("ours"), packages, "" if row["agree"] else "WEAKER"]
+    """A row of the printed table: images left by ours and by each package."""
+    packages = ", ".join(f"{who} {row[who]['robust']}" for who in row if isinstance(row[who], dict) and who != "ours")
+    ours = str(row["ours"]["robust"])
+    return [f"{name:32}", row["eps"], str(row["n"]), ours, packages, "" if row["agree"] else "WEAKER"]
 
 
 @functools.cache

@@ -4,8 +4,8 @@
 
 CIFAR-10, at 8/255 in linf, `resnet4b_adv2` at the 2/255 that it was trained for; the twin of A9 is `resnet32`. Bounds
 of the checks were set before, mostly on `resnet32`, and on none of these images. A network is audited in a folder of
-its own (runs/planted_fakes/NAME): a stopped audit goes on where it was, and one that is there is not made again.
-With NAMEs or other --points nothing but these folders is written.
+its own (runs/planted_fakes/NAME): a stopped audit goes on where it was. One that is done stands in
+results/planted_fakes.json with its commit, and is not made again unless it is named; other --points write nothing.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from topgap_jax.run.provenance import provenance
 from topgap_jax.types import Model
 
 ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "results" / "planted_fakes.json"
 sys.path.append(str(ROOT))
 
 from tests import fakes  # noqa: E402
@@ -99,32 +100,36 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"there is no '{unknown[0]}'; choose from {', '.join(CASES)}")
     print(configure_cpu(), file=sys.stderr)
-    rows = {name: audited(name, arguments.points) for name in arguments.names or CASES}
-    for name, row in rows.items():
-        print(f"{name}: {row['audit']}; {verdict(row)}; {row['cpu_seconds']:.0f} CPU seconds")
-    if not arguments.names and arguments.points == POINTS:
-        text = json.dumps({**provenance(), "split": SPLIT, "networks": rows}, indent=1)
-        write_text(ROOT / "results" / "planted_fakes.json", text + "\n")
+    for name in arguments.names or [name for name in CASES if name not in stored()]:
+        row = audited(name, arguments.points)
+        print(f"{name}: {row['audit']}; {verdict(row)}; {row['cpu_seconds']:.0f} CPU seconds", flush=True)
+        if arguments.points == POINTS:
+            # The file is read again: another process may have written its own meanwhile.
+            rows = {**stored(), name: row}
+            rows = {name: rows[name] for name in CASES if name in rows}
+            write_text(RESULT, json.dumps({**provenance(), "split": SPLIT, "networks": rows}, indent=1) + "\n")
+
+
+def stored() -> dict[str, Any]:
+    """The rows that are done."""
+    return json.loads(RESULT.read_text(encoding="utf-8"))["networks"] if RESULT.is_file() else {}
 
 
 def audited(name: str, points: int) -> dict[str, Any]:
     """The row of the network's audit, with what is due of it and the CPU seconds that it took."""
     case, folder = CASES[name], ROOT / "runs" / "planted_fakes" / re.sub(r"\W+", "_", f"{name} {points}")
-    path = folder / "row.json"
-    if not path.is_file():
-        weights = lambda file: Path(os.environ["TOPGAP_DATA"], "weights", f"{file}.safetensors")
-        loaded = setup.from_config(ROOT / "configs" / "cifar10.py", [("init", str(weights(case.weights)))])
-        chosen = loaded.experiment._replace(model=case.planted(loaded.experiment.model))
-        folder.mkdir(parents=True, exist_ok=True)
-        text = f"audit(linf({case.eps}), twin='{weights(TWIN)}', points={points})"
-        before = cpu_seconds()
-        (row,) = setup.evaluate(
-            loaded._replace(experiment=chosen, workdir=folder), splits=SPLIT, evaluators=text, batch=64
-        )
-        stored = results.to_json(row._replace(measures=row.numbers, evaluator=text.replace(str(weights(TWIN)), TWIN)))
-        about = {"weights": case.weights, "eps": case.eps, "due": case.due, "cpu_seconds": cpu_seconds() - before}
-        write_text(path, json.dumps({**stored, **about}, indent=1) + "\n")
-    return json.loads(path.read_text(encoding="utf-8"))
+    weights = lambda file: Path(os.environ["TOPGAP_DATA"], "weights", f"{file}.safetensors")
+    loaded = setup.from_config(ROOT / "configs" / "cifar10.py", [("init", str(weights(case.weights)))])
+    planted = loaded.experiment._replace(model=case.planted(loaded.experiment.model))
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f"audit(linf({case.eps}), twin='{weights(TWIN)}', points={points})"
+    before = cpu_seconds()
+    (row,) = setup.evaluate(
+        loaded._replace(experiment=planted, workdir=folder), splits=SPLIT, evaluators=text, batch=64
+    )
+    kept = results.to_json(row._replace(measures=row.numbers, evaluator=text.replace(str(weights(TWIN)), TWIN)))
+    about = {"weights": case.weights, "eps": case.eps, "due": case.due, "cpu_seconds": cpu_seconds() - before}
+    return {"commit": provenance()["commit"], **kept, **about}
 
 
 def verdict(row: dict[str, Any]) -> str:

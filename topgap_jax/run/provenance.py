@@ -36,15 +36,14 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the folder that the program is run in, with "+" if files differ from it."""
+    """The commit of the folder that the program is run in, with "+" if files other than results differ from it."""
     try:
         call = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True, timeout=10)
         head = call("rev-parse", "--short=12", "HEAD")
         if head.returncode:
             return None
-        return head.stdout.strip() + (
-            "+" if call("status", "--porcelain", "--untracked-files=no").stdout.strip() else ""
-        )
+        changed = call("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)results")
+        return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
     except (OSError, subprocess.TimeoutExpired):
         return None
 
