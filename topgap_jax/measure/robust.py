@@ -140,8 +140,8 @@ def attack_split(
     forward pass afterwards does not confirm: those stand as unbroken. `fragile` counts verdicts that floating point
     might change; `utilisation` is the share of the slots' steps that an example needed. What breaks at a radius breaks
     at every larger one, and is not attacked there again. What a `log` holds is not attacked again. keep: the images of
-    "all" examples, or of a "few" that are right when clean; None: of none. An attack's batches are as wide as those that
-    stand when it begins fill, at most `data.batch`.
+    "all" examples, or of a "few" that are right when clean; None: of none. An attack's batches are as wide as those
+    that stand when it begins fill, at most `data.batch`.
     """
     check_model(model)
     if not isinstance(robustness, Robustness):
