@@ -3,15 +3,13 @@
     TOPGAP_DATA=FOLDER python experiments/planted_fakes.py [NAME ...] [--points 256]
 
 CIFAR-10, at 8/255 in linf, `resnet4b_adv2` at the 2/255 that it was trained for; the twin of A9 is `resnet32`. Bounds
-of the checks were set before, mostly on `resnet32`, and on none of these images. A network is audited in a folder of
-its own (runs/planted_fakes/NAME): a stopped audit goes on where it was. One that is done stands in
+of the checks were set before, mostly on `resnet32`, and on none of these images. An audit that is done stands in
 results/planted_fakes.json with its commit, and is not made again unless it is named; other --points write nothing.
 """
 
 import argparse
 import json
 import os
-import re
 import resource
 import sys
 from collections.abc import Callable
@@ -117,16 +115,13 @@ def stored() -> dict[str, Any]:
 
 def audited(name: str, points: int) -> dict[str, Any]:
     """The row of the network's audit, with what is due of it and the CPU seconds that it took."""
-    case, folder = CASES[name], ROOT / "runs" / "planted_fakes" / re.sub(r"\W+", "_", f"{name} {points}")
+    case = CASES[name]
     weights = lambda file: Path(os.environ["TOPGAP_DATA"], "weights", f"{file}.safetensors")
     loaded = setup.from_config(ROOT / "configs" / "cifar10.py", [("init", str(weights(case.weights)))])
     planted = loaded.experiment._replace(model=case.planted(loaded.experiment.model))
-    folder.mkdir(parents=True, exist_ok=True)
     text = f"audit(linf({case.eps}), twin='{weights(TWIN)}', points={points})"
     before = cpu_seconds()
-    (row,) = setup.evaluate(
-        loaded._replace(experiment=planted, workdir=folder), splits=SPLIT, evaluators=text, batch=64
-    )
+    (row,) = setup.evaluate(loaded._replace(experiment=planted), splits=SPLIT, evaluators=text, batch=64)
     kept = results.to_json(row._replace(measures=row.numbers, evaluator=text.replace(str(weights(TWIN)), TWIN)))
     about = {"weights": case.weights, "eps": case.eps, "due": case.due, "cpu_seconds": cpu_seconds() - before}
     return {"commit": provenance()["commit"], **kept, **about}
