@@ -160,7 +160,7 @@ def test_sign_test():
 
 def test_headlines():
     of = lambda *statuses: headline([Check("A1", status, 0.0, 0.0, 1, "") for status in statuses])
-    assert of("pass", "warn", "skipped") == "no check failed (2 checks, 1 warning)"
+    assert of("pass", "warn", "skipped") == "no check failed (2 checks of 1 image, 1 warning)"
     assert of("fail", "warn", "skipped", "fail") == "UPPER BOUND ONLY: 2 of 3 checks failed"
     assert of("skipped") == "no check could be made"
 
@@ -523,7 +523,7 @@ def attacked_row(norms, **fields):
 def test_a_robust_number_says_what_the_audit_of_its_norm_says():
     audits = [a_row(), a_row(split="other", checks=of({"lost": 1})), a_row(norms=("l2",), checks=of({"outside": 2}))]
     fails = "audit at linf(8/255): UPPER BOUND ONLY: 1 of 17 checks failed"
-    passes = "audit at linf(8/255): no check failed (17 checks, 0 warnings)"
+    passes = "audit at linf(8/255): no check failed (17 checks of 64 images, 0 warnings)"
     said = lambda row: results.with_audits([*audits, row])[-1].audit
     assert said(attacked_row(("linf",))) == passes and said(attacked_row(("l2",))) == fails
     assert said(attacked_row(("linf",), split="other")) == fails
@@ -571,7 +571,7 @@ def test_an_audit_stands_beside_the_robust_numbers_of_the_same_command(tmp_path,
     make = lambda *evaluators: evaluation.evaluate(
         laws.MODEL, laws.VARIABLES, split_of(8), {f"{name}": one for name, one in evaluators}, **options
     )
-    words = "audit at linf(0.05): no check failed (17 checks, 1 warning)"
+    words = "audit at linf(0.05): no check failed (17 checks of 64 images, 1 warning)"
     attack = ("robust(fgsm(linf(.05)))", robust(fgsm(BALL)))
     (row,) = make(attack)
     assert (row.audit, row.norms) == ("not audited", ("linf",))

@@ -327,7 +327,7 @@ def headline(checks: Sequence[Check]) -> str:
     """The verdict of an audit in a line.
 
     >>> headline([Check("A1", "pass", 1.0, 0.05, 9, ""), Check("A2", "warn", 0.005, 0.002, 9, "")])
-    'no check failed (2 checks, 1 warning)'
+    'no check failed (2 checks of 9 images, 1 warning)'
     """
     count = lambda status: sum(check.status == status for check in checks)
     made = len(checks) - count(SKIPPED)
@@ -335,7 +335,9 @@ def headline(checks: Sequence[Check]) -> str:
         return f"UPPER BOUND ONLY: {count(FAIL)} of {made} checks failed"
     if not made:
         return "no check could be made"
-    return f"no check failed ({made} checks, {count(WARN)} warning{'' if count(WARN) == 1 else 's'})"
+    images, warnings = max(check.n for check in checks), count(WARN)
+    of = f"{made} checks of {images} image{'' if images == 1 else 's'}"
+    return f"no check failed ({of}, {warnings} warning{'' if warnings == 1 else 's'})"
 
 
 def sign_test(b: int, c: int) -> float:
