@@ -79,7 +79,8 @@ def main():
             rows[name] = {"commit": machine["commit"], "load_average": driver.load_average(), **part()}
             print("|", " | ".join([f"{name:28}", *cells(rows[name])]), "|", flush=True)
             if whole:
-                driver.write("bench_attacks", {"machine": machine, "rows": {n: rows[n] for n in parts if n in rows}})
+                made = {"command": "python experiments/bench_attacks.py", "machine": machine}
+                driver.write("bench_attacks", {**made, "rows": {n: rows[n] for n in parts if n in rows}})
     if not whole:
         print("not written: that is for 7 rounds or more of a row's own images, on a tree without changes")
 

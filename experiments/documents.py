@@ -479,10 +479,13 @@ def attacking(stored: Mapping[str, Any]) -> str:
     alone = {name: row for name, row in stored["rows"].items() if "ratio" not in row}
     beside = [[name, *bench_attacks.cells(row)] for name, row in stored["rows"].items() if name not in alone]
     lines = [[name, f"{row['median_seconds']:.1f}", f"{row['peak_mb']:.0f}"] for name, row in alone.items()]
+    by_images = (
+        f"\n\nPGD-20 at .75/255 alone:\n\n{markdown(['', 'seconds', 'peak memory, MB'], lines)}" if lines else ""
+    )
     return (
         "ResNet-20, test images of CIFAR-10; gradients: the share of those of an attack that never stops early.\n\n"
-        f"{markdown(head, beside)}\n\nPGD-20 at .75/255 alone:\n\n"
-    ) + markdown(["", "seconds", "peak memory, MB"], lines)
+        f"{markdown(head, beside)}{by_images}"
+    )
 
 
 def defended(stored: Mapping[str, Any]) -> str:

@@ -91,7 +91,7 @@ def main():
         parser.error("TOPGAP_DATA is the folder with tfds/ and weights/, --peer-python the Python that has the peers")
     print(configure_cpu(), file=sys.stderr)
     rows = [row for row in ROWS if not options.names or any(part in row.name for part in options.names)]
-    about = provenance()
+    about = {**provenance(), "command": "experiments/parity_attacks.py"}
     whole = not (options.images or options.first or options.radius or (about["commit"] or "+").endswith("+"))
     stored = json.loads(RESULT.read_text())["rows"] if whole and RESULT.is_file() else {}
     results = {name: row for name, row in stored.items() if not options.names or name not in [row.name for row in rows]}

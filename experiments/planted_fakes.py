@@ -105,7 +105,8 @@ def main() -> None:
             # The file is read again: another process may have written its own meanwhile.
             rows = {**stored(), name: row}
             rows = {name: rows[name] for name in CASES if name in rows}
-            write_text(RESULT, json.dumps({**provenance(), "split": SPLIT, "networks": rows}, indent=1) + "\n")
+            about = {**provenance(), "command": "experiments/planted_fakes.py", "split": SPLIT}
+            write_text(RESULT, json.dumps({**about, "networks": rows}, indent=1) + "\n")
 
 
 def stored() -> dict[str, Any]:
