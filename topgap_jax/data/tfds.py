@@ -200,9 +200,14 @@ def _classes(feature, classes, shown: str) -> tuple[str, ...]:
 
 
 def _check_image(feature, key: str, shown: str) -> None:
-    kind, shape = np.dtype(feature.np_dtype), feature.shape
-    if kind != np.uint8 or len(shape) != 3 or shape[-1] not in (1, 3):
-        raise UserError(f"{shown}: '{key}' holds {kind} of shape {shape}; an image is uint8, (h, w, 3) or (h, w, 1)")
+    kind, shape = feature.np_dtype, feature.shape
+    if isinstance(shape, dict):  # a dictionary of features, each with a type and a shape of its own
+        holds = f"a {type(feature).__name__} of {len(shape)} features"
+    elif kind != np.uint8 or len(shape) != 3 or shape[-1] not in (1, 3):
+        holds = f"{np.dtype(kind)} of shape {shape}"
+    else:
+        return
+    raise UserError(f"{shown}: '{key}' holds {holds}; an image is uint8, (h, w, 3) or (h, w, 1)")
 
 
 def _check_box(feature, key: str, shown: str) -> None:
