@@ -26,9 +26,10 @@ def robust(*runs: Attack | Runs) -> Robustness:
 def curve(*runs: Attack | Runs, eps: tuple[float, ...]) -> Robustness:
     """Accuracy over the radius: that of `robust(attacks)` at each `eps`, in the attacks' own norm.
 
-    From the smallest radius to the largest in one compiled program. What breaks at one is inside every larger ball, so
-    that only what stands is attacked again; such carried verdicts can only lower the accuracy that the attacks alone
-    would find there. An attack on the norm (`fmn`) gives all radii at once.
+    From the smallest radius to the largest in one compiled program, and one more whenever what stands fills half its
+    batch. What breaks at one is inside every larger ball, so that only what stands is attacked again; such carried
+    verdicts can only lower the accuracy that the attacks alone would find there. An attack on the norm (`fmn`) gives
+    all radii at once.
     """
     attacks = _attacks("curve", runs)
     norms = dict.fromkeys(attack.norm for attack in attacks if attack.norm)

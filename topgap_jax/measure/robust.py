@@ -184,8 +184,8 @@ def attack_split(
             enabled=progress if stands.any() else False,
             done=int(stands.sum()) - left,
         ) as shown:
-            some = fitting[phase.index]
-            for entry, points in queue.work(parts, attack, variables, some, key, runs, logits, labels, **options):
+            given = (fitting[phase.index], key, runs, logits, labels)
+            for entry, points in queue.work(parts, attack, variables, *given, **options):
                 newly = _enter(examples, entry, phase.index)
                 if kept is not None:
                     kept.put(np.array(entry["ids"])[newly], points[newly])
