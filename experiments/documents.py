@@ -466,11 +466,17 @@ def foreign(stored: Mapping[str, Any]) -> str:
     return text + markdown(head, lines) + ("\n\n" + "\n".join(said) if said else "") + sources
 
 
+def done(rows: Mapping[str, Mapping[str, Any]], number: int) -> str:
+    """How many rows there are of those that the script makes, and of which commits: they are stored as they come."""
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows.values()))
+    return f"{len(rows)} of {number} rows, of {commits}."
+
+
 def attacked(stored: Mapping[str, Any]) -> str:
     head = ["network, ball, attack", "eps", "images", "ours", "the packages", ""]
     return (
         "Images that are left, of the first test images: ours may leave .5 points more at 1,000 images, one image more"
-        " below.\n\n"
+        f" below. {done(stored['rows'], len(parity_attacks.ROWS))}\n\n"
     ) + markdown(head, [parity_attacks.cells(*row) for row in stored["rows"].items()])
 
 
@@ -483,7 +489,8 @@ def attacking(stored: Mapping[str, Any]) -> str:
         f"\n\nPGD-20 at .75/255 alone:\n\n{markdown(['', 'seconds', 'peak memory, MB'], lines)}" if lines else ""
     )
     return (
-        "ResNet-20, test images of CIFAR-10; gradients: the share of those of an attack that never stops early.\n\n"
+        "ResNet-20, test images of CIFAR-10; gradients: the share of those of an attack that never stops early."
+        f" {done(stored['rows'], len(bench_attacks.ROWS) + len(bench_attacks.IMAGES))}\n\n"
         f"{markdown(head, beside)}{by_images}"
     )
 
@@ -523,7 +530,8 @@ def planted(stored: Mapping[str, Any]) -> str:
     return (
         f"Audits (`audit(linf(eps), twin='{planted_fakes.TWIN}')`) of {planted_fakes.POINTS} images of"
         f" `{stored['split']}` of CIFAR-10 that are right when clean: honest networks first, then ResNet-20 with what"
-        " is planted in it. A network that fails A10, A11 or A12 is not attacked.\n\n"
+        " is planted in it. A network that fails A10, A11 or A12 is not attacked."
+        f" {done(stored['networks'], len(planted_fakes.CASES))}\n\n"
     ) + markdown(head, lines)
 
 

@@ -11,7 +11,6 @@ results/resnet4b.json on a tree without changes; --images takes fewer, and write
 import argparse
 import json
 import os
-import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -43,7 +42,7 @@ def main() -> None:
     folder_of_weights = Path(os.environ["TOPGAP_DATA"], "weights")
     init = str(folder_of_weights / "resnet4b_adv2_cifar10.safetensors")
     loaded = setup.from_config(ROOT / "configs" / "cifar10.py", [("init", init)])
-    before, rows = cpu_seconds(), []
+    rows = []
     with tempfile.TemporaryDirectory() as empty:
         folder = ROOT / "runs" / "resnet4b" if whole else Path(empty)
         for text, n in EVALUATIONS.items():
@@ -54,8 +53,7 @@ def main() -> None:
             rows.append(json.loads(json.dumps(row).replace(f"{folder_of_weights}/", "")))  # of this machine
             print(split, rows[-1]["evaluator"], *cells(rows[-1]))
     if whole:
-        made = {"cpu_seconds": round(cpu_seconds() - before), "rows": rows}
-        write_text(RESULT, json.dumps({**about, **made}, indent=1) + "\n")
+        write_text(RESULT, json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
 def cells(row):
@@ -63,11 +61,6 @@ def cells(row):
     value = lambda name: row["measures"][name]["value"]
     names = sorted(name for name in row["measures"] if name.startswith("after_")) or ["robust_accuracy"]
     return [f"{100 * value(name):.2f} %" for name in ("clean_accuracy", *names)]
-
-
-def cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":
