@@ -106,7 +106,7 @@ def test_planted_fakes():
     )(images)
     assert np.abs(logits - sparser).max() > 1e-3 and np.abs(together[:2] - alone).max() > 1e-3
     check = lambda name, status: {"id": name, "status": status}
-    row = lambda *checks: {"eps": "8/255", "due": ["A10"], "cpu_seconds": 90, "checks": checks}
+    row = lambda *checks: {"eps": "8/255", "due": ["A10"], "cpu_seconds": 90, "commit": "1a2b3c4", "checks": checks}
     noise = row(check("A10", "fail"), check("A17", "warn")) | {"due": ["A11"]}
     rows = {"probabilities": row(check("A10", "fail")), "noise layer": noise}
     text = documents.planted(
