@@ -1,9 +1,9 @@
 """PyTorch's half of parity_attacks.py: reads lines of JSON, runs one attack of a public package on each, and answers
-with a line: which images are right when clean and stay so, and the seconds.
+with a line: which images are right when clean and stay so, their margins, and the seconds.
 
 {"network": "resnet20" or "efficientnet_lite0", "weights": its file, "images": .npy (n, h, w, 3) float32 in [0, 1],
-"labels": .npy (n,), "package", "attack", "norm": "Linf", "L2" or "L1", "eps", "steps", "batch"}. An example is broken
-if a forward pass on what the attack returns says so.
+"labels": .npy (n,), "package", "attack", "norm": "Linf", "L2" or "L1", "eps", "steps", "batch", and perhaps "seed"}. An
+example is broken if a forward pass on what the attack returns says so. Margins are z_y less the largest other logit.
 """
 
 import json
@@ -26,7 +26,7 @@ def auto_attack(model, words):
     from pyautoattack.fab_pt import FABAttack_PT
     from pyautoattack.square import SquareAttack
 
-    options = {"norm": words["norm"], "eps": words["eps"], "device": "cpu", "seed": 0}
+    options = {"norm": words["norm"], "eps": words["eps"], "device": "cpu", "seed": words.get("seed", 0)}
     log, steps = logging.getLogger("auto-attack"), words["steps"]
     kind, sparse = words["attack"], words["norm"] == "L1"
     if kind == "autoattack":
@@ -43,9 +43,17 @@ def auto_attack(model, words):
         attack = FABAttack_PT(model, n_iter=steps, targeted=True, n_target_classes=9, n_restarts=1, **options)
     elif kind == "square":
         attack = SquareAttack(model, n_queries=steps, p_init=0.8, n_restarts=1, resc_schedule=False, **options)
+        return lambda x, y: searched(attack, x, y)
     else:
         raise SystemExit(f"auto-attack has no {kind}")
     return attack.perturb
+
+
+def searched(attack, x, y):
+    """The best image of one run, also where that is not misclassified: `perturb` gives the clean one there."""
+    attack.init_hyperparam(x)
+    torch.manual_seed(attack.seed)
+    return attack.attack_single_run(x, y)[1]
 
 
 def torch_attacks(model, words):
@@ -80,20 +88,26 @@ def loop(model, words):
 PACKAGES = {"auto-attack": auto_attack, "torchattacks": torch_attacks, "foolbox": fool_box, "loop": loop}
 
 
-def survivors(model, attack, images, labels, batch):
-    """bool (n,): right when clean, and on what the attack makes of the image."""
+def margins(model, attack, images, labels, batch):
+    """float (n,): of what the attack makes of the image, and of the image itself where that is misclassified."""
     rows = []
     for start in range(0, len(images), batch):
         x, y = images[start : start + batch], labels[start : start + batch]
-        with torch.no_grad():
-            right = model(x).argmax(1) == y
+        row = margin(model, x, y)
+        right = row > 0
         if right.any():
             with torch.enable_grad():
                 adversarial = attack(x[right], y[right]).detach()
-            with torch.no_grad():
-                right[right.clone()] = model(adversarial).argmax(1) == y[right]
-        rows.append(right)
+            row[right.clone()] = margin(model, adversarial, y[right])
+        rows.append(row)
     return torch.cat(rows)
+
+
+@torch.no_grad()
+def margin(model, images, labels):
+    logits = model(images)
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return logits.gather(1, labels[:, None])[:, 0] - others.amax(1)
 
 
 def main():
@@ -108,10 +122,11 @@ def main():
         attack = PACKAGES[words["package"]](model, words)
         # What packages print goes to stderr: the answer is the one line on stdout.
         answer, sys.stdout = sys.stdout, sys.stderr
-        robust = survivors(model, attack, images, labels, words["batch"])
+        values = margins(model, attack, images, labels, words["batch"])
         sys.stdout = answer
         seconds = time.perf_counter() - start
-        print(json.dumps({"robust": robust.tolist(), "seconds": seconds, "torch": torch.__version__}), flush=True)
+        said = {"robust": (values > 0).tolist(), "margins": values.tolist(), "seconds": seconds}
+        print(json.dumps({**said, "torch": torch.__version__}), flush=True)
 
 
 if __name__ == "__main__":
