@@ -2,7 +2,7 @@
 
     TOPGAP_DATA=FOLDER python experiments/parity_square.py --peer-python PYTHON [--seeds 5] [--images N] [--queries N]
 
-Five seeds of each on the same 250 test images of CIFAR-10 (5,000 and after), ResNet-20, 1,000 candidates, in every
+Five seeds of each on the same 200 test images of CIFAR-10 (5,000 and after), ResNet-20, 500 candidates, in every
 norm. A search is judged by the margin of its best image, z_y less the largest other logit, 0 where that is
 misclassified: the mean over all images. The package draws one window and one sign for all images of a batch at a step,
 so its images are not independent and the seeds are the sample: Welch's 95 % interval of the difference of the means
@@ -32,7 +32,7 @@ from topgap_jax.run.provenance import provenance
 
 RESULT = Path(__file__).parent.parent / "results" / "parity_square.json"
 BALLS = {"linf": (linf, ".75/255"), "l2": (l2, ".1"), "l1": (l1, "1.5")}  # the radii of parity_attacks.py
-FIRST, IMAGES, QUERIES, SEEDS = 5000, 250, 1000, 5
+FIRST, IMAGES, QUERIES, SEEDS = 5000, 200, 500, 5
 
 
 def main() -> None:
