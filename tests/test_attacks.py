@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
@@ -21,6 +22,7 @@ from tests.laws import (
     B,
     assert_transformed,
     make,
+    message,
     network,
     parameters,
 )
@@ -34,8 +36,10 @@ EPS = {"linf": 0.06, "l2": 0.3, "l1": 1.5}
 ROWS = [
     "fgsm(linf({}))",
     "fgsm(l2({}))",
+    "fgsm(l1({}))",
     "r_fgsm(linf({}))",
     "r_fgsm(l2({}))",
+    "r_fgsm(l1({}))",
     "pgd(linf({}), steps=4)",
     "pgd(l2({}), steps=4)",
     "pgd(linf({}), score=dlr, steps=3, start=None)",
@@ -43,18 +47,23 @@ ROWS = [
     "pgd(l1({}), steps=6, step_size=.5)",
     "pgd(linf({}), score=margin, optimizer=adamw(.02, weight_decay=0), steps=3)",
     "mim(linf({}), steps=3)",
+    "mim(l2({}), steps=3)",
+    "mim(l1({}), steps=3)",
     "apgd(linf({}), steps=6)",
     "apgd(l2({}), score=dlr, steps=5, history='paper', samples=2)",
     "apgd(l1({}), steps=6)",
     "apgd(l1({}), steps=7, larger_radii=True)",
     "apgd_t(linf({}), targets=3, steps=4)",
     "apgd_t(l2({}), targets=3, steps=4, order='malt')",
+    "apgd_t(l1({}), targets=3, steps=4)",
     "noise(linf({}), draws=2)",
+    "noise(l2({}), draws=2)",
     "noise(l1({}), draws=2)",
     "restarts(pgd(l2({}), steps=2), 2)",
     "bpda(pgd(linf({}), steps=3), guided_backprop)",
     "fab(linf({}), steps=4)",
     "fab(l2({}), steps=4, restarts=2)",
+    "fab(l1({}), steps=4)",
     "fab_t(linf({}), steps=4)",
     "fab_t(l2({}), steps=4, order='malt')",
     "fab_t(l1({}), steps=4)",
@@ -64,6 +73,9 @@ ROWS = [
     "fmn(linf({}), steps=6)",
     "fmn(l2({}), steps=6)",
     "fmn(l1({}), steps=6)",
+    "transfer(linf({}), pgd(linf({}), steps=4), 'runs/other')",
+    "transfer(l2({}), apgd(l2({}), steps=4), 'runs/other')",
+    "transfer(l1({}), apgd(l1({}), steps=4), 'runs/other')",
     "topk_attack(gradient(), linf({}), steps=3, restarts=2, k=6)",
     "topk_attack(cam(), l2({}), steps=3, restarts=1, k=3, start=None)",
     "alignment(linf({}), mean=(.5, .5, .5), std=(.25, .25, .25), steps=3, step_size=.02)",
@@ -72,10 +84,19 @@ rows = pytest.mark.parametrize("row", ROWS)
 ball_of = lambda row: next(ball for ball in EPS if f"{ball}(" in row)
 # A few windows drawn at random break nothing where the gradient does.
 radius_of = lambda row: EPS[ball_of(row)] * (3 if row.startswith(("square(l2", "square(l1")) else 1)
-attack_of = functools.cache(lambda row: make(row.format(radius_of(row))))
+# Another network, near enough that much of what breaks it breaks the one under attack.
+OTHER = network(jax.tree.map(lambda a, b: a + b / 10, PARAMS, parameters(7)))
+
+
+@functools.cache
+def attack_of(row):
+    attack = make(row.replace("{}", str(radius_of(row))))
+    return attacks.bound(attack, OTHER if attack.source else None)
+
+
 # All but an attack on the norm, which goes wherever the nearest adversarial example is.
 bounded = pytest.mark.parametrize("row", [row for row in ROWS if attack_of(row).aim != "norm"])
-random = ("pgd", "apgd", "square", "noise", "restarts", "r_fgsm", "topk", "alignment", "bpda")
+random = ("pgd", "apgd", "transfer", "square", "noise", "restarts", "r_fgsm", "topk", "alignment", "bpda")
 
 
 def steps_of(attack, keys, predict, images, labels, **options):
@@ -99,13 +120,19 @@ def run(row, keys=KEYS, images=IMAGES, labels=LABELS, eps=None):
     return compiled(row)(PARAMS, keys, images, labels, eps)
 
 
+def numbers(tree):
+    """The leaves, keys as the numbers they are."""
+    plain = lambda leaf: jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    return [plain(leaf) for leaf in jax.tree.leaves(tree)]
+
+
 def sizes(ball, delta):
     delta = np.float64(delta).reshape(B, -1)
     return np.linalg.norm(delta, {"linf": np.inf, "l2": 2, "l1": 1}[ball], axis=1)
 
 
 def test_every_row_and_ball_is_here():
-    others = {"worst_of", "autoattack", "transfer"}  # several attacks, and one that needs another network: tests below
+    others = {"worst_of", "autoattack"}  # several attacks
     assert {row.split("(")[0] for row in ROWS} == set(attacks.TABLE) - others
     assert {ball_of(row) for row in ROWS} == set(balls.TABLE)
 
@@ -193,7 +220,7 @@ def test_each_example_by_itself(row):
         eps=(eps / 3).at[0].set(eps[0]),
     )
     for field in ("delta", "best", "score", "status", "broken_at", "search"):
-        for a, b, c in zip(*(jax.tree.leaves(getattr(s, field)) for s in (state, again, among_others))):
+        for a, b, c in zip(*(numbers(getattr(s, field)) for s in (state, again, among_others))):
             np.testing.assert_array_equal(a, b)
             np.testing.assert_array_equal(a[0], c[0])
     _, other = run(row, keys=jax.random.split(jax.random.key(9), B))
@@ -435,6 +462,53 @@ def test_transfer_follows_the_source_and_asks_the_target():
     assert 0 < wrong.any(0).sum()
     small, _ = steps_of(both, KEYS, PREDICT, IMAGES, other, eps=jnp.zeros(B))
     assert not np.asarray(small.delta).any() and (np.asarray(small.status) == RUNNING).all()
+
+
+def test_a_transfer_stays_in_its_ball():
+    """At any radius, though images + delta are rounded; also what another attack makes of it outside; one norm."""
+    images = 0.1 + 0.8 * IMAGES
+    for eps in (0.5 / 255, 2 / 255, 4 / 255):  # the same network: the first iterate that breaks it breaks
+        ball = balls.linf(eps)
+        attack = attacks.pgd(ball, steps=4)
+        labels = PREDICT(images).argmax(-1)
+        both = attacks.transfer(ball, attack, PREDICT)
+        (_, alone), (_, same) = (steps_of(one, KEYS, PREDICT, images, labels) for one in (attack, both))
+        np.testing.assert_array_equal(same.broken_at, alone.broken_at)
+    ball = balls.l2(0.3)
+    far = attacks.transfer(ball, attacks.fab_t(ball, steps=4), PREDICT)
+    states, last = steps_of(far, KEYS, PREDICT, IMAGES, LABELS)
+    assert max(sizes("l2", delta).max() for delta in (*states.delta, last.delta)) <= 0.3 + 1e-6
+    assert attacks.transfer(ball, attacks.pgd(balls.l2(9), steps=2), PREDICT).name == "transfer of pgd-2, l2(0.3)"
+    text = "transfer(l2(0.3), ...): 'pgd-20, linf(0.1)' moves in linf; give one in l2"
+    assert message(lambda: attacks.transfer(ball, make("pgd(linf(.1))"), PREDICT)) == text
+
+
+@pytest.mark.parametrize(
+    "row", ["fgsm(linf({}))", "pgd(l2({}), steps=2)", "apgd(l1({}), steps=3)", "fab_t(l2({}), steps=2)"]
+)
+def test_a_gradient_that_is_nan_is_no_step(row):
+    """A NaN of the gradient is no NaN of the image, which would be misclassified whatever the network is."""
+    nowhere = lambda x: jnp.where(x > 5, jnp.sqrt(x - 5), x)  # finite where images are, its gradient is NaN
+    predict = lambda images, keys=None: PREDICT(nowhere(images))
+    assert jnp.isnan(jax.grad(lambda images: predict(images).sum())(IMAGES)).all()
+    _, state = steps_of(make(row.replace("{}", "1e-6")), KEYS, predict, IMAGES, LABELS)
+    assert jnp.isfinite(state.delta).all() and jnp.isfinite(state.best).all()
+    np.testing.assert_array_equal(np.asarray(state.status) == BROKEN, np.arange(B) >= B - 2)
+
+
+def test_restarts_of_fab_start_elsewhere():
+    for ball in ("linf", "l2", "l1"):
+        attack = make(f"restarts(fab({ball}(.5)), 3)")
+        starts = [attack.init(KEYS, PREDICT, IMAGES, LABELS, PREDICT(IMAGES), run=run).delta for run in range(3)]
+        assert not starts[0].any() and (starts[1] != starts[2]).any((1, 2, 3)).all()
+        assert (sizes(ball, starts[1]) <= 0.25 + 1e-6).all() and sizes(ball, starts[1]).max() > 0.1
+    assert (starts[1] != 0).mean() > 0.9, "in l1 too each entry is drawn"
+
+
+def test_an_update_that_is_too_large_to_square_moves():
+    attack = attacks.pgd(balls.l2(0.3), optimizer=optax.sgd(1e22), steps=2)
+    states, _ = steps_of(attack, KEYS, PREDICT, IMAGES, LABELS)
+    assert sizes("l2", states.delta[1]).max() > 0.2
 
 
 def test_a_network_in_float64_is_attacked_in_float32():

@@ -602,6 +602,9 @@ def test_the_table_in_the_terminal():
     ids = [line.split()[0] for line in lines[start + 2 :] if line[:1] == "A" and line.split()[0] in CHECKS]
     assert ids[:2] == ["A5", "A17"] and ids[-1] == "A9" and set(ids) == set(CHECKS)
     assert "2002.08347" in " ".join(lines) and "2002.08347" not in table([a_row()])
+    cut = of({"broken_gradients": 1, "operations": "round", "through_gain": 0.04})
+    assert [check.status for check in cut if check.id == "A17"] == ["fail"]
+    assert "2002.08347" in table([a_row(checks=cut)])
 
 
 def test_the_report_shows_the_checks_and_compare_the_verdict(tmp_path):

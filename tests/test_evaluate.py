@@ -263,6 +263,11 @@ def test_logits_that_are_not_finite_name_the_first_layer(data, tmp_path):
 def test_what_is_no_model_no_evaluator_and_no_class(data):
     """A user's own function, an attack alone, and pictures without a label, in a line each."""
     attacks, predict = robust(pgd(linf(EPS), steps=2)), lambda images: images.mean((1, 2))[:, :2]
+    of = lambda predict: Model(None, lambda variables, images, **_: Output(predict(images), {}, {}))
+    # Finite in the first batch, NaN in the others.
+    first = jnp.asarray(ARRAYS["image"][:BATCH] / 255, jnp.float32)
+    known = lambda images: (jnp.abs(images[:, None] - first).max((2, 3, 4)) < 1e-6).any(1, keepdims=True)
+    late = lambda images: jnp.where(known(images), predict(images), jnp.nan)
     unlabelled = resident_split({**ARRAYS, "label": np.full(N, -1)}, classes=2, batch=BATCH)
     for call, text in {
         lambda: run(data, {"r": attacks}, model=predict): "give a Model, such as models.nnx(module) or models.linen(",
@@ -275,6 +280,13 @@ def test_what_is_no_model_no_evaluator_and_no_class(data):
         lambda: attack_split(MODEL, VARIABLES, unlabelled, attacks, text="r", progress=False): (
             "r: label -1 of image 0 is no class of a network with 2 logits"
         ),
+        lambda: run(data, {"r": attacks}, model=of(lambda images: jax.nn.softmax(predict(images)))): (
+            "test r: the network returns probabilities, attacks need logits: leave out the softmax"
+        ),
+        lambda: attack_split(of(lambda images: predict(images)[:, :1]), VARIABLES, data, attacks, text="r"): (
+            "r: an attack makes another class win, and the network has 1 logit"
+        ),
+        lambda: run(data, {"r": attacks}, model=of(late)): f"test r: the logits of {N - 8} of {N} images, first of ",
     }.items():
         with pytest.raises(UserError) as raised:
             call()

@@ -363,7 +363,15 @@ def primitives(jaxpr):
             yield from primitives(body)
 
 
-@pytest.mark.parametrize("text", ["pgd(linf(.06), steps=4)", "fgsm(l2(.3))", "r_fgsm(linf(.06))"])
+IN_A_CHUNK = (
+    "pgd(linf(.06), steps=4)", "fgsm(l2(.3))", "r_fgsm(linf(.06))", "mim(l2(.3), steps=4)", "noise(l2(.3), draws=4)",
+    "apgd(l2(.3), steps=4)", "apgd_t(l1(1), steps=4)", "fab(linf(.06), steps=4)", "fab_t(l1(1), steps=4)",
+    "square(l2(.3), queries=9)", "fmn(l1(1), steps=4)", "pgd(l2(.3), steps=4, optimizer=adamw(.02, weight_decay=0))",
+    "bpda(pgd(linf(.06), steps=4), guided_backprop)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", IN_A_CHUNK)
 def test_no_host_callback_in_a_chunk(text):
     parts = queue.functions(laws.make(text), laws.MODEL, None)
     variables = laws.VARIABLES

@@ -210,6 +210,7 @@ AUTOATTACK, PGD = robust(autoattack(BALL)), robust(pgd(BALL))
         ({"aa": 0.5}, NOT_AUDITED, {"autoattack_acc": "50.00"}),
         ({"aa": 0.5, "pgd": 0.6}, NOT_AUDITED, {"autoattack_acc": "50.00"}),
         ({"aa": 0.5, "pgd": 0.4}, "audit at linf(8/255): UPPER BOUND ONLY: 1 of 9 checks failed", {"autoattack_acc": "50.00", "external": "40.00", "unreliable": True}),
+        ({"aa": 0.5}, "audit at linf(1/255): no check failed (9 checks, 0 warnings)", {"autoattack_acc": "50.00"}),
         ({"aa": 0.5}, "audit at linf(8/255): no check failed (9 checks, 0 warnings)", {"autoattack_acc": "50.00", "unreliable": False}),
     ],
 )  # fmt: skip

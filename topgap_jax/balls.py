@@ -64,6 +64,7 @@ def l2(eps: float) -> Ball:
         return jax.vmap(draw)(keys, images, eps)
 
     def project(images, delta, eps):
+        delta = jnp.clip(delta, -LARGEST, LARGEST)  # an optimizer's step may be too large to square
         return _box(images, delta * jnp.minimum(1.0, _wide(eps) / (_norm(delta) + 1e-12)))
 
     ascent = lambda gradient: direction_and_length(gradient, AXES)[0]

@@ -4,13 +4,16 @@ It looks for the nearest adversarial example, whatever the radius: its iterates 
 nothing.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.state import aim, book, check_ball, misclassified, move, run_keys, where
+from topgap_jax.attacks.state import aim, book, check_ball, misclassified, move, no_nan, run_keys, where
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
+from topgap_jax.keys import normal
 from topgap_jax.rewrite import speed
 from topgap_jax.targets import malt_order
 from topgap_jax.types import Attack, Ball, Cost
@@ -30,15 +33,14 @@ def fab(ball: Ball, *, steps: int = 100, restarts: int = 1) -> Attack:
         x <- clip((1 - a) (x + 1.05 d) + a (x_clean + 1.05 d0)),  a = min(|d| / (|d| + |d0|), .1),
 
     and from an adversarial x back by a tenth of the way to the clean image. The first run starts there and draws
-    nothing, the others at random points of size eps / 2. The state's `score` is minus the smallest size that has been
-    adversarial, in the ball or not.
+    nothing, the others at random points of size eps / 2, uniform in linf, else Gaussian. The state's `score` is minus
+    the smallest size that has been adversarial, in the ball or not.
     """
     check_number("restarts", restarts, 1, whole=True)
 
     def begin(predict, state):
-        if restarts == 1:
-            return state
-        drawn = ball.start(run_keys(state), state.images, state.eps)
+        drawn = ball.start if ball.p == math.inf else lambda keys, images, eps: normal(keys, images)
+        drawn = drawn(run_keys(state), state.images, state.eps)
         half = 0.5 * state.eps / jnp.maximum(ball.size(drawn), 1e-12)
         start = _boxed(state.images, half[:, None, None, None] * drawn)
         return state._replace(delta=where(state.run > 0, start, state.delta))
@@ -52,7 +54,7 @@ def fab(ball: Ball, *, steps: int = 100, restarts: int = 1) -> Attack:
             target = jnp.full_like(state.labels, k)
             values = _difference(logits, target, state.labels)
             row = jax.nn.one_hot(target, logits.shape[-1]) - jax.nn.one_hot(state.labels, logits.shape[-1])
-            gradient = pull(row.astype(logits.dtype))[0]
+            gradient = no_nan(pull(row.astype(logits.dtype))[0])
             distance = jnp.abs(values) / (1e-12 + ball.dual_norm(gradient))
             nearer = (distance < least) & (target != state.labels)
             return (
@@ -93,7 +95,7 @@ def fab_t(ball: Ball, *, targets: int = 9, steps: int = 100, order: str = "logit
             return values.sum(), values
 
         (_, gap), gradient = jax.value_and_grad(summed, has_aux=True)(points)
-        return gap, gradient
+        return gap, no_nan(gradient)
 
     name = f"fab-t-{steps} x {targets}" + (" by malt" if order == "malt" else "")
     return _fab(name, ball, steps, targets, begin, boundary, lambda predict, images: Cost(1, 1))

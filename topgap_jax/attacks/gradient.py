@@ -51,7 +51,7 @@ def pgd(
     returned unchanged.
 
     optimizer: any optax transformation, x <- P(x + its update for the gradient of -score), with a state for each
-    example. optax.adam(optax.piecewise_constant_schedule(.1, {20: .1, 30: .1}), eps=1e-9), 40 steps of `margin`: the
+    example. optax.adam(optax.piecewise_constant_schedule(.1, {20: .1, 30: .01}), eps=1e-9), 40 steps of `margin`: the
     evaluation of Gowal et al. 2020 (arXiv 2010.03593).
     targets: for a targeted score, how many of the classes with the largest clean logits are aimed at in turn; an
     example is broken by any other class. pgd(ball, score=targeted_margin, targets=9) is the multi-targeted attack
@@ -114,30 +114,36 @@ def finish_cycles(state: State) -> State:
     )
 
 
-def fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
-    """One full step from the clean image: x + eps * ascent(gradient) (Goodfellow et al. 2015, arXiv 1412.6572)."""
+def fgsm(ball: Ball, *, score: Score = cross_entropy, samples: int | None = None) -> Attack:
+    """One full step from the clean image: x + eps * ascent(gradient) (Goodfellow et al. 2015, arXiv 1412.6572).
+
+    samples: of a model that draws at random, passes whose gradients, scores and logits are averaged.
+    """
     begin = starting(ball, None)
-    check_score(score, moved=False)
+    check_score(score, moved=samples is not None)
+    runs_of(0, 1, samples)
 
     def init(keys, predict, images, labels, logits, *, run=None, eps=None):
         return begin(keys, images, labels, logits, run, eps)
 
     def step(predict, state):
-        state, gradient = evaluate(predict, score, state)
+        state, gradient = evaluate(predict, score, state, samples=samples)
         full = state.eps[:, None, None, None] * ball.ascent(gradient)
         return move(state, ball.project(state.images, full, state.eps))
 
-    return Attack(init, step, 1, lambda predict, images: Cost(0, 1), f"fgsm, {ball.name}", norm=ball.norm, score=score)
+    cost = lambda predict, images: Cost(0, samples or 1)
+    return Attack(init, step, 1, cost, f"fgsm, {ball.name}", samples=samples, norm=ball.norm, score=score)
 
 
-def r_fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
+def r_fgsm(ball: Ball, *, score: Score = cross_entropy, samples: int | None = None) -> Attack:
     """A random half step, then half a step along the gradient there: R+FGSM (Tramer et al. 2018, arXiv 1705.07204).
 
     x0 = P(x + eps/2 * ascent(N(0, I))), then P(x0 + eps/2 * ascent(gradient at x0)). In `linf` both ascents are signs;
-    two half steps never leave the ball.
+    two half steps never leave the ball. samples: as in `fgsm`.
     """
     check_ball(ball)
     check_score(score)
+    runs_of(0, 1, samples)
 
     def init(keys, predict, images, labels, logits, *, run=None, eps=None):
         state = states.start(keys, images, labels, logits, eps=ball.eps if eps is None else eps, run=run)
@@ -145,14 +151,13 @@ def r_fgsm(ball: Ball, *, score: Score = cross_entropy) -> Attack:
         return state._replace(delta=ball.project(images, half(state) * ball.ascent(noise), state.eps))
 
     def step(predict, state):
-        state, gradient = evaluate(predict, score, state)
+        state, gradient = evaluate(predict, score, state, samples=samples)
         delta = state.delta + half(state) * ball.ascent(gradient)
         return move(state, ball.project(state.images, delta, state.eps))
 
     half = lambda state: 0.5 * state.eps[:, None, None, None]
-    return Attack(
-        init, step, 1, lambda predict, images: Cost(0, 1), f"r+fgsm, {ball.name}", norm=ball.norm, score=score
-    )
+    cost = lambda predict, images: Cost(0, samples or 1)
+    return Attack(init, step, 1, cost, f"r+fgsm, {ball.name}", samples=samples, norm=ball.norm, score=score)
 
 
 class Momentum(NamedTuple):

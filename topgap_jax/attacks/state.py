@@ -110,7 +110,8 @@ def evaluate(
 def score_and_gradient(
     predict: Predict, score: Score, state: State, *, targeted: bool = False, samples: int | None = None
 ) -> tuple[Array, Array, Array]:
-    """Score (b,), logits (b, k) and the score's gradient (b, h, w, c) at the iterate.
+    """Score (b,), logits (b, k) and the score's gradient (b, h, w, c) at the iterate, 0 where that is NaN: a step never
+    leaves the numbers.
 
     targeted: whether the score is given the state's target classes.
     samples: of a model that draws at random, the means over that many passes, with fresh keys for each example, step
@@ -126,9 +127,14 @@ def score_and_gradient(
             return values.sum(), (values, logits)
 
         (_, (values, logits)), gradient = jax.value_and_grad(summed, has_aux=True)(state.images + state.delta)
-        return values.astype(jnp.float32), logits, gradient
+        return values.astype(jnp.float32), logits, no_nan(gradient)
 
     return once() if samples is None else _mean_over(once, state, samples)
+
+
+def no_nan(gradient: Array) -> Array:
+    """The gradient (b, h, w, c) with 0 for NaN."""
+    return jnp.where(jnp.isnan(gradient), 0.0, gradient)
 
 
 def _mean_over(f, state, samples):

@@ -1,6 +1,7 @@
 """`transfer`: adversarial examples that are made on one network and tried on another."""
 
 import functools
+import re
 
 import jax.numpy as jnp
 
@@ -13,8 +14,9 @@ from topgap_jax.types import Attack, Ball, Cost, Network, Predict
 
 
 def transfer(ball: Ball, attack: Attack, source: str | Network | Predict) -> Attack:
-    """`attack` on the network `source`, with every iterate inside `ball` tried on the network under attack.
+    """`attack` on the network `source`, with every iterate, projected onto `ball`, tried on the network under attack.
 
+    The attack is one in the norm of `ball`, and is given its radius.
     source: the folder of a run ('runs/plain'), a file of weights, or a published network's name; it must tell the same
     classes apart, in images of the same size. In Python a `Network`, or a function images (b, h, w, c) -> logits (b, k)
     with its variables bound inside the jitted function, as those of the network under attack are.
@@ -29,22 +31,27 @@ def transfer(ball: Ball, attack: Attack, source: str | Network | Predict) -> Att
     if attack.source is not None:
         raise UserError(f"'{attack.name}' is a transfer already")
 
+    if attack.norm not in ("", ball.norm):
+        raise UserError(f"transfer({ball.name}, ...): '{attack.name}' moves in {attack.norm}; give one in {ball.norm}")
+
+    # Projected once more, an iterate moves by its rounding; one of an attack that leaves the ball comes into it.
+    inside = lambda state, crafted: ball.project(state.images, crafted.delta, state.eps)
+
     def init(keys, predict, images, labels, logits, *, source, run=None, eps=None):
         state = states.start(keys, images, labels, logits, eps=ball.eps if eps is None else eps, run=run)
         crafted = attack.init(keys, source, images, labels, source(images), run=run, eps=state.eps)
         finished = (state.status == RUNNING) & (crafted.status == FINISHED)
         state = state._replace(status=jnp.where(finished, FINISHED, state.status))
-        return state._replace(delta=crafted.delta, target=crafted.target, search=crafted)
+        return state._replace(delta=inside(state, crafted), target=crafted.target, search=crafted)
 
     def step(predict, state, *, source):
-        inside = ball.size(state.delta) <= state.eps * (1 + 1e-6)
         logits = predict(state.images + state.delta)
-        state = book(state, margin(logits, state.labels), logits, inside)
+        state = book(state, margin(logits, state.labels), logits)
         crafted = attack.step(source, state.search)
-        return move(state, crafted.delta, crafted)
+        return move(state, inside(state, crafted), crafted)
 
     cost = lambda predict, images, *, source: Cost(1, 0) + attack.cost(source, images)
-    name = f"transfer of {attack.name}"
+    name = "transfer of " + re.sub(r"\b(linf|l2|l1)\([^()]*\)", ball.name, attack.name)
     both = attack._replace(init=init, step=step, cost=cost, name=name, samples=None, norm=ball.norm)
     if isinstance(source, str | Network):
         of = source if isinstance(source, str) else source.name

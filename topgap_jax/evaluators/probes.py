@@ -92,8 +92,8 @@ def late_improvement(losses: Array) -> Array:
 
 
 def zero_gradients(predict: Predict, points: Array, labels: Array) -> dict[str, Array]:
-    """A5: whether the gradient of cross-entropy and of DLR is exactly 0 at points (b, h, w, c) of the right class, and
-    whether cross-entropy itself is 0: (b,) bool each."""
+    """A5: whether the gradient of cross-entropy and of DLR is exactly 0, or holds a NaN, at points (b, h, w, c) of the
+    right class, and whether cross-entropy itself is 0: (b,) bool each."""
 
     def of(score):
         def summed(points):
@@ -102,7 +102,7 @@ def zero_gradients(predict: Predict, points: Array, labels: Array) -> dict[str, 
             return values.sum(), (values, ~misclassified(logits, labels))
 
         gradient, (values, right) = jax.grad(summed, has_aux=True)(points)
-        return right & (jnp.abs(gradient).max((1, 2, 3)) == 0), values
+        return right & ~(jnp.abs(gradient).max((1, 2, 3)) > 0), values
 
     (zero, values), (zero_dlr, _) = of(cross_entropy), of(dlr)
     return {"cross_entropy": zero, "dlr": zero_dlr, "underflow": values == 0}

@@ -125,7 +125,7 @@ CRITERIA = (
         "A5",
         "zero_gradients",
         "{zero_cross_entropy:.1%} of the gradients of cross-entropy and {zero_dlr:.1%} of those of DLR are exactly 0"
-        " (cross-entropy itself is 0 on {underflow:.1%} of the images)",
+        " or NaN (cross-entropy itself is 0 on {underflow:.1%} of the images)",
         "there the attacks see nothing",
         warn=above(0),
         fail=from_(0.1),
@@ -273,7 +273,7 @@ CRITERIA = (
     Criterion(
         "A18",
         "outside",
-        "{outside:.0f} adversarial images are outside the ball or the pixel box, or are no float32",
+        "{outside:.0f} adversarial images are outside the ball or the pixel box, or have pixels that are NaN",
         "the attack does not keep to its rules",
         fail=above(0),
     ),

@@ -105,7 +105,7 @@ def measured(
 
     robustness and rows by evaluator. AutoAttack is told by what it is made of. `external` is the lowest accuracy under
     another attack where that is below AutoAttack's, or where there is none. `unreliable` is left out, as theirs for
-    "unknown", where nothing was audited.
+    "unknown", where nothing was audited in that ball.
     """
     ball = ball_of(robustness)
     name, _, eps = ball.rstrip(")").partition("(")
@@ -124,8 +124,9 @@ def measured(
     }
     keys |= {} if best is None else {"autoattack_acc": percent(robust[best])}
     keys |= {"external": percent(robust[lowest])} if best is None or robust[lowest] < robust[best] else {}
-    if set(audits.values()) != {NOT_AUDITED}:
-        keys["unreliable"] = any("UPPER BOUND ONLY" in text for text in audits.values())
+    audited = [text for text in audits.values() if f"audit at {ball}:" in text]  # another radius says nothing
+    if audited:
+        keys["unreliable"] = any("UPPER BOUND ONLY" in text for text in audited)
     n = len(images[lowest]["robust_accuracy"])
     low, high = (percent(bound) for bound in wilson(int(images[lowest]["robust_accuracy"].sum()), n))
     sentences = [f"{n:,} images of {split}, 95 % interval [{low}, {high}]"]

@@ -45,6 +45,12 @@ def seen(logits: np.ndarray, labels: np.ndarray) -> Seen:
     return Seen((predicted != labels) | np.isnan(logits).any(1), margin, predicted, fragile)
 
 
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Which rows (n,) of what a network returns (n, k) are not negative and add up to 1."""
+    logits = np.asarray(logits, np.float64)
+    return (np.abs(logits.sum(1) - 1) < 1e-5) & (logits.min(1) > -1e-5) & (logits.max(1) < 1 + 1e-5)
+
+
 def judge(attack: Attack, over: Sequence[Over], logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """The verdicts on runs that are over, as lists, from a forward pass of its own: logits (b, k), the first rows of
     which are those of the runs' images.

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from topgap_jax.measure.criteria import CHECKS, REMINDER, WARN
+from topgap_jax.measure.criteria import CHECKS, FAIL, REMINDER, WARN
 from topgap_jax.measure.results import Row
 from topgap_jax.report.read import Run
 from topgap_jax.types import Check
@@ -47,7 +47,7 @@ def ordered(checks: Sequence[Check]) -> list[Check]:
 
 def reminder(checks: Sequence[Check]) -> str:
     """What to do about a network on whose way a gradient is cut; "" of another."""
-    return REMINDER if any((check.id, check.status) == ("A17", WARN) for check in checks) else ""
+    return REMINDER if any(check.id == "A17" and check.status in (WARN, FAIL) for check in checks) else ""
 
 
 def checked(runs: Sequence[Run], *, attacks: bool) -> list[dict[str, Any]]:
