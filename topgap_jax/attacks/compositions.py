@@ -32,8 +32,9 @@ def autoattack(ball: Ball, *, version: str = "standard") -> Runs:
 
     standard: APGD on cross-entropy, APGD on targeted DLR at 9 classes, FAB at 9 classes, 100 steps each, and 5,000
     queries of Square; in l1 with larger radii, 5 restarts of the first and 5 classes for the second. plus: APGD on
-    cross-entropy and on DLR and FAB of all classes, 5 starts each, Square, then the targeted ones. rand, for models
-    that draw at random: APGD on cross-entropy and on DLR, means over 20 samples.
+    cross-entropy and on DLR and FAB of all classes, 5 starts each, Square, then the targeted ones; its APGD has no
+    larger radii, so that in l1 it may be the weaker one (its authors warn of it). rand, for models that draw at random:
+    APGD on cross-entropy and on DLR, means over 20 samples.
 
     With fewer than four classes DLR gives way to differences of logits (`dlr`, `targeted_dlr`), which an evaluation
     says in the terminal and in the attacks' names; the targeted attacks have fewer runs.
