@@ -18,6 +18,7 @@ import bench_pool
 import bench_records
 import bench_systems
 import parity_attacks
+import parity_square
 import planted_fakes
 import resnet4b
 import study as driver
@@ -480,6 +481,15 @@ def attacked(stored: Mapping[str, Any]) -> str:
     ) + markdown(head, [parity_attacks.cells(*row) for row in stored["rows"].items()])
 
 
+def searching(stored: Mapping[str, Any]) -> str:
+    head = ["norm", "eps", "ours: images left; mean margin", "auto-attack", "difference of the margins [95 %]"]
+    return (
+        f"Square of both, {stored['queries']} candidates, {stored['seeds']} seeds, the same images"
+        f" (`{stored['split']}`): images left by each seed, and the mean margin of the best images, 0 where they are misclassified. Above 0"
+        " ours is the weaker search.\n\n"
+    ) + markdown(head, [parity_square.cells(*row) for row in stored["rows"].items()])
+
+
 def attacking(stored: Mapping[str, Any]) -> str:
     head = ["whole attacks of a split", "package / ours, median [range]", "at least", "seconds", "robust", "gradients"]
     alone = {name: row for name, row in stored["rows"].items() if "ratio" not in row}
@@ -499,7 +509,9 @@ def defended(stored: Mapping[str, Any]) -> str:
     lines = []
     for row in stored["rows"]:
         clean, *after = resnet4b.cells(row)
-        lines.append([f"`{row['evaluator']}`", f"{row['split']}", clean, ", ".join(after), row["cost"]["seconds"]])
+        lines.append(
+            [f"`{row['evaluator']}`", f"{row['split']}", clean, ", ".join(after), f"{row['cost']['seconds']:.0f}"]
+        )
     last = stored["rows"][-1]["measures"]
     value = lambda name: 100 * last[name]["value"]
     black_box = value(f"after_{resnet4b.WHITE_BOX}") - value("robust_accuracy")
@@ -597,6 +609,7 @@ def fuzzed(stored: Mapping[str, Any]) -> str:
 BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("Pretrained weights", "pretrained", pretrained),
     ("Attacks of other packages", "parity_attacks", attacked),
+    ("Two random searches", "parity_square", searching),
     ("Speed of attacks", "bench_attacks", attacking),
     ("A defended network, attacked", "resnet4b", defended),
     ("What makes a robust accuracy appear", "mistakes", mistaken),
