@@ -485,8 +485,8 @@ def searching(stored: Mapping[str, Any]) -> str:
     head = ["norm", "eps", "ours: images left; mean margin", "auto-attack", "difference of the margins [95 %]"]
     return (
         f"Square of both, {stored['queries']} candidates, {stored['seeds']} seeds, the same images"
-        f" (`{stored['split']}`): images left by each seed, and the mean margin of the best images, 0 where they are misclassified. Above 0"
-        " ours is the weaker search.\n\n"
+        f" (`{stored['split']}`): images left by each seed, and the mean margin of the best images, 0 where they are"
+        " misclassified. Above 0 ours is the weaker search.\n\n"
     ) + markdown(head, [parity_square.cells(*row) for row in stored["rows"].items()])
 
 
@@ -509,9 +509,8 @@ def defended(stored: Mapping[str, Any]) -> str:
     lines = []
     for row in stored["rows"]:
         clean, *after = resnet4b.cells(row)
-        lines.append(
-            [f"`{row['evaluator']}`", f"{row['split']}", clean, ", ".join(after), f"{row['cost']['seconds']:.0f}"]
-        )
+        seconds = f"{row['cost']['seconds']:.0f}"
+        lines.append([f"`{row['evaluator']}`", row["split"], clean, ", ".join(after), seconds])
     last = stored["rows"][-1]["measures"]
     value = lambda name: 100 * last[name]["value"]
     black_box = value(f"after_{resnet4b.WHITE_BOX}") - value("robust_accuracy")
