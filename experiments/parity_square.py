@@ -1,12 +1,13 @@
 """Is our Square as strong a search as auto-attack's? Both draw at random, so one run of each decides nothing.
 
-    TOPGAP_DATA=FOLDER python experiments/parity_square.py --peer-python PYTHON [--seeds 5] [--images N] [--queries N]
+    TOPGAP_DATA=FOLDER python experiments/parity_square.py --peer-python PYTHON [NORM ...] [--seeds 5] [--images N]
 
 Five seeds of each on the same 200 test images of CIFAR-10 (5,000 and after), ResNet-20, 500 candidates, in every
 norm. A search is judged by the margin of its best image, z_y less the largest other logit, 0 where that is
 misclassified: the mean over all images. The package draws one window and one sign for all images of a batch at a step,
 so its images are not independent and the seeds are the sample: Welch's 95 % interval of the difference of the means
-(ours - the package's, above 0 ours is weaker). Writes results/parity_square.json, on a tree without changes.
+(ours - the package's, above 0 ours is weaker). A norm that is done stands in results/parity_square.json, if the tree
+has no changes, and is not made again unless it is named; --images and --seeds write nothing.
 """
 
 import argparse
@@ -16,16 +17,17 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 from parity_attacks import NORMS, network, number, peer, written
 from scipy import stats
 
 from topgap_jax import setup
-from topgap_jax.attacks import square
+from topgap_jax.attacks import attack, square
+from topgap_jax.attacks.state import BROKEN
 from topgap_jax.balls import l1, l2, linf
-from topgap_jax.evaluators.robust import robust
-from topgap_jax.measure.robust import attack_split
-from topgap_jax.measure.splits import resident_split
+from topgap_jax.keys import example_keys
+from topgap_jax.models import bind
 from topgap_jax.progress import write_text
 from topgap_jax.run.cpu import configure_cpu
 from topgap_jax.run.provenance import provenance
@@ -37,48 +39,57 @@ FIRST, IMAGES, QUERIES, SEEDS = 5000, 200, 500, 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("norms", nargs="*", help=f"of {', '.join(BALLS)}; those that are not stored if none is given")
     parser.add_argument("--peer-python", default=os.environ.get("TOPGAP_PEER_PYTHON"), help="or TOPGAP_PEER_PYTHON")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--images", type=int, default=IMAGES)
-    parser.add_argument("--queries", type=int, default=QUERIES)
     options = parser.parse_args()
     if not os.environ.get("TOPGAP_DATA") or not options.peer_python:
         parser.error("TOPGAP_DATA is the folder with tfds/ and weights/, --peer-python the Python that has the peers")
     print(configure_cpu(), file=sys.stderr)
     about = provenance()
-    whole = (options.seeds, options.images, options.queries) == (SEEDS, IMAGES, QUERIES)
+    whole = (options.seeds, options.images) == (SEEDS, IMAGES) and not (about["commit"] or "+").endswith("+")
+    rows = json.loads(RESULT.read_text())["rows"] if whole and RESULT.is_file() else {}
     loaded, weights, _ = network("resnet20")
     split = f"test[{FIRST}:{FIRST + options.images}]"
-    data = resident_split(setup.read(loaded.experiment, split), classes=10, batch=options.images)
-    rows = {}
+    arrays = setup.read(loaded.experiment, split)
     with tempfile.TemporaryDirectory() as folder, peer(options.peer_python) as process:
         files = written(Path(folder), "resnet20", loaded, split)
-        for norm, (ball, eps) in BALLS.items():
-            attack = square(ball(number(eps)), queries=options.queries)
-            ours, theirs = [], []
+        for norm in options.norms or [norm for norm in BALLS if norm not in rows]:
+            ball, eps = BALLS[norm]
+            search, ours, theirs = searching(loaded, arrays, ball(number(eps))), [], []
             for seed in range(options.seeds):
-                ours.append(searched(loaded, data, attack, seed))
+                ours.append(search(seed))
                 words = {**files, "network": "resnet20", "weights": weights, "package": "auto-attack", "seed": seed}
-                words |= {"attack": "square", "norm": NORMS[norm], "eps": number(eps), "steps": options.queries}
+                words |= {"attack": "square", "norm": NORMS[norm], "eps": number(eps), "steps": QUERIES}
                 print(json.dumps(words | {"batch": options.images}), file=process.stdin, flush=True)
                 answer = json.loads(process.stdout.readline() or "null")
                 if answer is None:
                     raise SystemExit(f"the peer ended at {norm}")
                 theirs.append(np.array(answer["margins"]))
-            rows[norm] = row(eps, np.array(ours), np.array(theirs))
+            rows[norm] = {"commit": about["commit"], **row(eps, np.array(ours), np.array(theirs))}
             print("|", " | ".join(cells(norm, rows[norm])), "|", flush=True)
-    if whole and not (about["commit"] or "+").endswith("+"):
-        about |= {"split": split, "queries": QUERIES, "seeds": SEEDS}
-        RESULT.parent.mkdir(exist_ok=True)
-        write_text(RESULT, json.dumps({**about, "rows": rows}, indent=1) + "\n")
+            if whole:
+                made = {**about, "split": split, "queries": QUERIES, "seeds": SEEDS}
+                made["rows"] = {norm: rows[norm] for norm in BALLS if norm in rows}
+                write_text(RESULT, json.dumps(made, indent=1) + "\n")
 
 
-def searched(loaded, data, attack, seed):
-    """z_y less the largest other logit (n,) of the best images of a search; what is misclassified has at most 0."""
-    examples = attack_split(
-        loaded.experiment.model, loaded.variables, data, robust(attack), seed=seed, progress=False
-    ).examples
-    return -examples.margin
+def searching(loaded, arrays, ball):
+    """seed -> z_y less the largest other logit (n,) of the best image that a search has met, 0 if misclassified.
+
+    The package scores its start and as many candidates as its queries; ours only judges what the last step makes.
+    """
+    images, labels = arrays["image"].astype(np.float32) / 255, arrays["label"].astype(np.int32)
+    search = square(ball, queries=QUERIES + 1)
+
+    @jax.jit
+    def run(variables, key, images, labels):
+        keys = example_keys(key, np.arange(len(labels), dtype=np.int32))
+        state = attack(search, keys, bind(loaded.experiment.model, variables), images, labels)
+        return jax.numpy.where(state.status == BROKEN, 0.0, -state.score)
+
+    return lambda seed: np.asarray(run(loaded.variables, jax.random.key(seed), images, labels))
 
 
 def row(eps, ours, theirs):

@@ -466,17 +466,21 @@ def test_transfer_follows_the_source_and_asks_the_target():
 
 def test_a_transfer_stays_in_its_ball():
     """At any radius, though images + delta are rounded; also what another attack makes of it outside; one norm."""
-    images = 0.1 + 0.8 * IMAGES
-    for eps in (0.5 / 255, 2 / 255, 4 / 255):  # the same network: the first iterate that breaks it breaks
-        ball = balls.linf(eps)
-        attack = attacks.pgd(ball, steps=4)
-        labels = PREDICT(images).argmax(-1)
-        both = attacks.transfer(ball, attack, PREDICT)
-        (_, alone), (_, same) = (steps_of(one, KEYS, PREDICT, images, labels) for one in (attack, both))
-        np.testing.assert_array_equal(same.broken_at, alone.broken_at)
-    ball = balls.l2(0.3)
+    # From the network itself the first iterate that breaks it breaks. Where it has half a chance: a last step decides.
+    images, cube, ball = 0.1 + 0.8 * IMAGES, balls.linf(0.5 / 255), balls.l2(0.3)
+    scaled = lambda images, keys=None: PREDICT(images) - 0.999 * PREDICT(IMAGES * 0.8 + 0.1)
+    labels, attack = scaled(images).argmax(-1), attacks.pgd(cube, steps=3)
     far = attacks.transfer(ball, attacks.fab_t(ball, steps=4), PREDICT)
-    states, last = steps_of(far, KEYS, PREDICT, IMAGES, LABELS)
+
+    @jax.jit
+    def run_all():
+        both = attacks.transfer(cube, attack, scaled)
+        ends = [steps_of(one, KEYS, scaled, images, labels)[1].broken_at for one in (attack, both)]
+        return ends, steps_of(far, KEYS, PREDICT, IMAGES, LABELS)
+
+    (alone, same), (states, last) = run_all()
+    np.testing.assert_array_equal(same, alone)
+    assert (alone >= 0).any()
     assert max(sizes("l2", delta).max() for delta in (*states.delta, last.delta)) <= 0.3 + 1e-6
     assert attacks.transfer(ball, attacks.pgd(balls.l2(9), steps=2), PREDICT).name == "transfer of pgd-2, l2(0.3)"
     text = "transfer(l2(0.3), ...): 'pgd-20, linf(0.1)' moves in linf; give one in l2"
@@ -491,7 +495,7 @@ def test_a_gradient_that_is_nan_is_no_step(row):
     nowhere = lambda x: jnp.where(x > 5, jnp.sqrt(x - 5), x)  # finite where images are, its gradient is NaN
     predict = lambda images, keys=None: PREDICT(nowhere(images))
     assert jnp.isnan(jax.grad(lambda images: predict(images).sum())(IMAGES)).all()
-    _, state = steps_of(make(row.replace("{}", "1e-6")), KEYS, predict, IMAGES, LABELS)
+    _, state = jax.jit(lambda: steps_of(make(row.replace("{}", "1e-6")), KEYS, predict, IMAGES, LABELS))()
     assert jnp.isfinite(state.delta).all() and jnp.isfinite(state.best).all()
     np.testing.assert_array_equal(np.asarray(state.status) == BROKEN, np.arange(B) >= B - 2)
 
