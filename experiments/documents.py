@@ -486,7 +486,8 @@ def searching(stored: Mapping[str, Any]) -> str:
     return (
         f"Square of both, {stored['queries']} candidates, {stored['seeds']} seeds, the same images"
         f" (`{stored['split']}`): images left by each seed, and the mean margin of the best images, 0 where they are"
-        " misclassified. Above 0 ours is the weaker search.\n\n"
+        " misclassified. Above 0 ours is the weaker search."
+        f" {done(stored['rows'], len(parity_square.BALLS))}\n\n"
     ) + markdown(head, [parity_square.cells(*row) for row in stored["rows"].items()])
 
 
