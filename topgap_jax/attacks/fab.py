@@ -39,10 +39,10 @@ def fab(ball: Ball, *, steps: int = 100, restarts: int = 1) -> Attack:
     check_number("restarts", restarts, 1, whole=True)
 
     def begin(predict, state):
-        drawn = ball.start if ball.p == math.inf else lambda keys, images, eps: normal(keys, images)
-        drawn = drawn(run_keys(state), state.images, state.eps)
+        keys, images = run_keys(state), state.images
+        drawn = ball.start(keys, images, state.eps) if ball.p == math.inf else normal(keys, images)
         half = 0.5 * state.eps / jnp.maximum(ball.size(drawn), 1e-12)
-        start = _boxed(state.images, half[:, None, None, None] * drawn)
+        start = _boxed(images, half[:, None, None, None] * drawn)
         return state._replace(delta=where(state.run > 0, start, state.delta))
 
     def boundary(predict, state, points):

@@ -30,7 +30,6 @@ def transfer(ball: Ball, attack: Attack, source: str | Network | Predict) -> Att
         raise UserError(f"'{attack.name}' is no attack on the label in a ball; give one such as apgd(linf(8/255))")
     if attack.source is not None:
         raise UserError(f"'{attack.name}' is a transfer already")
-
     if attack.norm not in ("", ball.norm):
         raise UserError(f"transfer({ball.name}, ...): '{attack.name}' moves in {attack.norm}; give one in {ball.norm}")
 

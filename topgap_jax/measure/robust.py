@@ -21,7 +21,7 @@ from topgap_jax.measure.costs import cost_of
 from topgap_jax.measure.log import Log
 from topgap_jax.measure.rows import by_batches
 from topgap_jax.measure.splits import Split, check_model, narrowed
-from topgap_jax.measure.verdicts import probabilities, seen
+from topgap_jax.measure.verdicts import check_outputs, seen
 from topgap_jax.mesh import replicated
 from topgap_jax.metrics.summaries import share
 from topgap_jax.models import bind
@@ -148,12 +148,8 @@ def attack_split(
         raise UserError(f"attack_split: give robust(pgd(linf(8/255))) or a curve, got {robustness!r}")
     log = log or Log(None, {})
     logits, labels, images, seconds = _clean(model, variables, data, mesh, log, f"{text}: clean", progress)
-    _check_outputs(text, logits)
+    check_outputs(text, logits, labels)
     n, cost = len(labels), Cost(1, 0)
-    no_class = np.flatnonzero((labels < 0) | (labels >= logits.shape[1]))
-    if len(no_class):
-        which = f"label {labels[no_class[0]]} of image {no_class[0]}"
-        raise UserError(f"{text}: {which} is no class of a network with {logits.shape[1]} logits")
     clean = seen(logits, labels)
     none = lambda: np.full(n, NONE, np.int32)
     radius = np.where(clean.wrong, 0, np.inf).astype(np.float32)
@@ -304,20 +300,6 @@ def _curve(robustness: Robustness, examples: Examples, after: Sequence[float]) -
 
 def _clean_accuracy(examples):
     return share(examples.radius > 0, Measure(better="higher", label="clean accuracy", main=False))
-
-
-def _check_outputs(text, logits):
-    """UserError for outputs (n, k) of clean images that are nothing to attack."""
-    classes, wrong = logits.shape[1], np.flatnonzero(~np.isfinite(logits).all(1))
-    if classes < 2:
-        raise UserError(f"{text}: an attack makes another class win, and the network has {classes} logit")
-    if len(wrong):
-        which = f"{len(wrong)} of {len(logits)} images, first of image {wrong[0]},"
-        raise UserError(
-            f"{text}: the logits of {which} are not finite: nothing that is measured of them means anything"
-        )
-    if len(logits) and probabilities(logits).all():
-        raise UserError(f"{text}: the network returns probabilities, attacks need logits: leave out the softmax")
 
 
 def _details(entries: Sequence[dict[str, Any]], examples: Examples, clean_wrong: np.ndarray) -> dict[str, Measure]:
