@@ -33,7 +33,7 @@ class Study(NamedTuple):
     method: the arm that the claims are about; decides: the control that it must beat, as well as the plain one, before
     an effect is the method's own; evaluators: (split, text), () for those of the config on its test splits; shown:
     {"evaluator | name": words}, the rows of its table on every split that has them; pictures: the explanation of
-    `--page`, "" the arm's own.
+    `--page`, "" the arm's own; keeps: whether the trained networks are kept in results/weights.
     """
 
     title: str
@@ -49,6 +49,7 @@ class Study(NamedTuple):
     shown: Mapping[str, str]
     claims: tuple[Claim, ...] = ()
     pictures: str = ""
+    keeps: bool = False
 
 
 PGD = "robust(pgd(linf(eps), steps=20))"
@@ -131,6 +132,7 @@ def _robust(kind: str, seeds: tuple[int, ...] = (0,)) -> Study:
         | {f"{AUTOATTACK} | robust_accuracy": "AutoAttack accuracy, 8/255"}
         | {f"{AUDIT} | checks_failed": "checks of the audit that failed"},
         claims=(Claim(f"test[:1000] | {CURVE} | accuracy_at_4", "PGD-20 accuracy, 8/255", 1),),
+        keeps=True,
     )
 
 

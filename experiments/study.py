@@ -23,6 +23,10 @@ results/<study>.json, of one form for all:
     comparison {"split | evaluator | name": {arms {arm: {mean, std}}, differences {"arm - control": {mean, low, high,
     verdict}}}} claims [{claim, measure, verdict}]
 
+Where a study keeps its networks, results/weights/<study>_<arm>_seed<seed>.safetensors has them, kernels in half
+precision (1 MB each at most), and all is measured on what that file gives back: `topgap evaluate --config
+configs/<config> --weights FILE`, with the keys that the arm sets, repeats it.
+
 The comparison holds the measures that the study shows or claims, over the seeds that every arm has; standard deviations
 are those of the sample, null for one seed. All of it follows from `runs`.
 """
@@ -34,13 +38,15 @@ import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from shutil import copy
 from typing import Any
 
+import jax
 import numpy as np
 from _studies import STUDIES, SYSTEMS, Arm, Study
 from scipy import stats
 
-from topgap_jax import setup
+from topgap_jax import pretrained, setup
 from topgap_jax.measure import results
 from topgap_jax.progress import write_text
 from topgap_jax.run import checkpoint
@@ -81,6 +87,11 @@ def folder(name: str, arm_name: str, seed: int, runs: Path) -> Path:
     return runs / f"{name}_{trained_as}_seed{seed}".replace(" ", "_")
 
 
+def weights(name: str, arm_name: str, seed: int, runs: Path) -> Path:
+    """The file of a trained network that its study keeps."""
+    return Path(f"{folder(name, arm_name, seed, runs)}.safetensors")
+
+
 def train(name: str, arm_name: str, seed: int, runs: Path) -> None:
     """Train one seed of one arm; returns at once where that is done, refuses a folder that another config has made."""
     study = STUDIES[name]
@@ -95,6 +106,16 @@ def load(name: str, arm_name: str, seed: int, runs: Path) -> setup.Loaded:
     return setup.restored(experiment(study, study.arms[arm_name], seed), folder(name, arm_name, seed, runs), "last")
 
 
+def narrowed(loaded: setup.Loaded, path: Path) -> setup.Loaded:
+    """The network as a file of weights gives it back, which is written first: kernels in half precision."""
+    config = loaded.experiment.config
+    narrow = lambda leaf: np.asarray(leaf, np.float16 if leaf.ndim > 1 else np.float32)
+    normalised = {key: ", ".join(map(str, config[key])) for key in ("mean", "std")}
+    pretrained.save(path, jax.tree.map(narrow, loaded.variables), metadata=normalised)
+    variables = pretrained.load(path, loaded.experiment.model, image_shape=(*config.image_size, 3))
+    return loaded._replace(variables=variables, weights=path.name)
+
+
 def make(name: str, arm_name: str, seed: int, runs: Path) -> dict[str, Any]:
     """Train (or continue, or take) and evaluate one seed of one arm; what `evaluation.json` holds of it stays."""
     study = STUDIES[name]
@@ -102,6 +123,8 @@ def make(name: str, arm_name: str, seed: int, runs: Path) -> dict[str, Any]:
     train(name, arm_name, seed, runs)
     before = cpu_seconds()
     loaded = load(name, arm_name, seed, runs)
+    if study.keeps:
+        loaded = narrowed(loaded, weights(name, arm_name, seed, runs))
     evaluation = results.read(workdir / results.FILE)
     rows = {row.key[:2]: row for row in evaluation.rows if evaluation.weights == loaded.weights and not row.overrides}
     wanted = evaluators(study, arm)
@@ -357,6 +380,8 @@ def main() -> None:
                     print("\n".join(check(study, arm_name, before, run)), flush=True)
                 else:
                     store(name, arm_name, seed, run)
+                    if study.keeps:
+                        copy(weights(name, arm_name, seed, runs), ROOT / "results" / "weights")
 
 
 if __name__ == "__main__":

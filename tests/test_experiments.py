@@ -3,6 +3,7 @@
 import json
 
 import _studies
+import chex
 import demo
 import documents
 import jax
@@ -17,10 +18,11 @@ from scipy import stats
 
 from topgap_jax import models, pool
 from topgap_jax.measure import results
+from topgap_jax.pretrained.files import read
 from topgap_jax.rewrite.operations import operations
 from topgap_jax.rules import straight_through
 from topgap_jax.setup import expressions
-from topgap_jax.setup.assembly import context
+from topgap_jax.setup.assembly import context, init
 
 UNFINISHED = ("cifar10_robust", "cifar10_pyramid", "cifar10_adversarial")
 """Studies of hours, of which not every run has been made."""
@@ -58,6 +60,10 @@ def test_a_stored_result_is_what_its_runs_say(name):
     for run in (run for seeds in stored["runs"].values() for run in seeds.values()):
         assert [results.to_json(results.from_json(row)) for row in run["rows"]] == run["rows"]
     assert len(json.dumps(stored, indent=1)) < 1e6
+    if STUDIES[name].keeps:
+        for arm, seed in ((arm, seed) for arm, seeds in stored["runs"].items() for seed in seeds):
+            path = driver.ROOT / "results" / "weights" / driver.weights(name, arm, int(seed), driver.ROOT).name
+            assert path.stat().st_size <= 1e6 and set(read(path).metadata) >= {"mean", "std"}
 
 
 def test_the_documents_are_those_of_the_results():
@@ -138,6 +144,16 @@ def test_paired_is_the_t_interval_of_the_differences():
 )
 def test_verdict_of_a_difference(differences, verdict):
     assert driver.paired(differences, [0] * len(differences))["verdict"] == verdict
+
+
+def test_a_network_is_measured_as_it_is_kept(tmp_path):
+    chosen = driver.experiment(STUDIES["shapes"], Arm(), 0)
+    born = driver.setup.Loaded(chosen, init(chosen), "", None)
+    path = tmp_path / "kept.safetensors"
+    kept = driver.narrowed(born, path)
+    chex.assert_trees_all_equal(driver.narrowed(kept, path).variables, kept.variables)
+    chex.assert_trees_all_close(kept.variables, born.variables, rtol=2**-11, atol=2**-24)
+    assert kept.weights == path.name and path.stat().st_size < 3 * sum(leaf.size for leaf in jax.tree.leaves(born.variables))
 
 
 TOY = STUDIES["sgdrop"]._replace(
