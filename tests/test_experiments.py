@@ -153,7 +153,9 @@ def test_a_network_is_measured_as_it_is_kept(tmp_path):
     kept = driver.narrowed(born, path)
     chex.assert_trees_all_equal(driver.narrowed(kept, path).variables, kept.variables)
     chex.assert_trees_all_close(kept.variables, born.variables, rtol=2**-11, atol=2**-24)
-    assert kept.weights == path.name and path.stat().st_size < 3 * sum(leaf.size for leaf in jax.tree.leaves(born.variables))
+    assert kept.weights == path.name and path.stat().st_size < 3 * sum(
+        leaf.size for leaf in jax.tree.leaves(born.variables)
+    )
 
 
 TOY = STUDIES["sgdrop"]._replace(
