@@ -13,7 +13,7 @@ from topgap_jax.attacks import fgsm, pgd, topk_attack
 from topgap_jax.balls import linf
 from topgap_jax.data import Source
 from topgap_jax.errors import UserError
-from topgap_jax.evaluators import accuracy, attributional_robustness, coverage, localisation, measures, robust
+from topgap_jax.evaluators import accuracy, attributional_robustness, coverage, curve, localisation, measures, robust
 from topgap_jax.explain import cam
 from topgap_jax.measure import results
 from topgap_jax.measure.evaluate import evaluate, evaluation_variables
@@ -336,6 +336,25 @@ def test_robust_accuracy_of_a_linear_model(data):
         pytest.approx(1 + attacked / N * (step.forwards + 1)), pytest.approx(attacked / N * step.gradients)
     )
     assert found["mean_steps"] == 1 and seconds > 0
+
+
+def test_robust_accuracy_of_the_worst_group(data):
+    """At every radius that of the group of which the fewest stand; of data without groups nothing is said of them."""
+    radii = (EPS / 2, EPS)
+    once, *_ = attack_split(MODEL, VARIABLES, data, robust(fgsm(linf(EPS))), progress=False)
+    over, *_ = attack_split(MODEL, VARIABLES, data, curve(fgsm(linf(EPS)), eps=radii), progress=False)
+    stand = {f"accuracy_at_{i}": RIGHT & (DISTANCE > eps) for i, eps in enumerate(radii, 1)}
+    stand["robust_accuracy"] = STAND
+    for key, stands in stand.items():
+        by_group = [stands[ARRAYS["group"] == group].mean() for group in (0, 1)]
+        found = once if key == "robust_accuracy" else over
+        assert [found[f"group_{group}_{key}"].value for group in (0, 1)] == pytest.approx(by_group)
+        worst = found[f"worst_group_{key}"]
+        assert worst.value == pytest.approx(min(by_group)) and worst.n == (ARRAYS["group"] == np.argmin(by_group)).sum()
+        assert worst.low < worst.value < worst.high and worst.main
+    without = resident_split({k: v for k, v in ARRAYS.items() if k != "group"}, classes=2, batch=BATCH)
+    found, *_ = attack_split(MODEL, VARIABLES, without, robust(fgsm(linf(EPS))), progress=False)
+    assert "robust_accuracy" in found and not any("group" in key for key in found)
 
 
 def test_runs_take_what_is_unbroken(data):

@@ -2,11 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from topgap_jax.attacks import misclassified
 from topgap_jax.build import table
-from topgap_jax.metrics.summaries import average, calibration, share
+from topgap_jax.metrics.summaries import average, by_group, calibration, share
 from topgap_jax.models import bind
 from topgap_jax.types import Cost, Evaluator, Measure
 
@@ -39,11 +38,7 @@ def accuracy() -> Evaluator:
             "calibration_error": Measure(error, n=len(correct), better="lower", label="calibration error"),
         }
         if "group" in rows:
-            about = lambda group: ACCURACY._replace(label=f"accuracy of group {group}", main=False)
-            groups = {group: share(correct[rows["group"] == group], about(group)) for group in np.unique(rows["group"])}
-            worst = min(groups.values(), key=lambda measure: measure.value)
-            measures["worst_group_accuracy"] = worst._replace(label="worst-group accuracy", main=True)
-            measures |= {f"group_{group}_accuracy": measure for group, measure in groups.items()}
+            measures |= by_group(correct, rows["group"], ACCURACY, "accuracy")
         return measures | {"calibration": curve}
 
     return Evaluator(rows, summary, lambda predict, images: Cost(1, 0))

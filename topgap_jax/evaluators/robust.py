@@ -10,8 +10,9 @@ from topgap_jax.types import Attack, Robustness, Runs
 def robust(*runs: Attack | Runs) -> Robustness:
     """Accuracy under attack: the share of examples that none of the attacks breaks, each run on what is still unbroken.
 
-    With its 95 % interval, and the clean accuracy beside it. An attack finds an upper bound of the true robust
-    accuracy: a stronger one may break more. robust(pgd(linf(8/255)), fgsm(linf(8/255))) runs two, one after the other.
+    With its 95 % interval, the clean accuracy beside it and, where the data have groups, the worst group's. An attack
+    finds an upper bound of the true robust accuracy: a stronger one may break more. robust(pgd(linf(8/255)),
+    fgsm(linf(8/255))) runs two, one after the other.
     """
     attacks = _attacks("robust", runs)
     for attack in attacks:

@@ -23,7 +23,7 @@ from topgap_jax.measure.rows import by_batches
 from topgap_jax.measure.splits import Split, check_model, narrowed
 from topgap_jax.measure.verdicts import check_outputs, seen
 from topgap_jax.mesh import replicated
-from topgap_jax.metrics.summaries import share
+from topgap_jax.metrics.summaries import by_group, share
 from topgap_jax.models import bind
 from topgap_jax.progress import bar
 from topgap_jax.scores import substitute
@@ -136,18 +136,20 @@ def attack_split(
     """Every attack of `robustness` on the examples that stand, at each of its radii from the smallest to the largest.
 
     Examples that are misclassified when clean are broken and never attacked. `robust_accuracy` is the share that no
-    attack breaks, with Wilson's 95 % interval; `unconfirmed` counts runs that met a misclassified iterate which the
-    forward pass afterwards does not confirm: those stand as unbroken. `fragile` counts verdicts that floating point
-    might change; `utilisation` is the share of the slots' steps that an example needed. What breaks at a radius breaks
-    at every larger one, and is not attacked there again. What a `log` holds is not attacked again. keep: the images of
-    "all" examples, or of a "few" that are right when clean; None: of none. An attack's batches are as wide as those
-    that stand when it begins fill, at most `data.batch`.
+    attack breaks, with Wilson's 95 % interval, and where the data have groups that of the worst and of each;
+    `unconfirmed` counts runs that met a misclassified iterate which the forward pass afterwards does not confirm: those
+    stand as unbroken. `fragile` counts verdicts that floating point might change; `utilisation` is the share of the
+    slots' steps that an example needed. What breaks at a radius breaks at every larger one, and is not attacked there
+    again. What a `log` holds is not attacked again. keep: the images of "all" examples, or of a "few" that are right
+    when clean; None: of none. An attack's batches are as wide as those that stand when it begins fill, at most
+    `data.batch`.
     """
     check_model(model)
     if not isinstance(robustness, Robustness):
         raise UserError(f"attack_split: give robust(pgd(linf(8/255))) or a curve, got {robustness!r}")
     log = log or Log(None, {})
-    logits, labels, images, seconds = _clean(model, variables, data, mesh, log, f"{text}: clean", progress)
+    rows, images, seconds = _clean(model, variables, data, mesh, log, f"{text}: clean", progress)
+    logits, labels = rows["logits"], rows["label"]
     check_outputs(text, logits, labels)
     n, cost = len(labels), Cost(1, 0)
     clean = seen(logits, labels)
@@ -198,7 +200,7 @@ def attack_split(
         after.append(float((examples.radius > phase.limit).mean()))
     seconds += sum(entry["seconds"] for entry in entries)
     summary = _curve if robustness.eps else _robust
-    measures = summary(robustness, examples, after) | _details(entries, examples, clean.wrong)
+    measures = summary(robustness, examples, after, rows.get("group")) | _details(entries, examples, clean.wrong)
     return Attacked(measures, cost, seconds, examples, kept)
 
 
@@ -262,32 +264,29 @@ def _enter(examples: Examples, entry: dict[str, Any], attack: int) -> np.ndarray
     return newly
 
 
-def _robust(robustness: Robustness, examples: Examples, after: Sequence[float]) -> dict[str, Measure | Curve]:
+def _robust(robustness, examples: Examples, after: Sequence[float], group: np.ndarray | None):
     names, n = [attack.name for attack in robustness.runs], len(examples.label)
     clean = float((examples.radius > 0).mean())
-    stands = Measure(better="higher", label=f"accuracy under {', '.join(names)}")
-    measures = {
-        "robust_accuracy": share(np.isinf(examples.radius), stands),
-        "clean_accuracy": _clean_accuracy(examples),
-    }
+    about = Measure(better="higher", label=f"accuracy under {', '.join(names)}")
+    measures = _shares("robust_accuracy", np.isinf(examples.radius), about, group)
+    measures["clean_accuracy"] = _clean_accuracy(examples)
     if len(names) > 1:  # the cascade: what each of the attacks leaves
-        about = lambda name: Measure(better="higher", label=f"accuracy after {name}", main=False)
-        measures |= {f"after_{i}": about(name)._replace(value=after[i - 1], n=n) for i, name in enumerate(names, 1)}
+        left = lambda name: Measure(better="higher", label=f"accuracy after {name}", main=False)
+        measures |= {f"after_{i}": left(name)._replace(value=after[i - 1], n=n) for i, name in enumerate(names, 1)}
     axes = ("attacks done", "accuracy")
     return measures | {"after_runs": Curve(list(range(len(names) + 1)), [clean, *after], axes, "accuracy by attack")}
 
 
-def _curve(robustness: Robustness, examples: Examples, after: Sequence[float]) -> dict[str, Measure | Curve]:
+def _curve(robustness, examples: Examples, after: Sequence[float], group: np.ndarray | None):
     radii = [np.float32(eps) for eps in robustness.eps]
     norm = next((attack.norm for attack in robustness.runs if attack.norm), "")
     ball = lambda eps: f"{norm}({radius_text(eps)})" if norm else radius_text(eps)
     about = lambda eps: Measure(better="higher", label=f"accuracy at {ball(eps)}")
-    measures = {
-        f"accuracy_at_{i}": share(examples.radius > radius, about(eps))
-        for i, (eps, radius) in enumerate(zip(robustness.eps, radii), 1)
-    }
+    measures = {}
+    for i, (eps, radius) in enumerate(zip(robustness.eps, radii), 1):
+        measures |= _shares(f"accuracy_at_{i}", examples.radius > radius, about(eps), group)
     clean, attacked = _clean_accuracy(examples), examples.radius > 0
-    accuracies = [measure.value for measure in measures.values()]
+    accuracies = [measures[f"accuracy_at_{i}"].value for i in range(1, len(radii) + 1)]
     details = {"clean_accuracy": clean}
     for i, (eps, smaller) in enumerate(zip(robustness.eps[1:], radii), 2):
         carried = int((attacked & (examples.radius <= smaller)).sum())
@@ -296,6 +295,11 @@ def _curve(robustness: Robustness, examples: Examples, after: Sequence[float]) -
     axes = (f"epsilon, {norm}" if norm else "epsilon", "accuracy")
     over = Curve([0.0, *robustness.eps], [clean.value, *accuracies], axes, "accuracy over epsilon")
     return measures | details | {"over_eps": over}
+
+
+def _shares(name, stands, about, group):
+    """The share of the examples that stand, and those of the groups where the data have them."""
+    return {name: share(stands, about)} | ({} if group is None else by_group(stands, group, about, name))
 
 
 def _clean_accuracy(examples):
@@ -321,16 +325,17 @@ def _details(entries: Sequence[dict[str, Any]], examples: Examples, clean_wrong:
 
 
 def _clean(model, variables, data, mesh, log, text, progress):
-    """Logits (n, k) and labels (n,) of the split, by row, the shape of a batch's images, and the seconds."""
+    """By row of the split logits (n, k), label and, where the data have them, group (n,); the shape of a batch's
+    images, and the seconds."""
     predict = queue.clean_logits(model, mesh)
 
     def compute(batch, count):
-        pair = jax.device_get((predict(variables, batch["image"]), whole(mesh)(batch["label"])))
-        return {name: value[:count] for name, value in zip(("logits", "label"), pair)}
+        about = {name: batch[name] for name in ("label", "group") if name in batch}
+        rows = jax.device_get({"logits": predict(variables, batch["image"]), **whole(mesh)(about)})
+        return {name: value[:count] for name, value in rows.items()}
 
     compile = lambda batch: predict.lower(variables, batch["image"]).compile()
-    rows, images, seconds = by_batches(data, compile, compute, log, text, progress)
-    return rows["logits"], rows["label"], images, seconds
+    return by_batches(data, compile, compute, log, text, progress)
 
 
 @functools.lru_cache(maxsize=32)
