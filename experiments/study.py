@@ -10,7 +10,9 @@ is trained and evaluated at a time, and results/<study>.json is written after ea
 again. A difference of two arms is paired by seed and given with its 95 % t interval; one whose interval holds 0 is
 "undecided", and so is every difference of one seed. A claim is "reproduced" if the method differs on its side from the
 plain control and from the one that decides, "not reproduced" if it lies on the other side of one of them, else
-"undecided"; "undefined" where a run has no such number. No interval is corrected for the number of rows.
+"undecided"; "undefined" where a run has no such number. A claim about a number of the method itself, such as over 50 %,
+is judged by the 95 % interval over images: "reproduced" if it lies beyond the number in every seed, "not reproduced"
+if it does not reach it in one. No interval is corrected for the number of rows.
 
 results/<study>.json, of one form for all:
 
@@ -43,7 +45,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from _studies import STUDIES, SYSTEMS, Arm, Study
+from _studies import STUDIES, SYSTEMS, Arm, Claim, Study
 from scipy import stats
 
 from topgap_jax import pretrained, setup
@@ -175,7 +177,11 @@ def result(name: str, runs: Mapping[str, Any]) -> dict[str, Any]:
         "runs": runs,
         "comparison": comparison,
         "claims": [
-            {"claim": claim.words, "measure": claim.measure, "verdict": judge(study, comparison, claim)}
+            {
+                "claim": claim.words,
+                "measure": claim.measure,
+                "verdict": judge(study, comparison, claim) if claim.bound is None else reaches(study, runs, claim),
+            }
             for claim in study.claims
         ],
     }
@@ -244,8 +250,8 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "verdict": verdict}
 
 
-def judge(study: Study, comparison: Mapping[str, Any], claim) -> str:
-    """A claim by its differences from the plain control and from the control that decides."""
+def judge(study: Study, comparison: Mapping[str, Any], claim: Claim) -> str:
+    """A claim by the method's differences from the plain control and from the control that decides."""
     if claim.measure not in comparison:
         return "undefined"
     differences = comparison[claim.measure]["differences"]
@@ -255,6 +261,19 @@ def judge(study: Study, comparison: Mapping[str, Any], claim) -> str:
     if min(each) > 0:
         return "reproduced"
     return "not reproduced" if min(each) < 0 else "undecided"
+
+
+def reaches(study: Study, runs: Mapping[str, Any], claim: Claim) -> str:
+    """A claim about a number of the method itself, by its interval over images in each seed."""
+    split, text, name = claim.measure.split(" | ")
+    rows = [results.from_json(row) for run in runs.get(study.method, {}).values() for row in run["rows"]]
+    measures = [row.measures[name] for row in rows if (row.split, row.evaluator) == (split, text)]
+    if not measures:
+        return "undefined"
+    beyond = [sorted(claim.sign * (end - claim.bound) for end in (measure.low, measure.high)) for measure in measures]
+    if all(nearest > 0 for nearest, _ in beyond):
+        return "reproduced"
+    return "not reproduced" if any(farthest < 0 for _, farthest in beyond) else "undecided"
 
 
 # Their tables

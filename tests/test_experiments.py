@@ -204,6 +204,27 @@ def test_a_claim_needs_both_controls(plain, other, sign, verdict):
     assert driver.judge(TOY, comparison, Claim("m", "", sign)) == verdict
 
 
+@pytest.mark.parametrize(
+    "intervals, sign, verdict",
+    [
+        ([(0.51, 0.55), (0.6, 0.7)], 1, "reproduced"),
+        ([(0.51, 0.55), (0.45, 0.55)], 1, "undecided"),
+        ([(0.51, 0.55), (0.4, 0.49)], 1, "not reproduced"),
+        ([(0.4, 0.49)], -1, "reproduced"),
+        ([], 1, "undefined"),
+    ],
+)
+def test_a_claim_about_the_method_itself_needs_its_intervals(intervals, sign, verdict):
+    def made(low, high):
+        of_a_seed = run(TOY, "l1", 0.5)
+        of_a_seed["rows"][0]["measures"]["gini"] |= {"low": low, "high": high}
+        return of_a_seed
+
+    runs = {"l1": {str(seed): made(*ends) for seed, ends in enumerate(intervals)}}
+    claim = Claim("test | measures(cam(), gini()) | gini", "", sign, bound=0.5)
+    assert driver.reaches(TOY, runs, claim) == verdict
+
+
 def test_a_claim_about_a_number_that_no_run_has_is_undefined():
     assert driver.judge(TOY, {}, Claim("m", "", 1)) == "undefined"
 
