@@ -20,7 +20,10 @@ def worst_of(*attacks: Attack | Runs) -> Runs:
 
 
 def restarts(attack: Attack, n: int) -> Attack:
-    """The attack from n starts of its own, on each example until one breaks it: restarts(pgd(linf(8/255)), 10)."""
+    """The attack from n starts of its own, on each example until one breaks it: restarts(pgd(linf(8/255)), 10).
+
+    An attack that draws nothing, such as fgsm, mim or fmn, makes the same search n times, unless the network draws.
+    """
     check_number("n", n, 1, whole=True)
     if single(attack).runs > 1:
         raise UserError(f"'{attack.name}' has {attack.runs} runs already; give it its own option restarts={n}")
