@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import sys
+import time
 
 import pytest
 
@@ -55,9 +56,35 @@ def test_elsewhere_one_line_now_and_then_and_one_at_the_end(capsys, monkeypatch)
     assert "loss 2" not in lines[0] and "loss 2" in lines[1]
 
 
+@pytest.mark.parametrize("done, left, remaining", [(10, 40, "00:40"), (10, 400, "01:30"), (10, 0, "00:00")])
+def test_the_time_left_is_at_most_that_of_the_steps(capsys, monkeypatch, done, left, remaining):
+    """10 of 100 units in 10 seconds: 90 at this pace, at most as long as the steps that are left take at theirs."""
+    now = iter([0.0, *[10.0] * 20])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    shown = progress._Lines(100, "attacking", "images", 0)
+    shown.done = 10
+    shown.at_most(done, left)
+    assert capsys.readouterr().err.startswith(f"attacking: 10% 10/100 [00:10<{remaining}, ")
+
+
+def test_a_terminal_gets_the_time_that_is_left_without_a_unit_done(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with bar(4, "attacking") as shown:
+        shown.tqdm.start_t -= 60
+        shown.at_most(10, 20)
+        time.sleep(0.11)  # tqdm draws ten times a second
+        shown.at_most(10, 20)
+        shown.update(4)
+    assert re.search(r"\rattacking:   0%\|.*\| 0/4 \[01:00<02:00, ", terminal.text)
+    assert re.search(r"\rattacking: 100%\|.*\| 4/4 \[01:00<00:00, ", terminal.text)
+
+
 def test_a_disabled_bar_is_silent(capsys):
     with bar(4, "evaluating", enabled=False) as shown:
         shown.update(4)
+        shown.at_most(1, 2)
         shown.note("done")
     assert capsys.readouterr().err == ""
 

@@ -1,6 +1,7 @@
 """What a run tells while it works: a bar on the terminal, and metrics in `metrics.jsonl` and TensorBoard files."""
 
 import json
+import math
 import os
 import socket
 import sys
@@ -17,14 +18,22 @@ from topgap_jax.stored import CHECKSUM, checksum
 
 METRICS = "metrics.jsonl"
 QUIET_SECONDS = 30.0  # between two lines where there is no terminal
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # tqdm's own
+LINE = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 class Bar(Protocol):
-    """A progress bar: `update(n)` counts n more units as done, `note(text)` shows a few words behind the counts."""
+    """A progress bar: `update(n)` counts n more units as done, `note(text)` shows a few words behind the counts.
+
+    `at_most(done, left)` tells of units that take very different times how many steps have been done, and how many
+    more there can be: the time that is left is at most that of the steps.
+    """
 
     def update(self, n: int) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def at_most(self, done: int, left: int) -> None: ...
 
 
 @contextmanager
@@ -51,13 +60,17 @@ class _Silent:
     def note(self, text):
         pass
 
+    def at_most(self, done, left):
+        pass
+
     def close(self):
         pass
 
 
 class _TerminalBar:
     def __init__(self, total, text, unit, done):
-        self.tqdm = tqdm(total=total, desc=text, unit=f" {unit}", initial=done, dynamic_ncols=True, file=sys.stderr)
+        options = {"initial": done, "miniters": 0, "bar_format": BAR, "dynamic_ncols": True, "file": sys.stderr}
+        self.tqdm = tqdm(total=total, desc=text, unit=f" {unit}", **options)
 
     def update(self, n):
         self.tqdm.update(n)
@@ -65,7 +78,14 @@ class _TerminalBar:
     def note(self, text):
         self.tqdm.set_postfix_str(text, refresh=False)
 
+    def at_most(self, done, left):
+        meter = self.tqdm.format_dict
+        remaining = _remaining(meter["n"], meter["total"], meter["initial"], meter["elapsed"], left / done)
+        self.tqdm.bar_format = BAR.replace("{remaining}", remaining)
+        self.tqdm.update(0)
+
     def close(self):
+        self.tqdm.bar_format = BAR
         self.tqdm.close()
 
 
@@ -75,7 +95,7 @@ class _Lines:
     def __init__(self, total, text, unit, done):
         self.total, self.text, self.unit = total, text, unit
         self.done = self.initial = done
-        self.words = ""
+        self.words, self.times_more = "", math.inf
         self.start = self.shown = time.monotonic()
 
     def update(self, n):
@@ -86,22 +106,36 @@ class _Lines:
     def note(self, text):
         self.words = text
 
+    def at_most(self, done, left):
+        self.times_more = left / done
+        self.update(0)
+
     def close(self):
+        self.times_more = math.inf
         self._show()
 
     def _show(self):
         self.shown = time.monotonic()
+        elapsed = self.shown - self.start
+        remaining = _remaining(self.done, self.total, self.initial, elapsed, self.times_more)
         meter = tqdm.format_meter(
             self.done,
             self.total,
-            self.shown - self.start,
+            elapsed,
             unit=f" {self.unit}",
             initial=self.initial,
             prefix=self.text,
             postfix=self.words or None,
-            bar_format="{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+            bar_format=LINE.replace("{remaining}", remaining),
         )
         print(meter, file=sys.stderr, flush=True)
+
+
+def _remaining(done: int, total: int, initial: int, elapsed: float, times_more: float) -> str:
+    """The time that is left, at the pace so far and at most `times_more` as long as what has passed."""
+    at_this_pace = elapsed * (total - done) / (done - initial) if done > initial else math.inf
+    seconds = min(at_this_pace, elapsed * times_more)
+    return tqdm.format_interval(seconds) if seconds < math.inf else "?"
 
 
 class Metrics:

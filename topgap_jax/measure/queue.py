@@ -8,7 +8,7 @@ twice, and the results of an example depend neither on its slot nor on its neigh
 import functools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +60,7 @@ def work(
     eps: float | None = None,
     points: bool = False,
     mesh: Mesh | None = None,
+    watch: Callable[[int, int], None] = lambda done, left: None,
 ) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
     """Yields (entry, their images (m, h, w, c) if `points`, else None) whenever m runs have their verdict.
 
@@ -67,12 +68,13 @@ def work(
     time; the next follows if that did not break it, and runs are made in the order in which they become due. entry:
     what `verdicts.judge` says, with `slot_steps`, the steps of all slots since the last entry, and `seconds`. source:
     the variables of the network that a transfer is from. eps: a radius for all, the attack's own if not given.
+    watch(done, left): called now and then with the steps that examples have taken, and how many more they can.
     """
     runs, due, over = np.array(runs), deque(), []
     names = np.arange(len(labels), dtype=np.int32)  # by which the examples draw: of a part of a split, not their rows
     ready = data.batches(np.flatnonzero(runs < attack.runs).astype(np.int32))
     state = staged = buffer = slots = count = started = None
-    ids, position, chunk, slot_steps, dispatches = [], 0, 1, 0, 0
+    ids, position, chunk, slot_steps, dispatches, taken = [], 0, 1, 0, 0, 0
 
     def next_batch(idle):
         """(ids, their states before the first step) of the runs that come next; None where too few are due."""
@@ -151,7 +153,10 @@ def work(
             for row in done:
                 index = int(slots[row])
                 over.append(Over(index, int(runs[index]), *facts[row].tolist(), float(radii[row])))
+            taken += steps * int((slots != EMPTY).sum())
             slots[done] = EMPTY
+            waiting = int((attack.runs - runs).sum()) - len(over)
+            watch(taken, max(0, waiting * attack.steps - int(count[slots != EMPTY].sum())))
             if len(over) == width or (over and dispatches >= PATIENCE):
                 yield verdicts()
         if over:

@@ -184,7 +184,7 @@ def attack_split(
             done=int(stands.sum()) - left,
         ) as shown:
             given = (fitting[phase.index], key, runs, logits, labels)
-            for entry, points in queue.work(parts, attack, variables, *given, **options):
+            for entry, points in queue.work(parts, attack, variables, *given, **options, watch=shown.at_most):
                 newly = _enter(examples, entry, phase.index)
                 if kept is not None:
                     kept.put(np.array(entry["ids"])[newly], points[newly])
