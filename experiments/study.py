@@ -59,6 +59,7 @@ from topgap_jax.setup import config as configs
 from topgap_jax.setup import expressions
 
 ROOT = Path(__file__).parent.parent
+KEPT = ROOT / "results" / "weights"
 CHECKED = 1e-6  # relative: below this a number that was made again is the stored one
 
 
@@ -400,7 +401,8 @@ def main() -> None:
                 else:
                     store(name, arm_name, seed, run)
                     if study.keeps:
-                        copy(weights(name, arm_name, seed, runs), ROOT / "results" / "weights")
+                        KEPT.mkdir(exist_ok=True)
+                        copy(weights(name, arm_name, seed, runs), KEPT)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def test_a_stored_result_is_what_its_runs_say(name):
     assert len(json.dumps(stored, indent=1)) < 1e6
     if STUDIES[name].keeps:
         for arm, seed in ((arm, seed) for arm, seeds in stored["runs"].items() for seed in seeds):
-            path = driver.ROOT / "results" / "weights" / driver.weights(name, arm, int(seed), driver.ROOT).name
+            path = driver.KEPT / driver.weights(name, arm, int(seed), driver.ROOT).name
             assert path.stat().st_size <= 1e6 and set(read(path).metadata) >= {"mean", "std"}
 
 
