@@ -528,8 +528,27 @@ def test_a_network_in_float64_is_attacked_in_float32():
 NO_GRADIENT = "score=kl has no gradient at the clean image: give pgd(ball, score=kl), which starts at random"
 
 
-def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
-    return attacks.attack(make(attack), keys, PREDICT, images, labels)
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("pgd(linf(8/255), steps=5)", "pgd-5, linf(8/255)"),
+        ("pgd(linf(8/255), restarts=10)", "pgd-20, linf(8/255), 10 restarts"),
+        ("restarts(pgd(linf(8/255)), 10)", "pgd-20, linf(8/255), 10 restarts"),
+        ("pgd(l2(1), score=margin, start=None, step_size=.1)", "pgd-20 on margin, l2(1), start=None, step_size=0.1"),
+        ("pgd(linf(.1), score=targeted_margin, targets=3)", "pgd-20 on targeted_margin, linf(0.1), targets=3"),
+        ("fgsm(linf(.1), score=margin, samples=4)", "fgsm, linf(0.1), samples=4, score=margin"),
+        ("apgd(l1(12), larger_radii=True, rho=0.0)", "apgd-100, l1(12), larger_radii, rho=0"),
+        ("apgd_t(linf(.1), order='malt', rho=.5)", "apgd-t-100 x 9 by malt, linf(0.1), rho=0.5"),
+        ("square(linf(.1), queries=9, p_init=.3)", "square-9, linf(0.1), p_init=0.3"),
+        ("fab(linf(.1), restarts=1)", "fab-100, linf(0.1)"),
+    ],
+)
+def test_a_name_says_what_is_not_the_default(text, name):
+    assert make(text).name == name
+
+
+def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))", predict=PREDICT):
+    return attacks.attack(make(attack), keys, predict, images, labels)
 
 
 @pytest.mark.parametrize(
@@ -616,6 +635,20 @@ def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))"):
         ),
         (lambda: attacked(labels=LABELS.at[3].set(99)), "attack: label 99 is no class of a network with 4 logits"),
         (lambda: attacked(labels=LABELS.at[3].set(-1)), "attack: label -1 is no class of a network with 4 logits"),
+        *(
+            (
+                lambda of=of, attack=attack: attacked(attack=attack, predict=lambda images: of(PREDICT(images))),
+                f"attack: {text}",
+            )
+            for attack in ("fgsm(linf(.1))", "fmn(linf(.1))")
+            for of, text in (
+                (jax.nn.softmax, "the network returns probabilities, attacks need logits: leave out the softmax"),
+                (
+                    lambda z: z.at[3, 1].set(jnp.nan),
+                    "the logits of 1 of 8 images, first of image 3, are not finite: nothing that is measured of them means anything",
+                ),
+            )
+        ),
         (
             lambda: attacked(labels=3),
             "attack: labels must be an int array (8,), one class for each image, got an int",

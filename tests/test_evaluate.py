@@ -357,6 +357,24 @@ def test_robust_accuracy_of_the_worst_group(data):
     assert "robust_accuracy" in found and not any("group" in key for key in found)
 
 
+def test_images_whose_logits_are_not_finite_count_as_broken_and_are_listed(data):
+    """Finite on bytes, NaN in between, where every attack goes."""
+    whole = lambda images: (jnp.abs(255 * images - jnp.round(255 * images)).max((1, 2, 3)) < 1e-2)[:, None]
+    predict = lambda images: jnp.where(whole(images), MODEL.apply(VARIABLES, images).logits, jnp.nan)
+    model = Model(None, lambda variables, images, **_: Output(predict(images), {}, {}))
+    found, *_ = attack_split(model, VARIABLES, data, robust(fgsm(linf(0.3 / 255))), progress=False)
+    assert found["robust_accuracy"].value == 0 and found["not_finite"].value == RIGHT.sum()
+
+
+def test_draws_do_not_depend_on_the_kind_of_keys_that_the_user_prefers(data):
+    """Keys of "rbg" would make what an example draws depend on its neighbours."""
+    attack = robust(pgd(linf(EPS), steps=1, step_size=0.0))
+    plain = attack_split(MODEL, VARIABLES, data, attack, progress=False).examples
+    with jax.default_prng_impl("rbg"):
+        other = attack_split(MODEL, VARIABLES, data, attack, progress=False).examples
+    np.testing.assert_array_equal(plain.margin, other.margin)
+
+
 def test_runs_take_what_is_unbroken(data):
     weak, strong = fgsm(linf(EPS / 1000)), fgsm(linf(EPS))
     found, cost, *_ = attack_split(MODEL, VARIABLES, data, robust(weak, strong), progress=False)

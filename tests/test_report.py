@@ -678,6 +678,20 @@ def test_table_shows_costs_and_what_is_not_measured():
     assert "undefined: lift of the map: no map is positive" in text.splitlines() and text.isascii()
 
 
+def test_table_says_what_each_attack_left_and_which_verdicts_are_not_certain():
+    about = lambda value, label: Measure(value, n=100, label=label, main=False)
+    details = {
+        "robust_accuracy": Measure(0.25, n=100, label="accuracy under both"), "clean_accuracy": about(0.9, "clean accuracy"),
+        "after_1": about(0.5, "accuracy after apgd-100, linf(8/255)"), "after_2": about(0.25, "accuracy after square-5000, linf(8/255)"),
+        "fragile": about(2, "verdicts that floating point might change"), "unconfirmed": about(0, "breaks without a confirmation"),
+    }  # fmt: skip
+    lines = table([row("test", "robust(both)", details, audit="not audited")]).splitlines()
+    assert lines[-2:] == [
+        "  clean accuracy 0.9000; accuracy after apgd-100, linf(8/255) 0.5000; accuracy after square-5000, linf(8/255) 0.2500;",
+        "  verdicts that floating point might change 2",
+    ]
+
+
 def test_pictures_of_results_stand_in_the_page(tmp_path):
     tiles = [np.zeros((4, 6), np.uint8), np.full((4, 6, 3), 255, np.uint8), np.uint8(np.arange(24).reshape(4, 6))]
     gallery = Gallery(tiles, ["map", "image", EVIL], 2, f"mean fields {EVIL}")

@@ -1,5 +1,6 @@
 """The rooms as a program names them: `import topgap_jax as tg` and no other import."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -27,3 +28,12 @@ def test_every_room_is_named_and_no_other():
     folder = Path(tg.__file__).parent
     there = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     assert set(tg.ROOMS) == there - {"__init__", "__main__", "cli", "errors"}
+
+
+def test_every_key_is_made_in_one_place():
+    """`jax.random.key` follows `jax_default_prng_impl`, and so would what an example draws beside its neighbours."""
+    made = set()
+    for path in Path(tg.__file__).parent.rglob("*.py"):
+        calls = (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call))
+        made |= {path.name for call in calls if ast.unparse(call.func) in ("jax.random.key", "jax.random.PRNGKey")}
+    assert made == {"keys.py"}

@@ -11,7 +11,7 @@ import pytest
 
 from tests.test_cli import TINY, patch, topgap
 from topgap_jax import pretrained, setup
-from topgap_jax.attacks import apgd, autoattack, pgd
+from topgap_jax.attacks import apgd, autoattack, pgd, square
 from topgap_jax.balls import l2, linf
 from topgap_jax.build import build
 from topgap_jax.errors import UserError
@@ -19,6 +19,7 @@ from topgap_jax.evaluators import robust
 from topgap_jax.measure import model_info
 from topgap_jax.measure.results import NOT_AUDITED, Row
 from topgap_jax.mesh import data_mesh
+from topgap_jax.scores import dlr
 from topgap_jax.setup.assembly import init
 
 WEIGHTS, ROBUST = "weights.safetensors", "robust(fgsm(linf(eps)))"
@@ -225,6 +226,23 @@ def test_what_robustbench_calls_autoattack_external_and_unreliable(shares, audit
     keys = ("autoattack_acc", "external", "unreliable")
     assert {key: found[key] for key in keys if key in found} == expected
     assert (found["eps"], found["threat_model"], found["clean_acc"]) == ("8/255", "Linf", "100.00")
+
+
+@pytest.mark.parametrize(
+    "attacks",
+    [
+        (apgd(BALL), apgd(BALL, score=dlr)),  # "rand" without its passes
+        (apgd(BALL, rho=0), *autoattack(BALL)[1:]),
+        (*autoattack(BALL)[:3], square(BALL, p_init=0.001)),
+        autoattack(BALL)[1:],
+    ],
+)
+def test_what_is_weaker_than_autoattack_is_not_called_so(attacks):
+    images = {"weak": {"clean_accuracy": np.ones(2), "robust_accuracy": np.ones(2)}}
+    found = model_info.measured(
+        {"weak": robust(*attacks)}, {"weak": Row("test", "weak", {}, 2, {}, {}, None)}, images, "test"
+    )
+    assert "autoattack_acc" not in found and found["external"] == "100.00"
 
 
 def test_passes_are_those_of_a_model_that_draws_at_random():

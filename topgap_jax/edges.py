@@ -89,6 +89,34 @@ def check_logits(where: str, logits: Any, b: int | None = None) -> None:
         )
 
 
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Which rows (n,) of what a network returns (n, k) are not negative and add up to 1."""
+    logits = np.asarray(logits, np.float64)
+    return (np.abs(logits.sum(1) - 1) < 1e-5) & (logits.min(1) > -1e-5) & (logits.max(1) < 1 + 1e-5)
+
+
+def check_outputs(where: str, logits: Any, labels: Any) -> None:
+    """Raise a UserError for outputs (n, k), where they are not traced, and labels (n,) of clean images that no attack
+    on the label can be on."""
+    if not (_is_concrete(logits) and _is_concrete(labels)):
+        return
+    logits, labels = np.asarray(logits, np.float32), np.asarray(labels)
+    classes, wrong = logits.shape[1], np.flatnonzero(~np.isfinite(logits).all(1))
+    no_class = np.flatnonzero((labels < 0) | (labels >= classes))
+    if classes < 2:
+        raise UserError(f"{where}: an attack makes another class win, and the network has {classes} logit")
+    if len(no_class):
+        which = f"label {labels[no_class[0]]} of image {no_class[0]}"
+        raise UserError(f"{where}: {which} is no class of a network with {classes} logits")
+    if len(wrong):
+        which = f"{len(wrong)} of {len(logits)} images, first of image {wrong[0]},"
+        raise UserError(
+            f"{where}: the logits of {which} are not finite: nothing that is measured of them means anything"
+        )
+    if len(logits) and probabilities(logits).all():
+        raise UserError(f"{where}: the network returns probabilities, attacks need logits: leave out the softmax")
+
+
 def check_images(where: str, images: Any) -> None:
     """Raise a UserError unless `images`, where it is not traced, is a float array (b, h, w, c), b >= 1, in [0, 1]."""
     if not _is_concrete(images):

@@ -8,6 +8,12 @@ from topgap_jax.errors import UserError
 from topgap_jax.types import Array, Keys
 
 
+def root(seed: int) -> Array:
+    """The key that everything of a seed is drawn from, whatever `jax_default_prng_impl` says: of threefry alone, mapped
+    over examples, what one of them draws does not depend on its neighbours."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def example_keys(key: Array, ids: Array) -> Keys:
     """One key per example (b,), from its row of the split: the result does not depend on the batch it is in."""
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(ids)

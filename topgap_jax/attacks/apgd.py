@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.attacks import state as states
+from topgap_jax.attacks.naming import named, telling
 from topgap_jax.attacks.state import (
     aim,
     book,
     check_ball,
     check_score,
     move,
-    named,
     run_keys,
     runs_of,
     score_and_gradient,
@@ -34,6 +34,7 @@ from topgap_jax.types import Array, Attack, Ball, Cost, Score
 HISTORIES, ORDERS = ("autoattack", "paper"), ("logits", "malt")
 
 
+@telling("score", "steps")
 def apgd(
     ball: Ball,
     *,
@@ -65,6 +66,7 @@ def apgd(
     return _apgd("apgd", ball, score, 0, steps, restarts, rho, history, larger_radii, samples)
 
 
+@telling("targets", "steps", "order")
 def apgd_t(
     ball: Ball,
     *,

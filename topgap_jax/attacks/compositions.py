@@ -3,6 +3,7 @@ attacks in turn, each on the examples that are still unbroken."""
 
 from topgap_jax.attacks.apgd import apgd, apgd_t
 from topgap_jax.attacks.fab import fab, fab_t
+from topgap_jax.attacks.naming import restarted
 from topgap_jax.attacks.square import square
 from topgap_jax.attacks.state import as_runs, check_ball, single
 from topgap_jax.build import check_number, table
@@ -27,7 +28,7 @@ def restarts(attack: Attack, n: int) -> Attack:
     check_number("n", n, 1, whole=True)
     if single(attack).runs > 1:
         raise UserError(f"'{attack.name}' has {attack.runs} runs already; give it its own option restarts={n}")
-    return attack._replace(runs=n, name=f"{attack.name}, {n} restarts" if n > 1 else attack.name)
+    return attack._replace(runs=n, name=f"{attack.name}, {restarted(n)}" if n > 1 else attack.name)
 
 
 def autoattack(ball: Ball, *, version: str = "standard") -> Runs:

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from topgap_jax.balls import LARGEST
 from topgap_jax.build import check_number
-from topgap_jax.edges import check_examples, check_logits, check_predict, check_radii
+from topgap_jax.edges import check_examples, check_logits, check_outputs, check_predict, check_radii
 from topgap_jax.errors import UserError
 from topgap_jax.keys import fold_in, split
 from topgap_jax.rewrite import fused, speed
-from topgap_jax.scores import EXPLAINED, TARGETED, VALUES, class_of_rank, cross_entropy, kl
+from topgap_jax.scores import EXPLAINED, TARGETED, VALUES, class_of_rank, kl
 from topgap_jax.types import Array, Attack, Ball, Keys, Predict, Score
 
 RUNNING, BROKEN, FINISHED = 0, 1, 2
@@ -236,12 +236,6 @@ def single(attack: Any, where: str = "") -> Attack:
     raise UserError(f"{where}give one attack such as pgd(linf(8/255)), got {attack!r}")
 
 
-def named(method: str, steps: int, score: Score) -> str:
-    """An attack's name, with its score where that is not cross-entropy: "pgd-20", "pgd-20 on margin"."""
-    word = getattr(score, "__name__", type(score).__name__)
-    return f"{method}-{steps}" + ("" if score is cross_entropy else f" on {word}")
-
-
 def attack(
     attack: Attack, keys: Keys, predict: Predict, images: Array, labels: Array, *, eps: float | Array | None = None
 ) -> State:
@@ -249,11 +243,11 @@ def attack(
     evaluators.
 
     keys (b,), images (b, h, w, c) in [0, 1], attacked in float32, labels (b,); eps: another radius than the attack's
-    own, one for all or (b,). `best` holds the adversarial images where `status` is BROKEN;
-    training takes the last iterate, images + delta. Of an attack with several runs (restarts, targets) each example
-    keeps the first that breaks it, without one the last; of an attack on maps or norms the one with the highest score.
-    Raises UserError for arrays that are none of these; inside `jit` nothing is checked. Eager calls compile the loop
-    each time: use `jax.jit`.
+    own, one for all or (b,). `best` holds the adversarial images where `status` is BROKEN; training takes the last
+    iterate, images + delta. Of an attack with several runs (restarts, targets) each example keeps the first that breaks
+    it, without one the last; of an attack on maps or norms the one with the highest score. Raises UserError for arrays
+    that are none of these, and for outputs that are no logits, such as probabilities or NaN; inside `jit` nothing is
+    checked. Eager calls compile the loop each time: use `jax.jit`.
 
     >>> # adversarial = attack(pgd(linf(8 / 255)), jax.random.split(key, b), predict, images, labels).best
     """
@@ -271,6 +265,8 @@ def attack(
     images = jnp.asarray(images, jnp.float32)  # steps of 1/255 are lost in fewer bits
     predict = speed.fast(predict)
     logits = predict(images)
+    if attack.aim != "map":
+        check_outputs("attack", logits, labels)
     step = fused(lambda state: attack.step(predict, state))
 
     def one_run(state):

@@ -12,7 +12,7 @@ from jax.extend.core.primitives import name_p
 
 from topgap_jax.errors import UserError
 from topgap_jax.grids import resized, shrunk
-from topgap_jax.keys import normal
+from topgap_jax.keys import normal, root
 from topgap_jax.metrics.substrates import substrate_images
 from topgap_jax.models import bind
 from topgap_jax.rewrite import default_layer, features_and_head, layers, naming
@@ -53,7 +53,7 @@ def cascade(
 
 def drawn_anew(model: Model, params: Any, images: Array) -> Any:
     """Other parameters of the model's: of `init` with a key of their own, or the values in a random order."""
-    key = jax.random.key(0x74727573)
+    key = root(0x74727573)
     if not model.has_weights:
         new = model.init(key, images[:1])["params"]
         return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), params, new)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from topgap_jax.edges import probabilities
 from topgap_jax.evaluators import probes
 from topgap_jax.keys import fold_in
 from topgap_jax.measure import audit_attacks, criteria
@@ -22,7 +23,7 @@ from topgap_jax.measure.log import Log
 from topgap_jax.measure.robust import attack_split
 from topgap_jax.measure.rows import measure_split
 from topgap_jax.measure.splits import Split, narrowed, rows_of
-from topgap_jax.measure.verdicts import probabilities, seen
+from topgap_jax.measure.verdicts import seen
 from topgap_jax.models import bind
 from topgap_jax.rewrite import speed
 from topgap_jax.rewrite.broken import broken_gradients

@@ -15,13 +15,15 @@ from jax.sharding import Mesh
 
 from topgap_jax.attacks import bound
 from topgap_jax.balls import radius_text
+from topgap_jax.edges import check_outputs
 from topgap_jax.errors import UserError
+from topgap_jax.keys import root
 from topgap_jax.measure import adversarial, queue
 from topgap_jax.measure.costs import cost_of
 from topgap_jax.measure.log import Log
 from topgap_jax.measure.rows import by_batches
 from topgap_jax.measure.splits import Split, check_model, narrowed
-from topgap_jax.measure.verdicts import check_outputs, seen
+from topgap_jax.measure.verdicts import seen
 from topgap_jax.mesh import replicated
 from topgap_jax.metrics.summaries import by_group, share
 from topgap_jax.models import bind
@@ -35,7 +37,7 @@ COLUMNS = {
     "ids": [int], "run": [int], "broken": [bool], "step": [int], "steps": [int], "radius": [(*NUMBER, None)],
     "ended": [bool], "margin": [(*NUMBER, None)], "predicted": [int], "fragile": [bool],
 }  # fmt: skip
-ENTRY = {**COLUMNS, "phase": int, "unconfirmed": int, "slot_steps": NUMBER, "seconds": NUMBER}
+ENTRY = {**COLUMNS, "phase": int, "unconfirmed": int, "not_finite": int, "slot_steps": NUMBER, "seconds": NUMBER}
 """What a line of a log holds: columns over the runs that were over together, and numbers of all of them."""
 
 
@@ -175,7 +177,7 @@ def attack_split(
         if 2 * narrow.batch <= fitting.setdefault(phase.index, narrow).batch:
             fitting[phase.index] = narrow
         attack, source = _divided(phase.attack, mesh)
-        parts, key = queue.functions(attack, model, mesh), jax.random.fold_in(jax.random.key(seed), phase.index)
+        parts, key = queue.functions(attack, model, mesh), jax.random.fold_in(root(seed), phase.index)
         options = {"eps": phase.eps, "source": source, "points": kept is not None, "mesh": mesh}
         with bar(
             int(stands.sum()),
@@ -310,14 +312,14 @@ def _details(entries: Sequence[dict[str, Any]], examples: Examples, clean_wrong:
     """How the attacks went, beside what they found."""
     n, attacked = len(clean_wrong), int((~clean_wrong).sum())
     detail = lambda value, label, unit="": Measure(value, n=n, label=label, unit=unit, main=False)
+    over = lambda name: sum(entry[name] for entry in entries)
     over_all = lambda name: sum(map(sum, (entry[name] for entry in entries)))
     slots = sum(entry["slot_steps"] for entry in entries)
     measures = {
         "attacked": detail(attacked, "images attacked"),
         "mean_steps": detail(over_all("step") / max(attacked, 1), "steps until the break", "steps"),
-        "unconfirmed": detail(
-            sum(entry["unconfirmed"] for entry in entries), "breaks that a forward pass did not confirm"
-        ),
+        "unconfirmed": detail(over("unconfirmed"), "breaks that a forward pass did not confirm"),
+        "not_finite": detail(over("not_finite"), "broken images whose logits are not finite"),
         "fragile": detail(int(examples.fragile.sum()), "verdicts that floating point might change"),
     }
     used = detail(over_all("steps") / max(slots, 1), "share of the slots' steps that an image needed")

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from topgap_jax.keys import example_keys
+from topgap_jax.keys import example_keys, root
 from topgap_jax.measure.costs import cost_of
 from topgap_jax.measure.log import Log, packed, unpacked
 from topgap_jax.measure.splits import Split
@@ -39,7 +39,7 @@ def measure_split(
     prepared: what `evaluator.prepare` made of the training split, {} where that is nothing. What a `log` holds is not
     measured again.
     """
-    rows, key, prepared = _rows(evaluator, model, mesh), jax.random.key(seed), prepared or {}
+    rows, key, prepared = _rows(evaluator, model, mesh), root(seed), prepared or {}
 
     def compute(batch, count):
         # Padding stands behind the examples and ends here: no summary ever sees it.

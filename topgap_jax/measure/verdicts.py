@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from topgap_jax.attacks.state import BROKEN, RUNNING
-from topgap_jax.errors import UserError
 from topgap_jax.types import Attack, Variables
 
 FRAGILE = 1e-4  # of the logits' range: a margin below this may change its sign with the batch width or the device
@@ -46,31 +45,6 @@ def seen(logits: np.ndarray, labels: np.ndarray) -> Seen:
     return Seen((predicted != labels) | np.isnan(logits).any(1), margin, predicted, fragile)
 
 
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Which rows (n,) of what a network returns (n, k) are not negative and add up to 1."""
-    logits = np.asarray(logits, np.float64)
-    return (np.abs(logits.sum(1) - 1) < 1e-5) & (logits.min(1) > -1e-5) & (logits.max(1) < 1 + 1e-5)
-
-
-def check_outputs(text: str, logits: np.ndarray, labels: np.ndarray) -> None:
-    """Raise a UserError that begins with `text` for outputs (n, k) and labels (n,) of clean images that no attack can
-    be on."""
-    classes, wrong = logits.shape[1], np.flatnonzero(~np.isfinite(logits).all(1))
-    no_class = np.flatnonzero((labels < 0) | (labels >= classes))
-    if classes < 2:
-        raise UserError(f"{text}: an attack makes another class win, and the network has {classes} logit")
-    if len(no_class):
-        which = f"label {labels[no_class[0]]} of image {no_class[0]}"
-        raise UserError(f"{text}: {which} is no class of a network with {classes} logits")
-    if len(wrong):
-        which = f"{len(wrong)} of {len(logits)} images, first of image {wrong[0]},"
-        raise UserError(
-            f"{text}: the logits of {which} are not finite: nothing that is measured of them means anything"
-        )
-    if len(logits) and probabilities(logits).all():
-        raise UserError(f"{text}: the network returns probabilities, attacks need logits: leave out the softmax")
-
-
 def judge(attack: Attack, over: Sequence[Over], logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """The verdicts on runs that are over, as lists, from a forward pass of its own: logits (b, k), the first rows of
     which are those of the runs' images.
@@ -97,6 +71,7 @@ def judge(attack: Attack, over: Sequence[Over], logits: np.ndarray, labels: np.n
         "predicted": result.predicted.tolist(),
         "fragile": result.fragile.tolist(),
         "unconfirmed": int(((status == BROKEN) & ~broken).sum()),
+        "not_finite": int((broken & ~np.isfinite(result.margin)).sum()),
     }
 
 

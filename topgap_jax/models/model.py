@@ -13,6 +13,7 @@ import jax
 
 from topgap_jax.build import table
 from topgap_jax.errors import UserError
+from topgap_jax.keys import root
 from topgap_jax.models import collections, switches
 from topgap_jax.models.outputs import in_one_line, logits_of, with_axes
 from topgap_jax.rewrite import speed
@@ -47,7 +48,7 @@ def linen(module: nn.Module, *, weights: Variables | None = None) -> Model:
         if switches.passes_on(kind.__call__):
             if not passed_on:
                 inner = switches.with_fields(module, False)
-                draw = lambda words: lambda images: inner.init(jax.random.key(0), images, **words)
+                draw = lambda words: lambda images: inner.init(root(0), images, **words)
                 described = jax.ShapeDtypeStruct(images.shape, images.dtype)
                 passed_on.append(switches.accepted(lambda words: jax.eval_shape(draw(words), described)))
             words |= {word: switches.in_training(word) == train for word in passed_on[0]}

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from topgap_jax import models, pool
 from topgap_jax.build import build, did_you_mean
 from topgap_jax.errors import UserError
+from topgap_jax.keys import root
 from topgap_jax.pretrained.files import Description, check_values, read, tensors
 from topgap_jax.pretrained.fitting import filled
 from topgap_jax.pretrained.names import to_torch, torch_names
@@ -96,4 +97,4 @@ def network(name: str) -> tuple[Model, Variables]:
 
 
 def _key(key):
-    return jax.random.key(0) if key is None else key
+    return root(0) if key is None else key

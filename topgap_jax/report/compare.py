@@ -56,7 +56,8 @@ def compare(workdirs: Sequence[Path | str]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The main measures of one evaluation with their cost an image; every robust number has a line with its audit."""
+    """The main measures of one evaluation with their cost an image; every robust number has a line with its audit, and
+    one with what each of its attacks left."""
     head = ["", "value", "images", "forwards", "gradients", "seconds"]
     body, lines = [], [line for line in comparison([rows]) if line.about.main]
     for (line, heading), value in zip(headed(lines), cells([line.cells[0] for line in lines])):
@@ -66,7 +67,7 @@ def table(rows: Sequence[Row]) -> str:
         body += heading
         first = [images or number(row.examples), *costs]
         body.append([label(line), value, *(first if heading else [images])])
-    notes = [note(rows, row) for row in rows if row.audit is not None and not row.checks]
+    notes = [line for row in rows if row.audit is not None and not row.checks for line in (note(rows, row), left(row))]
     audits = [f"\n{printable_lines(checks_table(row))}" for row in rows if row.checks]
     return "\n".join([aligned([head, *body], right=range(1, len(head))), *undefined(lines), *notes, *audits])
 
@@ -118,6 +119,16 @@ def note(rows: Sequence[Row], row: Row) -> str:
     _, missing = beside(rows, row)
     words = f"; not measured beside it: {', '.join(missing)}" if missing else ""
     return printable(f"{row.text} on {row.split}: {row.audit}{words}")
+
+
+def left(row: Row) -> str:
+    """How a robust number came about: the clean accuracy, what each attack left, and verdicts that are not certain."""
+    shares = ["clean_accuracy", *(name for name in row.numbers if name.startswith("after_"))]
+    counts = [name for name in ("fragile", "unconfirmed", "not_finite") if name in row.numbers]
+    measures = [row.numbers[name] for name in shares if name in row.numbers]
+    measures += [row.numbers[name] for name in counts if row.numbers[name].value]
+    words = printable("; ".join(f"{measure.label} {number(measure.value)}" for measure in measures))
+    return textwrap.fill(words, COLUMNS, initial_indent="  ", subsequent_indent="  ")
 
 
 def summed(row: Row) -> str:

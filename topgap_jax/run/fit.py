@@ -24,7 +24,7 @@ from topgap_jax.data import Stream, as_batch, epoch_ids, gather
 from topgap_jax.edges import check_split
 from topgap_jax.errors import UserError, raised
 from topgap_jax.evaluators import accuracy
-from topgap_jax.keys import example_keys, fold_in
+from topgap_jax.keys import example_keys, fold_in, root
 from topgap_jax.measure.evaluate import evaluation_variables
 from topgap_jax.measure.rows import measure_split
 from topgap_jax.measure.splits import Split, resident_split
@@ -206,7 +206,7 @@ def make_step(parts: Parts, mesh: Mesh) -> Callable[[State, Mapping[str, Array],
     def step(state, held, rows):
         variables = state.variables
         batch = gather(held, rows["id"], rows["mask"], parts.classes) if held else as_batch(rows, parts.classes)
-        keys = example_keys(jax.random.fold_in(jax.random.key(parts.seed), state.step), batch["id"])
+        keys = example_keys(jax.random.fold_in(root(parts.seed), state.step), batch["id"])
         part_keys = lambda number: fold_in(keys, number)
         for number, augment in enumerate(parts.augments):
             batch = augment(part_keys(number), batch, bind(parts.model, variables))
@@ -228,7 +228,7 @@ def make_step(parts: Parts, mesh: Mesh) -> Callable[[State, Mapping[str, Array],
 def fresh(parts: Parts, initial: Variables | None) -> State:
     """The state before the first step: of these variables, or of those that the model draws from the seed."""
     # Copies: a donated state must not hold one buffer twice.
-    variables = dict(initial or parts.model.init(jax.random.key(parts.seed), jnp.zeros((1, *parts.image_shape))))
+    variables = dict(initial or parts.model.init(root(parts.seed), jnp.zeros((1, *parts.image_shape))))
     if parts.ema:
         variables["ema"] = jax.tree.map(jnp.copy, {key: variables[key] for key in ("params", "batch_stats")})
     return State(jnp.int32(0), variables, parts.optimizer.init(variables["params"]))

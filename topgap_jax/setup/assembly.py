@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from topgap_jax import data
 from topgap_jax.errors import UserError, raised
+from topgap_jax.keys import root
 from topgap_jax.measure.splits import Split, resident_split, streamed_split
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import fast
@@ -149,7 +150,7 @@ def open_split(chosen: Experiment, split: str, batch: int, mesh: Mesh | None = N
 def init(chosen: Experiment) -> Variables:
     """Fresh variables, from the config's seed."""
     images = jnp.zeros((1, *chosen.config.image_size, 3))
-    return jax.jit(chosen.model.init)(jax.random.key(chosen.config.seed), images)
+    return jax.jit(chosen.model.init)(root(chosen.config.seed), images)
 
 
 def template(chosen: Experiment) -> Any:

@@ -13,6 +13,7 @@ import optax
 from topgap_jax.attacks import bound, square
 from topgap_jax.data import Source
 from topgap_jax.errors import UserError, raised
+from topgap_jax.keys import root
 from topgap_jax.measure.evaluate import evaluation_variables
 from topgap_jax.models import bind
 from topgap_jax.progress import say
@@ -161,7 +162,7 @@ def _trace(where, function, *arguments):
 
 
 def _keys():
-    return jax.random.split(jax.random.key(0), EXAMPLES)
+    return jax.random.split(root(0), EXAMPLES)
 
 
 def _batches(chosen: Experiment, sources: Iterable[Source]) -> list[Batch]:

@@ -15,7 +15,7 @@ import numpy as np
 from topgap_jax import data, rewrite
 from topgap_jax.build import check_number, did_you_mean
 from topgap_jax.errors import UserError
-from topgap_jax.keys import example_keys
+from topgap_jax.keys import example_keys, root
 from topgap_jax.models import bind
 from topgap_jax.progress import bar, say
 from topgap_jax.scores import class_of_rank
@@ -148,7 +148,7 @@ def _computed(chosen: Experiment, explanations, label, channels) -> Callable:
     @jax.jit
     @rewrite.fused
     def compute(variables, pictures, ids):
-        predict, keys = bind(chosen.model, variables), example_keys(jax.random.key(chosen.config.seed), ids)
+        predict, keys = bind(chosen.model, variables), example_keys(root(chosen.config.seed), ids)
         logits = predict(pictures)
         predicted = logits.argmax(-1).astype(jnp.int32)
         wanted = predicted if label is None else jnp.full_like(predicted, label) if label != "runner_up" else None

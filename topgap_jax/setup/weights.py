@@ -9,6 +9,7 @@ import jax
 from topgap_jax import pretrained
 from topgap_jax.build import did_you_mean
 from topgap_jax.errors import UserError
+from topgap_jax.keys import root
 from topgap_jax.measure.evaluate import evaluation_variables
 from topgap_jax.progress import say
 from topgap_jax.run import checkpoint
@@ -72,7 +73,7 @@ def initial(
     """
     if not text:
         return None
-    source, key = weights(text), jax.random.key(seed)
+    source, key = weights(text), root(seed)
     for name, values in (normalised or {}).items():
         learnt_with = source.settings.get(name, values)
         if len(learnt_with) != len(values) or max(abs(x - y) for x, y in zip(learnt_with, values)) > NEAR:
