@@ -81,7 +81,7 @@ def entry(name: str, method: Any, call: bool = True) -> str:
         about = [ABOUT_RULES[name]]
     else:
         rules, about = [method], [inspect.getdoc(method) or ""]
-    file = Path(inspect.getsourcefile(rules[0])).relative_to(Path(topgap_jax.__file__).parent.parent)
+    file = Path(inspect.getsourcefile(inspect.unwrap(rules[0]))).relative_to(Path(topgap_jax.__file__).parent.parent)
     first = " ".join(" ".join(each.split("\n\n")[0].split()) for each in about)
     sources = dict.fromkeys(source for each in about for source in SOURCE.findall(" ".join(each.split())))
     more = [source for source in sources if source not in first]
