@@ -20,6 +20,7 @@ import bench_systems
 import parity_attacks
 import parity_square
 import planted_fakes
+import pool_surrogates
 import resnet4b
 import study as driver
 from _bench_driver import table as markdown
@@ -568,6 +569,13 @@ def mistaken(stored: Mapping[str, Any]) -> str:
     ) + markdown(["evaluation", "robust accuracy [95 %]"], lines)
 
 
+def surrogates(stored: Mapping[str, Any]) -> str:
+    return (
+        f"`results/weights/{stored['weights']}.safetensors` at 8/255 on `{stored['split']}`: APGD on cross-entropy and"
+        " on DLR, through the network with another pool on the backward pass alone.\n\n"
+    ) + markdown(pool_surrogates.HEAD, [pool_surrogates.cells(stored, name) for name in stored["rows"]])
+
+
 def planted(stored: Mapping[str, Any]) -> str:
     lines = []
     for name, row in stored["networks"].items():
@@ -650,6 +658,7 @@ BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("Speed of attacks", "bench_attacks", attacking),
     ("A defended network, attacked", "resnet4b", defended),
     ("What makes a robust accuracy appear", "mistakes", mistaken),
+    ("Gradients of other pools", "pool_surrogates", surrogates),
     ("Planted fakes", "planted_fakes", planted),
     ("Speed beside PyTorch", "bench_core", core),
     ("Speed beside PyTorch, Python 3.13", "bench_core_3.13", core),

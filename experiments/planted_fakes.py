@@ -63,19 +63,23 @@ def mean_sparse(model: Model, tau: float = 0.25) -> Model:
 
 
 class Case(NamedTuple):
-    """A network to audit: its weights, what is planted in it, and the checks of which one at least must fail; () for an
-    honest one, of which none may."""
+    """A network to audit: its weights in TOPGAP_DATA or results/weights, what is planted in it, and the checks of which
+    one at least must fail; () for an honest one, of which none may."""
 
     weights: str
     planted: Callable[[Model], Model] = lambda model: model
     due: tuple[str, ...] = ()
     eps: str = "8/255"
+    pool: str = "gap()"
 
 
+ADVERSARIAL = "cifar10_adversarial_adversarial_{}_seed0"
 CASES = {
     "resnet20": Case("resnet20_cifar10"),
     "resnet44": Case("resnet44_cifar10"),
     "resnet4b_adv2": Case("resnet4b_adv2_cifar10", eps="2/255"),
+    "adversarial gap": Case(ADVERSARIAL.format("gap")),
+    "adversarial top_gap": Case(ADVERSARIAL.format("top_gap"), pool="top_gap(k=16)"),
     "logits x 1e4": Case("resnet20_cifar10", fakes.large_logits, ("A5", "A8")),
     "input of 8 levels": Case("resnet20_cifar10", lambda model: fakes.quantised(model, 7), ("A5",)),
     "mean-centred threshold": Case("resnet20_cifar10", mean_sparse, ("A1", "A2", "A4", "A9", "A14", "A17")),
@@ -117,8 +121,10 @@ def stored() -> dict[str, Any]:
 def audited(name: str, points: int) -> dict[str, Any]:
     """The row of the network's audit, with what is due of it and the CPU seconds that it took."""
     case = CASES[name]
-    weights = lambda file: Path(os.environ["TOPGAP_DATA"], "weights", f"{file}.safetensors")
-    loaded = setup.from_config(ROOT / "configs" / "cifar10.py", [("init", str(weights(case.weights)))])
+    folders = Path(os.environ["TOPGAP_DATA"], "weights"), ROOT / "results" / "weights"
+    weights = lambda file: next(path for each in folders if (path := each / f"{file}.safetensors").is_file())
+    overrides = [("init", str(weights(case.weights))), ("pool", case.pool)]
+    loaded = setup.from_config(ROOT / "configs" / "cifar10.py", overrides)
     planted = loaded.experiment._replace(model=case.planted(loaded.experiment.model))
     text = f"audit(linf({case.eps}), twin='{weights(TWIN)}', points={points})"
     before = cpu_seconds()

@@ -36,7 +36,8 @@ def fab(ball: Ball, *, steps: int = 100, restarts: int = 1) -> Attack:
 
     and from an adversarial x back by a tenth of the way to the clean image. The first run starts there and draws
     nothing, the others at random points of size eps / 2, uniform in linf, else Gaussian. The state's `score` is minus
-    the smallest size that has been adversarial, in the ball or not.
+    the smallest size that has been adversarial, in the ball or not. It has no `samples`: a boundary that moves with
+    every pass has no distance.
     """
     check_number("restarts", restarts, 1, whole=True)
 

@@ -53,7 +53,8 @@ def pgd(
 
     optimizer: any optax transformation, x <- P(x + its update for the gradient of -score), with a state for each
     example. optax.adam(optax.piecewise_constant_schedule(.1, {20: .1, 30: .01}), eps=1e-9), 40 steps of `margin`: the
-    evaluation of Gowal et al. 2020 (arXiv 2010.03593).
+    evaluation of Gowal et al. 2020 (arXiv 2010.03593). optax.sgd(.1, momentum=.9) has momentum; `mim` has it in sign
+    steps.
     targets: for a targeted score, how many of the classes with the largest clean logits are aimed at in turn; an
     example is broken by any other class. pgd(ball, score=targeted_margin, targets=9) is the multi-targeted attack
     (Gowal et al. 2019, arXiv 1910.09338).
