@@ -1,7 +1,7 @@
 """The perturbations an attack may use: `linf(8/255)`, `l2(0.5)`, `l1(12)`, cut by the pixel box [0, 1].
 
 eps (b,) is each example's own radius, so that a curve over radii is one program; the ball's number is the default.
-`optax.projections` projects onto ball or box alone, of which neither after the other is the projection onto both.
+`optax.projections` projects onto the ball or the box; in l2 and l1 that onto both is not one after the other.
 """
 
 import math
