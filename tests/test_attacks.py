@@ -547,6 +547,12 @@ def test_a_name_says_what_is_not_the_default(text, name):
     assert make(text).name == name
 
 
+def test_a_name_of_an_attack_on_an_object_is_the_same_every_time():
+    score = functools.partial(scores.margin)
+    assert attacks.fgsm(balls.linf(0.1), score=score).name == "fgsm, linf(0.1), score=partial"
+    assert attacks.pgd(balls.linf(0.1), optimizer=optax.sgd(0.1)).name == "pgd-20, linf(0.1), optimizer"
+
+
 def attacked(images=IMAGES, labels=LABELS, keys=KEYS, attack="fgsm(linf(.1))", predict=PREDICT):
     return attacks.attack(make(attack), keys, predict, images, labels)
 

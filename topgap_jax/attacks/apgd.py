@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.naming import named, telling
+from topgap_jax.attacks.naming import named, options_in_name
 from topgap_jax.attacks.state import (
     aim,
     book,
@@ -34,7 +34,7 @@ from topgap_jax.types import Array, Attack, Ball, Cost, Score
 HISTORIES, ORDERS = ("autoattack", "paper"), ("logits", "malt")
 
 
-@telling("score", "steps")
+@options_in_name("score", "steps")
 def apgd(
     ball: Ball,
     *,
@@ -66,7 +66,7 @@ def apgd(
     return _apgd("apgd", ball, score, 0, steps, restarts, rho, history, larger_radii, samples)
 
 
-@telling("targets", "steps", "order")
+@options_in_name("targets", "steps", "order")
 def apgd_t(
     ball: Ball,
     *,

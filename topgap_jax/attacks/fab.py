@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.naming import telling
+from topgap_jax.attacks.naming import options_in_name
 from topgap_jax.attacks.state import aim, book, check_ball, misclassified, move, no_nan, run_keys, where
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
@@ -23,7 +23,7 @@ ORDERS = ("logits", "malt")
 BACK, OVERSHOOT, CLEAN_SHARE = 0.9, 1.05, 0.1  # the paper's beta, eta and alpha_max
 
 
-@telling("steps")
+@options_in_name("steps")
 def fab(ball: Ball, *, steps: int = 100, restarts: int = 1) -> Attack:
     """Steps onto the nearest linearised class boundary, of all classes; k backward passes each (Croce & Hein 2020,
     arXiv 1907.02044).
@@ -75,7 +75,7 @@ def fab(ball: Ball, *, steps: int = 100, restarts: int = 1) -> Attack:
     return _fab(f"fab-{steps}", ball, steps, restarts, begin, boundary, cost)
 
 
-@telling("targets", "steps", "order")
+@options_in_name("targets", "steps", "order")
 def fab_t(ball: Ball, *, targets: int = 9, steps: int = 100, order: str = "logits") -> Attack:
     """`fab` on the boundary between the label and one other class, in turn for the `targets` nearest ones; one backward
     pass a step.

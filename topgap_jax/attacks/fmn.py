@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.naming import telling
+from topgap_jax.attacks.naming import options_in_name
 from topgap_jax.attacks.state import BROKEN, RUNNING, check_ball, misclassified, move, score_and_gradient, where
 from topgap_jax.build import check_number, table
 from topgap_jax.norms import direction_and_length
@@ -22,7 +22,7 @@ class Search(NamedTuple):
     radius: Array  # (b,): what the iterate is projected to
 
 
-@telling("steps")
+@options_in_name("steps")
 def fmn(ball: Ball, *, steps: int = 100) -> Attack:
     """Fast minimum-norm attack: ascent of the margin M in a ball that shrinks when it breaks and grows when not (Pintor
     et al. 2021, arXiv 2102.12827).

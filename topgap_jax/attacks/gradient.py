@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.naming import named, telling
+from topgap_jax.attacks.naming import named, options_in_name
 from topgap_jax.attacks.state import (
     FINISHED,
     RUNNING,
@@ -32,7 +32,7 @@ from topgap_jax.types import Array, Attack, Ball, Cost, Score
 STARTS = ("random", None)
 
 
-@telling("score", "steps")
+@options_in_name("score", "steps")
 def pgd(
     ball: Ball,
     *,
@@ -116,7 +116,7 @@ def finish_cycles(state: State) -> State:
     )
 
 
-@telling()
+@options_in_name()
 def fgsm(ball: Ball, *, score: Score = cross_entropy, samples: int | None = None) -> Attack:
     """One full step from the clean image: x + eps * ascent(gradient) (Goodfellow et al. 2015, arXiv 1412.6572).
 
@@ -138,7 +138,7 @@ def fgsm(ball: Ball, *, score: Score = cross_entropy, samples: int | None = None
     return Attack(init, step, 1, cost, f"fgsm, {ball.name}", samples=samples, norm=ball.norm, score=score)
 
 
-@telling()
+@options_in_name()
 def r_fgsm(ball: Ball, *, score: Score = cross_entropy, samples: int | None = None) -> Attack:
     """A random half step, then half a step along the gradient there: R+FGSM (Tramer et al. 2018, arXiv 1705.07204).
 
@@ -170,7 +170,7 @@ class Momentum(NamedTuple):
     momentum: Array  # (b, h, w, c)
 
 
-@telling("score", "steps")
+@options_in_name("score", "steps")
 def mim(
     ball: Ball, *, score: Score = cross_entropy, steps: int = 10, decay: float = 1.0, samples: int | None = None
 ) -> Attack:

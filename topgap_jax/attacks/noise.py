@@ -1,7 +1,7 @@
 """`noise`: what no gradient is needed for, random points of the ball and its corners."""
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.naming import telling
+from topgap_jax.attacks.naming import options_in_name
 from topgap_jax.attacks.state import book, check_ball, move, run_keys, step_keys, where
 from topgap_jax.build import check_number, table
 from topgap_jax.keys import normal
@@ -9,7 +9,7 @@ from topgap_jax.scores import margin
 from topgap_jax.types import Attack, Ball, Cost
 
 
-@telling("draws")
+@options_in_name("draws")
 def noise(ball: Ball, *, draws: int = 1000) -> Attack:
     """Additive noise: in turn `draws` random points of the ball and `draws` of its corners, x + eps * ascent(N(0, I)).
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topgap_jax.attacks import state as states
-from topgap_jax.attacks.naming import telling
+from topgap_jax.attacks.naming import options_in_name
 from topgap_jax.attacks.state import book, check_ball, move, run_keys, step_keys, where
 from topgap_jax.build import check_number, table
 from topgap_jax.errors import UserError
@@ -27,7 +27,7 @@ class Search(NamedTuple):
     top: Array  # (b, h, w, c): the perturbation with the highest margin
 
 
-@telling("queries")
+@options_in_name("queries")
 def square(ball: Ball, *, queries: int = 5000, p_init: float = 0.8) -> Attack:
     """Random search with windows, one forward pass a step and no gradient (Andriushchenko et al. 2020, arXiv
     1912.00049).
