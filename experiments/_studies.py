@@ -297,7 +297,6 @@ STUDIES = {
             Claim(f"test[:500] | {DELETION_BLACK} | deletion", "deletion score, black", -1),
         ),
     ),
-    "cifar10": _real("cifar10.py", {"gap": Arm(), "top_gap": Arm(overrides={"pool": "top_gap(k=16)"})}, "top_gap"),
     "cifar10_robust": _robust("", seeds=(0, 1)),
     "cifar10_pyramid": _robust("pyramid "),
     "cifar10_adversarial": _robust("adversarial "),
