@@ -224,6 +224,7 @@ def _log(folder, weights_hash, mesh, **header):
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.ravel())
     header |= {"weights": weights_hash(), "devices": [device.device_kind for device in devices]}
     header |= {"version": __version__, "jax": jax.__version__}
+    header |= {"threefry_partitionable": bool(jax.config.jax_threefry_partitionable)}
     name = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:12]
     return Log(Path(folder) / f"unfinished-{name}.jsonl", header)
 

@@ -17,16 +17,15 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 
 
 def provenance() -> dict[str, Any]:
-    """{"command", "commit", "versions", "convolutions", "device", "device_count", "processor", "cores", "load_average"}
-
-    of this process; the command as a shell takes it.
-    """
+    """{"command", "commit", "versions", "convolutions", "threefry_partitionable", "device", "device_count",
+    "processor", "cores", "load_average"} of this process; the command as a shell takes it."""
     return {
         # The last part of an absolute path only: whose machine it was is nobody's business.
         "command": shlex.join(Path(word).name if word.startswith("/") else word for word in sys.argv),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "convolutions": engine.status() if jax.default_backend() == "cpu" else None,
+        "threefry_partitionable": bool(jax.config.jax_threefry_partitionable),  # other numbers from the same keys
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "processor": processor(),

@@ -22,7 +22,16 @@ CONFIG = {
 }
 """The schema of config.json."""
 VERSIONS = "versions.json"
-CONDITIONS = ("versions", "convolutions", "device", "processor", "mesh_devices", "processes", "threads")
+CONDITIONS = (
+    "versions",
+    "convolutions",
+    "threefry_partitionable",
+    "device",
+    "processor",
+    "mesh_devices",
+    "processes",
+    "threads",
+)
 """What of a start decides the bits of its results."""
 STARTS = 100  # earlier starts that versions.json keeps
 LOOKING = ("test", "evaluators", "explain", "log_every")
