@@ -122,7 +122,7 @@ def audited(name: str, points: int) -> dict[str, Any]:
     """The row of the network's audit, with what is due of it and the CPU seconds that it took."""
     case = CASES[name]
     folders = Path(os.environ["TOPGAP_DATA"], "weights"), ROOT / "results" / "weights"
-    weights = lambda file: next(path for each in folders if (path := each / f"{file}.safetensors").is_file())
+    weights = lambda file: next((path for each in folders if (path := each / f"{file}.safetensors").is_file()), file)
     overrides = [("init", str(weights(case.weights))), ("pool", case.pool)]
     loaded = setup.from_config(ROOT / "configs" / "cifar10.py", overrides)
     planted = loaded.experiment._replace(model=case.planted(loaded.experiment.model))

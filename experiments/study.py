@@ -57,6 +57,7 @@ from topgap_jax.run.fit import fit
 from topgap_jax.run.provenance import provenance
 from topgap_jax.setup import config as configs
 from topgap_jax.setup import expressions
+from topgap_jax.types import Measure
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "results" / "weights"
@@ -181,7 +182,7 @@ def result(name: str, runs: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "claim": claim.words,
                 "measure": claim.measure,
-                "verdict": judge(study, comparison, claim) if claim.bound is None else reaches(study, runs, claim),
+                "verdict": verdict(study, runs, comparison, claim),
             }
             for claim in study.claims
         ],
@@ -191,14 +192,19 @@ def result(name: str, runs: Mapping[str, Any]) -> dict[str, Any]:
 # Their comparison
 
 
-def numbers(study: Study, arm_name: str, rows: Iterable[results.Row]) -> dict[str, float | None]:
-    """{"split | evaluator | name": value} of a run's rows; EXPLAIN stands for the arm's own explanation."""
+def measures(study: Study, arm_name: str, rows: Iterable[results.Row]) -> dict[str, Measure]:
+    """{"split | evaluator | name": measure} of a run's rows; EXPLAIN stands for the arm's own explanation."""
     own = {text.replace("EXPLAIN", study.arms[arm_name].explain): text for _, text in study.evaluators}
     return {
-        f"{row.split} | {own.get(row.evaluator, row.evaluator)} | {name}": measure.value
+        f"{row.split} | {own.get(row.evaluator, row.evaluator)} | {name}": measure
         for row in rows
         for name, measure in row.numbers.items()
     }
+
+
+def numbers(study: Study, arm_name: str, rows: Iterable[results.Row]) -> dict[str, float | None]:
+    """The values of `measures`."""
+    return {key: measure.value for key, measure in measures(study, arm_name, rows).items()}
 
 
 def compare(study: Study, runs: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,6 +257,11 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "verdict": verdict}
 
 
+def verdict(study: Study, runs: Mapping[str, Any], comparison: Mapping[str, Any], claim: Claim) -> str:
+    """What is to be said of a claim."""
+    return judge(study, comparison, claim) if claim.bound is None else reaches(study, runs, claim)
+
+
 def judge(study: Study, comparison: Mapping[str, Any], claim: Claim) -> str:
     """A claim by the method's differences from the plain control and from the control that decides."""
     if claim.measure not in comparison:
@@ -266,12 +277,11 @@ def judge(study: Study, comparison: Mapping[str, Any], claim: Claim) -> str:
 
 def reaches(study: Study, runs: Mapping[str, Any], claim: Claim) -> str:
     """A claim about a number of the method itself, by its interval over images in each seed."""
-    split, text, name = claim.measure.split(" | ")
-    rows = [results.from_json(row) for run in runs.get(study.method, {}).values() for row in run["rows"]]
-    measures = [row.measures[name] for row in rows if (row.split, row.evaluator) == (split, text)]
-    if not measures:
+    rows = [map(results.from_json, run["rows"]) for run in runs.get(study.method, {}).values()]
+    found = [measures(study, study.method, each).get(claim.measure) for each in rows]
+    if not found or any(measure is None or measure.low is None for measure in found):
         return "undefined"
-    beyond = [sorted(claim.sign * (end - claim.bound) for end in (measure.low, measure.high)) for measure in measures]
+    beyond = [sorted(claim.sign * (end - claim.bound) for end in (measure.low, measure.high)) for measure in found]
     if all(nearest > 0 for nearest, _ in beyond):
         return "reproduced"
     return "not reproduced" if any(farthest < 0 for _, farthest in beyond) else "undecided"
@@ -399,10 +409,10 @@ def main() -> None:
                 if arguments.check:
                     print("\n".join(check(study, arm_name, before, run)), flush=True)
                 else:
-                    store(name, arm_name, seed, run)
                     if study.keeps:
                         KEPT.mkdir(exist_ok=True)
                         copy(weights(name, arm_name, seed, runs), KEPT)
+                    store(name, arm_name, seed, run)
 
 
 if __name__ == "__main__":

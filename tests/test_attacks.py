@@ -534,9 +534,11 @@ NO_GRADIENT = "score=kl has no gradient at the clean image: give pgd(ball, score
         ("pgd(linf(8/255), steps=5)", "pgd-5, linf(8/255)"),
         ("pgd(linf(8/255), restarts=10)", "pgd-20, linf(8/255), 10 restarts"),
         ("restarts(pgd(linf(8/255)), 10)", "pgd-20, linf(8/255), 10 restarts"),
+        ("pgd(linf(.1), samples=4, restarts=10)", "pgd-20, linf(0.1), samples=4, 10 restarts"),
+        ("restarts(pgd(linf(.1), samples=4), 10)", "pgd-20, linf(0.1), samples=4, 10 restarts"),
         ("pgd(l2(1), score=margin, start=None, step_size=.1)", "pgd-20 on margin, l2(1), start=None, step_size=0.1"),
         ("pgd(linf(.1), score=targeted_margin, targets=3)", "pgd-20 on targeted_margin, linf(0.1), targets=3"),
-        ("fgsm(linf(.1), score=margin, samples=4)", "fgsm, linf(0.1), samples=4, score=margin"),
+        ("fgsm(linf(.1), score=margin, samples=4)", "fgsm on margin, linf(0.1), samples=4"),
         ("apgd(l1(12), larger_radii=True, rho=0.0)", "apgd-100, l1(12), larger_radii, rho=0"),
         ("apgd_t(linf(.1), order='malt', rho=.5)", "apgd-t-100 x 9 by malt, linf(0.1), rho=0.5"),
         ("square(linf(.1), queries=9, p_init=.3)", "square-9, linf(0.1), p_init=0.3"),
@@ -549,7 +551,7 @@ def test_a_name_says_what_is_not_the_default(text, name):
 
 def test_a_name_of_an_attack_on_an_object_is_the_same_every_time():
     score = functools.partial(scores.margin)
-    assert attacks.fgsm(balls.linf(0.1), score=score).name == "fgsm, linf(0.1), score=partial"
+    assert attacks.fgsm(balls.linf(0.1), score=score).name == "fgsm on partial, linf(0.1)"
     assert attacks.pgd(balls.linf(0.1), optimizer=optax.sgd(0.1)).name == "pgd-20, linf(0.1), optimizer"
 
 

@@ -15,6 +15,7 @@ from topgap_jax.data import Source
 from topgap_jax.errors import UserError
 from topgap_jax.evaluators import accuracy, attributional_robustness, coverage, curve, localisation, measures, robust
 from topgap_jax.explain import cam
+from topgap_jax.measure import evaluate as evaluate_module
 from topgap_jax.measure import results
 from topgap_jax.measure.evaluate import evaluate, evaluation_variables
 from topgap_jax.measure.log import Log, packed, unpacked
@@ -426,6 +427,15 @@ def test_verdicts_depend_neither_on_order_nor_on_width(data):
         assert {k: again[k] for k in ("robust_accuracy", "after_runs", "attacked")} == {
             k: plain[k] for k in ("robust_accuracy", "after_runs", "attacked")
         }
+
+
+def test_a_log_under_another_flag_of_threefry_is_another_log(tmp_path):
+    """The same keys would draw other numbers."""
+    names = []
+    for flag in (True, False):
+        with jax.threefry_partitionable(flag):
+            names.append(evaluate_module._log(tmp_path, lambda: "1", None, evaluator="robust").path.name)
+    assert len(set(names)) == 2
 
 
 def test_a_stopped_attack_goes_on(tmp_path):

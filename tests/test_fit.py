@@ -94,12 +94,15 @@ def test_every_start_is_recorded_and_other_conditions_are_said(tmp_path, capsys,
     workdir_module.record_versions(tmp_path, mesh)
     assert capsys.readouterr().err == ""
     about = workdir_module.provenance()
+    assert about["threefry_partitionable"] is True
     other = about | {"processor": "another", "versions": about["versions"] | {"jax": "9.9"}}
+    other["threefry_partitionable"] = False
     monkeypatch.setattr(workdir_module, "provenance", lambda: other)
     workdir_module.record_versions(tmp_path, mesh)
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and f"versions jax {jax.__version__} -> 9.9" in line
-    assert f"processor {about['processor']} -> another" in line and "the bits may differ from here on" in line
+    assert f"processor {about['processor']} -> another" in line and "threefry_partitionable True -> False" in line
+    assert "the bits may differ from here on" in line
     stored = workdir_module.read_versions(tmp_path / "versions.json")
     assert stored["processor"] == "another" and stored["threads"] >= 1
     assert [start["processor"] for start in stored["earlier"]] == [about["processor"]] * 2

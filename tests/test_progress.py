@@ -71,14 +71,24 @@ def test_the_time_left_is_at_most_that_of_the_steps(capsys, monkeypatch, done, l
 def test_a_terminal_gets_the_time_that_is_left_without_a_unit_done(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "DRAWN_SECONDS", 0.0)
     with bar(4, "attacking") as shown:
         shown.tqdm.start_t -= 60
-        shown.at_most(10, 20)
-        time.sleep(0.11)  # tqdm draws ten times a second
         shown.at_most(10, 20)
         shown.update(4)
     assert re.search(r"\rattacking:   0%\|.*\| 0/4 \[01:00<02:00, ", terminal.text)
     assert re.search(r"\rattacking: 100%\|.*\| 4/4 \[01:00<00:00, ", terminal.text)
+
+
+def test_the_time_left_does_not_change_the_rate(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with bar(100, "attacking") as shown:
+        for _ in range(25):
+            shown.at_most(10, 20)
+            time.sleep(0.02)  # half a second for 50 units
+        shown.update(50)
+    assert 0 < float(re.findall(r"([\d.]+) images/s", terminal.text)[-1]) <= 100
 
 
 def test_a_disabled_bar_is_silent(capsys):

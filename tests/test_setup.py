@@ -676,3 +676,15 @@ def test_a_plan_is_what_the_training_then_has(trained):
     assert halves.memory_a_device < made.memory_a_device
     text = error(plan, parts, model, resident=True, devices=7)
     assert text == "a batch of 20 cannot be divided over 1 x 7 = 7 devices; make config.batch a multiple of 7"
+
+
+def test_a_published_twin_has_its_own_pool(topgap_data):
+    """And not that of the network that it stands beside."""
+    file = str(topgap_data / "weights" / "resnet20_cifar10.safetensors")
+    images = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 32, 32, 3)), jnp.float32)
+    logits = []
+    for head in ("gap()", "top_gap(k=16)"):
+        chosen = setup.experiment(Path(__file__).parent.parent / "configs" / "cifar10.py", [("pool", head)])
+        twin = networks.network(chosen, file)
+        logits.append(jax.jit(bind(twin.model, twin.variables))(images))
+    np.testing.assert_array_equal(*logits)

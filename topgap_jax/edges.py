@@ -96,8 +96,8 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def check_outputs(where: str, logits: Any, labels: Any) -> None:
-    """Raise a UserError for outputs (n, k), where they are not traced, and labels (n,) of clean images that no attack
-    on the label can be on."""
+    """Raise a UserError for logits (n, k) and labels (n,) of clean images that leave an attack without a meaning: one
+    class, a label out of range, NaN, probabilities. Traced ones are not looked at."""
     if not (_is_concrete(logits) and _is_concrete(labels)):
         return
     logits, labels = np.asarray(logits, np.float32), np.asarray(labels)

@@ -9,8 +9,8 @@ from topgap_jax.types import Array, Keys
 
 
 def root(seed: int) -> Array:
-    """The key that everything of a seed is drawn from, whatever `jax_default_prng_impl` says: of threefry alone, mapped
-    over examples, what one of them draws does not depend on its neighbours."""
+    """The root key of a seed, of kind threefry whatever `jax_default_prng_impl` says: with other kinds, what an example
+    draws under `vmap` depends on its neighbours."""
     return jax.random.key(seed, impl="threefry2x32")
 
 

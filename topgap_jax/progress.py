@@ -18,15 +18,15 @@ from topgap_jax.stored import CHECKSUM, checksum
 
 METRICS = "metrics.jsonl"
 QUIET_SECONDS = 30.0  # between two lines where there is no terminal
-BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # tqdm's own
-LINE = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+DRAWN_SECONDS = 0.1  # between two pictures of a bar
+COUNTS = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # tqdm's own
 
 
 class Bar(Protocol):
     """A progress bar: `update(n)` counts n more units as done, `note(text)` shows a few words behind the counts.
 
-    `at_most(done, left)` tells of units that take very different times how many steps have been done, and how many
-    more there can be: the time that is left is at most that of the steps.
+    `at_most(done, left)` tells of units that take very different times how many steps of one length have been done,
+    and how many more there can be: the time that is left is at most that of these.
     """
 
     def update(self, n: int) -> None: ...
@@ -69,8 +69,8 @@ class _Silent:
 
 class _TerminalBar:
     def __init__(self, total, text, unit, done):
-        options = {"initial": done, "miniters": 0, "bar_format": BAR, "dynamic_ncols": True, "file": sys.stderr}
-        self.tqdm = tqdm(total=total, desc=text, unit=f" {unit}", **options)
+        self.tqdm = tqdm(total=total, desc=text, unit=f" {unit}", initial=done, dynamic_ncols=True, file=sys.stderr)
+        self.drawn = time.monotonic()
 
     def update(self, n):
         self.tqdm.update(n)
@@ -79,13 +79,15 @@ class _TerminalBar:
         self.tqdm.set_postfix_str(text, refresh=False)
 
     def at_most(self, done, left):
-        meter = self.tqdm.format_dict
-        remaining = _remaining(meter["n"], meter["total"], meter["initial"], meter["elapsed"], left / done)
-        self.tqdm.bar_format = BAR.replace("{remaining}", remaining)
-        self.tqdm.update(0)
+        if time.monotonic() - self.drawn >= DRAWN_SECONDS:
+            meter = self.tqdm.format_dict
+            remaining = _remaining(meter["n"], meter["total"], meter["initial"], meter["elapsed"], left / done)
+            self.tqdm.bar_format = "{l_bar}{bar}| " + COUNTS.replace("{remaining}", remaining)
+            self.tqdm.refresh()
+            self.drawn = time.monotonic()
 
     def close(self):
-        self.tqdm.bar_format = BAR
+        self.tqdm.bar_format = None
         self.tqdm.close()
 
 
@@ -126,16 +128,15 @@ class _Lines:
             initial=self.initial,
             prefix=self.text,
             postfix=self.words or None,
-            bar_format=LINE.replace("{remaining}", remaining),
+            bar_format="{desc}: {percentage:.0f}% " + COUNTS.replace("{remaining}", remaining),
         )
         print(meter, file=sys.stderr, flush=True)
 
 
 def _remaining(done: int, total: int, initial: int, elapsed: float, times_more: float) -> str:
     """The time that is left, at the pace so far and at most `times_more` as long as what has passed."""
-    at_this_pace = elapsed * (total - done) / (done - initial) if done > initial else math.inf
-    seconds = min(at_this_pace, elapsed * times_more)
-    return tqdm.format_interval(seconds) if seconds < math.inf else "?"
+    times = min(times_more, (total - done) / (done - initial) if done > initial else math.inf)
+    return tqdm.format_interval(elapsed * times) if times < math.inf else "?"
 
 
 class Metrics:

@@ -117,7 +117,7 @@ def _apgd(method, ball, score, targets, steps, restarts, rho, history, larger_ra
     def step(predict, state):
         return advance(state, *score_and_gradient(predict, score, state, targeted=targets > 0, samples=samples))
 
-    name = f"{method}-{steps} x {targets}" if targets else named(method, steps, score)
+    name = f"{method}-{steps} x {targets}" if targets else named(f"{method}-{steps}", score)
     name += " by malt" if order == "malt" else ""
     cost = lambda predict, images: Cost(0, samples or 1)
     return Attack(init, step, calls, cost, f"{name}, {ball.name}", "label", runs, samples, ball.norm, score=score)

@@ -28,7 +28,7 @@ def restarts(attack: Attack, n: int) -> Attack:
     check_number("n", n, 1, whole=True)
     if single(attack).runs > 1:
         raise UserError(f"'{attack.name}' has {attack.runs} runs already; give it its own option restarts={n}")
-    return attack._replace(runs=n, name=f"{attack.name}, {restarted(n)}" if n > 1 else attack.name)
+    return restarted(attack._replace(runs=n), n)
 
 
 def autoattack(ball: Ball, *, version: str = "standard") -> Runs:

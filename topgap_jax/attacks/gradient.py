@@ -92,7 +92,7 @@ def pgd(
             update, search = jax.vmap(optimizer.update)(-gradient, state.search, state.delta)
         return move(state, ball.project(state.images, state.delta + update, state.eps), search)
 
-    name = f"{named('pgd', steps, score)}, {ball.name}"
+    name = f"{named(f'pgd-{steps}', score)}, {ball.name}"
     cost = lambda predict, images: Cost(0, samples or 1)
     return Attack(init, step, steps, cost, name, "label", runs, samples, ball.norm, score=score)
 
@@ -116,7 +116,7 @@ def finish_cycles(state: State) -> State:
     )
 
 
-@options_in_name()
+@options_in_name("score")
 def fgsm(ball: Ball, *, score: Score = cross_entropy, samples: int | None = None) -> Attack:
     """One full step from the clean image: x + eps * ascent(gradient) (Goodfellow et al. 2015, arXiv 1412.6572).
 
@@ -135,10 +135,12 @@ def fgsm(ball: Ball, *, score: Score = cross_entropy, samples: int | None = None
         return move(state, ball.project(state.images, full, state.eps))
 
     cost = lambda predict, images: Cost(0, samples or 1)
-    return Attack(init, step, 1, cost, f"fgsm, {ball.name}", samples=samples, norm=ball.norm, score=score)
+    return Attack(
+        init, step, 1, cost, f"{named('fgsm', score)}, {ball.name}", samples=samples, norm=ball.norm, score=score
+    )
 
 
-@options_in_name()
+@options_in_name("score")
 def r_fgsm(ball: Ball, *, score: Score = cross_entropy, samples: int | None = None) -> Attack:
     """A random half step, then half a step along the gradient there: R+FGSM (Tramer et al. 2018, arXiv 1705.07204).
 
@@ -161,7 +163,9 @@ def r_fgsm(ball: Ball, *, score: Score = cross_entropy, samples: int | None = No
 
     half = lambda state: 0.5 * state.eps[:, None, None, None]
     cost = lambda predict, images: Cost(0, samples or 1)
-    return Attack(init, step, 1, cost, f"r+fgsm, {ball.name}", samples=samples, norm=ball.norm, score=score)
+    return Attack(
+        init, step, 1, cost, f"{named('r+fgsm', score)}, {ball.name}", samples=samples, norm=ball.norm, score=score
+    )
 
 
 class Momentum(NamedTuple):
@@ -196,7 +200,7 @@ def mim(
         return move(state, ball.project(state.images, delta, state.eps), Momentum(momentum))
 
     cost = lambda predict, images: Cost(0, samples or 1)
-    name = f"{named('mim', steps, score)}, {ball.name}"
+    name = f"{named(f'mim-{steps}', score)}, {ball.name}"
     return Attack(init, step, steps, cost, name, samples=samples, norm=ball.norm, score=score)
 
 

@@ -37,9 +37,7 @@ def accuracy() -> Evaluator:
             "nll": average(rows["nll"], Measure(better="lower", label="NLL", unit="nats")),
             "calibration_error": Measure(error, n=len(correct), better="lower", label="calibration error"),
         }
-        if "group" in rows:
-            measures |= by_group(correct, rows["group"], ACCURACY, "accuracy")
-        return measures | {"calibration": curve}
+        return measures | by_group(correct, rows.get("group"), ACCURACY, "accuracy") | {"calibration": curve}
 
     return Evaluator(rows, summary, lambda predict, images: Cost(1, 0))
 

@@ -30,7 +30,7 @@ def curve(*runs: Attack | Runs, eps: tuple[float, ...]) -> Robustness:
     From the smallest radius to the largest in one compiled program, and one more whenever what stands fills half its
     batch. What breaks at one is inside every larger ball, so that only what stands is attacked again; such carried
     verdicts can only lower the accuracy that the attacks alone would find there. An attack on the norm (`fmn`) gives
-    all radii at once.
+    all radii at once. Where the data have groups, the worst group's accuracy stands beside each.
     """
     attacks = _attacks("curve", runs)
     norms = dict.fromkeys(attack.norm for attack in attacks if attack.norm)

@@ -68,7 +68,7 @@ def work(
     time; the next follows if that did not break it, and runs are made in the order in which they become due. entry:
     what `verdicts.judge` says, with `slot_steps`, the steps of all slots since the last entry, and `seconds`. source:
     the variables of the network that a transfer is from. eps: a radius for all, the attack's own if not given.
-    watch(done, left): called now and then with the steps that examples have taken, and how many more they can.
+    watch(done, left): called now and then with the steps that the batch has taken, and how many more it can.
     """
     runs, due, over = np.array(runs), deque(), []
     names = np.arange(len(labels), dtype=np.int32)  # by which the examples draw: of a part of a split, not their rows
@@ -153,10 +153,9 @@ def work(
             for row in done:
                 index = int(slots[row])
                 over.append(Over(index, int(runs[index]), *facts[row].tolist(), float(radii[row])))
-            taken += steps * int((slots != EMPTY).sum())
             slots[done] = EMPTY
-            waiting = int((attack.runs - runs).sum()) - len(over)
-            watch(taken, max(0, waiting * attack.steps - int(count[slots != EMPTY].sum())))
+            taken += steps
+            watch(taken, _at_most(attack, runs, over, slots, count))
             if len(over) == width or (over and dispatches >= PATIENCE):
                 yield verdicts()
         if over:
@@ -255,6 +254,15 @@ def _compile(parts: Functions, variables: Variables, source: Any, state: State, 
     parts.steps.lower(variables, source, state, 1).compile()
     parts.fill.lower(state, state, *moves).compile()
     parts.retire.lower(points, state, *moves).compile()
+
+
+def _at_most(attack, runs, over, slots, count):
+    """How many more steps the batch takes where nothing breaks: Graham's bound for chains of runs on as many slots."""
+    chains = (attack.runs - runs) * attack.steps
+    chains[slots[slots != EMPTY]] -= count[slots != EMPTY]
+    chains[[run.index for run in over]] -= attack.steps
+    longest = int(chains.max())
+    return longest if (chains > 0).sum() <= len(slots) else int(chains.sum()) // len(slots) + longest
 
 
 def _moves(width, places, rows):

@@ -269,8 +269,8 @@ def _enter(examples: Examples, entry: dict[str, Any], attack: int) -> np.ndarray
 def _robust(robustness, examples: Examples, after: Sequence[float], group: np.ndarray | None):
     names, n = [attack.name for attack in robustness.runs], len(examples.label)
     clean = float((examples.radius > 0).mean())
-    about = Measure(better="higher", label=f"accuracy under {', '.join(names)}")
-    measures = _shares("robust_accuracy", np.isinf(examples.radius), about, group)
+    about, stands = Measure(better="higher", label=f"accuracy under {', '.join(names)}"), np.isinf(examples.radius)
+    measures = {"robust_accuracy": share(stands, about), **by_group(stands, group, about, "robust_accuracy")}
     measures["clean_accuracy"] = _clean_accuracy(examples)
     if len(names) > 1:  # the cascade: what each of the attacks leaves
         left = lambda name: Measure(better="higher", label=f"accuracy after {name}", main=False)
@@ -286,7 +286,8 @@ def _curve(robustness, examples: Examples, after: Sequence[float], group: np.nda
     about = lambda eps: Measure(better="higher", label=f"accuracy at {ball(eps)}")
     measures = {}
     for i, (eps, radius) in enumerate(zip(robustness.eps, radii), 1):
-        measures |= _shares(f"accuracy_at_{i}", examples.radius > radius, about(eps), group)
+        stands, name = examples.radius > radius, f"accuracy_at_{i}"
+        measures |= {name: share(stands, about(eps)), **by_group(stands, group, about(eps), name)}
     clean, attacked = _clean_accuracy(examples), examples.radius > 0
     accuracies = [measures[f"accuracy_at_{i}"].value for i in range(1, len(radii) + 1)]
     details = {"clean_accuracy": clean}
@@ -297,11 +298,6 @@ def _curve(robustness, examples: Examples, after: Sequence[float], group: np.nda
     axes = (f"epsilon, {norm}" if norm else "epsilon", "accuracy")
     over = Curve([0.0, *robustness.eps], [clean.value, *accuracies], axes, "accuracy over epsilon")
     return measures | details | {"over_eps": over}
-
-
-def _shares(name, stands, about, group):
-    """The share of the examples that stand, and those of the groups where the data have them."""
-    return {name: share(stands, about)} | ({} if group is None else by_group(stands, group, about, name))
 
 
 def _clean_accuracy(examples):
@@ -319,7 +315,7 @@ def _details(entries: Sequence[dict[str, Any]], examples: Examples, clean_wrong:
         "attacked": detail(attacked, "images attacked"),
         "mean_steps": detail(over_all("step") / max(attacked, 1), "steps until the break", "steps"),
         "unconfirmed": detail(over("unconfirmed"), "breaks that a forward pass did not confirm"),
-        "not_finite": detail(over("not_finite"), "broken images whose logits are not finite"),
+        "not_finite": detail(over("not_finite"), "breaks where the logits are not finite"),
         "fragile": detail(int(examples.fragile.sum()), "verdicts that floating point might change"),
     }
     used = detail(over_all("steps") / max(slots, 1), "share of the slots' steps that an image needed")

@@ -71,7 +71,7 @@ def judge(attack: Attack, over: Sequence[Over], logits: np.ndarray, labels: np.n
         "predicted": result.predicted.tolist(),
         "fragile": result.fragile.tolist(),
         "unconfirmed": int(((status == BROKEN) & ~broken).sum()),
-        "not_finite": int((broken & ~np.isfinite(result.margin)).sum()),
+        "not_finite": int((broken & ~np.isfinite(logits[: len(over)]).all(1)).sum()),
     }
 
 

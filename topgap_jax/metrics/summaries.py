@@ -40,13 +40,13 @@ def share(right: np.ndarray, about: Measure, reason: str = NO_IMAGE) -> Measure:
     return about._replace(value=float(np.mean(right, dtype=np.float64)), low=low, high=high, n=n)
 
 
-def by_group(right: np.ndarray, group: np.ndarray, about: Measure, name: str) -> dict[str, Measure]:
-    """`share` of right (n,) in the worst of the groups (n,), "worst_group_<name>", and in each, "group_<group>_<name>",
-    of no group nothing."""
+def by_group(right: np.ndarray, group: np.ndarray | None, about: Measure, name: str) -> dict[str, Measure]:
+    """`share` of right (n,) in the worst of the groups (n,), "worst_group_<name>", and in each, "group_<group>_<name>";
+    {} where the data have no groups, or no images."""
+    if group is None or not len(group):
+        return {}
     of = lambda each: about._replace(label=f"{about.label} of group {each}", main=False)
     groups = {each: share(right[group == each], of(each)) for each in np.unique(group)}
-    if not groups:
-        return {}
     worst = min(groups.values(), key=lambda measure: measure.value)
     return {
         f"worst_group_{name}": worst._replace(label=f"worst-group {about.label}", main=about.main),

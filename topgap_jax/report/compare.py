@@ -57,7 +57,7 @@ def compare(workdirs: Sequence[Path | str]) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """The main measures of one evaluation with their cost an image; every robust number has a line with its audit, and
-    one with what each of its attacks left."""
+    one with the clean accuracy and what each attack of several left."""
     head = ["", "value", "images", "forwards", "gradients", "seconds"]
     body, lines = [], [line for line in comparison([rows]) if line.about.main]
     for (line, heading), value in zip(headed(lines), cells([line.cells[0] for line in lines])):
@@ -67,7 +67,8 @@ def table(rows: Sequence[Row]) -> str:
         body += heading
         first = [images or number(row.examples), *costs]
         body.append([label(line), value, *(first if heading else [images])])
-    notes = [line for row in rows if row.audit is not None and not row.checks for line in (note(rows, row), left(row))]
+    robust = [row for row in rows if row.audit is not None and not row.checks]
+    notes = [line for row in robust for line in (note(rows, row), left(row)) if line]
     audits = [f"\n{printable_lines(checks_table(row))}" for row in rows if row.checks]
     return "\n".join([aligned([head, *body], right=range(1, len(head))), *undefined(lines), *notes, *audits])
 
@@ -122,7 +123,8 @@ def note(rows: Sequence[Row], row: Row) -> str:
 
 
 def left(row: Row) -> str:
-    """How a robust number came about: the clean accuracy, what each attack left, and verdicts that are not certain."""
+    """How a robust number came about: the clean accuracy, what each attack left, and how many verdicts are not certain,
+    where there are some."""
     shares = ["clean_accuracy", *(name for name in row.numbers if name.startswith("after_"))]
     counts = [name for name in ("fragile", "unconfirmed", "not_finite") if name in row.numbers]
     measures = [row.numbers[name] for name in shares if name in row.numbers]

@@ -76,6 +76,8 @@ def _described(chosen: Experiment, source: Weights) -> Experiment:
     config = chosen.config.copy_and_resolve_references()
     for key, value in source.settings.items():
         config[key] = value
+    if "model" in source.settings:
+        config.pool = "gap()"  # whatever this experiment's is: that of published weights
     return assemble(configs.Loaded(config, chosen.methods, chosen.file), Data(chosen.classes, 0))
 
 
