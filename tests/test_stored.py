@@ -32,7 +32,7 @@ ROW = {"split": "test", "evaluator": "accuracy()", "overrides": {"eps": "2/255"}
        "checks": [{"id": "A1", "status": "pass", "statistic": 0, "threshold": None, "n": 8, "sentence": "well"}]}  # fmt: skip
 ENTRY = {"phase": 0, "ids": [0, 2], "run": [0, 0], "broken": [True, False], "step": [1, 4], "steps": [2, 4],
          "radius": [0.01, float("inf")], "ended": [True, True], "margin": [0.5, -0.5], "predicted": [1, 0],
-         "fragile": [False, False], "unconfirmed": 0, "slot_steps": 8, "seconds": 0.5}  # fmt: skip
+         "fragile": [False, False], "unconfirmed": 0, "not_finite": 0, "slot_steps": 8, "seconds": 0.5}  # fmt: skip
 EVALUATION = {"rows": [ROW], "weights": "w", "data": "d"}
 READERS = {
     "config.json": (CONFIG, [configs.load, workdir.read_config, lambda path: workdir.learnt(path.parent)]),
