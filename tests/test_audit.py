@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import fakes, laws
-from topgap_jax import attacks
+from topgap_jax import attacks, scores
 from topgap_jax.attacks import fgsm, pgd, square
 from topgap_jax.balls import l1, l2, linf
 from topgap_jax.errors import UserError
@@ -247,7 +247,7 @@ def test_the_path_of_an_attack_and_what_it_returns():
     step = jax.jit(lambda state: wide.step(predict, state))
     for column in found["losses"].T:
         points = state.images + state.delta
-        np.testing.assert_allclose(column, attacks.state.cross_entropy(predict(points), laws.LABELS), atol=1e-5)
+        np.testing.assert_allclose(column, scores.cross_entropy(predict(points), laws.LABELS), atol=1e-5)
         last, state = points, step(state)
     np.testing.assert_allclose(found["last"], last, atol=1e-6)
     assert not found["lost"].any()

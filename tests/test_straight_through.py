@@ -170,7 +170,7 @@ def test_an_attack_through_the_levels():
     np.testing.assert_allclose(found.best, due.best, atol=1e-6)
     assert (found.status == attacks.state.BROKEN).sum() > B / 2
     assert not (run(attack, SHATTERED).status == attacks.state.BROKEN).any()
-    assert through.name == "BPDA of pgd-4, linf(0.2)"
+    assert through.name == "BPDA of pgd-4, linf(0.2), start=None"
 
 
 def test_in_the_queue():
