@@ -1,7 +1,9 @@
 """The queue of attacks: verdicts depend neither on order, neighbours, width, chunks nor devices, nor on a stop; what it
 costs; curves over radii; what is saved."""
 
+import contextlib
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from topgap_jax.balls import linf
 from topgap_jax.evaluators import curve, robust
 from topgap_jax.keys import example_keys, fold_in, split
 from topgap_jax.measure import evaluate, queue
+from topgap_jax.measure import robust as robust_module
 from topgap_jax.measure.log import Log
 from topgap_jax.measure.robust import attack_split
 from topgap_jax.measure.splits import Split, narrowed, resident_split, rows_of
@@ -552,3 +555,20 @@ def test_images_are_kept_where_every_one_is_misclassified():
     np.testing.assert_array_equal(kept.images, PIXELS)
     assert kept.few.shape == (0,) and kept.clean.shape == (0, *IMAGES.shape[1:])
     assert run(wrong, keep="few").kept is None
+
+
+@pytest.mark.parametrize("eps", [1e-6, EPS])
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_no_more_steps_are_left_than_is_said(monkeypatch, eps, restarts):
+    """Whatever breaks: at every moment those that are done and those that are left at most are as many as there will be
+    at the end."""
+    said = []
+
+    @contextlib.contextmanager
+    def heard(*args, **options):
+        yield types.SimpleNamespace(update=lambda n: None, at_most=lambda done, left: said.append((done, left)))
+
+    monkeypatch.setattr(robust_module, "bar", heard)
+    run(split_of(), robust(pgd(linf(eps), steps=5, restarts=restarts)))
+    done, left = np.array(said).T
+    assert (np.diff(done) > 0).all() and (done + left >= done[-1]).all() and left[-1] == 0

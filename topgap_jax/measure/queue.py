@@ -262,7 +262,7 @@ def _at_most(attack, runs, over, slots, count):
     chains[slots[slots != EMPTY]] -= count[slots != EMPTY]
     chains[[run.index for run in over]] -= attack.steps
     longest = int(chains.max())
-    return longest if (chains > 0).sum() <= len(slots) else int(chains.sum()) // len(slots) + longest
+    return longest if (chains > 0).sum() <= len(slots) else longest - (longest - int(chains.sum())) // len(slots)
 
 
 def _moves(width, places, rows):
