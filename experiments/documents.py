@@ -38,8 +38,8 @@ Written by `make results` from `results/*.json`; nothing is trained for it. Each
 A row of a study gives the mean of the plain control over its seeds ± the sample's standard deviation, and of every
 other arm its mean and its difference from the control, paired by seed, with a 95 % t interval: bold where the
 interval leaves out 0, otherwise undecided. No interval is corrected for the number of rows. Within a study all arms
-have the same network, data, steps and seeds. Robust numbers are PGD-20 with one start, not audited: upper bounds.
-Nothing here is a paper's own training budget."""
+have the same network, data, steps and seeds. Where no audit stands beside them, robust numbers are PGD-20 with one
+start, not audited: upper bounds. Nothing here is a paper's own training budget."""
 SYSTEMS_TEXT = """\
 A claim is "reproduced" only where the method differs on the claimed side from plain training *and* from the control
 that decides, "not reproduced" where it lies on the other side of one of them, else "undecided": the commonest verdict

@@ -4,10 +4,10 @@
 
 The adversarially trained Top-GAP arm of `study.py cifar10_adversarial`, as results/weights keeps it, at 8/255 in linf
 on the 250 images that AutoAttack is made on there. Its gradient sees only the k largest positions of a class map, which
-may mislead an attack. So APGD on cross-entropy and on DLR, 100 steps each, goes
-through it once more with another pool on the backward pass alone (BPDA, Athalye et al. 2018, arXiv 1802.00420): global
-average pooling, log-mean-exp, Top-GAP of more positions. Counted are the images that each attack leaves, and how many
-it breaks of those that AutoAttack on the network itself leaves.
+may mislead an attack. So APGD on cross-entropy and on DLR, 100 steps each, goes through it once more with another pool
+on the backward pass alone (BPDA, Athalye et al. 2018, arXiv 1802.00420): global average pooling, log-mean-exp, Top-GAP
+of more positions. Counted are the images that each attack leaves, and how many it breaks of those that AutoAttack on
+the network itself leaves.
 """
 
 import json

@@ -135,9 +135,8 @@ def fgsm(ball: Ball, *, score: Score = cross_entropy, samples: int | None = None
         return move(state, ball.project(state.images, full, state.eps))
 
     cost = lambda predict, images: Cost(0, samples or 1)
-    return Attack(
-        init, step, 1, cost, f"{named('fgsm', score)}, {ball.name}", samples=samples, norm=ball.norm, score=score
-    )
+    name = f"{named('fgsm', score)}, {ball.name}"
+    return Attack(init, step, 1, cost, name, samples=samples, norm=ball.norm, score=score)
 
 
 @options_in_name("score")
@@ -163,9 +162,8 @@ def r_fgsm(ball: Ball, *, score: Score = cross_entropy, samples: int | None = No
 
     half = lambda state: 0.5 * state.eps[:, None, None, None]
     cost = lambda predict, images: Cost(0, samples or 1)
-    return Attack(
-        init, step, 1, cost, f"{named('r+fgsm', score)}, {ball.name}", samples=samples, norm=ball.norm, score=score
-    )
+    name = f"{named('r+fgsm', score)}, {ball.name}"
+    return Attack(init, step, 1, cost, name, samples=samples, norm=ball.norm, score=score)
 
 
 class Momentum(NamedTuple):

@@ -266,7 +266,9 @@ def _enter(examples: Examples, entry: dict[str, Any], attack: int) -> np.ndarray
     return newly
 
 
-def _robust(robustness, examples: Examples, after: Sequence[float], group: np.ndarray | None):
+def _robust(
+    robustness: Robustness, examples: Examples, after: Sequence[float], group: np.ndarray | None
+) -> dict[str, Measure | Curve]:
     names, n = [attack.name for attack in robustness.runs], len(examples.label)
     clean = float((examples.radius > 0).mean())
     about, stands = Measure(better="higher", label=f"accuracy under {', '.join(names)}"), np.isinf(examples.radius)
@@ -279,7 +281,9 @@ def _robust(robustness, examples: Examples, after: Sequence[float], group: np.nd
     return measures | {"after_runs": Curve(list(range(len(names) + 1)), [clean, *after], axes, "accuracy by attack")}
 
 
-def _curve(robustness, examples: Examples, after: Sequence[float], group: np.ndarray | None):
+def _curve(
+    robustness: Robustness, examples: Examples, after: Sequence[float], group: np.ndarray | None
+) -> dict[str, Measure | Curve]:
     radii = [np.float32(eps) for eps in robustness.eps]
     norm = next((attack.norm for attack in robustness.runs if attack.norm), "")
     ball = lambda eps: f"{norm}({radius_text(eps)})" if norm else radius_text(eps)
