@@ -181,6 +181,8 @@ def _call(node: ast.Call, table: Mapping[str, Callable], values: Mapping[str, An
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, AssertionError) as error:
         # A mistyped argument whose annotation says too little shows itself as one of these inside the function.
         raise UserError(f"{_at(where)}{name}: {_line(error)}; usage: {signature(name, function)}") from None
+    except Exception as error:  # of a user's own function
+        raise UserError(f"{_at(where)}{name} raised {type(error).__name__}: {_line(error)}") from error
 
 
 def _kinds(parameter: inspect.Parameter) -> list[tuple[str, Callable]]:

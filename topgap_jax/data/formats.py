@@ -26,6 +26,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff") + tuple(
 PIXELS, COLOURED = 180_000_000, 120_000_000
 """The largest picture that is decoded, asked from its header: a 13,400-pixel square of one channel of 8 bits, a 10,900-
 pixel square of any other. It takes 1 GB at most."""
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of a TIFF, and a value of the second
 BAND = 4_000_000  # pixels that are made RGB at a time
 
 
@@ -77,33 +78,57 @@ def _opened(stream, name: str) -> ImageFile.ImageFile:
 
 
 def _rgb(image: ImageFile.ImageFile, name: str) -> np.ndarray:
+    _scale_transparent(image)
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
     if image.mode in ("I", "F") and not sixteen:
         kind = "floating-point" if image.mode == "F" else "32-bit"
         raise UserError(f"{name} holds {kind} values, which have no stated white; save it with 8 or 16 bits a channel")
+    ends = _ends(image) if sixteen else None
     (w, h), rows = image.size, max(1, BAND // image.size[0])
     if h <= rows:
-        return _whole(image, sixteen)
+        return _whole(image, ends)
     pixels = np.empty((h, w, 3), np.uint8)
     for top in range(0, h, rows):  # or what lies between would take several times the memory of the picture
         bottom = min(top + rows, h)
-        pixels[top:bottom] = _whole(image.crop((0, top, w, bottom)), sixteen)
+        pixels[top:bottom] = _whole(image.crop((0, top, w, bottom)), ends)
     return pixels
 
 
-def _whole(image: Image.Image, sixteen: bool) -> np.ndarray:
-    if sixteen:
-        return _scaled(np.asarray(image), image.info.get("transparency"))
+def _ends(image: ImageFile.ImageFile) -> tuple[int, int]:
+    """The values of black and of white of a grey picture of more than 8 bits: a TIFF may have 12, and white as 0."""
+    tags = getattr(image, "tag_v2", {})
+    largest = 2 ** tags.get(BITS, (16,))[0] - 1
+    return (largest, 0) if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else (0, largest)
+
+
+def _scale_transparent(image: ImageFile.ImageFile) -> None:
+    """The transparent value of a PNG in 8 bits: Pillow makes its pixels so, of 2, 4 and three times 16 bits."""
+    value, stored = image.info.get("transparency"), image.tile[0].args if image.tile else ""
+    if value is None or image.format != "PNG":
+        return
+    if stored in ("L;2", "L;4"):
+        image.info["transparency"] = value * (85 if stored == "L;2" else 17)
+    elif stored == "RGB;16B":
+        image.info["transparency"] = tuple(each >> 8 for each in value)
+
+
+def _whole(image: Image.Image, ends: tuple[int, int] | None) -> np.ndarray:
+    """RGB of an image; ends: black and white of one of more than 8 bits."""
+    if ends:
+        return _scaled(np.asarray(image), ends, image.info.get("transparency"))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _scaled(values: np.ndarray, transparent: int | None) -> np.ndarray:
-    """16-bit grey (h, w) as RGB of 8 bits: v / 257, rounded."""
-    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+def _scaled(values: np.ndarray, ends: tuple[int, int], transparent: int | None) -> np.ndarray:
+    """Grey (h, w) of more than 8 bits as RGB of 8, rounded."""
+    black, white = ends
+    largest = max(ends)
+    above = np.minimum(values.astype(np.uint32), largest) if white else largest - np.minimum(values, largest)
+    grey = ((above.astype(np.uint32) * 255 + largest // 2) // largest).astype(np.uint8)
     grey = grey if transparent is None else np.where(values == transparent, np.uint8(255), grey)
     return np.repeat(grey[..., None], 3, -1)

@@ -35,8 +35,14 @@ def carried(packed: Variables, after: Any) -> dict[str, Any]:
 
 def with_weights(weights: Variables, drawn: Variables, kind: type) -> dict[str, Any]:
     """The weights that a module came with, in the form of those that it would have drawn."""
+    if not isinstance(weights, Mapping):
+        what = f"got a {type(weights).__name__}; pretrained.load and load_tree read files"
+        raise UserError(f"linen: weights must be a tree of arrays, {what}")
     given = packed(weights if "params" in weights else {"params": weights})
-    given = jax.tree.map(jnp.asarray, {**given, "batch_stats": {**drawn["batch_stats"], **given["batch_stats"]}})
+    try:
+        given = jax.tree.map(jnp.asarray, {**given, "batch_stats": {**drawn["batch_stats"], **given["batch_stats"]}})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"linen: weights must be a tree of arrays of numbers: {error}") from error
     for (path, a), (other, b) in itertools.zip_longest(
         *(jax.tree.leaves_with_path(tree) for tree in (given, drawn)), fillvalue=(None, None)
     ):

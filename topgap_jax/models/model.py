@@ -58,7 +58,7 @@ def linen(module: nn.Module, *, weights: Variables | None = None) -> Model:
         with in_one_line(kind, images, None):
             switched_off, words = switched(images, False, None)
             words |= switches.keys(kind.__call__, None, lambda x: x)
-            variables = switched_off.init({"params": key, "dropout": key}, images, **words)
+            variables = with_axes(lambda: switched_off.init({"params": key, "dropout": key}, images, **words))
             fresh = collections.packed(variables)
             if set(fresh["batch_stats"]) - set(variables.get("batch_stats", {})):
                 step = lambda fresh, images: apply(fresh, images, train=True, keys=key[None]).batch_stats
@@ -67,8 +67,14 @@ def linen(module: nn.Module, *, weights: Variables | None = None) -> Model:
 
     def apply(variables, images, *, train=False, keys=None, targets=None, step=None):
         given = collections.unpacked(variables)
-        # Streams that have no key of their own draw from that of the parameters.
-        rngs = None if keys is None else {"dropout": keys[0], "params": jax.random.fold_in(keys[0], 1)}
+        rngs = None
+        if keys is not None:
+            # Streams that have no key of their own draw from that of the parameters. In evaluation there is none of
+            # dropout: modules ask `has_rng("dropout")` whether they are trained.
+            rngs = {
+                "params": jax.random.fold_in(keys[0], 1),
+                **dict.fromkeys(switches.STREAMS if train else (), keys[0]),
+            }
         extra = [name for name in given if name not in ("params", "batch_stats")]
 
         def call():
@@ -141,7 +147,7 @@ def nnx(module: "flax.nnx.Module") -> Model:
             random_keys = switches.keys(kind.__call__, None if keys is None else keys[0], flax_nnx.Rngs)
             out = _named_call(merged, images, **random_keys, **words)
             after = flax_nnx.split(merged, flax_nnx.Param, flax_nnx.RngState, ...)[3]
-            return logits_of(out, images, kind), flax_nnx.to_pure_dict(after)
+            return logits_of(out, images, kind), _of(flax_nnx.to_pure_dict(after), variables["batch_stats"])
 
         def call():
             words = switches.arguments(kind.__call__, train, step)
@@ -244,6 +250,12 @@ def _filled(state, values: Mapping[str, Any]):
     new = _copied(state)
     flax_nnx.replace_by_pure_dict(new, values)
     return new
+
+
+def _of(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The state after a call, without what the call has only sown or kept on the module."""
+    inside = lambda new, old: _of(new, old) if isinstance(new, Mapping) and isinstance(old, Mapping) else new
+    return {name: inside(value, before[name]) for name, value in after.items() if name in before}
 
 
 def _copied(state):

@@ -16,14 +16,18 @@ from topgap_jax.types import Array
 def logits_of(out: Any, images: Array, kind: type) -> Array:
     """The logits (b, k), float32, of what a module returned.
 
-    An array; what is named `logits` in a dict, dataclass or named tuple (Hugging Face's ModelOutput); else the only
-    array (b, k) in it, or the first of several of one shape (a classifier with auxiliary heads); else the same of what
-    is inside. UserError otherwise.
+    An array; what is named `logits` in a dict, dataclass or named tuple (Hugging Face's ModelOutput), or in one that is
+    inside; else the only float array (b, k) in it, or the first of several of one shape (a classifier with auxiliary
+    heads); else the same of what is inside. UserError otherwise.
     """
-    level, candidates = [out], []
-    while level and not candidates:
-        candidates = [x for x in level if isinstance(x, jax.Array) and x.ndim == 2 and x.shape[0] == images.shape[0]]
+    level, candidates, named = [out], [], []
+    while level and not named:
+        candidates = candidates or [x for x in level if _may_be_logits(x, images)]
+        named = [
+            x for each in level if "logits" in _named(each) and _may_be_logits(x := _named(each)["logits"], images)
+        ]
         level = [part for x in level for part in _parts(x)]
+    candidates = named or candidates
     shapes = sorted({x.shape for x in candidates})
     if len(shapes) == 1:
         return candidates[0].astype(jnp.float32)
@@ -35,6 +39,11 @@ def logits_of(out: Any, images: Array, kind: type) -> Array:
         named = _named(out)
         what = f"a {type(out).__name__}" + (f" of {', '.join(map(str, named))}" if named else "")
     raise UserError(f"{kind.__name__} must return logits (b, k) for images of shape {images.shape}, it returned {what}")
+
+
+def _may_be_logits(x: Any, images: Array) -> bool:
+    floats = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
+    return floats and x.ndim == 2 and x.shape[0] == images.shape[0]
 
 
 def _named(out: Any) -> Mapping[str, Any]:
@@ -86,5 +95,14 @@ def with_axes(call: Callable[[], Any], bound: tuple[str, ...] = ()) -> Any:
         if unbound is None or unbound[1] in bound:
             raise
         name = unbound[1]
-    within = lambda: jax.vmap(call, axis_name=name, axis_size=1, out_axes=None)()
+    mapped = lambda out_axes: jax.vmap(call, axis_name=name, axis_size=1, out_axes=out_axes)()
+
+    def within():
+        try:
+            return mapped(None)
+        except ValueError as error:
+            if "mapped output" not in str(error):
+                raise
+            return jax.tree.map(lambda x: x[0], mapped(0))  # of what depends on `axis_index`
+
     return with_axes(within, (*bound, name))

@@ -1,6 +1,7 @@
 """How authors of networks spell the switch between training and evaluation, and where they put it: an argument of the
 call, what a call passes on through `**kwargs`, a field of the module. Likewise keys that a call takes."""
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -22,7 +23,13 @@ WORDS = {
     "update_stats": True, "update_batch_stats": True, "use_batch_stats": True, "track_running_stats": True,
     "stochastic": True, "enable_dropout": True, "apply_dropout": True, "use_dropout": True,
 }  # fmt: skip
+OPTIONS = {
+    "use_batch_stats", "track_running_stats", "stochastic", "enable_dropout", "apply_dropout", "use_dropout",
+}  # fmt: skip
+"""Words that a call switches, but that a field or an attribute only says of the network, for both modes."""
 KEYS = ("rngs", "rng", "key", "prng_key", "rng_key", "random_key", "dropout_rng", "dropout_key")
+STREAMS = ("dropout", "drop_path", "droppath", "stochastic_depth", "noise")
+"""Random streams that modules ask for by `has_rng`; Flax derives a stream's keys from its name."""
 PASSED_ON = (
     *("train", "training", "is_training", "is_train", "deterministic", "use_running_average"),
     *("train_mode", "is_eval", "eval", "eval_mode", "test", "inference"),
@@ -40,6 +47,11 @@ def in_training(word: str) -> bool | None:
     return values.pop() if len(values) == 1 and not rest else None
 
 
+def _kept(word: str) -> bool | None:
+    """The value in training of a switch that a module keeps, as a field or an attribute."""
+    return None if word in OPTIONS else in_training(word)
+
+
 def arguments(call: Callable, train: bool, step: Any) -> dict[str, Any]:
     """The switches, and `step`, that a `__call__` names among its parameters."""
     switches = {}
@@ -48,7 +60,7 @@ def arguments(call: Callable, train: bool, step: Any) -> dict[str, Any]:
         plain = parameter.default is inspect.Parameter.empty or isinstance(parameter.default, bool | None)
         if value is not None and plain and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
             switches[word] = value == train
-        if word == "step":
+        if word == "step" and (step is not None or parameter.default is inspect.Parameter.empty):
             switches["step"] = step
     return switches
 
@@ -78,7 +90,8 @@ def passes_on(call: Callable) -> bool:
 def accepted(attempt: Callable[[dict[str, bool]], Any]) -> tuple[str, ...]:
     """The switches that a call with `**kwargs` passes on to somebody who takes them; attempt(switches) makes the call.
 
-    Whoever is called last says which word it does not know.
+    Whoever is called last says which word it does not know; where it says so in another way, one word is tried after
+    the other.
     """
     words = list(PASSED_ON)
     while words:
@@ -89,8 +102,14 @@ def accepted(attempt: Callable[[dict[str, bool]], Any]) -> tuple[str, ...]:
             if refused is None or refused[1] not in words:
                 break
             words.remove(refused[1])
+        except Exception:  # of every kind: "unknown argument", an assertion
+            break
         else:
             return tuple(words)
+    for word in PASSED_ON:
+        with contextlib.suppress(Exception):
+            attempt({word: not in_training(word)})
+            return (word,)
     return ()
 
 
@@ -112,7 +131,7 @@ def with_fields(module: nn.Module, train: bool) -> nn.Module:
             named = inspect.signature(type(value).__call__).parameters if callable(value) else {}
             changes = {}
             for field in dataclasses.fields(value):
-                before, switch = getattr(value, field.name, None), in_training(field.name)
+                before, switch = getattr(value, field.name, None), _kept(field.name)
                 if field.name in ("parent", "name"):
                     continue
                 is_open = before is None and value is module and "bool" in str(field.type)
@@ -132,6 +151,6 @@ def set_attributes(modules: Iterable[Any], train: bool) -> None:
     """The same for the modules of an NNX module, in place."""
     for module in modules:
         for word, value in list(vars(module).items()):
-            switch = in_training(word)
+            switch = _kept(word)
             if isinstance(value, bool) and switch is not None:
                 setattr(module, word, switch == train)

@@ -16,7 +16,7 @@ from topgap_jax import models, pool
 from topgap_jax.build import build, did_you_mean
 from topgap_jax.errors import UserError
 from topgap_jax.keys import root
-from topgap_jax.pretrained.files import Description, check_values, read, tensors
+from topgap_jax.pretrained.files import FLOATS, Description, check_values, read, tensors
 from topgap_jax.pretrained.fitting import filled
 from topgap_jax.pretrained.names import to_torch, torch_names
 from topgap_jax.pretrained.networks import describe
@@ -58,6 +58,13 @@ def load_tree(
     with."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     arrays = {"/".join(str(getattr(part, "key", part)) for part in parts): leaf for parts, leaf in leaves}
+    for name, leaf in arrays.items():
+        if not hasattr(leaf, "dtype"):
+            raise UserError(f"{where}: '{name}' is no array: {type(leaf).__name__}")
+        if leaf.dtype not in FLOATS and leaf.dtype.kind not in "iu":  # a module may count in integers
+            raise UserError(
+                f"{where}: '{name}' is of type {leaf.dtype}; weights are float16, bfloat16, float32 or float64"
+            )
     check_values(where, arrays)
     shapes = {name: tuple(leaf.shape) for name, leaf in arrays.items()}
     return filled(where, shapes, lambda: arrays, model, image_shape, head, _key(key))

@@ -1,6 +1,7 @@
 """Files of tensors: .safetensors, .npz and PyTorch's own, read without running any code of theirs."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,8 +24,13 @@ COUNTERS = ("num_batches_tracked", "n_averaged")  # integers that say nothing of
 # What wrappers put in front of every name: DataParallel, Lightning, torch.compile, and people's own modules.
 PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "state_dict.", "resnet.", "net.", "network.")
 # Under which key a checkpoint keeps the network, the likeliest first; and what else in it holds tensors.
-NETWORK = ("state_dict", "model_state_dict", "model", "net", "network", "last", "weights", "params")
+NETWORK = (
+    "state_dict", "model_state_dict", "model", "net", "network", "last", "weights", "params", "state_dict_ema",
+    "model_ema", "ema_state_dict", "ema",
+)  # fmt: skip
 TRAINING = ("optim", "sched", "scaler", "amp", "args", "hyper_parameters", "callbacks", "loops")
+LARGEST = np.finfo(np.float32).max
+REPEATED = 2**28  # numbers of tensors that repeat a few by strides of 0: 1 GB
 DEPTH, NUMBER, LENGTH = 8, 100_000, 1000  # of nested dictionaries, of tensors, of a name's letters
 
 
@@ -69,10 +75,12 @@ def tensors(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def check_values(where: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """UserError unless all numbers are finite, and no variance is negative."""
+    """UserError unless all numbers are finite, in float32 too, and no variance is negative."""
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise UserError(f"{where}: '{name}' holds numbers that are not finite")
+        if array.dtype == np.float64 and array.size and abs(array).max() > LARGEST:
+            raise UserError(f"{where}: '{name}' holds numbers that are too large for float32")
         if re.search(r"(^|[./])(running_)?var$", name) and (array < 0).any():
             raise UserError(f"{where}: '{name}' is negative, which no variance is")
 
@@ -142,6 +150,12 @@ def _pytorch(path: Path, contents: pth.Contents) -> _Opened:
         raise UserError(
             f"{path} holds no tensors by name; in PyTorch, torch.save(model.state_dict(), FILE) writes them"
         )
+    sizes = {name: math.prod(leaf.shape) for name, leaf in found.items()}
+    repeated = {name: size for name, size in sizes.items() if size > found[name].storage.size}
+    if sum(repeated.values()) > REPEATED:
+        name = max(repeated, key=repeated.get)
+        stored = found[name].storage.size
+        raise UserError(f"{path}: '{name}' repeats {stored} numbers to {repeated[name]}, which no weights do")
     kinds = {
         name: (leaf.shape, leaf.dtype if leaf.dtype in FLOATS else str(leaf.dtype)) for name, leaf in found.items()
     }

@@ -40,16 +40,22 @@ def filled(
 ) -> Variables:
     """The variables of `model` from tensors by name, read once they are seen to fit; all float32.
 
-    where: what an error begins with. head=None: the head is drawn with `key`, and the file's own head is left out.
+    where: what an error begins with. head=None: the head is drawn with `key`, and the file's own head is left out; of a
+    module's own tree the head is "head", or the one layer that has another number of outputs in the file.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     template = jax.eval_shape(model.init, key, images)
     leaves, structure = jax.tree.flatten_with_path(template)
     variables = {tuple(str(getattr(part, "key", part)) for part in parts): leaf.shape for parts, leaf in leaves}
-    wanted = {path: shape for path, shape in variables.items() if head is not None or path[1] != HEAD}
-    fit = _fit(where, shapes, wanted, head)
+    other = _other_head(variables, shapes) if head is None else {}
+    in_head = lambda path: head is None and (path[1] == HEAD or path in other)
+    wanted = {path: shape for path, shape in variables.items() if not in_head(path)}
+    fit = _fit(where, {name: shape for name, shape in shapes.items() if name not in other.values()}, wanted, head)
     values = tensors()
-    arrays = {path: jnp.asarray(_array(fit, path, shape, values), jnp.float32) for path, shape in wanted.items()}
+    types = dict(zip(variables, (leaf.dtype for leaf in jax.tree.leaves(template))))
+    arrays = {
+        path: _cast(where, fit, path, _array(fit, path, shape, values), types[path]) for path, shape in wanted.items()
+    }
     if len(wanted) < len(variables):
 
         def fresh(key):  # of the head alone: XLA then leaves the rest of `init` out
@@ -76,6 +82,18 @@ def own_names(variables: Mapping[Path, Shape], file: Mapping[str, Shape]) -> dic
     return names if 2 * sum(name in file for name in names.values()) > len(names) else None
 
 
+def _other_head(variables: Mapping[Path, Shape], file: Mapping[str, Shape]) -> dict[Path, str]:
+    """{path: name in the file} of the one layer of a module's own tree that has another number of outputs there."""
+    names = own_names(variables, file) or {}
+    other = {
+        path: name
+        for path, name in names.items()
+        if path[0] == "params" and file.get(name, variables[path]) != variables[path]
+    }
+    one = len({path[:-1] for path in other}) == 1
+    return other if one and all(file[name][:-1] == variables[path][:-1] for path, name in other.items()) else {}
+
+
 def _fit(where, shapes, variables, head):
     own = own_names(variables, shapes)
     names = own or torch_names(variables, shapes)
@@ -95,15 +113,17 @@ def _fit(where, shapes, variables, head):
     wrong = {"missing": missing, "unexpected": unexpected, "mis-shaped": list(shaped.values())}
     if any(wrong.values()):
         parts = "; ".join(f"{kind}: {_listed(items)}" for kind, items in wrong.items() if items)
-        hint = _hint(shapes, own, [*missing, *unexpected], shaped)
+        hint = _hint(shapes, own, [*missing, *unexpected], shaped, own and _other_head(variables, shapes))
         # Before the names, which may be longer than what is shown of an error.
         raise UserError(f"{where} does not fit the model{f'; {hint}' if hint else ''}: {parts}")
     return Fit(names, bool(own))
 
 
-def _hint(shapes, own, names, shaped):
-    """What is to be done about a file with these names missing or unexpected, and these variables mis-shaped."""
+def _hint(shapes, own, names, shaped, outputs):
+    """What is to be done about a file with these names missing or unexpected, and these variables mis-shaped; outputs:
+    whether these are the outputs of one layer."""
     heads = all(_of_a_head(name, own) for name in names) and all(path[1] == HEAD for path in shaped)
+    heads = heads or (not names and outputs)
     if heads and (names or shaped):
         return "its head is another; head=None leaves the file's head out, as topgap train does"
     if not names and all(path[-1] == "positions" for path in shaped):
@@ -115,6 +135,16 @@ def _hint(shapes, own, names, shaped):
 
 def _array(fit, path, shape, values):
     return values[fit.names[path]] if fit.own else ours(path, shape, values[fit.names[path]])
+
+
+def _cast(where, fit, path, array, dtype):
+    """float32, or the integers that a module counts in."""
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    if fit.own and not whole and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise UserError(
+            f"{where}: '{fit.names[path]}' is of type {array.dtype}, and weights are floating-point numbers"
+        )
+    return jnp.asarray(array, dtype if whole else jnp.float32)
 
 
 def _of_a_head(name, own):

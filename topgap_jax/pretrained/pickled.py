@@ -87,6 +87,13 @@ def _parameter(data: Any, *rest: Any) -> Tensor:
     return data
 
 
+def _typed(function: Any = None, kind: Any = None, arguments: Any = None, *rest: Any) -> Tensor:
+    """A tensor with attributes, or of a class of its own, such as a `torch.nn.Buffer`."""
+    if function not in (_tensor, _parameter) or not isinstance(arguments, tuple) or not arguments:
+        raise Refused("a tensor with attributes is not what it should be")
+    return function(*arguments)
+
+
 def _dict(*items: Any) -> dict:
     """`collections.OrderedDict()`, which old Pythons fill from a list of pairs."""
     pairs = items[0] if items else []
@@ -117,6 +124,7 @@ NAMES: dict[str, Any] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.nn.parameter.Parameter": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _typed,
     "collections.OrderedDict": _dict,
     "torch.Size": _size,
     **{f"torch.{name}": dtype for name, dtype in DTYPES.items()},
@@ -124,14 +132,15 @@ NAMES: dict[str, Any] = {
     **dict.fromkeys(
         (
             "argparse.Namespace", "types.SimpleNamespace", "collections.defaultdict", "collections.Counter",
-            "collections.deque", "builtins.set", "__builtin__.set", "builtins.slice", "builtins.complex",
+            "collections.deque", "builtins.set", "builtins.bytearray", "builtins.slice", "builtins.complex",
             "builtins.dict", "builtins.list", "builtins.int", "builtins.float", "builtins.bool", "builtins.str",
             "pathlib.PosixPath",
             "pathlib.PurePosixPath", "pathlib.WindowsPath", "pathlib.Path", "datetime.datetime", "datetime.timedelta",
             "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
             "numpy._core.multiarray._reconstruct", "numpy.dtype", "numpy.ndarray", "_codecs.encode", "torch.device",
             "torch.float32", "torch.float64", "torch.float16", "torch.bfloat16", "torch.int64", "torch.int32",
-            "torch.int16", "torch.int8", "torch.uint8", "torch.bool",
+            "torch.int16", "torch.int8", "torch.uint8", "torch.bool", "torch.complex64", "torch.complex128",
+            "torch.float8_e4m3fn", "torch.float8_e5m2", "torch.strided", "torch.Tensor", "torch.nn.parameter.Buffer",
         ),
         _opaque,
     ),
@@ -223,6 +232,8 @@ def unpickled(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any
 
 
 def _known(name: str) -> Any:
+    if name.startswith("__builtin__."):  # Python 2's, which PyTorch still writes
+        name = name.replace("__builtin__", "builtins", 1)
     if name not in NAMES:
         raise Refused(
             f"its pickle names {name[:80]!r}, which no file of tensors needs, and nothing of it is run; in PyTorch,"

@@ -18,7 +18,7 @@ from topgap_jax.keys import root
 from topgap_jax.measure.splits import Split, resident_split, streamed_split
 from topgap_jax.mesh import data_mesh
 from topgap_jax.models import fast
-from topgap_jax.progress import bar
+from topgap_jax.progress import bar, say
 from topgap_jax.run.workdir import Data
 from topgap_jax.setup import config as configs
 from topgap_jax.setup import expressions
@@ -58,16 +58,24 @@ def experiment(
     return assemble(configs.load(path, overrides, arm, file))
 
 
-def assemble(loaded: configs.Loaded, learnt: Data | None = None) -> Experiment:
+def assemble(loaded: configs.Loaded, learnt: Data | None = None, labels: Sequence[str] | None = None) -> Experiment:
     """The experiment of a config: its classes are those of the first split of the data that it names.
 
     learnt: what a run learnt from. Then its classes are the experiment's, every split is matched to them by name, and
-    nothing is asked of the data before a split is needed.
+    nothing is asked of the data before a split is needed. labels: what weights say that their classes are called; they
+    are the experiment's, as a run's, where the data have one of these names.
     """
     config, methods = loaded.config, loaded.methods
     splits = functools.cache(lambda: expressions.choice(config, "source", methods))
     opened = lambda split: _opened(splits(), split)
     classes = learnt.classes if learnt else opened(first(config.train) or first(config.test)).classes
+    if labels and classes != tuple(labels):
+        if set(labels) & set(classes):
+            classes = tuple(labels)
+        else:
+            say(
+                f"no class of the data has the name of one of the weights: {_few(classes)} are taken for {_few(labels)}"
+            )
     if len(classes) < 2:
         raise UserError(f"{config.source} has the one class {', '.join(classes)}: there is nothing to tell apart")
     source = functools.cache(lambda split: data.with_classes(opened(split), classes))
@@ -191,6 +199,10 @@ def _decoded(chosen: Experiment, source: data.Source) -> dict[str, np.ndarray]:
 
     with bar(len(source), f"reading {source.name} {source.split}") as shown:
         return data.resident(source, chosen.config.image_size, chosen.config.resize, progress=show)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 def first(text: str) -> str:

@@ -84,7 +84,7 @@ def parts(chosen: Experiment, workdir: str | Path | None = None, *, reads: bool 
     goes_on = workdir is not None and checkpoint.latest_step(Path(workdir)) is not None
     image_shape = (*config.image_size, 3)
     normalised = {key: config[key] for key in ("mean", "std") if key in expressions.reads(config, config.model)}
-    begin = lambda: initial(config.init, chosen.model, image_shape, config.seed, normalised)
+    begin = lambda: initial(config.init, chosen.model, image_shape, config.seed, normalised, chosen.classes)
     return Parts(
         model=chosen.model,
         **build,
@@ -131,8 +131,8 @@ def from_config(path: str | Path, overrides, file: str | Path | None = None, pic
     """The config's model with the weights that config.init names, or those that the model is born with.
 
     Where the weights say of themselves which network they are and how its input is normalised, the config follows,
-    unless the command line sets the key. pictures: no data are needed; then the classes are those of the weights, where
-    they say so.
+    unless the command line sets the key; where they say what their classes are called, the data are matched to them by
+    name. pictures: no data are needed.
     """
     loaded = configs.load(path, overrides, file=file)
     config, given = loaded.config, {key for key, _ in overrides}
@@ -150,7 +150,8 @@ def from_config(path: str | Path, overrides, file: str | Path | None = None, pic
         if key in followed and config[key] != value:
             say(f"{source.name}: config.{key} = {value!r}")
             config[key] = value
-    chosen = assemble(loaded, Data(source.labels, 0) if pictures and source.labels else None)
+    learnt = Data(source.labels, 0) if pictures and source.labels else None
+    chosen = assemble(loaded, learnt, source.labels)
     checks.unread(chosen, given)
     variables = source.load(chosen.model, image_shape=(*config.image_size, 3))
     return Loaded(chosen, variables, source.name, None)

@@ -78,7 +78,10 @@ def _described(chosen: Experiment, source: Weights) -> Experiment:
         config[key] = value
     if "model" in source.settings:
         config.pool = "gap()"  # whatever this experiment's is: that of published weights
-    return assemble(configs.Loaded(config, chosen.methods, chosen.file), Data(chosen.classes, 0))
+    shared = set(source.labels or ()) & set(chosen.classes)  # none: they are called otherwise, and may be the same
+    return assemble(
+        configs.Loaded(config, chosen.methods, chosen.file), Data(source.labels if shared else chosen.classes, 0)
+    )
 
 
 def _check(chosen: Experiment, other: Experiment, text: str) -> None:

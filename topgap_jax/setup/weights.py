@@ -63,13 +63,15 @@ def initial(
     image_shape: tuple[int, int, int],
     seed: int,
     normalised: Mapping[str, tuple[float, ...]] | None = None,
+    classes: tuple[str, ...] | None = None,
 ) -> Variables | None:
     """The variables that a training begins with, on the host; None where they are drawn, as the model's own `init`
     does.
 
-    Where the head of the weights is not the model's (other classes, another kind), it is drawn from the seed, and that
-    is printed. normalised: mean and std of the model's input; where those that the weights learnt with are others, that
-    is printed too.
+    Where the head of the weights is not the model's (another number of classes, another kind), it is drawn from the
+    seed, and that is printed; so too where both say what their classes are called, and `classes`, the model's, are
+    others or in another order. normalised: mean and std of the model's input; where those that the weights learnt with
+    are others, that is printed too.
     """
     if not text:
         return None
@@ -79,11 +81,15 @@ def initial(
         if len(learnt_with) != len(values) or max(abs(x - y) for x, y in zip(learnt_with, values)) > NEAR:
             rounded = lambda each: tuple(round(x, 4) for x in each)
             say(f"{source.name}: learnt with {name} = {rounded(learnt_with)}, and config.{name} is {rounded(values)}")
+    same = not (classes and source.labels) or tuple(source.labels) == tuple(classes)
     try:
-        variables = source.load(model, image_shape=image_shape, head="file", key=key)
+        variables = source.load(model, image_shape=image_shape, head="file" if same else None, key=key)
+        why = "" if same or "head" not in variables["params"] else f"{source.name} has learnt other classes"
     except UserError:
         variables = source.load(model, image_shape=image_shape, head=None, key=key)
-        say(f"the head is drawn anew: that of {source.name} is another")
+        why = f"that of {source.name} is another"
+    if why:
+        say(f"the head is drawn anew: {why}")
     return jax.device_get(variables)
 
 
