@@ -157,6 +157,44 @@ def test_trees_of_the_module_itself(tmp_path, variables):
     assert text.endswith("is no folder that Orbax wrote a tree of arrays in: none of its files is there")
 
 
+def test_what_a_tree_of_the_module_itself_cannot_hold(variables):
+    path = ("params", "head", "maps", "kernel")
+    flat = traverse_util.flatten_dict(dict(variables))
+    path = next(each for each in flat if each[-1] == "kernel")
+    for value, text in (
+        (np.ones(flat[path].shape, bool), "is of type bool"),
+        (np.ones(flat[path].shape, np.complex64), "is of type complex64"),
+        (np.ones(flat[path].shape, np.int8), "is of type int8, and weights are floating-point numbers"),
+        (np.full(flat[path].shape, 1e300), "too large for float32"),
+        ("text", "is no array: str"),
+        (1.5, "is no array: float"),
+    ):
+        tree = traverse_util.unflatten_dict({**flat, path: value})
+        assert text in error(pretrained.load_tree, "tree", tree, model(), image_shape=SHAPE), text
+
+
+def test_the_other_head_of_a_module_of_somebody_else(tmp_path):
+    """It is the one layer with another number of outputs, whatever its name; two such layers are an error."""
+
+    class Net(nn.Module):
+        classes: int
+        width: int = 4
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(self.classes, name="fc")(nn.Dense(self.width, name="hidden")(x.mean((1, 2))))
+
+    nine, six = models.linen(Net(9)), models.linen(Net(6))
+    learnt, fresh = (each.init(jax.random.key(i), jnp.zeros((1, *SHAPE))) for i, each in enumerate((nine, six)))
+    tree = {"params": learnt["params"]}
+    assert "head=None leaves the file's head out" in error(pretrained.load_tree, "tree", tree, six, image_shape=SHAPE)
+    mixed = pretrained.load_tree("tree", tree, six, image_shape=SHAPE, head=None, key=jax.random.key(1))
+    equal(mixed["params"]["hidden"], learnt["params"]["hidden"])
+    equal(mixed["params"]["fc"], fresh["params"]["fc"])
+    wider = models.linen(Net(6, 5))
+    assert "mis-shaped: params/" in error(pretrained.load_tree, "tree", tree, wider, image_shape=SHAPE, head=None)
+
+
 def test_another_normalisation_than_the_weights_learnt_with_is_said(monkeypatch, capsys):
     """Of a file that says its mean, of a run by its config; what is only rounded is the same."""
     settings = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -290,6 +290,24 @@ class Around(nn.Module):
         return self.parts[0](x)
 
 
+class InADict(nn.Module):
+    parts: dict
+
+    @nn.compact
+    def __call__(self, x):
+        return self.parts["a"](x)
+
+
+class Strict(nn.Module):
+    """Takes any keyword and refuses what it does not know in words of its own."""
+
+    @nn.compact
+    def __call__(self, x, **kwargs):
+        if set(kwargs) - {"train"}:
+            raise ValueError(f"unknown arguments {set(kwargs)}")
+        return Switched()(x, kwargs.get("train", False))
+
+
 class OpenField(Field):
     deterministic: bool | None = None
 
@@ -314,7 +332,7 @@ class NNXPassingOn(nnx.Module):
     "module",
     [
         *(Switched(), PassingOn(Switched()), PassingOn(PassingOn(OtherWord())), Popping(), OtherWord()),
-        *(Field(), OpenField(), Around((Field(),)), PassingOn(Field())),
+        *(Field(), OpenField(), Around((Field(),)), PassingOn(Field()), InADict({"a": Field()}), Strict()),
         *(nn.Sequential([Switched()]), NNXSwitched(), NNXPassingOn()),
     ],
     ids=lambda module: type(module).__name__,
@@ -336,6 +354,65 @@ def test_the_switch_is_found_where_authors_put_it(module):
 
 def module_fields(module):
     return {name: getattr(module, name) for name in type(module).__dataclass_fields__ if name not in ("parent", "name")}
+
+
+class Options(nn.Module):
+    """A norm of its own, as PyTorch's has it, and dropout that may be left out: options of both modes."""
+
+    track_running_stats: bool = True
+    use_dropout: bool = False
+
+    @nn.compact
+    def __call__(self, x, train=False, step=3):
+        x = x.mean((1, 2)) * step
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (3,))
+        if train:
+            mean.value = x.mean(0)
+        x = x - (x.mean(0) if train or not self.track_running_stats else mean.value)
+        return nn.Dropout(0.5, deterministic=not train)(x) if self.use_dropout else x
+
+
+class NNXOptions(nnx.Module):
+    def __init__(self):
+        self.norm, self.track_running_stats, self.use_dropout = nnx.BatchNorm(3, rngs=nnx.Rngs(0)), True, False
+
+    def __call__(self, x, step=3):
+        x = self.norm(x.mean((1, 2)) * step)
+        self.seen = x
+        assert self.track_running_stats and not self.use_dropout
+        return x
+
+
+def test_an_option_is_no_switch():
+    """Nor is a parameter `step` of a call overwritten where there is none."""
+    module = Options()
+    variables = module.init(KEYS[0], IMAGES)
+    model, stats = models.linen(module), {"batch_stats": {"mean": jnp.arange(3.0)}}
+    np.testing.assert_array_equal(models.bind(model, {"params": {}, **stats})(IMAGES), module.apply(stats, IMAGES))
+    trained = model.apply({"params": {}, **variables}, IMAGES, train=True, keys=KEYS)
+    np.testing.assert_allclose(trained.logits, module.apply(variables, IMAGES, True, mutable=["batch_stats"])[0])
+    model = models.nnx(NNXOptions())
+    variables = model.init(KEYS[0], IMAGES)
+    for _ in range(2):  # what a call keeps on its module is no state
+        after = model.apply(variables, IMAGES, train=True, keys=KEYS).batch_stats
+        assert jax.tree.structure(after) == jax.tree.structure(variables["batch_stats"])
+        variables = {**variables, "batch_stats": after}
+
+
+def test_a_stream_says_that_a_module_is_trained():
+    """`has_rng`, which is asked of dropout's stream in evaluation too."""
+
+    class Asking(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = nn.Dropout(0.5, deterministic=not self.has_rng("dropout"))(x.mean((1, 2)))
+            return 2 * x if train and self.has_rng("drop_path") else x
+
+    model = models.linen(Asking())
+    predict = models.bind(model, model.init(KEYS[0], IMAGES))
+    np.testing.assert_array_equal(predict(IMAGES, KEYS), IMAGES.mean((1, 2)))
+    dropped = model.apply({"params": {}, "batch_stats": {}}, IMAGES, train=True, keys=KEYS).logits
+    np.testing.assert_allclose(jnp.where(dropped == 0, 0, 4 * IMAGES.mean((1, 2))), dropped, rtol=1e-6)
 
 
 def test_statistics_that_do_not_move_are_told_once():
@@ -500,6 +577,8 @@ RETURNS = {
     "named tuple": lambda z, x: Pair(2 * z, z),
     "nested": lambda z, x: {"maps": x, "heads": {"aux": {"logits": z}}},
     "named inside": lambda z, x: ({"logits": z, "pooled": 2 * z}, x),
+    "named below others": lambda z, x: (2 * z, {"logits": z}),
+    "beside integers": lambda z, x: {"order": jnp.argsort(z, 1), "z": z},
     "half": lambda z, x: z.astype(jnp.bfloat16).astype(jnp.float16),
 }
 

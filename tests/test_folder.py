@@ -2,6 +2,8 @@
 
 import os
 import socket
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +124,49 @@ def test_16_bits_are_scaled(tmp_path):
         grey = opened(tmp_path / f"grey.{suffix}", Image.fromarray(values))
         np.testing.assert_array_equal(grey, np.repeat(np.rint(values / 257).astype(np.uint8)[..., None], 3, -1))
     assert abs(grey.mean() - 127.5) < 0.1
+
+
+def write_tiff(path, bits, photometric, values):
+    """A grey picture of one row; 12 bits are packed."""
+    packed = int("".join(f"{value % 4096:012b}" for value in values), 2).to_bytes(len(values) * 3 // 2, "big")
+    pixels = packed if bits == 12 else struct.pack(f"<{len(values)}H", *values)
+    tags = {256: len(values), 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels
+    path.write_bytes(head + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+@pytest.mark.parametrize("white_is_zero", [False, True])
+def test_black_and_white_of_a_tiff_are_what_it_says(tmp_path, bits, white_is_zero):
+    largest = 2**bits - 1
+    values = [0, largest // 3, largest // 2, largest]
+    write_tiff(tmp_path / "a.tif", bits, 0 if white_is_zero else 1, values)
+    expected = np.rint(255 * np.array(values) / largest)
+    found = formats.open_picture(tmp_path / "a.tif")[0, :, 0]
+    np.testing.assert_allclose(found, 255 - expected if white_is_zero else expected, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("bits", "colour", "row", "transparent", "expected"),
+    [
+        (2, 0, bytes([0b00011011]), (1,), [0, 255, 170, 255]),
+        (4, 0, bytes([0x07, 0x8F]), (7,), [0, 255, 136, 255]),
+        (16, 2, struct.pack(">12H", *3 * [0x1234], *3 * [0], *6 * [0xFFFF]), 3 * (0x1234,), [255, 0, 255, 255]),
+    ],
+)
+def test_a_png_may_name_a_transparent_value_in_its_own_bits(tmp_path, bits, colour, row, transparent, expected):
+    chunk = lambda kind, content: (
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    )
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", 4, 1, bits, colour, 0, 0, 0),
+        b"tRNS": struct.pack(f">{len(transparent)}H", *transparent),
+        b"IDAT": zlib.compress(b"\0" + row),
+        b"IEND": b"",
+    }
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts.items()))
+    assert formats.open_picture(tmp_path / "a.png")[0, :, 0].tolist() == expected
 
 
 def test_only_the_named_formats_are_opened(tmp_path, monkeypatch):

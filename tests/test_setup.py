@@ -575,6 +575,33 @@ def test_classes_are_stored_and_matched_by_name(colours_run, tmp_path):
         workdir_module.check(workdir, stored, chosen.classes)
 
 
+def test_the_classes_of_weights_are_matched_by_name(colours_run, tmp_path, capsys):
+    """As those of a run are: of a run that is given as weights, of a file whose config.json names its classes."""
+    workdir, folder = colours_run
+    keys = [("validation", ""), ("test", "val"), ("image_size", "(16, 16)"), ("evaluators", "accuracy()")]
+    of = lambda folder, init: setup.from_config(TINY, [*keys, ("source", f"folder('{folder}')"), ("init", str(init))])
+    renamed = shutil.copytree(folder, tmp_path / "renamed")
+    for split in ("train", "val"):  # now the last by name
+        (renamed / split / "blue").rename(renamed / split / "the blue")
+    assert accuracy_of(of(folder, workdir)) == 1.0
+    assert "the blue is not among the network's, and blue is not in the data" in error(of, renamed, workdir)
+    loaded = setup.from_workdir(workdir)
+    pretrained.save(tmp_path / "w.safetensors", loaded.variables)
+    named = lambda *names: (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "of mine", "label_names": names, "mean": [0.5] * 3, "std": [0.25] * 3})
+    )
+    named("the blue", "green", "red")
+    loaded = of(renamed, tmp_path / "w.safetensors")
+    assert loaded.experiment.classes == ("the blue", "green", "red") and accuracy_of(loaded) == 1.0
+    named("azure", "lime", "rose")
+    assert accuracy_of(of(folder, tmp_path / "w.safetensors")) == 1.0, "taken in the order of the data"
+    said = "no class of the data has the name of one of the weights: blue, green, red are taken for azure, lime, rose"
+    assert said in capsys.readouterr().err
+    chosen = setup.experiment(TINY, [*keys, ("source", f"folder('{renamed}')"), ("init", str(workdir))])
+    setup.parts(chosen)
+    assert f"the head is drawn anew: {workdir} has learnt other classes" in capsys.readouterr().err
+
+
 def test_labels_follow_the_names_in_another_order():
     record = lambda i: {"image": np.zeros((2, 2, 3), np.uint8), "label": i}
     source = data.with_classes(data.Source("s()", "all", ("b", "a", "c"), 4, record), ("a", "b", "c"))

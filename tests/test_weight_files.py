@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from topgap_jax import pretrained
 from topgap_jax.errors import UserError
-from topgap_jax.pretrained import pth, saved
+from topgap_jax.pretrained import files, pth, saved
 
 TYPES = {
     "FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
@@ -178,6 +178,13 @@ BAD = {
     "two sizes of a storage": (
         [tensor("0", "FloatStorage", 4, 0, (4,), (1,)), tensor("0", "FloatStorage", 3, 0, (3,), (1,))],
         "has two types or sizes",
+    ),
+    "a few numbers expanded to a terabyte": (
+        tensor("0", "FloatStorage", 4, 0, (2**40,), (0,)), "'a' repeats 4 numbers to 1099511627776, which no weights do",
+    ),
+    "a tensor with attributes of another call": (
+        Call(Global("torch._tensor", "_rebuild_from_type_v2"), Global("torch", "Size"), Global("torch", "Tensor"), (), {}),
+        "a tensor with attributes is not what it should be",
     ),
     "integers": (tensor("0", "IntStorage", 4, 0, (4,), (1,)), "'a' is of type int32"),
     "another name": (Call(Global("os", "system"), "echo hostile"), "its pickle names 'os.system', which no file of"),
@@ -355,6 +362,12 @@ def test_one_name_twice(tmp_path):
     assert "twice" in error(path) or "duplicate" in error(path)
 
 
+def test_numbers_that_float32_does_not_hold(tmp_path):
+    np.savez(tmp_path / "w.npz", a=np.array([1e300]))
+    with pytest.raises(UserError, match="'a' holds numbers that are too large for float32"):
+        files.tensors(tmp_path / "w.npz")
+
+
 def test_prefixes_are_taken_off_and_said(tmp_path):
     path = tmp_path / "w.npz"
     np.savez(path, **{"module._orig_mod.a.weight": [1.0], "module._orig_mod.b": [1.0]})
@@ -397,6 +410,34 @@ def test_config_of_hugging_face(tmp_path):
     assert told["image_size"] == (224, 224) and told["interpolation"] == "bicubic" and told["mean"] == (0.5,) * 3
 
 
+def test_a_timm_config_of_hugging_face(tmp_path):
+    inner = {"mean": [0.5] * 3, "std": [0.25] * 3, "input_size": [3, 64, 64]}
+    config = {
+        "model_type": "timm_wrapper",
+        "architecture": "resnet50",
+        "label_names": ["a", "b"],
+        "pretrained_cfg": inner,
+    }
+    told = pretrained.describe(beside(tmp_path, config=config))
+    assert told["mean"] == (0.5,) * 3 and told["image_size"] == (64, 64) and told["labels"] == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "mean", "std"),
+    [
+        ({"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "rescale_factor": 1 / 255}, (0.5,) * 3, (0.25,) * 3),
+        ({"image_mean": [102.0] * 3, "image_std": [51] * 3, "do_rescale": False}, (0.4,) * 3, (0.2,) * 3),
+        ({"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "do_normalize": False}, (0.0,) * 3, (1.0,) * 3),
+        ({"image_mean": [1.0] * 3, "image_std": [1.0] * 3, "rescale_factor": 2 / 255}, (0.5,) * 3, (0.5,) * 3),
+    ],
+)
+def test_what_a_preprocessor_does_to_bytes(tmp_path, preprocessor, mean, std):
+    config = {"model_type": "resnet", "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}
+    told = pretrained.describe(beside(tmp_path, config=config, preprocessor_config=preprocessor))
+    np.testing.assert_allclose([told["mean"], told["std"]], [mean, std])
+    assert "labels" not in told and told["num_classes"] == 2, "names that are none"
+
+
 def test_other_config_files(tmp_path):
     assert pretrained.describe(beside(tmp_path, config={"config": {"seed": 0}})) == {
         "mean": None,
@@ -406,6 +447,12 @@ def test_other_config_files(tmp_path):
     for config, text in (
         ({"architecture": "a", "std": [0.5, 0, 0.5]}, "std is (0.5, 0.0, 0.5); expected finite numbers above 0"),
         ('{"architecture": "a", "mean": [Infinity]}', "mean is (None,); expected finite numbers"),
+        ({"architecture": "a", "mean": [123, 117, 104]}, "of pixels from 0 to 255; give mean / 255"),
+        (
+            {"architecture": "a", "mean": [0.5], "std": [1, 1]},
+            "mean has 1 numbers and std 2; both have one per channel",
+        ),
+        ({"architecture": "a", "input_size": [32, 32, 3]}, "image_size is (32, 32, 3), which it cannot be"),
         ({"architecture": "a", "crop_pct": 3}, "crop_pct is 3, which it cannot be"),
         ({"model_type": "a", "id2label": {"7": "cat"}}, "labels is (None,), which it cannot be"),
         ({"architecture": "a", "label_names": 3}, "label_names is 3, not a list or null"),

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +27,18 @@ OPTIONS = {
     "use_batch_stats", "track_running_stats", "stochastic", "enable_dropout", "apply_dropout", "use_dropout",
 }  # fmt: skip
 """Words that a call switches, but that a field or an attribute only says of the network, for both modes."""
-KEYS = ("rngs", "rng", "key", "prng_key", "rng_key", "random_key", "dropout_rng", "dropout_key")
+KEYS = (
+    "rngs",
+    "rng",
+    "key",
+    "prng_key",
+    "rng_key",
+    "random_key",
+    "dropout_rng",
+    "dropout_key",
+    "noise_rng",
+    "noise_key",
+)
 STREAMS = ("dropout", "drop_path", "droppath", "stochastic_depth", "noise")
 """Random streams that modules ask for by `has_rng`; Flax derives a stream's keys from its name."""
 PASSED_ON = (
@@ -125,6 +136,9 @@ def with_fields(module: nn.Module, train: bool) -> nn.Module:
             new = [copied(item) for item in value]
             same = all(a is b for a, b in zip(new, value))
             return value if same else type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+        if isinstance(value, Mapping):
+            new = {name: copied(item) for name, item in value.items()}
+            return value if all(new[name] is item for name, item in value.items()) else type(value)(new)
         if not isinstance(value, nn.Module):
             return value
         if id(value) not in copies:
