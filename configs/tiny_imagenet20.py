@@ -27,12 +27,13 @@ def get_config() -> ConfigDict:
 
     config.init = "efficientnet_lite0"
     config.backbone = "efficientnet_lite0()"
-    config.head = "pyramid_head(pool, width=256, levels=2)"
+    config.head = "pyramid_head(pool, width=256, levels=2, norm='batch')"
     config.model = "frozen_statistics(network, 'backbone')"
     config.batch = 50
-    config.epochs = 6
+    config.epochs = 10
     config.augment = "crop_flip(padding=16), mixup(.2)"
-    config.optimizer = "slower(adamw(cosine(1e-3, 0, total_steps, warmup=.1), weight_decay=.02), .3, 'backbone')"
+    config.optimizer = "slower(adamw(cosine(1e-3, 0, total_steps, warmup=.1), weight_decay=.02), .1, 'backbone')"
+    config.ema = 0.998
 
     config.eps = 1 / 255
     config.evaluators = "accuracy(), localisation(cam()), localisation(grad_cam('stage4')), receptive_field()"

