@@ -32,6 +32,16 @@ def error(text, where=""):
     return str(raised.value)
 
 
+def test_what_a_users_own_function_raises_is_one_line():
+    def broken():
+        raise RuntimeError("no such\ncheckpoint")
+
+    with pytest.raises(UserError) as raised:
+        build("broken()", {"broken": broken}, {}, "config.model")
+    assert str(raised.value) == "config.model: broken raised RuntimeError: no such checkpoint"
+    assert raised.value.__cause__ is not None, "--traceback shows it"
+
+
 def test_values():
     assert build("echo(8/255, 1 + 2*3 - 4//3 % 2, +1, -2.5)", TABLE)[0] == (8 / 255, 6, 1, -2.5)
     assert build("echo('a', x=[1, (2, None)], y=True)", TABLE) == (("a",), {"x": (1, (2, None)), "y": True})

@@ -203,6 +203,17 @@ def test_metrics_refuse():
     assert error(lambda: measure(maps, image=255 * IMAGES)).startswith("metric: images must be float in [0, 1], ")
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [list(LABELS), LABELS - 1, LABELS + 99, LABELS.astype(np.float32), LABELS[:1]],
+    ids=lambda each: type(each).__name__,
+)
+def test_metrics_refuse_labels(labels):
+    batch = {"image": IMAGES, "label": labels, "mask": np.ones(B, bool), "id": LABELS}
+    said = error(metrics.deletion(), KEYS, predict, np.ones((B, 3, 3), np.float32), batch)
+    assert said.startswith("metric: label")
+
+
 def test_a_radius_that_cannot_be_squared():
     """Its steps would be infinite, their projection 0: an attack that never moves and says robust."""
     assert error(balls.l2, 1e20) == "eps must be a number in [0, 1e+06], got 1e+20"

@@ -108,6 +108,24 @@ def test_statistics_that_stay():
     assert text == "frozen_statistics: the model has no batch norm of Linen's in 'third'"
 
 
+def test_statistics_of_a_subclass_stay():
+    class Named(nn.BatchNorm):
+        @nn.compact
+        def __call__(self, x, train=True):
+            return super().__call__(x, use_running_average=not train)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            return Named(name="first")(x.mean((1, 2)), train)
+
+    model, images = models.linen(Net()), jax.random.uniform(jax.random.key(0), (4, 8, 8, 3))
+    variables = model.init(jax.random.key(1), images)
+    out = models.frozen_statistics(model).apply(variables, images, train=True)
+    equal(out.batch_stats, variables["batch_stats"])
+    np.testing.assert_array_equal(out.logits, model.apply(variables, images).logits)
+
+
 def test_dropout_is_fed_beside_statistics_that_stay():
     """The same key gives the same, another key another output (stochastic depth: tests/test_models.py)."""
     net = models.small_resnet(widths=(4,), stem=4, stem_kernel=3)

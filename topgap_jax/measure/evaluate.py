@@ -178,6 +178,8 @@ def evaluation_variables(variables: Variables) -> Variables:
 
 
 def _local(leaf):
+    if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)  # what a module of somebody else may keep among its state
     return np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
 
 

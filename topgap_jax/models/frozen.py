@@ -1,5 +1,6 @@
 """A model whose batch norm keeps its statistics while it is trained: for fine-tuning on few images."""
 
+import inspect
 import warnings
 
 import flax.linen as nn
@@ -14,7 +15,8 @@ def frozen_statistics(model: Model, *layers: str) -> Model:
     statistics, which stay as they are, and its scale and bias learn.
 
     layers: names such as 'stem' or 'backbone/stage1', inside which this is done; everywhere where none is given.
-    Dropout and whatever else differs in training is untouched. UserError where there is no such batch norm.
+    Dropout and whatever else differs in training is untouched, also a batch norm of the module's own. UserError where
+    there is none of Linen's.
     """
 
     def apply(variables, images, *, train=False, keys=None, targets=None, step=None):
@@ -27,6 +29,8 @@ def frozen_statistics(model: Model, *layers: str) -> Model:
             inside = not layers or any(f"/{layer.strip('/')}/" in f"/{path}/" for layer in layers)
             if not isinstance(norm, nn.BatchNorm) or context.method_name != "__call__" or not inside:
                 return next_fun(*args, **kwargs)
+            if "use_running_average" not in inspect.signature(context.orig_method).parameters:
+                return next_fun(*args, **kwargs)  # of a class of its own, which calls Linen's in turn
             frozen.add(path)
             before = norm.use_running_average
             # Linen's modules are frozen dataclasses, and the argument of the call is refused where the field is set.

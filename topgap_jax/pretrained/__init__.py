@@ -61,7 +61,9 @@ def load_tree(
     for name, leaf in arrays.items():
         if not hasattr(leaf, "dtype"):
             raise UserError(f"{where}: '{name}' is no array: {type(leaf).__name__}")
-        if leaf.dtype not in FLOATS and leaf.dtype.kind not in "iu":  # a module may count in integers
+        if (
+            leaf.dtype not in FLOATS and getattr(leaf.dtype, "kind", "none") not in "iu"
+        ):  # a module may count in integers
             raise UserError(
                 f"{where}: '{name}' is of type {leaf.dtype}; weights are float16, bfloat16, float32 or float64"
             )

@@ -130,7 +130,7 @@ def _hint(shapes, own, names, shaped, outputs):
         patches = next(shape[-2] for name, shape in shapes.items() if re.search(r"(pos_embed|positions)$", name))
         side = 16 * math.isqrt(patches)  # beside them stand a few tokens of no place
         return f"its positions are those of images of {side} x {side} pixels; give the model that size"
-    return None if own or not names else unlike(shapes)
+    return None if own else unlike(shapes)
 
 
 def _array(fit, path, shape, values):
