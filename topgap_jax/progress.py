@@ -19,7 +19,11 @@ from topgap_jax.stored import CHECKSUM, checksum
 METRICS = "metrics.jsonl"
 QUIET_SECONDS = 30.0  # between two lines where there is no terminal
 DRAWN_SECONDS = 0.1  # between two pictures of a bar
-COUNTS = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # tqdm's own
+COUNTS = (
+    "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"  # tqdm's own, but never "1.6s/ images"
+)
+
+BAR = "{l_bar}{bar}| " + COUNTS
 
 
 class Bar(Protocol):
@@ -69,7 +73,9 @@ class _Silent:
 
 class _TerminalBar:
     def __init__(self, total, text, unit, done):
-        self.tqdm = tqdm(total=total, desc=text, unit=f" {unit}", initial=done, dynamic_ncols=True, file=sys.stderr)
+        self.tqdm = tqdm(
+            total=total, desc=text, unit=f" {unit}", initial=done, dynamic_ncols=True, file=sys.stderr, bar_format=BAR
+        )
         self.drawn = time.monotonic()
 
     def update(self, n):
@@ -82,12 +88,12 @@ class _TerminalBar:
         if time.monotonic() - self.drawn >= DRAWN_SECONDS:
             meter = self.tqdm.format_dict
             remaining = _remaining(meter["n"], meter["total"], meter["initial"], meter["elapsed"], left / done)
-            self.tqdm.bar_format = "{l_bar}{bar}| " + COUNTS.replace("{remaining}", remaining)
+            self.tqdm.bar_format = BAR.replace("{remaining}", remaining)
             self.tqdm.refresh()
             self.drawn = time.monotonic()
 
     def close(self):
-        self.tqdm.bar_format = None
+        self.tqdm.bar_format = BAR
         self.tqdm.close()
 
 
