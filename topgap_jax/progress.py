@@ -19,10 +19,8 @@ from topgap_jax.stored import CHECKSUM, checksum
 METRICS = "metrics.jsonl"
 QUIET_SECONDS = 30.0  # between two lines where there is no terminal
 DRAWN_SECONDS = 0.1  # between two pictures of a bar
-COUNTS = (
-    "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"  # tqdm's own, but never "1.6s/ images"
-)
-
+# tqdm's own, but never "1.6s/ images".
+COUNTS = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 BAR = "{l_bar}{bar}| " + COUNTS
 
 

@@ -119,7 +119,7 @@ def _fit(where, shapes, variables, head):
     return Fit(names, bool(own))
 
 
-def _hint(shapes, own, names, shaped, outputs):
+def _hint(shapes, own, names, shaped, outputs=False):
     """What is to be done about a file with these names missing or unexpected, and these variables mis-shaped; outputs:
     whether these are the outputs of one layer."""
     heads = all(_of_a_head(name, own) for name in names) and all(path[1] == HEAD for path in shaped)
