@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import math
 import re
 
@@ -218,12 +219,17 @@ def test_networks_that_are_not_among_ours():
     assert foreign({"weight": (3, 3)}) is None
 
 
-def test_what_a_hub_calls_it_decides_where_shapes_do_not():
+def test_what_a_hub_calls_it_decides_where_shapes_do_not(tmp_path):
     row = next(row for row in ARCHITECTURES if row.hub == "tf_" and "b0" in row.model)
     variables = variables_of(row.model)
     names = NAMINGS["timm efficientnet"].names(variables)
     shapes = {name: torch_shape(path, variables[path]) for path, name in names.items()}
     assert "padding='same', eps=0.001" in recognise(shapes, "tf_efficientnet_b0").model
+    save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, tmp_path / "w.safetensors")
+    assert pretrained.describe(tmp_path / "w.safetensors")["alike"] == row.model
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "tf_efficientnet_b0"}))
+    told = pretrained.describe(tmp_path / "w.safetensors")
+    assert told["model"] == row.model and "alike" not in told
     assert "efficientnet_b0()" in recognise(shapes, "efficientnet_b0").model
 
 

@@ -42,12 +42,16 @@ class Architecture(NamedTuple):
 def recognise(shapes: Mapping[str, Shape], hub: str = "") -> Architecture | None:
     """The architecture of a file with tensors of these shapes, None where it is not among ours. hub: what a hub's
     config.json calls it."""
+    return next((row for row in alike(shapes) if hub.startswith(row.hub)), None)
+
+
+def alike(shapes: Mapping[str, Shape]) -> list[Architecture]:
+    """All architectures with tensors of these names and shapes: of some there are two publications, which a hub's name
+    tells apart."""
     counted = (name for name in shapes if not (UNCOUNTED.fullmatch(name) or unused(name)))
     parameters = sum(math.prod(shapes[name]) for name in counted)
-    for row in ARCHITECTURES:
-        if row.parameters == parameters and hub.startswith(row.hub) and any(name in shapes for name in row.first):
-            return row
-    return None
+    of_file = lambda row: row.parameters == parameters and any(name in shapes for name in row.first)
+    return [row for row in ARCHITECTURES if of_file(row)]
 
 
 def foreign(shapes: Mapping[str, Shape]) -> str | None:
