@@ -101,9 +101,7 @@ def _file(name: str, path: Path, settings: dict[str, Any], labels: tuple[str, ..
     if said:
         say(f"{name}: tested with {', '.join(said)}")
     if "alike" in described and "model" not in settings:
-        say(
-            f"{name}: it may be {described['alike']} as well, which the architecture in a config.json beside it would say"
-        )
+        say(f"{name}: it may be {described['alike']} as well; architecture, in a config.json beside it, would say")
     followed = {key: described[key] for key in FOLLOWED if described.get(key) is not None}
     load = lambda model, **options: pretrained.load(path, model, **options)
     return Weights(name, followed, labels or described.get("labels"), load)
