@@ -28,17 +28,8 @@ OPTIONS = {
 }  # fmt: skip
 """Words that a call switches, but that a field or an attribute only says of the network, for both modes."""
 KEYS = (
-    "rngs",
-    "rng",
-    "key",
-    "prng_key",
-    "rng_key",
-    "random_key",
-    "dropout_rng",
-    "dropout_key",
-    "noise_rng",
-    "noise_key",
-)
+    "rngs", "rng", "key", "prng_key", "rng_key", "random_key", "dropout_rng", "dropout_key", "noise_rng", "noise_key",
+)  # fmt: skip
 STREAMS = ("dropout", "drop_path", "droppath", "stochastic_depth", "noise")
 """Random streams that modules ask for by `has_rng`; Flax derives a stream's keys from its name."""
 PASSED_ON = (
