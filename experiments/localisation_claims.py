@@ -9,8 +9,8 @@ true class.
 MaxBoxAcc and V2, best IoU, PxAP (needs masks), thresholds chosen on these very pictures, for every method and in every
 resample alike; the centre box and the full image beside them. A difference is paired: 95 % interval of 2,000 bootstrap
 resamples of the pictures. A method that is done is kept in runs/ with its commit, so that the same command goes on
-where it was stopped. Writes results/localisation_claims.json with the networks of which all methods are done, on a tree
-without changes.
+where it was stopped. Writes the networks of which all methods are done into results/localisation_claims.json, on a tree
+without changes; what stands there of others stays, each method with its commit.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from topgap_jax.setup import expressions
 from topgap_jax.setup.assembly import context, open_split, sample
 
 ROOT = Path(__file__).parent.parent
-RUNS = ROOT / "runs"
+RUNS, RESULT = ROOT / "runs", ROOT / "results" / "localisation_claims.json"
 NETWORKS = {  # split, arms, batch
     "pets3": ("test", ("gap", "top_gap .28"), 30),
     "tiny_imagenet20": ("validation[:300]", ("gap", "top_gap .25"), 50),
@@ -62,7 +62,9 @@ def main():
     if not os.environ.get("TOPGAP_DATA"):
         parser.error("TOPGAP_DATA is the folder with tfds/ and weights/")
     print(configure_cpu(), file=sys.stderr)
-    about, networks = provenance(), {}
+    about = provenance()
+    stored = json.loads(RESULT.read_text())["networks"] if RESULT.exists() else {}
+    networks = {}
     clean = not (about["commit"] or "+").endswith("+")
     for name in options.studies:
         split, arms, batch = NETWORKS[name]
@@ -81,8 +83,8 @@ def main():
                 networks[f"{name}, {arm}"] = {"split": split, **summarised(folder)}
                 print(f"\n{name}, {arm}, {split}\n{table(networks[f'{name}, {arm}'])}")
     if clean and networks:
-        text = json.dumps({**about, "resamples": RESAMPLES, "networks": networks}, indent=1)
-        write_text(ROOT / "results/localisation_claims.json", text + "\n")
+        text = json.dumps({**about, "resamples": RESAMPLES, "networks": {**stored, **networks}}, indent=1)
+        write_text(RESULT, text + "\n")
     else:
         print("not written: that is for whole networks, on a tree without changes", file=sys.stderr)
 
