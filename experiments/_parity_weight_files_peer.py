@@ -19,7 +19,8 @@ def trees():
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
     net(torch.randn(2, 3, 10, 10)).sum().backward()
     optimizer.step()
-    shared = torch.randn(40)
+    shared, noted = torch.randn(40), torch.randn(2, 2)
+    noted.note = "a tensor with an attribute"
     square = shared[:36].view(6, 6)
     return {
         "state_dict": net.state_dict(),
@@ -31,6 +32,7 @@ def trees():
         "shared": {"whole": shared, "part": shared[5:15], "square": square, "turned": square.T},
         "types": {name: torch.arange(-6, 6).to(getattr(torch, name)) for name in ("float16", "bfloat16", "float64")},
         "parameters": {"p": torch.nn.Parameter(torch.randn(3, 2)), "frozen": torch.nn.Parameter(torch.randn(2), False)},
+        "own_classes": {"buffer": torch.nn.Buffer(torch.randn(3)), "noted": noted},
         "nested": {"epoch": 3, "state_dict": {"encoder": {"w": base[0]}, "decoder": {"w": base[1]}}},
         "checkpoint": {
             "epoch": 7, "best": 0.5, "arch": "net", "size": torch.Size([3, 4]),

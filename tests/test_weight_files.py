@@ -102,6 +102,17 @@ FORMS = pytest.mark.parametrize("write", [zipped, legacy])
 
 
 @FORMS
+def test_a_buffer_and_names_of_python_2(tmp_path, write):
+    """A tensor of a class of its own, and what PyTorch's pickler calls `__builtin__`."""
+    plain = tensor("0", "FloatStorage", 4, 0, (4,), (1,))
+    rebuilt = Call(Global("torch._tensor", "_rebuild_from_type_v2"), plain.function, Global("torch.nn.parameter", "Buffer"),
+                   plain.arguments, {})  # fmt: skip
+    beside = Call(Global("collections", "defaultdict"), Global("__builtin__", "list"))
+    write(tmp_path / "w.pth", {"a": rebuilt, "beside": beside}, {"0": np.arange(4, dtype=np.float32)})
+    np.testing.assert_array_equal(files.tensors(tmp_path / "w.pth")["a"], np.arange(4))
+
+
+@FORMS
 def test_strides_offsets_shared_storages_and_types(tmp_path, write):
     storages = {str(i): np.arange(24).astype(kind) for i, kind in enumerate(TYPES.values())}
     plain = np.arange(24).reshape(2, 3, 4)

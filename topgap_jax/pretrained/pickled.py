@@ -140,7 +140,7 @@ NAMES: dict[str, Any] = {
             "numpy._core.multiarray._reconstruct", "numpy.dtype", "numpy.ndarray", "_codecs.encode", "torch.device",
             "torch.float32", "torch.float64", "torch.float16", "torch.bfloat16", "torch.int64", "torch.int32",
             "torch.int16", "torch.int8", "torch.uint8", "torch.bool", "torch.complex64", "torch.complex128",
-            "torch.float8_e4m3fn", "torch.float8_e5m2", "torch.strided", "torch.Tensor", "torch.nn.parameter.Buffer",
+            "torch.float8_e4m3fn", "torch.float8_e5m2", "torch.serialization._get_layout", "torch.Tensor", "torch.nn.parameter.Buffer",
         ),
         _opaque,
     ),
