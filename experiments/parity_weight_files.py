@@ -3,8 +3,8 @@
     TOPGAP_PEER_PYTHON=.venv-bench/bin/python python experiments/parity_weight_files.py
 
 Both forms (zip and legacy), tensors that are not contiguous, shared storages, half, bfloat16 and double, parameters,
-buffers, tensors with attributes, nested dictionaries, a checkpoint with an optimiser and an argparse.Namespace. Names, shapes, types and every number
-must be the same. Writes results/parity_weight_files.json.
+buffers, tensors with attributes, nested dictionaries, a checkpoint with an optimiser and an argparse.Namespace. Names,
+shapes, types and every number must be the same. Writes results/parity_weight_files.json.
 """
 
 import argparse
