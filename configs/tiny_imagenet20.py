@@ -10,9 +10,9 @@ pictures, one seed (results/tiny_imagenet20.json): accuracy .885 with gap, .882 
 is, with its own 20 columns, .778 (results/pretrained.json). 11 CPU minutes a training on an AMD EPYC with AVX-512.
 
 The recipe is the best of twelve by accuracy and likelihood on the last 500 training pictures, not all of them trained
-to their end. It differs from the one before it (.870 and .855, maps of IoU .221 and .198; results/tiny_imagenet20.json at
-commit 3b6078c) in batch norm in the pyramid, without which the first logits are large, the backbone at a tenth of the
-rate and not at .3, averaged weights and ten epochs.
+to their end. It differs from the one before it (.870 and .855, maps of IoU .221 and .198;
+results/tiny_imagenet20.json at commit 3b6078c) in batch norm in the pyramid, without which the first logits are
+large, the backbone at a tenth of the rate and not at .3, averaged weights and ten epochs.
 """
 
 from ml_collections import ConfigDict
