@@ -224,6 +224,15 @@ def test_another_normalisation_than_the_weights_learnt_with_is_said(monkeypatch,
     )
 
 
+def test_other_classes_without_a_head_to_draw_are_said(monkeypatch, capsys):
+    described = weights_module.Weights("net", {}, ("a", "b"), lambda model, **options: {"params": {"fc": {}}})
+    monkeypatch.setattr(weights_module, "weights", lambda text: described)
+    initial("net", None, SHAPE, 0, classes=("a", "b"))
+    assert capsys.readouterr().err == ""
+    initial("net", None, SHAPE, 0, classes=("b", "a"))
+    assert "net has learnt other classes, and no layer is called head: all of its weights" in capsys.readouterr().err
+
+
 def test_a_head_of_another_kind_is_drawn_and_said(tmp_path, variables, capsys):
     flat = {"/".join(path): np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(dict(variables)).items()}
     np.savez(tmp_path / "w.npz", **flat)

@@ -362,8 +362,8 @@ class Metric(NamedTuple):
         check_maps("metric", maps, batch.get("image"))
         if "image" in batch:
             check_images("metric", batch["image"])
-        if "label" in batch:
-            check_examples("metric", keys, predict, batch["image"], batch["label"])
+            if "label" in batch:
+                check_examples("metric", keys, predict, batch["image"], batch["label"])
         defined = jnp.isfinite(maps).all(tuple(range(1, maps.ndim)))
         rows = self.rows(keys, predict, maps, batch)
         return {

@@ -23,9 +23,7 @@ def logits_of(out: Any, images: Array, kind: type) -> Array:
     level, candidates, named = [out], [], []
     while level and not named:
         candidates = candidates or [x for x in level if _may_be_logits(x, images)]
-        named = [
-            x for each in level if "logits" in _named(each) and _may_be_logits(x := _named(each)["logits"], images)
-        ]
+        named = [x for each in level if _may_be_logits(x := _named(each).get("logits"), images)]
         level = [part for x in level for part in _parts(x)]
     candidates = named or candidates
     shapes = sorted({x.shape for x in candidates})

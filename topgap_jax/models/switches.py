@@ -17,16 +17,16 @@ PARTS = {
     "infer": False, "inference": False, "deterministic": False,
 }  # fmt: skip
 FILLERS = {"is", "in", "do", "mode", "phase", "flag", "for"}
+OPTIONS = {
+    "use_batch_stats": True, "track_running_stats": True,
+    "stochastic": True, "enable_dropout": True, "apply_dropout": True, "use_dropout": True,
+}  # fmt: skip
+"""Switches of a call, which as a field or an attribute only say of the network what holds in both modes."""
 WORDS = {
     "use_running_average": False, "use_running_averages": False, "use_running_avg": False, "use_running_stats": False,
     "use_global_stats": False, "use_moving_average": False, "use_moving_averages": False,
-    "update_stats": True, "update_batch_stats": True, "use_batch_stats": True, "track_running_stats": True,
-    "stochastic": True, "enable_dropout": True, "apply_dropout": True, "use_dropout": True,
+    "update_stats": True, "update_batch_stats": True, **OPTIONS,
 }  # fmt: skip
-OPTIONS = {
-    "use_batch_stats", "track_running_stats", "stochastic", "enable_dropout", "apply_dropout", "use_dropout",
-}  # fmt: skip
-"""Words that a call switches, but that a field or an attribute only says of the network, for both modes."""
 KEYS = (
     "rngs", "rng", "key", "prng_key", "rng_key", "random_key", "dropout_rng", "dropout_key", "noise_rng", "noise_key",
 )  # fmt: skip

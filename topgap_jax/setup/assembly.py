@@ -73,9 +73,7 @@ def assemble(loaded: configs.Loaded, learnt: Data | None = None, labels: Sequenc
         if set(labels) & set(classes):
             classes = tuple(labels)
         else:
-            say(
-                f"no class of the data has the name of one of the weights: {_few(classes)} are taken for {_few(labels)}"
-            )
+            say(f"no class of the data has the name of one of the weights: {few(classes)} are taken for {few(labels)}")
     if len(classes) < 2:
         raise UserError(f"{config.source} has the one class {', '.join(classes)}: there is nothing to tell apart")
     source = functools.cache(lambda split: data.with_classes(opened(split), classes))
@@ -201,7 +199,8 @@ def _decoded(chosen: Experiment, source: data.Source) -> dict[str, np.ndarray]:
         return data.resident(source, chosen.config.image_size, chosen.config.resize, progress=show)
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first three of the names of classes."""
     return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 

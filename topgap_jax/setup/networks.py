@@ -10,11 +10,9 @@ from topgap_jax.measure.evaluate import check_finite, evaluation_variables
 from topgap_jax.run import checkpoint, manifest
 from topgap_jax.run.workdir import Data, learnt
 from topgap_jax.setup import config as configs
-from topgap_jax.setup.assembly import Experiment, assemble, template
+from topgap_jax.setup.assembly import Experiment, assemble, few, template
 from topgap_jax.setup.weights import Weights, weights
 from topgap_jax.types import Audit, Network, Robustness, Variables
-
-NAMED = 3  # classes that an error names
 
 
 def with_networks(chosen: Experiment, built: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -91,7 +89,7 @@ def _check(chosen: Experiment, other: Experiment, text: str) -> None:
     if set(other.classes) == set(chosen.classes) and other.classes != chosen.classes:
         raise UserError(f"'{text}' has its {len(other.classes)} classes in another order than this network")
     if other.classes != chosen.classes:
-        lists = [", ".join(each[:NAMED]) + ", ..." * (len(each) > NAMED) for each in (other.classes, chosen.classes)]
+        lists = few(other.classes), few(chosen.classes)
         numbers = len(other.classes), len(chosen.classes)
         raise UserError(
             f"'{text}' tells {numbers[0]} classes apart, {lists[0]}, and this network {numbers[1]}, {lists[1]}; both "

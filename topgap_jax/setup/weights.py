@@ -81,15 +81,19 @@ def initial(
         if len(learnt_with) != len(values) or max(abs(x - y) for x, y in zip(learnt_with, values)) > NEAR:
             rounded = lambda each: tuple(round(x, 4) for x in each)
             say(f"{source.name}: learnt with {name} = {rounded(learnt_with)}, and config.{name} is {rounded(values)}")
-    same = not (classes and source.labels) or tuple(source.labels) == tuple(classes)
+    load = lambda head: source.load(model, image_shape=image_shape, head=head, key=key)
     try:
-        variables = source.load(model, image_shape=image_shape, head="file" if same else None, key=key)
-        why = "" if same or "head" not in variables["params"] else f"{source.name} has learnt other classes"
+        variables = load("file")
     except UserError:
-        variables = source.load(model, image_shape=image_shape, head=None, key=key)
-        why = f"that of {source.name} is another"
-    if why:
-        say(f"the head is drawn anew: {why}")
+        variables = load(None)
+        say(f"the head is drawn anew: that of {source.name} is another")
+    else:
+        others = bool(classes and source.labels) and tuple(source.labels) != tuple(classes)
+        if others and "head" in variables["params"]:
+            variables = load(None)
+            say(f"the head is drawn anew: {source.name} has learnt other classes")
+        elif others:  # whatever layer it is, in a module of somebody else
+            say(f"{source.name} has learnt other classes, and no layer is called head: all of its weights are taken")
     return jax.device_get(variables)
 
 
